@@ -128,13 +128,13 @@ def test_float_baselines_on_another_kind_of_network_are_a_row_of_their_own(confi
 
 
 def test_a_method_trained_from_scratch_says_how_many_epochs_it_lacks(configure: Configure) -> None:
-    """Gupta's method has 30 epochs; the others have those and the 60 of their float baseline."""
+    """Gupta's method has 30 epochs. Other methods have these 30 epochs and the 60 of their float baseline."""
     plant(configure("method=gupta"), 95.0, protocol_changes=["trained from scratch, as the method requires"])
     plant(configure("method=dorefa"), 97.0, 98.0)
     (table,) = tables(configure())
     assert table.notes == [
-        "gupta: trained from scratch, as the method requires, for 30 epochs; the others have 60 more, in their float "
-        "baseline"
+        "gupta: trained from scratch, as the method requires, for 30 epochs; other methods have 60 more, in their "
+        "float baseline"
     ]
 
 
@@ -491,7 +491,7 @@ def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_pat
     assert [settings for table in both if (settings := settings_of(table))] == [settings_of(alone[0])]
     notes = "\n".join(note for table in both for note in table.notes)
     assert "duplicate runs are left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
-    assert re.search(r"duplicates with another top-1 \(1\).* 87\.00, kept 97\.00$", notes, re.MULTILINE)
+    assert re.search(r"duplicates whose top-1 differs \(1\).* 87\.00, kept 97\.00$", notes, re.MULTILINE)
 
 
 WRONG = [None, {}, [], "x", "", -40, 9600, True, float("nan"), [[]], {"a": None}]

@@ -216,7 +216,7 @@ def test_pairs_are_tested_by_seed_and_adjusted_together() -> None:
     assert not first.winner
     assert table.notes[0].startswith(
         "compared by seed (over seeds alone: the error of the test sample is left out); p-values adjusted for 3 pairs "
-        "(Holm), difference and equivalence each as a family of its own; equivalence margin ±0.5 points"
+        "(Holm), separately for difference and equivalence; equivalence margin ±0.5 points"
     )
     more = got[0].more_seeds
     assert more == seeds_needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]

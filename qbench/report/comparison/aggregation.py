@@ -64,10 +64,10 @@ def aggregate(
 def with_control(settings: Sequence[Setting]) -> list[Setting]:
     """Return settings with their differences from the float control, if the table has one.
 
-    The control is the float network trained on from its float baseline, as long as the other
-    settings (`method=float init=float`). A difference is over the seeds that both settings have.
-    A setting has no difference if no control has the normalization of its network, or if the
-    setting was not itself trained on from its float baseline.
+    The control (`method=float init=float`) is a float network that starts from its float baseline
+    and trains for as many epochs as the other settings. A difference is over the seeds that both
+    settings have. A setting has no difference if no control has the normalization of its network, or
+    if the setting does not start from its float baseline.
     """
     return [replace(setting, over_control=_over_control(setting, settings)) for setting in settings]
 
@@ -157,7 +157,7 @@ def _mean_speed(results: Sequence[Result]) -> TrainingSpeed | None:
 
 
 def _warnings(results: Sequence[Result]) -> tuple[str, ...]:
-    """Return every warning once. One that some seeds lack ends with the seeds that have it."""
+    """Return every warning once. If only some seeds have a warning, these seeds are listed at its end."""
     seeds: dict[str, dict[int, None]] = defaultdict(dict)
     for result in results:
         for warning in result.warnings:

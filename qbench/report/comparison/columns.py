@@ -58,7 +58,10 @@ def _si_column(
 
 
 def _half_width(half: float | None) -> str:
-    """Return the half-width of an interval; - if all seeds have one value, which says nothing about other seeds."""
+    """Return the half-width of an interval as text.
+
+    If all seeds have the same value, return `-`, because the sample then does not show how much other seeds differ.
+    """
     return f"±{half:.2f}" if half else "-"
 
 
@@ -130,7 +133,7 @@ COLUMNS = (
 
 
 def columns_in(groups: Iterable[str]) -> list[Column]:
-    """Return the columns of the groups and the columns that name a row, in a fixed order."""
+    """Return the columns of the groups and the columns of every table (method and widths), in a fixed order."""
     return [column for column in COLUMNS if column.group in ("", *groups)]
 
 

@@ -140,7 +140,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
 
 
 def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, list[Result]]]:
-    """Return label -> float baselines, by the network keys that methods require and by checkpoint file."""
+    """Return pairs of a label and its float baselines. The label names the network keys and the checkpoint file."""
     grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
         if result.baseline:
@@ -173,7 +173,7 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
 
 
 def _diverged_notes(setting: Setting, failed: Sequence[Result]) -> Iterator[str]:
-    """Yield a note on the seeds that diverged, without which the mean may be too good."""
+    """Yield a note on the seeds that diverged. The mean leaves them out and may therefore be too high."""
     seeds = {r.seed for r in failed if r.status == "diverged"} - {run.seed for run in setting.runs}
     if seeds:
         named = ", ".join(map(str, sorted(seeds)))
@@ -201,22 +201,22 @@ def _unlike_notes(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _with_epochs(change: str, result: Result) -> str:
-    """Return a change of the protocol; training from scratch also states how many epochs it lacks."""
+    """Return a change of the protocol in words. For training from scratch, add the number of epochs that it lacks."""
     keys = result.protocol.keys
     epochs, before = keys.get("epochs"), (keys.get("pretrain") or {}).get("epochs")
     if not change.startswith("trained from scratch") or not epochs or not before:
         return change
-    return f"{change}, for {epochs} epochs; the others have {before} more, in their float baseline"
+    return f"{change}, for {epochs} epochs; other methods have {before} more, in their float baseline"
 
 
 def _commit_notes(results: Sequence[Result], context: _Context) -> Iterator[str]:
-    """Yield a note if the runs of a table and their float baselines are of several commits."""
+    """Yield a note if several commits of qbench trained the runs of a table and their float baselines."""
     names = {_directory_name(r.baseline.run) for r in results if r.baseline}
     every = [*results, *(context.baselines[name] for name in sorted(names & set(context.baselines)))]
     counts = Counter(" then ".join(map(short_commit, r.commits)) for r in every if r.commits)
     if len(counts) > 1:
         listed = ", ".join(f"{commits} ({count} run{'s' * (count > 1)})" for commits, count in counts.most_common())
-        yield f"runs of several commits of qbench, which may compute differently: {listed}"
+        yield f"runs come from several commits of qbench, whose results may differ: {listed}"
 
 
 def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:

@@ -9,14 +9,14 @@ from qbench.config.identity import digest
 from qbench.runs.result import Result
 
 KEY = "data"
-"""The protocol key that holds the first digits of the images' digest, if they differ."""
+"""The protocol key for the first digits of the images' sha256. Only runs whose images differ have this key."""
 
 
 def separate_data_versions(results: Sequence[Result]) -> list[Result]:
-    """Return the results, with the images as part of the protocol where they differ.
+    """Return the results. If runs used different images, the images become part of the protocol.
 
-    Runs with the same keys of `dataset` have the same images unless the files were changed. Then
-    the runs get different protocols, so that they share no table and are not compared.
+    Runs with the same keys of `dataset` have the same images unless the files were changed. If the
+    files were changed, the runs get different protocols. They then share no table and are not compared.
     """
     versions: dict[str, set[str]] = defaultdict(set)
     for result in results:

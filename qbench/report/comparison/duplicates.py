@@ -23,13 +23,13 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
 
 def _same_images(run: RunRecord, other: RunRecord) -> bool:
-    """Whether two runs of one identity had the same images, as far as is known."""
+    """Whether two runs of one identity used the same images. An unknown digest equals every other digest."""
     digests = {r.result.data_sha256 for r in (run, other) if r.result and r.result.data_sha256}
     return len(digests) < 2
 
 
 def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:
-    """Yield notes on the runs that are left out, and on those with another accuracy than the run kept."""
+    """Yield a note on the runs that are left out, and a note on those whose accuracy differs from the kept run's."""
     if not duplicates:
         return
     yield f"duplicate runs are left out: {duplicates[0].path}{_more(duplicates)}"
@@ -37,7 +37,7 @@ def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) 
     different = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
     if different:
         yield (
-            f"duplicates with another top-1 ({len(different)}), from another version or machine: "
+            f"duplicates whose top-1 differs ({len(different)}), because of another version or machine: "
             f"{different[0]}{_more(different)}"
         )
 

@@ -51,9 +51,8 @@ def matching_runs(
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:
     short = sorted(name for name in known if "." not in name)
-    return (
-        f"compare {key}: no run has this key{did_you_mean(key, known)}\nallowed: {', '.join(short)} and keys below them"
-    )
+    allowed = f"{', '.join(short)} and nested keys such as optim.lr"
+    return f"compare {key}: no run has this key{did_you_mean(key, known)}\nallowed: {allowed}"
 
 
 def _absent_values(
@@ -91,7 +90,7 @@ def _matching(
 
 
 def _with_baselines(kept: Sequence[RunRecord], runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return those of `runs` that are kept or are the float baseline of a kept run."""
+    """Return the kept runs and their float baselines, in the order of `runs`."""
     baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
     chosen = {id(run) for run in kept}
     baselines = [r for r in runs if r.result and r.status == DONE and naming.is_baseline(r.result)]

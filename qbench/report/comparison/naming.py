@@ -12,7 +12,7 @@ from qbench.runs.result import Result
 
 
 class Block(NamedTuple):
-    """The data set, network and protocol hash of all runs in a table. The hash is "" if not known."""
+    """The data set, network and protocol hash of all runs in a table. The hash is "" if the protocol is not known."""
 
     dataset: str
     model: str
@@ -53,7 +53,7 @@ def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
-    """Return a protocol's keys as typed. If `lr_search` is absent, `lr_search=none` is added."""
+    """Return a protocol's keys in dotted form, with values as JSON. A missing `lr_search` becomes `none`."""
     return flat({"lr_search": "none", **keys} if "optim" in keys else keys)
 
 
@@ -68,9 +68,9 @@ def flat(values: object, prefix: str = "") -> dict[str, str]:
 
 
 def run_keys(run: Result) -> dict[str, str]:
-    """Return the keys that a run can be selected by: key -> JSON.
+    """Return the keys by which a user can select a run, with values as JSON.
 
-    These are the protocol's keys, method, options, widths and seed.
+    They are the protocol's keys, the method, its options, the widths and the seed.
     """
     keys: dict[str, object] = {
         "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
@@ -82,7 +82,7 @@ def run_keys(run: Result) -> dict[str, str]:
 
 
 def labels(results: Iterable[Result]) -> dict[str, str]:
-    """Return a map from `method_identity` to a label: the method and the options that vary."""
+    """Return a map from `method_identity` to a label: the method, and the options that differ between runs."""
     by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     for result in results:
         by_method[result.method].setdefault(method_identity(result), variant(result))
@@ -97,7 +97,7 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
 
 
 def method_identity(result: Result) -> str:
-    """Return a string that identifies a method with its options and network keys, at any widths."""
+    """Return a string that identifies a method with its options and network keys. It does not contain the widths."""
     return result.method + json.dumps(variant(result), sort_keys=True)
 
 
@@ -113,13 +113,13 @@ def options(result: Result) -> dict[str, object]:
     """
     options = {key: value for key, value in result.options.items() if key != RATE}
     init = result.protocol.keys.get("init")
-    if result.baseline and result.baseline.sha256:  # the protocol has the file's sha256
+    if result.baseline and result.baseline.sha256:  # the protocol has only the file's sha256
         init = Path(result.baseline.run).name
     return options | ({"init": init} if result.method == "float" and init else {})
 
 
 def variant(result: Result) -> dict[str, object]:
-    """Return a method's options and the run's network keys. The latter have names `model.KEY`.
+    """Return a method's options and the run's network keys, which are named `model.KEY`.
 
     Runs with different options or network keys belong to different settings.
     """

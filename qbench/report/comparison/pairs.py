@@ -32,12 +32,12 @@ from qbench.system import files
 def conclude(
     tables: Sequence[Table], margin: float = MARGIN, hits: Mapping[str, Hits] = MappingProxyType({})
 ) -> list[Table]:
-    """Return the tables of `compare` with conclusions added to the settings and notes.
+    """Return the tables of `compare`. Settings get their conclusions, and notes state them in words.
 
     Args:
         margin: equivalence margin in points of top-1.
-        hits: run -> its hits, for runs of a record. Those of other runs are read from their
-            directories.
+        hits: run -> its hits, for runs that were read from a file of many runs. Hits of other runs
+            are read from their directories.
 
     Raises:
         ValueError: the margin is not above 0.
@@ -104,8 +104,8 @@ def _with_conclusions(
 def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[SettingPair]:
     """Return the pairs with p-values adjusted by Holm's method.
 
-    Undecided leading pairs also get the number of seeds that a verdict would need. Pairs without a difference are not
-    tested and do not count in the adjustment.
+    Undecided leading pairs (those with the best setting) also get the number of seeds that a verdict would need. Pairs
+    without a difference are not tested and do not count in the adjustment.
     """
     tested = [(i, pair.difference) for i, pair in enumerate(family) if pair.difference is not None]
     p_holm = holm([d.p for _, d in tested])

@@ -1,4 +1,4 @@
-"""Reads the test accuracy of single runs, and the hits per image if predictions are stored."""
+"""Reads the test accuracy of single runs. If predictions are stored, also reads the hits: which images are correct."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class RunAccuracy:
 
 
 def load_run_accuracy(run: str, top1: float, hits: Hits | None = None) -> RunAccuracy:
-    """Return a run's accuracy, with `hits` if given, else with those of its predictions.npy if it is intact."""
+    """Return a run's accuracy with its hits. Without `hits`, they are read from an intact predictions.npy."""
     found = hits or load_hits(Path(run), top1)
     return RunAccuracy(top1, found.labels_sha256, found.correct) if found else RunAccuracy(top1)
 

@@ -1,4 +1,4 @@
-"""Writes conclusions: how the best setting compares with others, and which error is larger."""
+"""Writes conclusions: how the best setting compares with others, and whether seeds or test images add more error."""
 
 import math
 from collections import defaultdict
@@ -55,7 +55,7 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
     if not ways:
         return notes
     adjusted = f"p-values adjusted for {family} pairs (Holm)" if family > 1 else "one pair"
-    adjusted += ", difference and equivalence each as a family of its own" if family > 1 else ""
+    adjusted += ", separately for difference and equivalence" if family > 1 else ""
     head = f"compared {', or '.join(ways)}; {adjusted}; equivalence margin ±{margin:g} points"
     return [
         f"{head}; in brackets: difference ± half-width of its 95 % confidence interval, and about how many "
@@ -65,7 +65,7 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
 
 
 def _pairing(pair: SettingPair) -> str:
-    """Return how two settings were compared, and whether the intervals leave the test sample out."""
+    """Return how two settings were compared, and whether the intervals ignore the error of the test sample."""
     left_out = "" if pair.difference and pair.difference.items else f" ({WITHOUT_IMAGES})"
     return (f"by {pair.paired_by}" if pair.paired_by else UNPAIRED) + left_out
 
@@ -94,7 +94,7 @@ def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
 
 
 def _errors(setting: Setting) -> str:
-    """Return the two errors of an accuracy in brackets, or an empty string unless both are known."""
+    """Return the two errors of an accuracy in brackets, or an empty string if one of them is not known."""
     over_seeds, sample = setting.top1.ci95_half, setting.conclusion and setting.conclusion.test_sample_ci95_half
     if not over_seeds or not sample:
         return ""
@@ -130,7 +130,7 @@ def _seeds_to_decide(pair: SettingPair) -> str:
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    """Return names separated by commas; beyond the first few, only their number."""
+    """Return names separated by commas. Only the first few are listed, and the others are counted."""
     listed = names if len(names) <= NAMES_LISTED + 1 else names[:NAMES_LISTED]
     return ", ".join(listed) + (f" and {len(names) - len(listed)} others" if len(listed) < len(names) else "")
 

@@ -1,17 +1,18 @@
 """Tests two settings with an increasing number of seeds until a difference or equivalence is significant.
 
-This is a group-sequential test. If a test at the level 5 % were repeated after every few seeds, it
-would find differences where there are none. Here look number k tests at the level 0.05 / (k (k +
-1)), by Bonferroni over looks. All levels together are 0.05, for any number of looks. So a test may
-go on later with a larger `max_seeds`: the looks so far keep their levels, and no level is spent
-twice. The test of difference and the test of equivalence may both use the whole level, because the
-true difference cannot be zero and also at least the margin.
+This is a group-sequential test, and each test during the sampling is called a look. If every look
+tested at the level 5 %, the looks together would find differences where there are none. Look number
+k therefore tests at the level 0.05 / (k (k + 1)), a Bonferroni correction. The levels of all looks
+add up to at most 0.05, for any number of looks. A test can therefore continue later with a larger
+`max_seeds`, because earlier looks keep their levels. The test of difference and the test of
+equivalence may both use the whole level, because the true difference cannot be zero and also at
+least the margin.
 
-What holds: the rate of false decisions is at most 5 % if the seeds' differences are about normally
-distributed. It is larger if a few seeds of one setting collapse. As long as no collapsed seed is
-among the first ones, the sample does not show that the means are equal. No test of the same seeds
-can avoid this. The verdict therefore comes with the p-value of the sign-flip test, which does not
-assume a normal distribution, and with a warning that names outlying seeds.
+The rate of false decisions is at most 5 % if the seeds' differences are about normally distributed.
+It is larger if a few seeds of one setting collapse. If the first seeds contain no collapsed seed, they
+do not show that the means are equal. No test of the same seeds can avoid this. The verdict therefore
+comes with the p-value of the sign-flip test, which does not assume a normal distribution, and with a
+warning that names outlying seeds.
 """
 
 import copy
@@ -46,7 +47,7 @@ class SequentialTest:
     Args:
         first, second: the configurations of the settings. The test replaces their seeds.
         margin: equivalence margin in points of top-1.
-        max_seeds: maximum number of seeds. The last look is the last one of the schedule that needs no more seeds.
+        max_seeds: maximum number of seeds. The last look is the last one of the schedule with at most so many seeds.
         launcher: how missing runs are started: "" one at a time, "joblib" several at a time.
     """
 
@@ -116,7 +117,7 @@ def decide(
     Args:
         accuracies: function that takes a number of seeds n and returns the n accuracies of each
             setting, in the order of seeds.
-        margin: points of top-1 within which the settings count as equivalent.
+        margin: equivalence margin in points of top-1.
         max_seeds: maximum number of seeds.
         report: called with a line of text after every look without a verdict.
     """
@@ -152,7 +153,7 @@ def run_sequential_test(
 
     Args:
         test: the settings to compare.
-        run: function that trains missing runs and returns a record of every run.
+        run: function that trains missing runs and returns the `RunRecord` of every run.
         report: called with a line of text after every look without a verdict.
 
     Raises:
@@ -183,8 +184,8 @@ def _top1(record: RunRecord) -> float:
 def describe(test: SequentialTest, result: SequentialResult) -> str:
     """Return the verdict with its numbers in two sentences.
 
-    The confidence level of the interval follows from the test that decided. It is 1 - level for a difference. It is 1 -
-    2 level for equivalence, because equivalence is tested by two one-sided tests at `level`.
+    If a difference is tested, the confidence level of the interval is 1 - level. For equivalence it is 1 - 2 level,
+    because equivalence is tested by two one-sided tests at `level`.
     """
     d, margin = result.difference, test.margin
     first, second = names(test)
@@ -206,8 +207,8 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
         Verdict.EQUIVALENT: f"is equivalent to {second} within ±{margin:g} points",
     }[result.verdict]
     method = (
-        f"This look tests at the level {result.level:.2g}; the levels of all looks together are 5 %, "
-        f"for about normal differences. Sign-flip test over seeds: p = {sign_flip(result.by_seed):.2g}."
+        f"This look tests at the level {result.level:.2g}; the levels of all looks add up to 5 %, "
+        f"if differences are about normal. Sign-flip test over seeds: p = {sign_flip(result.by_seed):.2g}."
     )
     return f"{first} {relation}: {numbers}. {method}{warning}"
 
@@ -239,8 +240,8 @@ def _advice(test: SequentialTest, result: SequentialResult) -> str:
 def names(test: SequentialTest) -> tuple[str, str]:
     """Return the names of both settings: method, widths, and the keys in which they differ.
 
-    If method and widths are the same, any differing key can be named. Otherwise only differing keys
-    of the protocol and the network are named.
+    If the settings have the same method and widths, every differing key can be named. Otherwise only
+    differing keys of the protocol and the network are named.
     """
     configs = test.first, test.second
     short = setting_name(test.first), setting_name(test.second)

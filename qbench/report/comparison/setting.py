@@ -80,7 +80,7 @@ class PublishedMatch:
     Args:
         row: name of the paper and of the row in the published figures.
         metric: top1, top1_error or top1_error_increase.
-        claimed, upper: the published value. If `upper` is given, the range from `claimed` to `upper`.
+        claimed, upper: the published value, or the range from `claimed` to `upper` if `upper` is given.
         top1: the claim as top-1 in percent; None for an increase or an unknown value.
         text: the claim as tables show it. A leading ~ marks a value quoted from memory.
         to_float: the claim minus the paper's float baseline, in points.
@@ -124,14 +124,14 @@ class Setting:
             same seed are averaged first.
         difference: top-1 minus the top-1 of the run's float baseline, in points; None if any run
             has no baseline.
-        over_control: top-1 minus that of the float network of the same normalization that was trained on as long, in
-            points, over the seeds of both; None without such a setting in the table.
+        over_control: top-1 minus that of the float control with the same normalization (see
+            `with_control`), in points, over the seeds that both have; None if there is no such control.
         levels: number of levels that a quantized weight can take.
         cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, and
             peak memory is the largest over runs.
         file_bytes: the size of a run's exported packed file; None if no run has one.
         learning_rate: how the learning rate was selected; only with lr_search=grid.
-        warnings: the warnings of the runs, each once, with its seeds if other seeds lack it.
+        warnings: the warnings of the runs, each once. If only some seeds have it, they are listed.
         conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
             `columns.group_by_bytes`.
     """
@@ -203,8 +203,8 @@ class Setting:
         - levels_found: for each of w, a and g, the fewest and most levels found and the most
           allowed.
         - warnings: facts that limit what the accuracy or the size means, each once.
-        - lr_search: only with lr_search=grid. optim.lr, seeds, and grid (each rate with its mean
-          validation top-1).
+        - lr_search: the selected optim.lr, the seeds, and the grid (each rate with its mean
+          validation top-1); only with lr_search=grid.
         - pairs, winner, test_images, test_sample_ci95_half: see `Conclusion` and `PairConclusion`.
         - published: see `PublishedMatch`; only with --published.
         - bytes_group: only with --sort equal-bytes.

@@ -25,7 +25,7 @@ class SettingPair:
             method.
         leading: whether the first setting has the highest mean at these widths.
         more_seeds: for undecided leading pairs, about how many more seeds would lead to a verdict.
-            None if no number of seeds up to 1000 would.
+            None if even 1000 seeds would not.
     """
 
     first: Setting

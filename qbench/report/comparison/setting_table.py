@@ -10,7 +10,7 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.tables.table import Table
 
 BYTES_TOLERANCE = 0.05
-"""Maximum fraction by which a setting may exceed the smallest one of its group in bytes."""
+"""Largest difference in bytes between a setting and the smallest one of its group, as a fraction of the smallest."""
 
 
 @dataclass(frozen=True, kw_only=True)

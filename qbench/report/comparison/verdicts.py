@@ -41,8 +41,8 @@ class PairConclusion:
         p_mcnemar: McNemar's p-value of the two networks' predictions, if they share only one seed. See `mcnemar`.
         margin: equivalence margin in points.
         verdict: the verdict on this setting.
-        more_seeds: about how many more seeds would lead to a verdict. None if there is one already,
-            or if no number of seeds up to 1000 would.
+        more_seeds: about how many more seeds would lead to a verdict. None if there already is a
+            verdict, or if even 1000 seeds would not lead to one.
     """
 
     other: str

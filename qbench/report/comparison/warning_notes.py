@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from qbench.report.comparison.setting import Setting
 
 MOST_WARNINGS = 3
-"""Most warnings of one setting below a table. The others are in result.json and on the HTML page."""
+"""Maximum number of warnings of one setting below a table. Others are in result.json and on the HTML page."""
 
 
 def warning_notes(settings: Sequence[Setting]) -> Iterator[str]:

@@ -133,7 +133,7 @@ def html(tables: Sequence[Table], runs: Sequence[RunRecord]) -> str:
 
 
 def _finalize(value: object) -> object:
-    """Return a value of the template; text is without control characters except line ends."""
+    """Return a value for the template. In text, control characters except line ends are escaped."""
     return printable(value, keep="\n\t") if type(value) is str else value
 
 

@@ -1,4 +1,4 @@
-"""Collects how a page was made: the command, the version of qbench, and the environments of the runs."""
+"""Collects the provenance of a page: the command, the version of qbench, and the environments of the runs."""
 
 import shlex
 import sys

@@ -111,7 +111,7 @@ def pareto(figure: Figure, data: PlotData) -> None:
 
 
 def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
-    """Draw the Pareto front as a line of steps. Each point on the front gets a ring with its place on the front."""
+    """Draw the Pareto front as a line of steps. Each point on the front gets a ring and a number, counted from 1."""
     best = front(settings, cost)
     x, y = [cost(s) for s in best], [s.top1.mean for s in best]
     panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)

@@ -92,7 +92,7 @@ def comparison_figure(
 
 
 def encoded(figure: Figure, form: str, **style: object) -> bytes:
-    """Return the bytes of the file of a figure. Equal figures give equal bytes.
+    """Return the bytes of a figure's file. Equal figures have equal bytes.
 
     Args:
         figure: a matplotlib figure.

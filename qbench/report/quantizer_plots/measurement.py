@@ -31,7 +31,7 @@ Evaluate = Callable[[nn.Module], Tensor]
 
 
 def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return the curves of weights, inputs and outputs, as far as a method quantizes them, before training.
+    """Return the curves, before training, of those of weights, inputs and outputs that a method quantizes.
 
     If the method quantizes nothing, return the curve of its float weights. The global random state is restored.
     """

@@ -1,6 +1,6 @@
 """Draws figures of quantizers, either of one method or of all methods.
 
-A figure shows weights, inputs and outputs separately, as far as a method quantizes them.
+A figure has separate panels for weights, inputs and outputs. Tensors that a method does not quantize have no panels.
 """
 
 import os

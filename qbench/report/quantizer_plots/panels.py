@@ -178,10 +178,10 @@ def _limits(*values: "NDArray[np.generic]") -> tuple[float, float]:
 
 
 def _spread_out(levels: list[float], gap: float) -> list[float]:
-    """Return the levels that get labels, chosen so that labels are at least `gap` apart.
+    """Return the levels to label on an axis. Labels are at least `gap` apart.
 
     The lowest level, the highest level and zero are chosen first. Then the level that is farthest from all chosen
-    levels is added, until no label fits any more.
+    levels is added. This is repeated as long as labels have room.
     """
     kept = [levels[0], *levels[1:][-1:]]
     rest = sorted(levels, key=abs)

@@ -32,10 +32,10 @@ class Evidence(NamedTuple):
 def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
     """Return the exact two-sided p-value of two networks' hits (N,) (McNemar 1947).
 
-    Only images that exactly one network classifies correctly count. If the networks are equally good, each is correct
-    on such an image with probability 1/2. The number of images that only the first network classifies correctly then
-    follows a binomial distribution. p is twice the lower tail at the smaller count. The test applies to these two
-    networks, not to other seeds of the same methods.
+    The test uses only images that exactly one of the networks classifies correctly. If the networks are equally good,
+    each is correct on such an image with probability 1/2. The number of images that only the first network classifies
+    correctly then follows a binomial distribution. p is twice the lower tail at the smaller count. The test applies to
+    these two networks, not to other seeds of the same methods.
     """
     import numpy as np
     from scipy import special
@@ -52,7 +52,8 @@ def sign_flip(differences: Sequence[float]) -> float:
     Under the null hypothesis, every difference is as likely as its negative. p is the share of all
     2^n choices of signs whose sum is at least as far from 0 as the observed one. Unlike Student's
     test, it needs no normal distribution. With n differences, p is at least 2^(1 - n). Above 16
-    differences, the share of 2^16 random choices is returned (fixed seed, observed one included).
+    differences, the share of 2^16 random choices is returned. They have a fixed seed and include the
+    observed signs.
     """
     import numpy as np
 

@@ -54,11 +54,12 @@ def seeds_needed(
 def _power(
     difference: Difference, n: "NDArray[np.integer]", distances: tuple[float, float], alpha: float, seeds_alone: bool
 ) -> "NDArray[np.floating]":
-    """Return the power at n (m,) seeds for a difference at these distances from two borders.
+    """Return the power at each number of seeds n (m,). `distances` are those of the difference from two borders.
 
     1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n, and
        the part from items stays constant.
-    2. Compute the degrees of freedom of this error after Satterthwaite; n - 1 without variance.
+    2. Compute the degrees of freedom of this error by Satterthwaite's formula (n - 1 if the variance
+       is 0).
     3. Compute the probability of significance against each border:
        P(T <= distance / error - t(1 - alpha / 2)).
     4. Return a lower bound of the probability that both are significant: the sum of the two
@@ -80,7 +81,7 @@ def _power(
 def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
     """Return the number of seeds at which a difference or equivalence would be significant.
 
-    The degrees of freedom are those of `with_seed_dof`. None if no number up to 1000 is enough.
+    The degrees of freedom are those of `with_seed_dof`. Return None if no number up to 1000 is enough.
     """
     counts = [seeds_needed(difference, "better", 0.0, alpha, seeds_alone=True)]
     if abs(difference.mean) < margin:  # `equivalent` is one-sided, `seeds_needed` two-sided

@@ -1,7 +1,7 @@
 """Escapes text for each format of a table.
 
-Names, reasons and notes come from files that anybody may have written. In no format may they become
-control sequences, markup, formulas or commands.
+Names, reasons and notes come from files that anybody may have written. They must not become control
+sequences, markup, formulas or commands in any format.
 """
 
 import re
@@ -16,7 +16,7 @@ LINK = re.compile(r"\](?=[(\[:])")
 FORMULA = "=@＝＠"  # spreadsheets read the full-width signs too
 SIGNS = "+-＋－"
 NUMBER = re.compile(r"[+-]?[\d.]*[\d.,:;±+% -]*[A-Za-z]{0,3}")
-"""A number, also with its error and unit; a spreadsheet may read it."""
+"""A number, which may have an error and a unit. Spreadsheets can read it without danger."""
 LATEX = {
     "\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "[": "{[}", "*": "{*}",  # at the start of a row, the \\ before it would take them as arguments
@@ -26,8 +26,8 @@ LATEX = {
 def printable(text: str, keep: str = "") -> str:
     """Return text for a terminal, a plot or a page: one line, without control characters.
 
-    Characters that cannot be printed are written as in Python's strings, such as `\\x1b`. Those in
-    `keep` stay.
+    Characters that cannot be printed are written as in Python's strings, such as `\\x1b`. Characters
+    in `keep` are not changed.
     """
     if text.isprintable():
         return text
@@ -45,7 +45,7 @@ def markdown(text: str, *, links: bool = False) -> str:
 
 
 def csv(text: str) -> str:
-    """Return text for a cell of a CSV file. A leading `'` keeps spreadsheets from reading a formula."""
+    """Return text for a cell of a CSV file. A leading `'` prevents spreadsheets from evaluating it as a formula."""
     text = printable(text)
     is_formula = text.lstrip().startswith(tuple(FORMULA))
     is_formula |= text.lstrip().startswith(tuple(SIGNS)) and not NUMBER.fullmatch(text)
@@ -58,5 +58,5 @@ def latex(text: str) -> str:
 
 
 def latex_comment(text: str) -> str:
-    """Return a comment of LaTeX: one line, so that no part of it is a command."""
+    """Return text as a LaTeX comment on one line. Text on a second line could be a command."""
     return f"% {printable(text)}"

@@ -96,7 +96,7 @@ def comma_separated(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table]) -> str:
-    """Return JSON text with the title, the rows and the notes of every table. Rows are plain values instead of text."""
+    """Return JSON text with the title, rows and notes of every table. Cells are plain values, not formatted text."""
     plain = [
         {"title": t.title, "rows": [v.to_json() if isinstance(v, JsonRow) else v for v in t.values], "notes": t.notes}
         for t in tables
