@@ -3,10 +3,10 @@
 
     .venv/bin/python scripts/architecture.py [--check]
 
-The environment .venv is made by scripts/test. With --check, nothing is written, and the exit status is 1 if the file is
-out of date. Imports are read from the source. The folders are in the order of LAYERS in tests/test_imports.py. An arrow
-is an import that no chain of other arrows implies. `bits` and `errors` have no arrows, because most folders import
-them.
+scripts/test makes the environment .venv. With --check, nothing is written, and the exit status is 1 if the file is out
+of date. Imports are read from the source. The folders are in the order of LAYERS in tests/test_imports.py. An import
+gets an arrow if no chain of other arrows connects the two folders. `bits` and `errors` have no arrows, because most
+folders import them.
 """
 
 import ast
@@ -45,8 +45,8 @@ FOUNDATION = ("bits", "errors")
 WIDTH, BOX, HIGH, ROW, MARGIN = 800, 156, 44, 80, 14
 """Sizes in pixels: width of the picture, width of a box, height of a box, distance between rows, margin."""
 GAP, LANE, PORT = 28, 20, 20
-"""Distances in pixels: between two boxes of a row, width for an arrow that passes through a row, between two arrow ends
-at a box.
+"""Distances in pixels: between two boxes of a row, and between two arrow ends at a box. The second number is the width
+in pixels that an arrow needs to pass through a row.
 """
 STYLE = """
   .page { fill: #ffffff } .box { fill: #eef3fb; stroke: #3b6ea8 } .free { fill: #f3f3f3; stroke: #8a8a8a }
@@ -105,7 +105,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Return the folders to which each folder has an arrow. An import that a longer chain implies has no arrow."""
+    """Return the folders to which each folder has an arrow. Folders connected by a chain need no other arrow."""
     direct = {folder: names - set(FOUNDATION) for folder, names in imports().items()}
 
     def reached(folder: str) -> set[str]:
@@ -146,7 +146,7 @@ def _join(upper: Item, lower: Item) -> None:
 def place(places: list[list[Item]]) -> None:
     """Set the centre of every item.
 
-    An item is near the items to which it is connected, and the order of the items gives few crossings.
+    An item is placed near the items to which it is connected. The order of the items leads to few crossing arrows.
     """
     for row in places:
         _spread(row)
@@ -186,7 +186,7 @@ def _top(row: int) -> int:
 
 
 def _port(item: Item, others: list[Item], other: Item) -> float:
-    """Return the place on an item's edge at which the arrow from or to another item ends, as x in pixels."""
+    """Return x in pixels of the point on an item's edge at which its arrow from or to another item ends."""
     index = next(i for i, one in enumerate(others) if one is other)
     return item.x + PORT * (index - (len(others) - 1) / 2) if item.folder else item.x
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Choose the optimizer of the shared recipe on validation images, over several methods.
+"""Choose the optimizer of the shared recipe by validation accuracy, over several methods.
 
-    .venv/bin/python scripts/choose_recipe.py [KEY=VALUE ...] [--record FILE]    # trains what is not stored
+    .venv/bin/python scripts/choose_recipe.py [KEY=VALUE ...] [--record FILE]    # trains runs that are not stored
     .venv/bin/python scripts/choose_recipe.py --from FILE                        # trains nothing
 
 A recipe's score is its mean validation top-1 after the last epoch, over methods and seeds. The recipe with the best
@@ -30,13 +30,13 @@ WORDS = {
     "out": "out=outputs/recipe",
     "runtime.tensorboard": "runtime.tensorboard=false",
 }
-"""Words of the sweep; words on the command line replace those with the same key."""
+"""Overrides of the sweep. An override on the command line replaces the one with the same key."""
 SOME_FAILED = 8
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/choose_recipe.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of qbench, such as dataset=glyphs")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="overrides of qbench, such as dataset=glyphs")
     parser.add_argument("--record", type=Path, metavar="FILE", help="store the runs")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="read the runs from such a file")
     options = parser.parse_args(arguments)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
     """Return a table of mean validation top-1 by recipe and setting, and the recipe with the best mean.
 
-    Only settings and seeds that all recipes have count.
+    Settings and seeds that any recipe lacks are ignored.
 
     Raises:
         SystemExit: there is no run that all recipes have.
@@ -85,7 +85,7 @@ def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
 
 
 def recipe_name(optim: dict[str, object]) -> str:
-    """Return a recipe in words that tell it from the others."""
+    """Return a text that distinguishes a recipe from the others."""
     return json.dumps({key: optim.get(key) for key in ("name", "lr", "schedule")}, separators=(", ", "=")).strip("{}")
 
 

@@ -7,19 +7,20 @@ DATA contains cifar-10-batches-py/. CHECKPOINT is resnet20-12fca82f.th of akamas
 error). The protocol:
 
 - One recipe for every setting: Adam from 1e-3 to 1e-5 (exponential), batch size 64, crops and flips. Papers that
-  fine-tune a float network with Adam start at 1e-3 (EWGS, ResNet-20 on CIFAR-10) or 1.25e-3 (N2UQ). The rates of 1e-4
-  of others belong to many times as many epochs.
-- All 50,000 training images are used. The validation images were seen in pretraining, so none are held out. Nothing is
-  selected: every accuracy is that after the last epoch.
-- The first and the last layer are float. The float control is trained for as long.
-- Seeds decide the order of the images and the augmentation. All settings of one seed run before the next seed begins.
+  fine-tune a float network with Adam start at 1e-3 (EWGS, ResNet-20 on CIFAR-10) or 1.25e-3 (N2UQ). Other papers start
+  at 1e-4, but train for many times as many epochs.
+- All 50,000 training images are used. No validation images are held out, because pretraining used all images. Nothing
+  is selected: every accuracy is that after the last epoch.
+- The first and the last layer are float. The float control is trained for the same number of epochs.
+- The seed determines the order of the images and the augmentation. All settings of one seed run before the next seed
+  begins.
 
-The runs are done one after another in this process. Stored runs are not repeated, so the same command continues. Keys
-of qbench replace those of the protocol. After every run, the results are stored in --record FILE, by default
-docs/records/cifar10.json; `scripts/tables.py --from-records cifar10` then writes docs/results.md. `--from FILE`
-prints the tables of stored results and runs nothing.
+The runs are done one after another in this process. Stored runs are not repeated, so a stopped run of the script
+continues if the command is repeated. KEY=VALUE overrides the protocol. After every run, the results are stored in
+--record FILE, by default docs/records/cifar10.json. `scripts/tables.py --from-records cifar10` then writes
+docs/results.md. `--from FILE` prints the tables of stored results and runs nothing.
 
-Three methods are left out, because they need another network than the checkpoint's: HWGQ and Gupta's fixed point need
+Three methods are left out, because they need another network than the checkpoint's. HWGQ and Gupta's fixed point need
 another normalization, and XNOR-Net's activations need a network in which BN and activation come first.
 """
 
@@ -68,8 +69,8 @@ class Wanted:
     """A setting of the protocol.
 
     Args:
-        method: the method's name, with the method of the activations after a plus sign if there is one.
-        group: the title of its table.
+        method: the method's name. If activations have their own method, its name follows after a plus sign.
+        group: the title of the setting's table.
     """
 
     method: str
@@ -78,7 +79,7 @@ class Wanted:
 
     @property
     def words(self) -> list[str]:
-        """The words of a command line that choose the setting."""
+        """The command-line overrides that select the setting."""
         weight, _, activation = self.method.partition("+")
         return [f"method={weight}", f"bits={self.bits}", *([f"activation={activation}"] if activation else [])]
 
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/cifar10.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of qbench, instead of the protocol's")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="overrides of the protocol")
     parser.add_argument("--root", default="data", help="the folder that contains cifar-10-batches-py/")
     parser.add_argument("--init", default=CHECKPOINT, help="the checkpoint to start from")
     parser.add_argument("--out", default="outputs/cifar10", help="folder of all runs")
@@ -158,10 +159,10 @@ def planned(options: argparse.Namespace, chosen: Sequence[Wanted]) -> list[Plann
 
 
 def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> list[RunRecord]:
-    """Do the runs one after another, and store the results after each. Return the records of all that began.
+    """Do the runs one after another, and store the results after each. Return a record of every run that began.
 
     Args:
-        folders: absolute folders whose names the record leaves out.
+        folders: absolute paths of folders. The stored file contains paths relative to them.
 
     Raises:
         Interrupted: a signal was received.
@@ -180,14 +181,14 @@ def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> 
 
 
 def stored_results(record: Path) -> tuple[list[RunRecord], str]:
-    """Return the runs of a record and the note on them; none if the file does not exist yet."""
+    """Return the runs of a file of stored results, and the note on them. Without the file, there are no runs."""
     if not record.is_file():
         return [], "No run is recorded yet."
     return load_records(record), json.loads(record.read_text())["note"]
 
 
 def store(record: Path, records: Sequence[RunRecord], folders: Sequence[Path]) -> None:
-    """Write a record. It is published, so it names files without the folders of this machine."""
+    """Store the results in a file. The file is published, so its paths do not contain the folders of this machine."""
     text = dump_records(records)
     for folder in folders:
         text = text.replace(f"{folder}/", "") if folder.is_absolute() else text
@@ -197,7 +198,7 @@ def store(record: Path, records: Sequence[RunRecord], folders: Sequence[Path]) -
 
 
 def tables(records: Sequence[RunRecord]) -> list[Table]:
-    """Return one table per group of settings, then a table of what is missing."""
+    """Return one table per group of settings, followed by a table of missing settings."""
     settings = [setting for table in compare(records) for setting in settings_of(table)]
     control = next((s for s in settings if s.is_float and not s.is_baseline), None)
     wanted = wanted_settings()
@@ -242,7 +243,7 @@ def cells(setting: Setting, control: Setting | None) -> tuple[str, ...]:
 
 
 def over_control(setting: Setting, control: Setting) -> str:
-    """Return the difference to the float control, with the half-width of its 95 % confidence interval, by seed."""
+    """Return the difference to the float control, paired by seed, with the half-width of its 95 % interval."""
     ours, floats = ({run.seed: run.top1 for run in each.runs} for each in (setting, control))
     seeds = sorted(ours.keys() & floats.keys())
     if len(seeds) < 2:

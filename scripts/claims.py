@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Test the papers' claims below conf/experiment/claims/ with runs, and write docs/claims.md.
+"""Train runs that test the papers' claims in conf/experiment/claims/, and write docs/claims.md.
 
     .venv/bin/python scripts/claims.py [NAME ...] [--seeds 0-9] [--out outputs/claims] [--docs docs/claims.md]
                                     [--plan | --report | --from FILE] [--record FILE]
 
-Trains the arms of the named claims (without a name, of all claims) that are not stored yet. --plan shows what would be
-trained and how long it would take; --report trains nothing. The document always has all claims, because Holm's
-adjustment is over all of them; its values are also written to OUT/claims.json. Claims share runs whose configurations
-are equal.
+Without a NAME, all claims are tested. Runs of their arms are trained if they are not stored yet. Claims share runs with
+equal configurations. --plan shows which runs would be trained, and estimates the time. --report trains nothing. The
+document always contains all claims, because Holm's adjustment covers all of them. Its values are also written to
+OUT/claims.json.
 
---record FILE stores the runs of all claims with their hits and the sha256 of their weights; --from FILE writes the
+--record FILE stores the runs of all claims with their hits and the sha256 of their weights. --from FILE writes the
 document from such a file and needs no runs.
 """
 
@@ -47,11 +47,11 @@ from qbench.system import files
 
 ROOT = Path(__file__).resolve().parents[1]
 FINAL = (DONE, "unsupported", "diverged")
-"""Statuses that remain if a run is repeated. A failed run is repeated."""
+"""Statuses of runs that are not repeated. A failed run is repeated."""
 BACKWARD = "method.backward="
 
 Arm = tuple[str, ...]
-"""The command-line words of an arm."""
+"""The command-line overrides of an arm."""
 ArmRuns = dict[Arm, dict[int, RunRecord]]
 """The runs of each arm by seed."""
 
@@ -125,12 +125,12 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Stored:
-    """Runs and measurements from a record; without a file, nothing.
+    """Runs and measurements from a file that `write_record` wrote. They are empty without such a file.
 
     Args:
-        runs: name of a run's directory -> the run.
-        mismatch: claim -> gradient mismatch by seed.
-        machine: the machine of the runs, in words.
+        runs: map from the name of a run's directory to the run.
+        mismatch: map from a claim to its gradient mismatch by seed.
+        machine: a text that describes the machine of the runs.
     """
 
     runs: Mapping[str, RunRecord] = field(default_factory=dict)
@@ -139,28 +139,28 @@ class Stored:
 
     @staticmethod
     def load(file: Path) -> "Stored":
-        """Read a file that `write_record` wrote."""
+        """Return the content of a file that `write_record` wrote."""
         runs = {place(run.path): run for run in load_records(file)}
         values = json.loads(file.read_text("utf-8"))
         return Stored(runs, values["gradient_mismatch"], values["machine"])
 
     def run(self, planned: RunRecord) -> RunRecord:
-        """Return the stored run in place of one that has no directory here."""
+        """Return the stored run if the planned run has no directory, otherwise the planned run."""
         return self.runs.get(place(planned.path), planned)
 
     @property
     def hits(self) -> dict[str, Hits]:
-        """Name of a run's directory -> its hits."""
+        """The hits of the runs, by the name of a run's directory."""
         return {name: run.hits for name, run in self.runs.items() if run.hits}
 
 
 def place(path: Path) -> str:
-    """Return the part of a run's path that is the same wherever the runs are: folder and directory."""
+    """Return the last two parts of a run's path. They stay the same when the runs are moved."""
     return f"{path.parent.name}/{path.name}"
 
 
 def write_record(file: Path, runs: Iterable[RunRecord], mismatch: Mapping[str, Any], machine: str) -> None:
-    """Write the runs with their float baselines, one entry a run."""
+    """Write the runs and their float baselines, with one entry per run."""
     found = with_baselines(list({run.path: run for run in runs}.values()))
     relative = [replace(run, path=Path(place(run.path)), hits=run.hits or hits_of(run)) for run in found]
     values = json.loads(dump_records(relative)) | {"gradient_mismatch": mismatch, "machine": machine}
@@ -182,7 +182,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def arm_words(claim: Claim, arm: Iterable[str], out: str) -> list[str]:
-    """Return the command-line words of an arm's run."""
+    """Return the command-line overrides of an arm's run."""
     return [f"experiment=claims/{claim.name}", *arm, f"out={out}"]
 
 
@@ -211,7 +211,7 @@ def arm_runs(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> di
 
 
 def sweep_words(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> list[str]:
-    """Return the words of the sweep that trains an arm for these seeds."""
+    """Return the command-line overrides of the sweep that trains an arm for these seeds."""
     return ["-m", *arm_words(claim, arm, out), f"seed={','.join(map(str, seeds))}", "hydra/launcher=joblib"]
 
 
@@ -228,7 +228,7 @@ def train(claim: Claim, seeds: list[int], out: str) -> None:
 
 
 def print_plan(chosen: list[Claim], seeds: list[int], out: str) -> None:
-    """Print an estimate of the training time of the missing runs per claim; shared runs count once."""
+    """Print an estimate of the training time of the missing runs per claim. Shared runs are counted once."""
     total = 0.0
     counted: set[str] = set()
     table = Table(("claim", "arms", "missing runs", "estimate"))
@@ -249,7 +249,7 @@ def missing_work(claim: Claim, seeds: list[int], out: str, counted: set[str]) ->
     """Return the number of missing runs of a claim and their training time in seconds.
 
     Args:
-        counted: runs that are counted already; the runs of this claim are added.
+        counted: the runs that earlier claims have counted. The runs of this claim are added to it.
     """
     from qbench.analysis.plan import plan
 
@@ -281,7 +281,7 @@ def stored_seconds(path: Path) -> float:
 def write_report(
     claims: list[Claim], seeds: list[int], out: str, docs: Path, stored: Stored, record: Path | None
 ) -> None:
-    """Evaluate every claim and write OUT/claims.json, the document, and the record if there is a name for it."""
+    """Evaluate every claim, and write OUT/claims.json and the document. If `record` is given, store the runs in it."""
     results: list[ClaimResult] = []
     runs: dict[str, ArmRuns] = {}
     mismatch: dict[str, dict[str, Any]] = {}
@@ -323,7 +323,7 @@ def write_report(
 def claim_section(
     claim: Claim, results: list[ClaimResult], arms: ArmRuns, seeds: list[int], out: str, machine: str
 ) -> str:
-    """Return the section of a claim: its text, means and verdicts, commands and the time of its runs."""
+    """Return the section of a claim, with its text, means and verdicts, commands and the time of its runs."""
     lines = [f"## {claim.name}", "", f"{claim.says} Source: {claim.source}.", ""]
     lines += [claim.note, ""] if claim.note else []
     for one in results:
@@ -357,7 +357,7 @@ def machine_text(runs: dict[str, ArmRuns]) -> str:
 
 
 def measure_mismatch(claim: Claim, net: dict[int, RunRecord], out: str) -> dict[str, Any]:
-    """Return {seed: {sigma: {backward: {layer: (cosine, bias)}}}} for a claim's networks; stored values are reused."""
+    """Return {seed: {sigma: {backward: {layer: (cosine, bias)}}}} for a claim's networks. Stored values are reused."""
     from qbench.analysis.gradient_mismatch import mismatch_of_run
 
     store = Path(out) / "gradient_mismatch.json"
@@ -384,7 +384,7 @@ def backward_names(claim: Claim) -> list[str]:
 
 
 def mismatch_results(claim: Claim, net: dict[int, RunRecord], mismatch: dict[str, Any]) -> list[ClaimResult]:
-    """Evaluate the mean cosine over layers, at the noise that verdicts use."""
+    """Evaluate a claim by the mean cosine over layers, at the noise level that verdicts use."""
     from qbench.analysis.gradient_mismatch import VERDICT_SIGMA
 
     results = []

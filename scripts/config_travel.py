@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Counts files that use a `Config`, and places that make a run's directory.
+"""Counts files that use a `Config`, and calls that create a run's directory.
 
     python scripts/config_travel.py
 
 The first list contains files of qbench/ in which a parameter or a field of a class is annotated with `Config`. The
-second list contains calls that make a `RunDirectory`, directly or through `planned_run` and `planned_runs`. Both lists
-are read from the syntax trees.
+second list contains calls that create a `RunDirectory`, directly or through `planned_run` and `planned_runs`. Both
+lists are computed from the syntax trees.
 """
 
 import ast
@@ -58,7 +58,7 @@ def takers() -> dict[str, list[int]]:
 
 
 def makers() -> list[tuple[str, int, str]]:
-    """Return (file, line, function) of every call that makes a run's directory."""
+    """Return (file, line, function) of every call that creates a run's directory."""
     calls = []
     for file, tree in trees().items():
         for node in ast.walk(tree):
@@ -72,11 +72,11 @@ def makers() -> list[tuple[str, int, str]]:
 def main() -> None:
     """Print both lists."""
     files = takers()
-    print(f"{len(files)} files take a Config:")
+    print(f"{len(files)} files use a Config:")
     for file, lines in files.items():
         print(f"    {file}: {len(lines)} ({', '.join(map(str, lines))})")
     calls = makers()
-    print(f"{len(calls)} calls make a run's directory:")
+    print(f"{len(calls)} calls create a run's directory:")
     for file, line, name in calls:
         print(f"    {file}:{line}: {name}")
 

@@ -1,6 +1,6 @@
-"""Make the reference of all configuration keys; `scripts/reference.py` writes it.
+"""Make the reference page of all configuration keys, which `scripts/reference.py` writes.
 
-Types and ranges come from qbench/config/schema.py, defaults and meanings from the YAML files in conf/.
+Types and ranges come from qbench/config/schema.py. Defaults and meanings come from the YAML files in conf/.
 """
 
 import ast
@@ -21,7 +21,7 @@ from qbench.report.tables.table import Table, markdown
 
 CONF = groups.conf_directory()
 SCHEMA_FILES = {"bits": "auto", "layers": "default", "distill": "auto", "runtime": "default", "optim": "unified"}
-"""Group of the schema -> the option whose values are the defaults."""
+"""Maps a group of the schema to the option whose values are the defaults."""
 NODE_GROUPS = ("model", "dataset", "method")
 """Groups whose keys are arguments of a function."""
 TITLES = {"": "Run", "lr_grid": "Grid of learning rates", "pretrain": "Float baseline"}
@@ -45,7 +45,7 @@ GROUP_TEXTS = {
 
 
 class Key(NamedTuple):
-    """One key of the configuration. `allowed` is empty if the type says everything."""
+    """One key of the configuration. `allowed` is empty if every value of the type is allowed."""
 
     name: str
     type: str
@@ -64,7 +64,7 @@ class Commented(NamedTuple):
 
 @cache
 def read(path: Path) -> Commented:
-    """Return the values and comments of a YAML file. A comment may continue on lines of its own."""
+    """Return the values and comments of a YAML file. A comment may continue on the next lines."""
     text = path.read_text(encoding="utf-8")
     head = re.match(r"(?:#.*\n)*", text)[0].replace("# @package _global_\n", "")
     comments: dict[str, str] = {}
@@ -102,7 +102,7 @@ def read_option(group: str, name: str) -> Commented:
 
 @cache
 def attribute_docstrings() -> dict[tuple[str, str], str]:
-    """Return (class, field) -> the string below the field in schema.py."""
+    """Return a map from (class, field) to the string below the field in schema.py."""
     texts = {}
     for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
@@ -132,7 +132,7 @@ def schema_keys(cls: type = schema.Config, prefix: str = "") -> Iterator[Key]:
 
 
 def from_yaml(name: str) -> tuple[Any, str]:
-    """Return the default (MISSING if no file has one) and the comment of a key of the schema."""
+    """Return the default and the comment of a key of the schema. The default is MISSING if no file has one."""
     group, _, key = name.partition(".")
     if group not in SCHEMA_FILES:
         file = read(CONF / "config.yaml")
@@ -177,7 +177,7 @@ def shown(value: Any) -> str:
 
 
 def families(group: str) -> dict[str, list[str]]:
-    """Return family -> options that have the same keys because they share a function."""
+    """Return a map from a family to its options. They have the same keys, because they share a function."""
     found: dict[str, list[str]] = {}
     for name in sorted(path.stem for path in (CONF / group).glob("*.yaml")):
         found.setdefault(str(read_option(group, name).values.get("family", name)), []).append(name)
@@ -185,7 +185,7 @@ def families(group: str) -> dict[str, list[str]]:
 
 
 def node_keys(group: str, names: Sequence[str]) -> Iterator[Key]:
-    """Yield the keys of options that share a function, with the default of each option if they differ."""
+    """Yield the keys of options that share a function. If defaults differ, the default of each option is stated."""
     files = {name: read_option(group, name) for name in names}
     others = [read(path) for path in sorted((CONF / group).glob("*.yaml"))]
     for key in dict.fromkeys(key for file in files.values() for key in file.values):

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Measures the cost of bugs: trains every known public deviation and the faithful method, and compares them by seed.
+"""Measures the cost of bugs. Each known deviation of public code is compared with the paper's method, seed by seed.
 
 Usage, after `scripts/test` made the environment:
 
     .venv/bin/python scripts/deviations.py                 # 10 seeds on glyphs; writes docs/deviations.md
     .venv/bin/python scripts/deviations.py --seeds 20      # more seeds; stored runs are not repeated
-    .venv/bin/python scripts/deviations.py --quick         # on digits; only prints the table, as with further keys
+    .venv/bin/python scripts/deviations.py --quick         # on digits; only prints the table
     .venv/bin/python scripts/deviations.py --seeds 2 experiment=smoke dataset=digits out=/tmp/smoke
     .venv/bin/python scripts/deviations.py --record FILE   # also store the runs with the sha256 of their weights
     .venv/bin/python scripts/deviations.py --from FILE     # write docs/deviations.md from such a file; trains nothing
+
+With further keys of qbench, as with --quick, the script only prints the table.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def main() -> None:
 
 
 def sweep_words(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
-    """Yield the arguments of one sweep per method and widths: `none`, and all deviations measured there."""
+    """Yield the arguments of one sweep per method and widths. A sweep has `none` and all deviations to measure."""
     for method, bits, names in groups():
         yield [
             "-m", f"method={method}", f"bits={bits}", f"method.deviation={','.join(['none', *names])}",
@@ -88,7 +90,7 @@ def sweep_words(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
 
 
 def groups() -> Iterable[tuple[str, str, list[str]]]:
-    """Yield every method with widths, and the deviations measured at these widths."""
+    """Yield (method, widths, deviations). The deviations are those that are measured at these widths."""
     for method in METHODS:
         by_bits: dict[str, list[str]] = defaultdict(list)
         for name, deviation in deviations(method).items():
@@ -100,8 +102,9 @@ def groups() -> Iterable[tuple[str, str, list[str]]]:
 def deviations_table(records: Sequence[RunRecord], seeds: int) -> Table:
     """Return the table of all deviations, from runs of one protocol.
 
-    Points lost are test top-1 after the last epoch of the faithful method minus the deviation's, over the seeds in
-    which both are done. Runs that are not done are counted and named; a run that does not exist counts as missing.
+    Points lost are test top-1 of the paper's method minus test top-1 with the deviation, after the last epoch. Only
+    seeds in which both runs are done are compared. Runs that are not done are counted and named. A run that does not
+    exist is reported as missing.
     """
     runs = [run for run in records if run.result is not None and run.result.seed < seeds]
     protocols = {(r.result.dataset, r.result.model, r.result.protocol.hash) for r in runs if not _is_float(r)}
@@ -162,7 +165,7 @@ def _add_row(
 
 
 def _no_effect(deviating: SeedRuns, faithful: SeedRuns) -> str:
-    """Return a note if a deviation did not change the weights of any run, otherwise an empty list."""
+    """Return a note if a deviation did not change the weights of any run, otherwise an empty text."""
     digests = [
         {
             s: run.result.weights_sha256
@@ -177,7 +180,7 @@ def _no_effect(deviating: SeedRuns, faithful: SeedRuns) -> str:
 
 
 def _top1(runs: SeedRuns) -> dict[int, float]:
-    """Return test top-1 after the last epoch by seed, of the runs that are done."""
+    """Return test top-1 after the last epoch by seed. Runs that are not done are left out."""
     return {s: run.result.final.test.top1 for s, run in runs.items() if run.status == DONE and run.result.final}
 
 
@@ -187,7 +190,7 @@ def _is_float(run: RunRecord) -> bool:
 
 
 def describe_machine(out: Path) -> str:
-    """Return the machine of the runs in words."""
+    """Return a text that describes the machine of the runs."""
     manifests = sorted(out.rglob("manifest.json"))
     if not manifests:
         raise SystemExit(f"{out}: no finished run")
@@ -197,7 +200,7 @@ def describe_machine(out: Path) -> str:
 
 
 def document(table: Table, commands: Sequence[str], runs: Sequence[RunRecord], machine: str) -> str:
-    """Return the page: what was measured, how and where, and the table."""
+    """Return the page, which explains the measurement and contains the table."""
     results = [run.result for run in runs if run.result]
     seconds = sum(result.wall_seconds or 0 for result in results)
     listed = "\n".join(f"    {line}" for line in commands)

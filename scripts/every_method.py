@@ -3,9 +3,9 @@
 
     .venv/bin/python scripts/every_method.py [KEY=VALUE ...]
 
-The environment .venv is made by scripts/test. A run quantizes only weights, activations or gradients, and the other two
-have 32 bits. The levels of every run are verified. The exit status is 1 if a run has failed or is not verified. Stored
-runs are not repeated.
+scripts/test makes the environment .venv. A run quantizes only weights, activations or gradients, and the other two have
+32 bits. The levels of every run are verified. The exit status is 1 if a run has failed or is not verified. Stored runs
+are not repeated.
 
 `--record FILE` stores the results. `--from FILE` prints the table of stored results and runs nothing.
 """

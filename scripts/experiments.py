@@ -3,8 +3,8 @@
 
     .venv/bin/python scripts/experiments.py [--check]
 
-Files for which there is no row are removed. With --check, nothing is written. The script then lists the files that
-would change, and exits with status 1 if there are any.
+Experiment files without a published row are removed. With --check, nothing is written. The script then lists the files
+that would change, and exits with status 1 if there are any.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def capitalized(text: str) -> str:
 
 
 def split_words(words: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Split command-line overrides into choices of groups and nested keys. The last override of a key counts."""
+    """Split command-line overrides into choices of groups and nested keys. The last override of a key is used."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
     for word in words:

@@ -1,4 +1,4 @@
-"""Make one page per method for the documentation site: card, picture, options, results, published rows.
+"""Make one page per method for the documentation site, with card, picture, options, results and published rows.
 
 docs/conf.py calls `write` before each build. The pages are made from the method cards, conf/method, docs/records and
 the published figures, so they are not stored in the repository.
@@ -24,7 +24,7 @@ from qbench.runs.reader import load_records
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ("digits", "methods", "others", "methods-glyphs", "unified")
 CARD_WIDTH = 100
-"""Maximum length of a line in a method card. A shorter line that had room for the next word ends a paragraph."""
+"""Maximum length of a line in a method card. If the next word would have fitted on a line, a paragraph ends there."""
 
 
 def write(folder: Path) -> None:
@@ -107,7 +107,7 @@ def published(name: str) -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Return the paragraphs of a section of a card. Lines that were only wrapped are joined."""
+    """Return the paragraphs of a section of a card. Lines of the same paragraph are joined."""
     lines = text.splitlines()
     parts = lines[:1]
     for before, line in pairwise(lines):

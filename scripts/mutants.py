@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Measure the tests with mutants: change one place of the code, run the tests that cover its line, count survivors.
+"""Measure the quality of the tests with mutants, which are small changes of the code that tests should notice.
 
-    .venv/bin/python scripts/mutants.py --cover          # first: which tests run which lines (the whole fast suite)
+    .venv/bin/python scripts/mutants.py --cover          # first: store which tests run which lines (whole fast suite)
     .venv/bin/python scripts/mutants.py --sample 120     # then: 120 mutants; a stopped run continues
-    .venv/bin/python scripts/mutants.py --report         # the score and the survivors, from what is stored
+    .venv/bin/python scripts/mutants.py --report         # the score and the survivors of the stored outcomes
     .venv/bin/python scripts/mutants.py --report --docs  # also write them into docs/reliability.md
 
-A mutant is one small change: another comparison or arithmetic operator, `and` for `or`, a negated condition, a number
-plus one, a flipped truth value, `min` for `max`, a call left out, or a result replaced by None. The sample is drawn
-with a fixed seed from all mutants of the folders, each folder with an equal share. Every mutant runs in a copy of the
-working tree. It is killed if a test fails or runs out of time. A mutant on a line that no test runs survives.
+A mutant has one change: another comparison or arithmetic operator, `and` instead of `or`, a negated condition, a number
+plus one, a flipped truth value, `min` instead of `max`, an omitted call, or None instead of a result. The sample is
+drawn with a fixed seed from all mutants, with equally many from each folder. Only tests that run the changed line are
+run, in a copy of the working tree. A mutant is killed if a test fails or runs out of time. Otherwise it survives, for
+example because no test runs its line.
 """
 
 import argparse
@@ -35,7 +36,7 @@ FOLDERS = ("quant", "methods", "report/statistics", "training", "runs")
 """Folders of qbench/ whose code is mutated."""
 COPIED = ("qbench", "conf", "tests", "scripts", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
 MOST_TESTS = 400
-"""Largest number of tests that a mutant is run against; those of its own folder come first."""
+"""Maximum number of tests that are run for a mutant. Tests of the mutant's own folder come first."""
 
 COMPARISONS = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
@@ -58,19 +59,19 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """The mutant's name, which stays the same as long as the file does."""
+        """The mutant's name. It is stable as long as the file is not changed."""
         return f"{self.file}:{self.line}: {' '.join(self.was.split())} -> {' '.join(self.text.split())}"
 
     @property
     def key(self) -> str:
-        """A digest of the change and of the file that it changes."""
+        """A digest of the change and of the changed file."""
         source = (ROOT / self.file).read_text("utf-8")
         return hashlib.sha256(f"{self.start} {self.text} {self.file} {source}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a mutant: killed, survived, timeout or uncovered; timeout counts as killed."""
+    """The outcome of a mutant: killed, survived, timeout (which counts as killed), or uncovered by tests."""
 
     key: str
     name: str
@@ -104,7 +105,7 @@ def mutants_of(file: Path) -> Iterator[Mutant]:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """Yield expressions and statements that run, without annotations, messages, docstrings and imports for types."""
+    """Yield the expressions and statements to mutate, without annotations, messages, docstrings and type imports."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "msg"):
             continue
@@ -153,7 +154,7 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def sampled(count: int, seed: int, folders: Sequence[str]) -> list[Mutant]:
-    """Return `count` mutants, with an equal share of each folder."""
+    """Return `count` mutants, with equally many from each folder."""
     chosen: list[Mutant] = []
     for i, folder in enumerate(folders):
         found = [m for file in sorted((ROOT / "qbench" / folder).glob("*.py")) for m in mutants_of(file)]
@@ -163,7 +164,7 @@ def sampled(count: int, seed: int, folders: Sequence[str]) -> list[Mutant]:
 
 
 def covering_tests(data: CoverageData, mutant: Mutant) -> list[str]:
-    """Return the tests that run the mutant's line, those of its own folder first."""
+    """Return the tests that run the mutant's line. Tests of the mutant's own folder come first."""
     measured = next((f for f in data.measured_files() if f.endswith("/" + mutant.file)), None)
     contexts = data.contexts_by_lineno(measured).get(mutant.line, []) if measured else []
     tests = sorted({context.partition("|")[0] for context in contexts if "::" in context})
@@ -172,7 +173,7 @@ def covering_tests(data: CoverageData, mutant: Mutant) -> list[str]:
 
 
 def run_mutant(mutant: Mutant, tests: Sequence[str], tree: Path, limit: float) -> str:
-    """Return the outcome of a mutant in a copy of the tree, which is as before afterwards."""
+    """Return the outcome of a mutant. It is made in a copy of the tree, which is restored afterwards."""
     if not tests:
         return "uncovered"
     path, listed = tree / mutant.file, tree / "tests.txt"
@@ -203,7 +204,7 @@ def cover(tests: Sequence[str], file: Path) -> int:
 
 
 def score(outcomes: Sequence[Outcome], command: str) -> str:
-    """Return the score, also by folder, and the survivors, as Markdown."""
+    """Return Markdown text with the total score, the score of each folder, and the survivors."""
     dead = sum(o.outcome in ("killed", "timeout") for o in outcomes)
     lines = [f"`{command}`: {dead} of {len(outcomes)} mutants killed ({100 * dead / max(len(outcomes), 1):.0f} %).", ""]
     for folder in dict.fromkeys(o.folder for o in outcomes):
@@ -217,7 +218,7 @@ PAGE, BEGIN, END = ROOT / "docs" / "reliability.md", "<!-- mutants -->\n", "<!--
 
 
 def write_page(text: str) -> None:
-    """Write the score between the marks of docs/reliability.md."""
+    """Write the score between the two markers in docs/reliability.md."""
     before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
@@ -228,10 +229,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--report", action="store_true", help="print the score of the stored outcomes")
     parser.add_argument("--docs", action="store_true", help="write the score into docs/reliability.md")
     parser.add_argument("--sample", type=int, default=120, metavar="N", help="number of mutants (default: 120)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sample (default: 0)")
     parser.add_argument("--folders", default=",".join(FOLDERS), help="folders of qbench/ (default: all five)")
-    parser.add_argument("--limit", type=float, default=600, metavar="S", help="seconds for a mutant (default: 600)")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "mutants", help="folder of what is stored")
+    parser.add_argument("--limit", type=float, default=600, metavar="S", help="seconds per mutant (default: 600)")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "mutants", help="folder of the stored data")
     parser.add_argument("tests", nargs="*", default=["tests"], help="tests for --cover (default: the fast suite)")
     options = parser.parse_args(arguments)
     data_file, store = options.out.resolve() / "coverage", options.out.resolve() / "outcomes.jsonl"

@@ -147,7 +147,7 @@ def quantized_letters(method: str) -> str:
 
 
 def formulas(method: str) -> str:
-    """Return the names of the public functions in a method's module that take a tensor or make one from numbers.
+    """Return the names of the public functions in a method's module that accept a tensor or make one from numbers.
 
     If there are none, return the names of the methods whose functions the module imports.
     """
@@ -321,7 +321,7 @@ def border(row: dict[str, str]) -> str:
 def deviations_part(paper: Paper) -> str:
     """Return the part on qbench's deviations from the paper, and on known deviations of public code.
 
-    For the latter, the measured loss of accuracy is stated.
+    For deviations of public code, the measured loss of accuracy is stated.
     """
     lines = [bullet(f"`{name}`: {cards()[name]['Deviations']}") for name in methods_of(paper)]
     departs = recipe_sentences(paper, "departs")
@@ -352,7 +352,7 @@ def open_part(paper: Paper) -> str:
 def recipe_sentences(paper: Paper, key: str) -> list[str]:
     """Return sentences from a paper's recipes.
 
-    With the key `open`, they say what the source leaves open. With `departs`, they say what differs from the source.
+    With `key="open"`, they say what the source leaves open. With `key="departs"`, they say what differs from it.
     """
     entries = [(text, recipe) for recipe in paper.recipes.values() for text in getattr(recipe, key)]
     return unique(marked(capitalized(text), recipe.provenance) for text, recipe in entries)
@@ -392,7 +392,7 @@ def related_entry(paper: dict[str, Any]) -> str:
 
 
 def marked(sentence: str, provenance: str) -> str:
-    """Return a sentence, with a mark if it is from memory and does not itself say that."""
+    """Return a sentence. If it is from memory and does not say so, add a mark."""
     needs_mark = provenance_text(provenance) == MEMORY and not re.search("memory|remember", sentence)
     return f"{sentence} ({MEMORY})." if needs_mark else f"{sentence}."
 

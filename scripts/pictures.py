@@ -3,7 +3,7 @@
 
     .venv/bin/python scripts/pictures.py [METHOD ...]
 
-The environment .venv is made by scripts/test.
+scripts/test makes the environment .venv.
 """
 
 import sys

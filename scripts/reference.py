@@ -5,7 +5,8 @@
 
 The configuration page is made from qbench/config/schema.py (types, ranges) and the YAML files in conf/ (defaults, and
 the comment next to each key). The page of commands is made from the parsers in qbench/cli and from qbench/errors.py.
---check writes nothing: it names the pages that would change and exits with 1 if there are any.
+With --check, nothing is written. The script then names the pages that would change, and exits with status 1 if there
+are any.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from qbench.cli.parsers import PARSERS
 from qbench.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))  # absent if PYTHONSAFEPATH is set
+sys.path.insert(0, str(ROOT / "scripts"))  # Python does not add this folder if PYTHONSAFEPATH is set
 
 from configuration_reference import GENERATED, configuration_page, table  # noqa: E402
 
@@ -42,7 +43,7 @@ def commands_page() -> str:
 
 
 def usage_word(action: argparse.Action) -> str:
-    """Return a positional argument as in a usage line; an empty text for a flag."""
+    """Return a positional argument as in a usage line. For a flag, return an empty text."""
     name = "" if action.option_strings else str(action.metavar or action.dest)
     return {"+": f"{name} ...", "*": f"[{name} ...]", "?": f"[{name}]", 2: f"{name} {name}"}.get(
         action.nargs or "", name
@@ -85,7 +86,7 @@ TRAINING_FLAGS = {
     ("-m", "--multirun"): "all combinations of comma-separated values",
     ("-c", "--cfg"): "print the configuration (`job`, `hydra` or `all`) and run nothing",
     ("--resolve",): "with `--cfg`: insert the values of references such as `${dataset.recipe.lr}`",
-    ("-i", "--info"): "print what Hydra knows: `all`, `config`, `defaults`, `defaults-tree`, `plugins` or `searchpath`",
+    ("-i", "--info"): "show Hydra's information: `all`, `config`, `defaults`, `defaults-tree`, `plugins` or `searchpath`",
     ("-p", "--package"): "with `--cfg`: print only this part of the configuration",
     ("-cd", "--config-dir"): "a folder with your own groups and experiment files",
     ("-r", "--run"): "one run (the default)",

@@ -27,14 +27,14 @@ EXTRA = (
 
 
 def lines(checkout: Path) -> list[str]:
-    """Return the command lines of the runs, which are every method at its default widths, and then `EXTRA`."""
+    """Return the command lines of the runs: every method at its default widths, and the command lines in `EXTRA`."""
     return [f"method={path.stem}" for path in sorted((checkout / "conf" / "method").glob("*.yaml"))] + list(EXTRA)
 
 
 def weights(checkout: Path, line: str, out: Path) -> str:
     """Train the run of a command line with the code in `checkout`.
 
-    Return the sha256 of the weights, or the reason why there is none.
+    Return the sha256 of the weights, or the reason why the run has no weights.
     """
     folder = out / re.sub(r"\W+", "-", line)
     words = [*line.split(), *SHORT, f"out={folder}"]

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Rebuild the tables in the documents: run the command in each marker and write its output below.
+"""Rebuild the tables in the documents: run the command in each marker, and write its output below the marker.
 
-A marker is `<!-- table: COMMAND -->`, its end `<!-- end -->`. For a sweep the table is that of `qbench compare` over
-the command's `out=`, without conclusions. `qbench compare RECORD ...` and a script of this folder print their own
-table. Stored runs are not repeated.
+A table is between the markers `<!-- table: COMMAND -->` and `<!-- end -->`. If COMMAND is a sweep, the table is that of
+`qbench compare` on the folder `out` of the sweep, without conclusions. `qbench compare RECORD ...` and scripts of this
+folder print their own tables. Stored runs are not repeated.
 
     .venv/bin/python scripts/tables.py [WORD ...]     # only the tables whose command contains one of the words
     .venv/bin/python scripts/tables.py --from-records # runs nothing: writes the tables from docs/records
     .venv/bin/python scripts/tables.py --check        # runs nothing: compares the tables with docs/records
 
-docs/records contains the results of the tables. With it, everybody can rebuild and examine the tables.
+docs/records contains the results behind the tables, so everybody can rebuild and examine the tables.
 """
 
 import json
@@ -82,7 +82,7 @@ def script_output(command: str, *more: str) -> str:
 
 
 def table_text(command: str, stored: bool) -> str | None:
-    """Return the text of a command's table. With `stored`, read it from its record, or return None without a record."""
+    """Return the text of a command's table. With `stored`, make it from its record, or return None if there is none."""
     record = record_path(command)
     if command.startswith("qbench compare "):
         return run_compare(command.split()[2:]) + "\n"

@@ -64,7 +64,7 @@ HEAD = (
 
 @dataclass
 class NetworkRow:
-    """One row of the tables, which is a setting with the width of its network.
+    """One row of the tables: a setting with the width of its network.
 
     Args:
         role: "quantized", "baseline", or a kind of control.
@@ -191,7 +191,7 @@ def with_width(config: Config, width: int) -> Config:
 
 
 def network_rows(records: Sequence[RunRecord]) -> list[NetworkRow]:
-    """Return the settings of `qbench compare` with their roles and widths. Quantized settings have their controls."""
+    """Return the settings of `qbench compare` as rows. Rows of quantized networks contain their controls."""
     available = {run.result.run for run in records if run.status == DONE and run.result}
     rows: list[NetworkRow] = []
     for setting in (setting for table in compare(records) for setting in settings_of(table)):
@@ -220,7 +220,7 @@ def compare_with_control(
 
 
 def tables(records: Sequence[RunRecord]) -> list[Table]:
-    """Return the tables: one of the float network, one for each number of bits, and one of runs without a result."""
+    """Return a table of the float network, a table for each number of bits, and a table of runs without a result."""
     rows, compared = network_rows(records), compare(records)
     full_width = max((row.width for row in rows), default=0)
     floats = [row for row in rows if row.role in (BASELINE, "float") and row.width == full_width]

@@ -1,6 +1,7 @@
 """Tests the comparisons of claims on finished runs, and makes a table of the results.
 
-The p-values are adjusted for the number of all comparisons. `claim_files.py` explains claims, comparisons and arms.
+The p-values are adjusted for the number of comparisons of all claims. `claim_files.py` explains claims, comparisons
+and arms.
 """
 
 import math
@@ -37,7 +38,7 @@ class ClaimResult:
         difference: the first arm's measure minus the second arm's, paired by seed.
         problems: reasons why the test cannot be made, such as seeds without a result.
         notes: remarks on the difference.
-        fails_to_train: whether the first arm is done and the second arm has diverged in every seed.
+        fails_to_train: whether, in every seed, the first arm is done and the second arm has diverged.
         p: the p-value before Holm's adjustment, or None if the test cannot be made.
         holds: whether the difference supports the claim.
         p_holm: the p-value after Holm's adjustment, or None if the test cannot be made.
@@ -77,7 +78,8 @@ def evaluate_claim(
         measure: the claim's measure, `top1` or `drop`.
         first: the runs of the first arm, by seed.
         second: the runs of the second arm, by seed.
-        hits: the hits of runs of a record, by folder and directory. Hits of other runs are read from their files.
+        hits: the hits of runs that were read from a file of many runs, by folder and directory. Hits of other runs are
+            read from their own files.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
@@ -148,7 +150,7 @@ def _measured(run: RunRecord, measure: str, hits: Mapping[str, Hits]) -> RunAccu
 
 
 def _place(run: str) -> str:
-    """Return folder and directory of a run, which are the same wherever the runs are."""
+    """Return the last two parts of a run's path. They stay the same when the runs are moved."""
     return "/".join(Path(run).parts[-2:])
 
 
@@ -157,7 +159,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
-    """Return sentences about the seeds whose runs are not done, one for each status and reason.
+    """Return sentences about the seeds without a finished run, one for each status and reason.
 
     Args:
         arm: "first" or "second".
@@ -256,7 +258,7 @@ def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
     """
     if d is None:
         return "-", "-", "-"
-    tied = d.n < 2 or d.standard_error == 0  # no interval follows from one value, or from equal ones
+    tied = d.n < 2 or d.standard_error == 0  # one value, or equal values, have no interval
     interval = "-" if tied else f"{d.low:+.{places}f} to {d.high:+.{places}f}"
     return f"{d.mean:+.{places}f}", interval, str(d.n)
 

@@ -11,9 +11,9 @@ from qbench.config.schema import did_you_mean
 from qbench.papers.row_types import CHECKPOINT, METRICS, PAPER, PROVENANCES, REPOSITORY, THIRD, Names, PublishedRow
 
 MAX_GAIN = 1.0
-"""Largest gain over the float baseline, in percentage points, that is not reported as a finding."""
+"""Maximum gain over the float baseline in percentage points. A larger gain is a finding."""
 CHANCE_SLACK = 1.0
-"""Largest distance below chance, in percentage points, that is not reported as a finding."""
+"""Maximum distance below chance in percentage points. A larger distance is a finding."""
 Finding = tuple[PublishedRow, str]
 
 
@@ -103,7 +103,7 @@ def out_of_range(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
     """Find a value that is worse than guessing.
 
-    Such a value is probably an error under an accuracy's metric, or vice versa.
+    Such a value is probably an error that is recorded as an accuracy, or an accuracy that is recorded as an error.
     """
     for row in rows:
         if row.metric.endswith("increase") or row.dataset not in names.datasets or row.metric not in METRICS:
@@ -118,7 +118,7 @@ def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 def complement(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
     """Find two values for the same method, network and width whose sum is 100.
 
-    One of the two values may be an error under an accuracy's metric.
+    One of the two values may be an error that is recorded as an accuracy.
     """
     for group in _grouped(rows, lambda r: (r.method, r.dataset, r.net, str(r.bits), r.metric)):
         for first, second in combinations(group, 2):
@@ -137,7 +137,7 @@ def better_than_float(rows: Iterable[PublishedRow], names: Names) -> Iterator[Fi
 
 
 def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find two networks for which a method has the same value at the same width on the same data set."""
+    """Find two networks with the same value, for the same method, width and data set."""
     for group in _grouped(rows, lambda r: (r.method, r.dataset, str(r.bits), r.levels)):
         for first, second in combinations(group, 2):
             a, b = first.value, second.value

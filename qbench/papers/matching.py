@@ -86,7 +86,7 @@ def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
 def _accuracy_text(row: PublishedRow) -> str:
     """Return a row's value as text, converted so that a larger value is better.
 
-    An error becomes an accuracy. An increase in error becomes a difference in accuracy to the float network.
+    An error becomes an accuracy. An increase in error becomes an accuracy minus that of the float network.
     """
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
@@ -113,7 +113,7 @@ def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) ->
 
 
 def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
-    """Return a note that the method's authors have no result for a setting, or None if the method has no paper."""
+    """Return a note that no result of the method's authors is known for a setting, or None if there is no paper."""
     paper = _paper_of(setting.method)
     if paper is None:
         return None
@@ -126,7 +126,7 @@ def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
 def _paper_of(method: str) -> Paper | None:
     """Return the paper with the method's name.
 
-    If there is no such paper, return a paper whose authors ran the method, or None if there is none either.
+    If there is no such paper, return a paper whose authors ran the method. If there is none either, return None.
     """
     if method == "float":
         return None

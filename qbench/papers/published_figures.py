@@ -1,8 +1,8 @@
 """Reads the published figures, which are numbers copied from papers.
 
-They are in `figures/names.yaml` and in one file `figures/<paper>.yaml` per paper. The file of a
-paper contains bibliographic data, recipes and tables. A key that is set for a table applies to all
-rows of the table.
+Each paper has a file `figures/<paper>.yaml` with bibliographic data, recipes and tables. A key that
+is set for a table applies to all rows of the table. `figures/names.yaml` has the names of networks,
+data sets and methods.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from qbench.papers.row_types import PROVENANCES, Measured, Names, Paper, Publish
 
 FOLDER = Path(__file__).parent / "figures"
 INHERITED = ("policy", "init", "epochs", "augmentation")
-"""Keys that a row takes from its recipe unless the row has its own value."""
+"""Keys of a recipe that apply to its rows. A row's own value of a key overrides the recipe's value."""
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -63,7 +63,7 @@ def command_words(row: PublishedRow) -> list[str]:
     words += [f"bits.{key}={width}" for key, width in dataclasses.asdict(row.bits).items()]
     pretrain = [_pretrain_word(word) for word in recipe.words if word.startswith(("optim", "epochs="))]
     words += [*recipe.words, *(pretrain if recipe.pretrain == "same" else ()), *row.words]
-    return list({word.partition("=")[0]: word for word in words}.values())  # a row's word replaces the recipe's
+    return list({word.partition("=")[0]: word for word in words}.values())  # a row's override replaces the recipe's
 
 
 def _pretrain_word(word: str) -> str:
@@ -74,7 +74,7 @@ def _pretrain_word(word: str) -> str:
 def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
     """Return a sentence that a paper's authors have no result on a data set, or None if they have one.
 
-    If `net` is given, only results with this network count.
+    If `net` is given, results with other networks are ignored.
     """
     (source,) = (p for p in papers() if p.key == paper)
     rows = [r for r in source.rows if r.dataset == dataset and net in (None, r.net)]
@@ -173,19 +173,19 @@ def to_float(row: PublishedRow) -> float | None:
 
 
 def format_claim(row: PublishedRow) -> str:
-    """Return the published value as text. A value from memory begins with ~, and an unknown value is ?."""
+    """Return the published value as text. A value from memory begins with `~`, and an unknown value is `?`."""
     if row.value is None:
         return "?"
     return claim_mark(row) + format_percent(row.value) + ("" if row.upper is None else f"-{format_percent(row.upper)}")
 
 
 def claim_mark(row: PublishedRow) -> str:
-    """Return ~ if the row's value is from memory, otherwise an empty text."""
+    """Return `~` if the row's value is from memory, otherwise an empty text."""
     return "~" if row.provenance.startswith("memory") else ""
 
 
 def baseline_mark(row: PublishedRow) -> str:
-    """Return ~ if the row's float baseline is from memory, otherwise an empty text."""
+    """Return `~` if the row's float baseline is from memory, otherwise an empty text."""
     remembered = (row.baseline_provenance or row.provenance).startswith("memory")
     return "~" if remembered and row.baseline is not None else ""
 
@@ -196,7 +196,7 @@ def format_percent(value: float) -> str:
 
 
 def format_points(value: float | None) -> str:
-    """Return percentage points as text with a sign, or - for None."""
+    """Return percentage points as text with a sign, or `-` for None."""
     return "-" if value is None else f"{value:+.2f}"
 
 

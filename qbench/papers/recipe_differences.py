@@ -38,7 +38,7 @@ def recipe_differences(run: RunIdentity) -> list[str]:
     compared = [(_differing_keys(run, _compose_experiment(row)), row) for row in nearest]
     differing, row = min(
         compared, key=lambda pair: len(pair[0])
-    )  # of rows with equally many differing keys, `min` takes the first one, which is the most similar
+    )  # if rows have equally many differing keys, `min` returns the first one, which is the most similar
     sentences = _absence_notes(row, run)
     experiment = f"experiment={row.paper}/{row.id}"
     if differing:
@@ -75,7 +75,7 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
 
 
 def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration (nested dictionaries) has this value at a dotted key."""
+    """Return whether a dotted key has this value in a configuration, which consists of nested dictionaries."""
     node: object = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -91,7 +91,7 @@ def _as_number(value: object) -> float | str:
 
 
 def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
-    """Return a note if the row's authors have no result with the run's network on its data set, else an empty list."""
+    """Return a note if the row's authors have no result for the run's network and data set, otherwise an empty list."""
     datasets = [key for key, name in names().datasets.items() if f"dataset={run.dataset}" in name.words]
     nets = [key for key, name in names().nets.items() if f"model={run.model}" in name.words]
     sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None

@@ -28,8 +28,8 @@ An increase is the error minus the error of the row's float network, in percenta
 class Measured:
     """qbench's measurement for a row, as mean and standard deviation over n seeds.
 
-    The numbers have the row's metric. `baseline` is the mean of our float baselines. The keys whose
-    names contain `top5` are our measurement of top-5 for the same runs.
+    The numbers are values of the row's metric. `baseline` is the mean of our float baselines. `top5`
+    and `baseline_top5` are the top-5 values of the same runs.
     """
 
     value: float
@@ -129,7 +129,7 @@ class PublishedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class NoResult:
-    """A data set, and optionally a network, for which a paper has no result although others quote one."""
+    """A data set, and optionally a network, for which a paper has no result although other texts quote one."""
 
     dataset: str
     provenance: str

@@ -1,8 +1,8 @@
 """Manages a run's directory: lock, config.yaml, checkpoints and result.
 
-The path is derived from the run's identity. The same command therefore finds the same run again. This also holds for
-sweeps and launchers. `result.json` is written last. Until then the directory contains checkpoints, so an interrupted
-run can continue.
+The path is derived from the run's identity. The same command therefore finds the same run again, also in a sweep or
+with a launcher. `result.json` is written last. Until then the directory contains checkpoints, so an interrupted run
+can continue.
 """
 
 import re
@@ -52,7 +52,7 @@ def directory_name(identity: RunIdentity) -> Path:
 
 
 def path_component(name: str) -> str:
-    """Return a name without characters that are unsafe in a path. A dot replaces each group of them."""
+    """Return a name in which a dot replaces each group of characters that are unsafe in a path."""
     return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")
 
 
@@ -140,7 +140,7 @@ class RunDirectory:
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:
-        """Remove the result of an earlier attempt. With `whole`, also remove all other files that it wrote."""
+        """Remove the result of an earlier attempt. With `whole`, also remove all other files that the attempt wrote."""
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]

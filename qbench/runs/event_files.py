@@ -10,7 +10,7 @@ from qbench.system import files
 RECORD_OVERHEAD = 16
 """Number of bytes of a record in addition to its content."""
 MAX_TRIES = 2**16
-"""Maximum number of offsets to try when searching for a record after damage. More would take minutes."""
+"""Maximum number of offsets at which the search for a record after damage tries to read. More would take minutes."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ def read_summary(path: Path) -> EventSummary:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the intact records of an event file. TensorBoard's own reader stops at damage.
+    """Yield the intact records of an event file. TensorBoard's own reader would stop at the first damaged record.
 
     A record consists of the content's length (8 bytes), the checksum of the length (4), the
     content, and the checksum of the content (4). If only the content is damaged, the record is

@@ -7,7 +7,7 @@ from qbench.runs.result import Result
 from qbench.system import files
 
 Record = dict[str, Any]
-"""One line of metrics.jsonl, or the statistics of one layer in it."""
+"""One line of metrics.jsonl, or the statistics of one layer in such a line."""
 
 
 def epochs(run: Path) -> dict[int, Record]:
@@ -16,7 +16,7 @@ def epochs(run: Path) -> dict[int, Record]:
 
 
 def observed(run: Path) -> dict[str, Record]:
-    """Return a map from layer to its last recorded statistics. It is empty if none were recorded."""
+    """Return a map from layer to its last recorded statistics. The map is empty if no statistics were recorded."""
     records = [values["layers"] for values in _epoch_records(run) if isinstance(values.get("layers"), dict)]
     return {name: layer for name, layer in records[-1].items() if isinstance(layer, dict)} if records else {}
 

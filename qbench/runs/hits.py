@@ -1,4 +1,4 @@
-"""Which test images a run classified correctly: read from predictions.npy, and packed for a record of many runs."""
+"""Reads the hits of a run (the correctly classified test images), and packs them for a file of many runs."""
 
 import base64
 import hashlib
@@ -17,8 +17,8 @@ class Hits:
     """The hits of one run.
 
     Args:
-        labels_sha256: sha256 of the labels of the test images, as int64 in order. Runs with the same
-            value were tested on the same images.
+        labels_sha256: sha256 of the test images' labels (int64, in the order of the images). Runs
+            with the same value were tested on the same images.
         correct: (N,) whether each image was classified correctly.
     """
 

@@ -43,23 +43,20 @@ def commit() -> str | None:
 
 @cache
 def changed() -> bool | None:
-    """Return whether the clone had uncommitted changes at the first call.
-
-    None is returned outside a clone.
-    """
+    """Return whether the clone had uncommitted changes at the first call. Return None outside a clone."""
     root = Path(__file__).parents[2]
     status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit() else None
     return None if status is None else bool(status)
 
 
 def code_version() -> str | None:
-    """Return the commit, with `+changes` if there were uncommitted changes, or None outside a clone."""
+    """Return the commit, followed by `+changes` if there were uncommitted changes. Return None outside a clone."""
     own = commit()
     return f"{own}+changes" if own and changed() else own
 
 
 def code_versions(path: Path) -> list[str]:
-    """Return the code versions that trained a run, in order, from its manifest."""
+    """Return the code versions that trained a run, oldest first, from its manifest."""
     stored = (files.read_json(path) or {}).get("commits")
     return [word for word in stored if isinstance(word, str)] if isinstance(stored, list) else []
 
@@ -82,7 +79,7 @@ def write(
         numerics: the runtime keys that can change the numbers.
         device: the device on which the run is computed.
         data: the data set's fingerprint.
-        resumed: whether the run continues, so that the code versions in the old manifest are kept.
+        resumed: whether an interrupted run continues. The code versions in the old manifest are then kept.
         processes: number of processes that share the run.
     """
     import torch

@@ -38,7 +38,7 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: length of metrics.jsonl in bytes at the checkpoint. Bytes after it and corrupt lines are removed.
+        size: length of metrics.jsonl in bytes at the checkpoint. Later bytes and corrupt lines are removed.
         step: training step at which the run continues. TensorBoard then hides later points of the earlier attempt.
         tensorboard: whether to write event files.
 
@@ -51,7 +51,7 @@ class MetricsLogger:
         self.path = path
         self._metrics = path / "metrics.jsonl"
         self.lost = size - files.cut(self._metrics, size)
-        if not step:  # hide points of an attempt that reached no checkpoint; they would be shown twice
+        if not step:  # hide points of an earlier attempt without a checkpoint, because this run writes them again
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
         self._writer: SummaryWriter | None = None

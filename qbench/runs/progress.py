@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PLAIN_LINES = 10
-"""Approximate number of lines per stage without a terminal."""
+"""Approximate number of lines that are printed per stage if stderr is not a terminal."""
 
 REFRESH_SECONDS = 0.25
 """Seconds between two updates of the live bar. Each update delays training by some milliseconds."""
@@ -42,7 +42,7 @@ class ProgressReporter:
 
     Args:
         live: whether to draw a bar if stderr is a terminal.
-        quiet: whether to show nothing. A sweep sets it, because it shows all runs in one view.
+        quiet: whether to show nothing. A sweep sets this, because it shows all runs in one view.
 
     Attributes:
         log: the file to which messages are written; None before the run has a log file.

@@ -23,7 +23,7 @@ from qbench.system.locks import is_locked
 DONE = "done"
 FROM_LOGS = "from the logs"
 LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
-"""Fields that are left out of a record, because they are large or describe the machine and its files."""
+"""Fields of a result that `dump_records` omits, because they are large or describe the machine and its files."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -34,8 +34,8 @@ class RunRecord:
     """A run directory with its result, or with the reason why there is none.
 
     `status` is the status of the result, or running, unfinished, corrupt or not begun. `unread` names the damaged parts
-    of the run's files. `recorded` is true if the run was read from a file of many runs. Such a
-    run may have its `hits`. `file_bytes` is the size of an exported packed file in the run's directory.
+    of the run's files. `recorded` is true if the run was read from a file of many runs, which may also contain the
+    run's `hits`. `file_bytes` is the size of an exported packed file in the run's directory.
     """
 
     path: Path
@@ -59,7 +59,7 @@ def read(names: Iterable[str]) -> list[RunRecord]:
     Runs with debug=true are left out.
 
     Raises:
-        ConfigError: a name does not exist, or a file is not a record of runs.
+        ConfigError: a name does not exist, or a file was not written by `dump_records`.
     """
     paths: set[Path] = set()
     recorded: dict[Path, RunRecord] = {}
@@ -117,10 +117,10 @@ def dump_records(runs: Sequence[RunRecord]) -> str:
 
 
 def load_records(file: Path) -> list[RunRecord]:
-    """Return the runs of a file that holds the output of `dump_records`.
+    """Return the runs of a file that contains the output of `dump_records`.
 
     Raises:
-        ConfigError: the file is corrupt or not a record of runs.
+        ConfigError: the file is corrupt or contains something else.
     """
     try:
         values = json.loads(files.read(file))
@@ -177,7 +177,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _is_named(path: Path, identity: str) -> bool:
-    """Whether a directory's name ends with the digits of this identity, or with no digits of any run."""
+    """Whether a directory's name fits an identity: it ends with the identity's first digits, or with no digits."""
     named = re.fullmatch(r".*-([0-9a-f]{8})", path.name)
     return not named or not identity or identity.startswith(named[1])
 
@@ -207,12 +207,12 @@ def _metrics(path: Path) -> tuple[list[Line], str]:
 
 
 def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
-    """Return a result from config.yaml and the final line of the metrics.
+    """Return a result from config.yaml and the final line of metrics.jsonl.
 
     Return None if one of the two is missing.
 
     Raises:
-        ValueError: config.yaml does not describe the run that gave the directory its name.
+        ValueError: config.yaml describes another run than the directory's name.
     """
     final = next((line for line in reversed(lines) if line.get("kind") == "final"), None)
     file = path / "config.yaml"

@@ -50,7 +50,7 @@ class BaselineResult:
     """A float baseline's directory, and its evaluations after the last and the best epoch.
 
     If the run starts from a checkpoint file, the file's network is the baseline, evaluated before
-    it is quantized. `run` is then the file's path, and `sha256` that of its content.
+    it is quantized. `run` is then the file's path, and `sha256` is the digest of the file.
     """
 
     run: str
@@ -80,18 +80,19 @@ class TrainingSpeed:
 class Result:
     """The content of `result.json`. docs/reference/run-directory.md describes each field.
 
-    `final` is measured after the last epoch, `best` at the best validation accuracy. `verified` maps layer -> w, a or g
-    -> levels found and allowed. `protocol_changes` lists, in words, the changes to the shared protocol that the method
-    requires. `run` is the run's directory, which is not stored in the file.
+    `final` is measured after the last epoch, and `best` after the epoch with the best validation accuracy. `verified`
+    maps a layer, and then w, a or g, to the number of levels found and allowed. `protocol_changes` describes the
+    changes to the shared protocol that the method requires. `run` is the run's directory, which is not stored in the
+    file.
 
     `data_sha256` is the digest of the data set's fingerprint. The fingerprint contains the counts and the sha256 of
     every split's images and labels in order. The digest is not part of `identity`, because the identity must be known
-    before any data is read. It shows whether a stored run was trained on the present data.
+    before any data is read. The digest shows whether a stored run was trained on the present data.
 
     `warnings` are facts that limit what the accuracy or the size means. `notes` are other remarks.
 
-    `commits` are the commits of qbench that trained the run, in order. There are several if the run was continued after
-    a change of the code.
+    `commits` are the commits of qbench that trained the run, oldest first. There are several commits if the run was
+    continued after a change of the code.
     """
 
     schema: int = SCHEMA
@@ -168,7 +169,7 @@ def parse_result(values: dict[str, Any]) -> Result:
         raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
     text = json.dumps(values, ensure_ascii=False)
     if "\\u0000" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("a text holds NUL or half a surrogate pair, which no file name or page can hold")
+        raise ValueError("a text contains NUL or half a surrogate pair, which file names and pages cannot contain")
     try:
         result = msgspec.convert(values, Result)
     except msgspec.ValidationError as error:

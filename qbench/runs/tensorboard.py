@@ -1,6 +1,7 @@
 """Defines what TensorBoard shows of a run in addition to single curves.
 
-This is a figure with the levels of each layer, charts of several curves, and a row in the table of hyper-parameters.
+TensorBoard shows a figure with the levels of each layer, charts of several curves, and a row in the table of
+hyper-parameters.
 """
 
 import math

@@ -64,8 +64,8 @@ def read(path: Path) -> bytes:
 def read_yaml(path: Path) -> Any:
     """Return the plain values of a YAML file. Tags that create objects are refused.
 
-    The file's size and the number of values are limited. An alias counts as all the values that it
-    repeats.
+    The file's size and the number of values are limited. For the second limit, an alias is replaced by
+    the values that it repeats.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -147,7 +147,7 @@ def parse_json(data: bytes) -> dict[str, Any] | None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents durably: each new one is synced in its parent.
+    """Create a directory and its parents durably. The parent of each new directory is synced.
 
     Raises:
         ResourceError: the disk or its permissions prevent creation.

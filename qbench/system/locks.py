@@ -1,7 +1,6 @@
-"""Locks on files, which end with the process that holds them.
+"""Locks on files. The operating system releases a lock when the process that holds it ends.
 
-Some file systems have no locks: their errors say that the question has no answer, not that another
-process holds the lock.
+Some file systems have no locks. Their errors do not mean that another process holds the lock.
 """
 
 import errno
@@ -21,7 +20,9 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock file, which is created and stays. Without locks, warn and go on.
+    """Lock a file within a `with` block. The file is created if it is missing, and it is not removed.
+
+    If the file system has no locks, print a warning and continue without a lock.
 
     While another process holds the lock, call `waiting` every 0.5 s.
 
@@ -50,9 +51,9 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds a lock file; False if it is missing or cannot be asked.
+    """Whether another process has locked a file. False if the file is missing or its lock cannot be tested.
 
-    The file is only read, so that the answer is right on a read-only file system too.
+    The file is opened for reading only, because the file system may be read-only.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

@@ -1,4 +1,4 @@
-"""Stops a process on a signal: between two steps of training, and soon if anything else takes long."""
+"""Stops a process on a signal: after the current training step, or within a time limit if there is no step."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ from qbench.errors import Interrupted
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """SIGUSR1 and SIGUSR2 are the warnings of SLURM and submitit before a job is preempted."""
 GRACE_SECONDS = 10.0
-"""Seconds from a signal, or from the end of the step that it met, to the end of the process."""
+"""Maximum seconds from a signal to the end of the process. A step in progress is finished before the time begins."""
 
 _step = threading.RLock()
 
 
 @contextmanager
 def step_in_progress() -> Iterator[None]:
-    """Let the work inside end before the time limit of a signal begins."""
+    """Delay the time limit of a signal until the `with` block ends."""
     with _step:
         yield
 
@@ -29,10 +29,10 @@ def step_in_progress() -> Iterator[None]:
 def stop_on_signals() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the last signal received, or 0.
 
-    The process is expected to stop soon after a signal. If it has not left the context 10 s after
-    the step that it was in, it ends at once, and so it does on SIGINT after an earlier signal. This
-    is safe, because files are written atomically, and locks are released when the process ends.
-    SIGHUP has no effect where it is ignored, as under nohup.
+    The process is expected to stop soon after a signal. If it is still inside the `with` block 10 s
+    after the current step, it is ended at once. A SIGINT after an earlier signal also ends it at
+    once. This is safe, because files are written atomically, and locks are released when the process
+    ends. If SIGHUP is ignored, as under nohup, it has no effect.
     """
     number = 0
     left = threading.Event()
@@ -41,7 +41,7 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
         with _step:
             pass
         if not left.wait(GRACE_SECONDS):
-            message = f"qbench: stopped by signal {number}; the same command goes on from the last checkpoint\n"
+            message = f"qbench: stopped by signal {number}; the same command continues from the last checkpoint\n"
             with suppress(OSError):
                 os.write(2, message.encode())
             os._exit(Interrupted.status)
@@ -69,9 +69,9 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
 def stop_on_interrupt() -> Iterator[Callable[[], int]]:
     """Yield a function that returns SIGINT after Ctrl-C, or 0. For runs inside a user's own process.
 
-    Unlike in `stop_on_signals`, the process is never ended. The work inside is expected to stop soon after Ctrl-C, and
-    then a `KeyboardInterrupt` leaves the context. A second Ctrl-C raises it at once. In a thread other than the main
-    one, where Python does not allow signal handlers, the function always returns 0.
+    Unlike `stop_on_signals`, this function never ends the process. After Ctrl-C, the work in the `with` block is
+    expected to stop soon, and `KeyboardInterrupt` is raised at the end of the block. A second Ctrl-C raises it at once.
+    Python allows signal handlers only in the main thread. In other threads, the yielded function always returns 0.
     """
     number = 0
 

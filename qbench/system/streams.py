@@ -1,8 +1,8 @@
-"""Standard output and error of a process whose reader, terminal or disk may be gone.
+"""Makes stdout and stderr survive the loss of their reader or terminal.
 
 A run must not fail because nobody reads its messages. Messages on stderr are therefore dropped if
-they cannot be written. Output on stdout is dropped if its reader is gone, as in `| head -1`. If the
-disk is full, stdout still raises, because the user wants that file.
+they cannot be written. Output on stdout is dropped if its reader has ended, as in `| head -1`. If the
+disk is full, writing to stdout still raises an error, because the user wants that file.
 """
 
 import errno
@@ -20,14 +20,14 @@ READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET})
 
 
 class LossyFile(io.FileIO):
-    """A file descriptor that drops what it cannot write, for some errors, or for all with None."""
+    """A file descriptor that drops data if writing raises one of the errors `dropped` (None: any error)."""
 
     def __init__(self, descriptor: int, dropped: frozenset[int] | None) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self._dropped = dropped
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Write some bytes, and return how many. Wait if the descriptor does not block."""
+        """Write some bytes, and return their number. If the descriptor is non-blocking, wait until it is writable."""
         try:
             while (count := super().write(data)) is None:
                 select.select([], [self], [])
@@ -43,7 +43,7 @@ def keep_running_without_reader() -> None:
 
     Characters that the encoding lacks are written as escapes. Closed descriptors (`>&-`) are opened
     on the null device. Otherwise the next file that is opened, such as a log, would get the number
-    of stdout. Streams that a caller has put in their place stay.
+    of stdout. If a caller has already replaced sys.stdout or sys.stderr, its stream is kept.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -60,7 +60,7 @@ def keep_running_without_reader() -> None:
 
 
 def _lossy(stream: TextIO | None, original: TextIO | None, descriptor: int, dropped: frozenset[int] | None) -> TextIO:
-    """Return the stream to use for a descriptor, with the encoding of the present one."""
+    """Return the stream to use for a descriptor. It has the encoding of the current stream."""
     if stream is not original and stream is not None:
         return stream
     encoding, lines = getattr(stream, "encoding", "utf-8"), descriptor == 2 or os.isatty(descriptor)

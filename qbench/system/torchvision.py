@@ -45,8 +45,7 @@ def imagenet_weights(net: str, *, download: bool) -> Path:
 
     Raises:
         ValueError: torchvision has no weights for a network of this name.
-        CheckpointError: the file is missing and is not to be fetched, cannot be fetched, or is
-            damaged.
+        CheckpointError: the file is damaged, or it is missing and cannot or must not be fetched.
     """
     models = torchvision().models
     if net not in models.list_models(module=models):

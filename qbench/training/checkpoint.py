@@ -27,7 +27,7 @@ _MARK = b"\nqbench sha256 "
 _FOOTER_BYTES = len(_MARK) + 64
 
 EXTRA_BYTES = 2**29
-"""Maximum memory in bytes for reading a checkpoint, in addition to 8 times the file's size."""
+"""Bytes of memory that reading a checkpoint may need in addition to 8 times the file's size."""
 
 MAX_NAME_BYTES = 2**24
 """Maximum size in bytes of the names and shapes in a checkpoint. It is enough for some hundred thousand tensors."""
@@ -63,12 +63,12 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
     """Return the newest intact checkpoint of a run, from which the run can continue.
 
-    Newer checkpoints are damaged and are removed.
+    Damaged checkpoints that are newer are removed.
 
     Args:
         paths: `state-<step>.pt` files, newest first.
         identity: digest of the run's identity. The checkpoint must contain it.
-        report: gets one line for each removed checkpoint and for the one that is used.
+        report: called with one line of text for each removed checkpoint, and for the checkpoint that is returned.
     """
     for path in paths:
         try:
@@ -150,7 +150,7 @@ def _check_zip(data: bytes, source: str) -> None:
                 raise CheckpointError(f"{source} is damaged: the checksum of its {printable(bad)} does not match")
     except CheckpointError:
         raise
-    except Exception as error:  # zipfile raises many kinds for corrupt files
+    except Exception as error:  # zipfile raises many kinds of errors for corrupt files
         reason = printable(str(error), 200) or type(error).__name__
         raise CheckpointError(f"{source} is damaged: {reason}") from None
 
@@ -197,7 +197,7 @@ class DoesNotFit(CheckpointError):
 
 
 class LoadedWeights(NamedTuple):
-    """Names of quantizer tensors in the file, which were skipped, and of network tensors that are not in the file."""
+    """Names of skipped tensors (those of quantizers), and of new tensors (those of the network that the file lacks)."""
 
     skipped: list[str]
     new: list[str]
@@ -206,7 +206,7 @@ class LoadedWeights(NamedTuple):
 def load_float_weights(model: nn.Module, state: Mapping[str, object], source: str) -> LoadedWeights:
     """Load a float network's weights.
 
-    Tensors of quantizers in the file are skipped. The file must have all other tensors of the
+    Tensors of quantizers in the file are skipped. The file must contain all tensors of the float
     network, except counters of batch normalization.
 
     Raises:

@@ -14,7 +14,7 @@ from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 
 RELOAD_TOLERANCE = 1e-3
-"""Largest difference of a reloaded network's outputs, relative to their norm. On a CPU they are equal."""
+"""Maximum difference between outputs of a network and its reloaded copy, relative to the norm. On a CPU it is 0."""
 
 
 @torch.inference_mode()
@@ -82,11 +82,11 @@ def _in_order(parts: list[list[_Measured]]) -> Iterator[_Measured]:
 
 @torch.no_grad()
 def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
-    """Return in words why a network's accuracy is not a property of its weights alone, or None.
+    """Return the reason, in words, why a network's accuracy depends on more than its weights, or None.
 
-    The output for an image must be the same whenever the image is evaluated, and whatever other
-    images are in its batch. Batches of one shape are compared, so that equal computations give equal
-    bits. The buffers of the network do not change.
+    The output for an image must not depend on when the image is evaluated, or on the other images of
+    its batch. Only batches of the same shape are compared, because equal computations then have
+    bit-equal results. The buffers of the network are restored.
 
     Args:
         images: (N, C, H, W). With fewer than two images, batches are not compared.
@@ -106,15 +106,15 @@ def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
         )
     if not torch.equal(first[:half], in_other_batch[:half]):
         return (
-            "the output for an image depends on the other images of its batch, also in eval mode: the accuracy is that "
-            "of these batches"
+            "the output for an image depends on the other images of its batch, also in eval mode: the accuracy would "
+            "change with other batches"
         )
     return None
 
 
 @torch.no_grad()
 def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str | None:
-    """Return in words that a network's outputs depend on more than its state_dict, or None.
+    """Return a warning if a network's outputs depend on more than its state_dict, otherwise None.
 
     Args:
         model: the network as it was trained.
@@ -130,14 +130,14 @@ def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str 
         return None
     return (
         "the network has state that is not in its state_dict (an attribute, or a buffer with persistent=False): "
-        "best.pt, last.pt and a continued run compute other outputs, and `best` is measured with that state of the "
-        "last epoch"
+        "networks loaded from best.pt or last.pt, and a continued run, compute other outputs, and `best` is measured "
+        "with this state as it is after the last epoch"
     )
 
 
 @torch.no_grad()
 def returns_probabilities(model: nn.Module, images: Tensor) -> bool:
-    """Whether a network's outputs for images (N, C, H, W) are probabilities, which the loss takes for logits."""
+    """Whether a network's outputs for images (N, C, H, W) are probabilities. The loss needs logits instead."""
     with eval_mode_keeping_rng(model):
         outputs = model(images.clone()).float()
     return bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=1e-4)

@@ -1,8 +1,8 @@
-"""Weights that other programs wrote: find the state_dict in a file, and give its tensors this network's names.
+"""Reads weights that other programs wrote: finds the state_dict in a file, and renames its tensors for this network.
 
-A file contains the state_dict itself, or has it under one of the keys `WRAPPERS`. Its names may begin
-with the prefixes that DataParallel, torch.compile and training frameworks add, and its last layer
-may have another name. Everything that is renamed or left out is described in a note.
+A file contains the state_dict itself, or a dictionary that has it under one of the keys `WRAPPERS`.
+Names of tensors may begin with prefixes that DataParallel, torch.compile and training frameworks add.
+The last layer may have another name. Notes state everything that is renamed or left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ HEADS = ("fc", "linear", "classifier", "head")
 """Names of a network's last layer."""
 
 COUNTERS = ("n_averaged",)
-"""Tensors of wrappers that are no weights: the number of updates of an `AveragedModel`."""
+"""Names of tensors that are not weights: the number of updates of an `AveragedModel`."""
 
 
 class RenamedWeights(NamedTuple):
@@ -36,7 +36,7 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[st
     """Return the state_dict in a file's content, and a note on the key that it was under.
 
     Raises:
-        CheckpointError: the key holds something else.
+        CheckpointError: the value under the key is not a state_dict.
     """
     present = [key for key in WRAPPERS if key in content and not isinstance(content[key], Tensor)]
     key, *others = [name for name in present if isinstance(content[name], dict)] or present or [""]
@@ -49,7 +49,7 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[st
 
 
 def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) -> RenamedWeights:
-    """Return a file's tensors with prefixes removed and the last layer named as in the network.
+    """Return a file's tensors without prefixes in their names, and with the last layer named as in the network.
 
     Raises:
         CheckpointError: two tensors would get the same name.
@@ -94,7 +94,10 @@ def last_layer(model: nn.Module) -> str | None:
 
 
 def _head_names(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
-    """Return (name in the file, name in the network) of the last layer if they differ and its inputs fit."""
+    """Return the last layer's name in the file and in the network.
+
+    Return None if the file already uses the network's name, or if not exactly one layer of the file fits.
+    """
     last, known = last_layer(model), model.state_dict()
     if last is None or f"{last}.weight" in tensors:
         return None

@@ -1,10 +1,9 @@
 """Checks the health of training at the end of an epoch, and warns of problems or stops the run.
 
-If inf or nan appears in images, losses, gradients, weights or scales, the run stops in that step, and the step is not
-saved. This is done by `qbench.training.loop` and `qbench.quant.layers`. The checks in this module stop a run in two
-more cases. One is exploding weights. The other is a scale that is not above zero, because levels with such a scale
-are not in ascending order. All other findings may be intended, so each of them only causes a warning, which is
-printed once.
+`qbench.training.loop` and `qbench.quant.layers` stop a run if inf or nan appears in images, losses, gradients, weights
+or scales. The step in which this happens is not saved. The checks in this module stop a run in two more cases. One is
+exploding weights. The other is a scale that is not above zero, because levels with such a scale are not in ascending
+order. All other findings may be intended, so each of them only causes a warning, which is printed once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,13 +35,13 @@ MIN_STEPS = 300
 """Number of steps after which a network should be better than chance. A warm-up of the learning rate is shorter."""
 
 MOST_NAMES = 4
-"""Most parameters that a warning names."""
+"""Maximum number of parameters that a warning names."""
 
 FIRST_STEPS = 100
-"""Number of steps in which every parameter should get a gradient. Layers may be skipped at random in some of them."""
+"""Number of first steps in which every parameter should get a gradient. Single steps may skip layers at random."""
 
 STANDARD_ERRORS = 3.0
-"""Number of standard errors by which an accuracy must exceed chance to count as better than chance.
+"""Minimum number of standard errors between chance and an accuracy that is called better than chance.
 
 A network that guesses exceeds this limit in 1 of 740 epochs.
 """
@@ -167,7 +166,7 @@ def untrained(names: Sequence[str], steps: int) -> HealthWarnings:
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return {
         "gradient": f"not trained: {', '.join(names[:MOST_NAMES])}{more} had no gradient in the first "
-        f"{min(steps, FIRST_STEPS)} steps; probably forward() detaches or copies something, or does not use them"
+        f"{min(steps, FIRST_STEPS)} steps; probably forward() detaches or copies a tensor, or does not use them"
     }
 
 

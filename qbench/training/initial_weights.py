@@ -26,13 +26,14 @@ from qbench.training.safetensors_file import is_safetensors, load_safetensors
 
 
 class InitialWeights(NamedTuple):
-    """What was loaded.
+    """A summary of the weights that were loaded.
 
     Args:
-        message: one line: the file, the number of tensors, and everything that was renamed or left
-            out.
-        is_float: whether the file contains a whole float network, so that its accuracy is that of a
-            float baseline. It does not if it contains quantizers, or if the last layer is new.
+        message: one line with the file, the number of tensors, and everything that was renamed or
+            left out.
+        is_float: whether the network now is the whole float network of the file. Its accuracy can
+            then be used as that of a float baseline. False if the file contains quantizers, or if
+            the last layer is new.
         quantizers: tensors of quantizers that the run starts from.
     """
 
@@ -54,7 +55,7 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: the file is damaged, or result.json in its folder belongs to another run
+        CheckpointError: the file is damaged, or the result.json next to it belongs to another run
             or to other weights.
     """
     file = run / name
@@ -65,7 +66,7 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
     if result and result.identity != state.get("identity"):
         raise CheckpointError(f"{file} and the result.json next to it belong to different runs")
     if result and name == "last.pt" and result.weights_sha256 not in (None, weights_sha256(state["model"])):
-        raise CheckpointError(f"{file} does not hold the weights of the result.json next to it")
+        raise CheckpointError(f"{file} does not contain the weights of the result.json next to it")
     return state
 
 
@@ -83,7 +84,7 @@ def load_initial_weights(
         path: a checkpoint file, or a run's directory with best.pt.
         identity: the identity that the checkpoint must have. None allows any identity.
         new_head: whether the last layer keeps its random weights.
-        foreign_names: see `Method`.
+        foreign_names: names that other programs use for tensors of quantizers; see `Method`.
 
     Raises:
         DoesNotFit: the file belongs to another network.
@@ -150,7 +151,7 @@ def _renamed_quantizers(tensors: Mapping[str, Tensor], foreign_names: Mapping[st
 
 
 def fits(model: nn.Module, path: Path) -> bool:
-    """Return whether a checkpoint file holds the weights of a network of this kind."""
+    """Return whether a checkpoint file contains weights that fit this network."""
     file = str(_file(path))
     weights, _ = find_state_dict(_read(path)[0], file)
     tensors = rename_weights(weights, model, file).tensors
@@ -181,13 +182,13 @@ def _read(path: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def _head(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a network's last layer; none if it is not linear."""
+    """Return the tensors of a network's last layer. The result is empty if that layer is not linear."""
     last = last_layer(model)
     return {name: tensor for name, tensor in model.state_dict().items() if last and name.startswith(f"{last}.")}
 
 
 def _check_classes(tensors: Mapping[str, Tensor], head: Mapping[str, Tensor], source: str) -> None:
-    """Raise `CheckpointError` if the last layer differs from the network's only in the number of classes."""
+    """Raise `CheckpointError` if the file's last layer fits the network except for the number of classes."""
     for name, current in head.items():
         if name in tensors and name.endswith("weight") and tensors[name].ndim == current.ndim:
             (theirs, *inputs), (ours, *expected) = tensors[name].shape, current.shape

@@ -40,7 +40,7 @@ from qbench.quant.sqnr import sqnr_db
 from qbench.quant.verify import nearest_points
 
 MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
-"""Limits for the number of observed images, and for the number of pixels of all observed images together.
+"""Limits for the number of observed images, and for the total number of pixels of these images.
 
 The number of observed images is 1/64 of an epoch's images, but between 8 and 64, and fewer if the images are large. An
 epoch costs about three forward passes over all images. Two forward passes over the observed images therefore cost about
@@ -168,7 +168,7 @@ def layer_metrics(
 
 
 def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the codes of every layer's weights, which the next observation compares with its own."""
+    """Return the codes of every layer's weights. The next observation compares its own codes with them."""
     codes = {}
     for name, trace in traces.items():
         if trace.weights is not None:

@@ -32,8 +32,8 @@ class Callbacks:
 
     Args:
         on_step: function of (state, loss) that is called after every batch.
-        on_epoch: function of (state, record, losses) that is called after every epoch. `state` already points to the
-            next epoch.
+        on_epoch: function of (state, record, losses) that is called after every epoch. `state.epoch` is then already
+            the number of the next epoch.
         on_interrupt: function of (state) that is called if the validation after an epoch was interrupted.
     """
 

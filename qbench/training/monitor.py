@@ -58,15 +58,15 @@ At level `full`, they are written after every epoch.
 class TrainingMonitor:
     """Observes the layers of one run.
 
-    The state of the monitor does not affect training. Checkpoints contain this state, so a resumed run logs the same as
-    an uninterrupted run.
+    The state of the monitor does not affect training. Checkpoints contain this state, so a resumed run writes the same
+    logs as an uninterrupted run.
 
     Args:
         level: "off", "light" or "full", which decides what is logged. Warnings are printed at every level.
         logger: the logger of metrics and histograms.
         reporter: the object that prints warnings.
         start: the initial magnitude of each layer's weights.
-        warned: the warnings that were printed so far. It maps a subject to a text.
+        warned: the warnings that were printed so far, as a map from subject to text.
         codes: the level index of each weight at the previous observation, by layer.
         gradients: the norms of the gradients after the last step.
         without_gradient: the parameters that had no gradient so far, or None before the first step.
@@ -82,18 +82,18 @@ class TrainingMonitor:
     without_gradient: list[str] | None = None
 
     def begin(self, model: nn.Module, step: int) -> None:
-        """Store what the network has before training, unless it was restored from a checkpoint."""
+        """Store the initial magnitudes and parameters of the network, unless they were restored from a checkpoint."""
         self.start = self.start or initial_magnitudes(model)
         if self.without_gradient is None:
             self.without_gradient = [] if step else to_train(model)
 
     def step(self, model: nn.Module, step: int) -> None:
-        """Look for gradients in the first steps. This usually ends after one step."""
+        """Remove parameters with a gradient from `without_gradient`. After the first steps, do nothing."""
         if self.without_gradient and step <= FIRST_STEPS:
             self.without_gradient = still_without_gradient(model, self.without_gradient)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the values of the arguments from `start` on, which a checkpoint stores."""
+        """Return the state of the monitor for a checkpoint: the arguments from `start` on."""
         kept: dict[str, object] = {
             "start": self.start, "warned": self.warned, "without_gradient": self.without_gradient,
         }  # fmt: skip

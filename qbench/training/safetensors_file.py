@@ -1,4 +1,4 @@
-"""Read .safetensors files: the length of a JSON header, the header, and the bytes of the tensors.
+"""Reads .safetensors files, which consist of the length of a JSON header, the header, and the bytes of the tensors.
 
 The format is described in huggingface/safetensors. Such a file cannot contain code. It has no
 checksums.
@@ -14,7 +14,7 @@ from torch import Tensor
 from qbench.errors import CheckpointError
 
 MAX_HEADER_BYTES = 2**24
-"""Largest size of a header: some hundred thousand tensors."""
+"""Maximum size of a header in bytes. It is enough for some hundred thousand tensors."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -49,7 +49,7 @@ def load_safetensors(data: bytes, source: str) -> dict[str, Tensor]:
 
 
 def _tensor(entry: dict[str, Any], body: memoryview) -> Tensor:
-    """Return the tensor that an entry of the header describes; it shares no memory with the file."""
+    """Return the tensor that an entry of the header describes. The tensor shares no memory with `body`."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]], entry["data_offsets"]
     if min([0, *shape]) < 0 or not 0 <= start <= stop <= len(body) or stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{shape} {entry['dtype']} in bytes {start} to {stop} of {len(body)}")

@@ -38,7 +38,7 @@ class BestWeights:
 class State:
     """The progress of training.
 
-    A run that resumes from this state and the random state gives exactly the same results as an uninterrupted run.
+    A run that resumes from this state and the random state has exactly the same results as an uninterrupted run.
 
     Args:
         optimizer: the optimizer.
@@ -71,7 +71,7 @@ class State:
     in_update: bool = False
 
     def save(self, model: nn.Module) -> dict[str, object]:
-        """Return the state, the model and the random state as nested tensors, numbers and strings."""
+        """Return the training state, the model's weights and the random state as nested plain values and tensors."""
         best = self.best
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return ({"gradients": cpu_copy(gradients)} if self.in_update else {}) | {
@@ -118,7 +118,7 @@ class State:
                 )
 
     def load(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
-        """Restore a state that `save` returned, with the model and the random state."""
+        """Restore a training state that `save` returned, with the model's weights and the random state."""
         model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average:

@@ -25,9 +25,9 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         shards: number of shards of the batch, for messages.
 
     Raises:
-        ConfigError: the output is something else, such as a dictionary that holds the logits; there
-            are more or fewer logits than classes; the network cannot train on a single image; or it
-            changes the images, which a teacher and measurements read too.
+        ConfigError: the output is not a tensor of logits, but for example a dictionary of tensors; the
+            number of logits is not the number of classes; the network cannot train on a single image;
+            or the network changes the images, which a teacher and measurements also read.
     """
     version = _version(images)
     try:
@@ -42,7 +42,7 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         ) from None
     if _version(images) != version:
         raise ConfigError(
-            "the network changes its input in place, so that whatever reads the same images later gets others\n"
+            "the network changes its input in place, so code that reads these images later would get wrong values\n"
             "in its forward function, change a copy: x = x.clone()"
         )
     if isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(images):
@@ -59,12 +59,12 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         found += f" with {', '.join(map(str, output))}"
     raise ConfigError(
         f"the network returns {found} for {len(images)} images; allowed: a tensor of logits (images, classes)\n"
-        "return the logits alone, also in training: the function in model=my.module:function may wrap the network"
+        "return only the logits, also in training mode; a wrapper in model=my.module:function can select them"
     )
 
 
 def _version(images: Tensor) -> int:
-    """Return the number of changes in place; inference tensors do not count them."""
+    """Return how often a tensor was changed in place. Inference tensors do not count changes; return 0 for them."""
     return 0 if images.is_inference() else images._version
 
 

@@ -385,7 +385,7 @@ def test_parameters_without_a_gradient_are_named(
     assert found == (
         [
             f"not trained: {parameters} had no gradient in the first 18 steps; "
-            "probably forward() detaches or copies something, or does not use them"
+            "probably forward() detaches or copies a tensor, or does not use them"
         ]
         if parameters
         else []
