@@ -86,7 +86,7 @@ TRAINING_FLAGS = {
     ("-m", "--multirun"): "all combinations of comma-separated values",
     ("-c", "--cfg"): "print the configuration (`job`, `hydra` or `all`) and run nothing",
     ("--resolve",): "with `--cfg`: insert the values of references such as `${dataset.recipe.lr}`",
-    ("-i", "--info"): "show Hydra's information: `all`, `config`, `defaults`, `defaults-tree`, `plugins` or `searchpath`",
+    ("-i", "--info"): "show Hydra's own data: `all`, `config`, `defaults`, `defaults-tree`, `plugins` or `searchpath`",
     ("-p", "--package"): "with `--cfg`: print only this part of the configuration",
     ("-cd", "--config-dir"): "a folder with your own groups and experiment files",
     ("-r", "--run"): "one run (the default)",

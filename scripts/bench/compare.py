@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0]
 
-The results are synthetic. They are from 20 methods at 5 widths and 5 seeds under 20 protocols, and
-have no logs. With --predictions N, each run also has predictions for N test images, which the
-command reads too.
+The results are synthetic. They belong to 20 methods at 5 widths and 5 seeds under 20 protocols, and
+have no logs. With --predictions N, each run also has predictions for N test images. The command then
+reads these predictions.
 """
 
 import argparse
@@ -44,7 +44,7 @@ METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 
 
 def plant(folder: Path, runs: int, images: int) -> None:
-    """Write small, complete results in the same form in which runs write them."""
+    """Write small and complete results in the format of real runs."""
     (config,) = compose.configurations(["method=dorefa", f"out={folder}"])
     template = planned_run(config).directory.new_result("done")
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def _result(template: Result, method: str, bits: dict[str, int], seed: int, epoc
 
 
 def timed(folder: Path) -> dict[str, float]:
-    """Return the seconds that each step takes, and those of the whole command in its own process."""
+    """Return the seconds that each step takes, and the seconds that the whole command takes in its own process."""
     times: dict[str, float] = {}
     clock = time.perf_counter
 

@@ -32,7 +32,7 @@ CASES = {"digits, resnet8, float": [], "digits, resnet8, DoReFa W2A2": ["method=
 
 
 def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
-    """Return functions that run an epoch of a bare loop, run an epoch of ours, and remove the progress bar."""
+    """Return functions that train an epoch in a bare loop, train an epoch in our loop, and remove the progress bar."""
     (config,) = compose.configurations([*words, "init=scratch", "dataset.pad=0", f"out={out}"])
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)

@@ -18,8 +18,8 @@ Work = Callable[[], object]
 class Ratio:
     """The ratio of a contender's time to the baseline's time in the same round.
 
-    It has the median and the quartiles over the rounds, the number of rounds, and the contender's median time in
-    seconds.
+    `median`, `low` and `high` are the median and the quartiles of the ratio over the rounds. `seconds` is the median of
+    the contender's time.
     """
 
     median: float
@@ -35,8 +35,8 @@ class Ratio:
 def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3, repeat: int = 1) -> dict[str, Ratio]:
     """Return the ratio of each contender's time to that of the first contender, which is the baseline.
 
-    Machines are shared, so only times of the same round are compared. Every contender runs once untimed before it is
-    timed, so that the caches contain its data. In practice they do, because a step follows a step of the same kind.
+    Other programs may use the machine, so only times of the same round are compared. Every contender runs once untimed
+    before it is timed, so that the caches contain its data, as in training, where each step follows a similar one.
 
     Args:
         contenders: maps a name to a function.
@@ -88,7 +88,7 @@ def processor() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Return a text `package version, ...` that lists the installed ones of these packages."""
+    """Return a text `package version, ...`. Packages that are not installed are left out."""
     installed = []
     for package in packages:
         try:

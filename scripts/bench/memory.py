@@ -2,11 +2,11 @@
 
     .venv/bin/python scripts/bench/memory.py
 
-Two numbers are measured. `alive` is the number of bytes that are allocated after a forward pass but
-were not before it, measured by torch's profiler. `saved` is the number of bytes of the distinct
-storages that saved_tensors_hooks see. It does not include tensors that a layer recomputes instead of
-saving. Both are relative to the float network. In the quantized network, a quantizer takes the place
-of a ReLU if the method replaces activations.
+Two numbers are measured. `alive` is the number of bytes that a forward pass allocates and does not
+free, measured by torch's profiler. `saved` is the number of bytes of the distinct storages that
+saved_tensors_hooks see. Tensors that a layer recomputes instead of saving are not included in
+`saved`. Both numbers are relative to the float network. If the method replaces activations, the
+quantized network has a quantizer in place of each ReLU.
 """
 
 import json

@@ -3,8 +3,9 @@
     .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
 
 The baseline, named blind, is a run that never observes its layers. Even a run with `off` observes
-them, because warnings need it. TensorBoard is on. The runs do not validate, which makes all ratios
-larger. Observations and histograms are as frequent as in a run of default length.
+its layers, because warnings are based on observations. TensorBoard is on. The runs do not validate,
+which makes all ratios larger. Observations and histograms are as frequent as in a run of default
+length.
 """
 
 import argparse

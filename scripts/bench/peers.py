@@ -8,8 +8,8 @@ bytes saved for the backward pass are relative to the float network in channels_
 
 The packages are installed into a separate environment on first use (peers_venv.py). With --here,
 nothing is installed, and only packages that this interpreter can import are measured. torchao is not
-included, because its QAT does not change nn.Conv2d. The script takes about four minutes, and twice
-as long on first use.
+included, because its QAT does not quantize nn.Conv2d. The script takes about four minutes, or eight
+minutes on first use.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def contenders(compiled: bool = True) -> dict[str, Make]:
 
 def imports(package: str) -> bool:
     """Return whether a package can be imported. If it cannot, print the reason."""
-    if package == "qtorch":  # it calls ninja by name, so put the ninja next to this interpreter first in PATH
+    if package == "qtorch":  # qtorch calls ninja by name, so the folder of this interpreter must come first in PATH
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         importlib.import_module(package)

@@ -33,8 +33,8 @@ def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
 def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
     """Make an environment with this clone of the project and all peers that install, and return its interpreter.
 
-    The installation of each package is tried only once. A file in `path` stores the result. Deleting this file leads
-    to another try.
+    The installation of each package is tried only once. A file in `path` stores the result. To try again, delete this
+    file.
 
     Args:
         path: the folder of the environment.
@@ -59,7 +59,7 @@ def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
 
 
 def install_once(path: Path, python: Path, name: str, arguments: Sequence[str]) -> str:
-    """Install with pip, and return the reason of a failure or an empty text. A stored result is reused."""
+    """Install with pip. Return the reason if this fails, otherwise an empty text. A stored result is reused."""
     stored = path / f"{name.replace(' ', '_')}.tried"
     if not stored.exists():
         progress(f"installing {name}")

@@ -2,10 +2,10 @@
 
     .venv/bin/python scripts/bench/pipeline.py
 
-Several ways are compared. In every round, each way makes the same number of images from 50,000
-random ones. torchvision transforms images one by one, in two persistent workers of a DataLoader, on
-tensors and without PIL. The table also has processor time, because other programs may slow down the
-machine. The processor time of the workers is not known.
+Several implementations are compared. In every round, each of them makes the same number of images
+from 50,000 random images. torchvision transforms tensors (not PIL images) one by one in two
+persistent workers of a DataLoader. The table also has processor time, because other programs may slow
+down the machine. The processor time of the workers is not known.
 """
 
 import statistics
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def ours(split: Split, augment: Augment) -> Work:
-    """Return a function that reads the next batches of the project's loader. A new epoch follows when one ends."""
+    """Return a function that reads the next batches of the project's loader. After an epoch, the next one begins."""
     none = split.take(torch.arange(0))
     data = Dataset(
         name="random", train=split, val=none, test=none, classes=1, mean=MEAN, std=STD, augment=augment
@@ -81,7 +81,7 @@ def collated(transform: Callable[[Tensor], Tensor], samples: list[tuple[Tensor, 
 
 
 def by_image(images: Tensor) -> None:
-    """Make the same number of batches one image at a time, with plain torch operations."""
+    """Make the batches of one round, one image at a time, with plain torch operations."""
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
     for index in torch.randint(IMAGES, (BATCHES, BATCH)):
         batch = []
@@ -105,7 +105,7 @@ def clocked(work: Work, processor_times: list[float]) -> None:
 
 
 def row(name: str, ratio: Ratio, processor_times: list[float]) -> tuple[str, ...]:
-    """Return the row of the table for one way."""
+    """Return the row of the table for one implementation."""
     images = BATCH * BATCHES
     processor = "-" if name == THEIRS else f"{images / statistics.median(processor_times):,.0f}"
     return name, f"{images / ratio.seconds:,.0f}", processor, str(ratio), TARGETS.get(name, "")

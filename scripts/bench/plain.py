@@ -89,7 +89,7 @@ def data(device: Device, layout: Layout, batch: int = BATCH) -> tuple[Tensor, Te
 
 
 class Conv(nn.Conv2d):
-    """A convolution with the weights of `layer`, which first pass through a function or module."""
+    """A convolution with the weights of `layer`. The weights are quantized by a function or module first."""
 
     def __init__(self, layer: nn.Conv2d, quantize: Callable[[Tensor], Tensor]) -> None:
         size = layer.weight.shape[2]

@@ -234,7 +234,7 @@ def xnor(device: Device, layout: Layout = NCHW) -> Work:
 
 
 def power_of_two(w: Tensor, bits: int = 5) -> Tensor:
-    """Return INQ's quantized weights, each of which is zero or a power of two, whichever is nearest."""
+    """Return INQ's quantized weights. Each weight is rounded to zero or to the nearest power of two."""
     top = torch.floor(torch.log2(4 * w.abs().max() / 3)).item()
     grid = torch.tensor([0.0, *(2.0 ** (top - i) for i in range(2 ** (bits - 2)))], device=w.device)
     nearest = (w.abs().unsqueeze(-1) - grid).abs().argmin(-1)
@@ -242,12 +242,12 @@ def power_of_two(w: Tensor, bits: int = 5) -> Tensor:
 
 
 def half_frozen(w: Tensor) -> Tensor:
-    """Return INQ's mask for the half of the weights that has the larger magnitudes."""
+    """Return INQ's mask, which selects the half of the weights with the larger magnitudes."""
     return w.abs() >= w.abs().median()
 
 
 def assemble(w: Tensor, fixed: Tensor) -> Tensor:
-    """Return the weights, in which frozen weights are replaced by `fixed`. `fixed` is nan for weights that are free."""
+    """Return the weights with frozen weights replaced by their values in `fixed`. Free weights have nan in `fixed`."""
     taken = ~torch.isnan(fixed)
     whole = torch.zeros_like(fixed)
     whole[taken] = fixed[taken]

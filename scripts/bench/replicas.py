@@ -2,10 +2,10 @@
 
     .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
 
-The time of the joined network is compared with that of the same N networks one by one. Each network keeps its own
-parameters, quantizers, optimizer and batch norm, so every method can be used. Convolutions (grouped), norms and sums
-run together on activations of shape (B, N C, H, W), for B images and C channels per network. One thread is used. The
-project does not train in this way, and docs/performance.md says why.
+The step time of the joined network is compared with the total step time of the N separate networks. Each network keeps
+its own parameters, quantizers, optimizer and batch norm, so every method can be used. Convolutions (grouped), norms
+and sums run together on activations of shape (B, N C, H, W), for B images and C channels per network. One thread is
+used. qbench does not train in this way. docs/performance.md gives the reason.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Linears(nn.Module):
 
 
 class Pads(nn.Module):
-    """N shortcuts without parameters, each of which has its own channels."""
+    """N shortcuts without parameters, each with its own channels."""
 
     def __init__(self, pads: list[PadShortcut]) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def network(method: Method, shape: tuple[int, int, int], width: int, seed: int) 
 
 
 def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tuple[Work, Work, Work]:
-    """Return a step of N separate networks, one of the joined network, and the largest difference of the losses."""
+    """Return a step of N separate networks, a step of the joined network, and the largest difference of losses."""
     networks = [network(method, shape, width, seed) for seed in range(n)]
     others = [network(method, shape, width, seed) for seed in range(n)]
     whole = joined(others)

@@ -1,4 +1,4 @@
-"""Times commands until they have printed, and the default run until its first training step.
+"""Times commands until they have printed their output, and the default run until its first training step.
 
     .venv/bin/python scripts/bench/start.py [--rounds 11]
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def fresh(name: str, folder: str, turn: int) -> list[str]:
-    """Return the override of the output folder, for a run whose result must not be stored yet."""
+    """Return an override that selects a new output folder, for a run that must not find a stored result."""
     return [f"out={Path(folder) / str(turn)}"] if name.startswith("first") else []
 
 

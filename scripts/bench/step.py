@@ -42,7 +42,7 @@ PUBLIC = "dorefa w2a2, public functions in a plain net"
 
 @dataclass(frozen=True)
 class Case:
-    """A method at some widths that is timed.
+    """A method to be timed, with its options and widths.
 
     `epoch` is the epoch in which incremental methods are timed. `target` is the largest acceptable ratio to the float
     step time.

@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench/sweep.py [--rounds 3]
 
-The script also checks that both ways give the same results. Each way trains its own float baselines,
-one per seed. Times include the start of processes.
+The script also checks that both sweeps have the same results. Each sweep trains its own float
+baselines, one per seed. Times include the start of processes.
 """
 
 import argparse

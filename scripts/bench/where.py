@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/bench/where.py
 
-The step is one of ResNet-20 with a batch of 64 images of 3x32x32, in one thread. torch's profiler
-measures it, which adds a few per cent. In the table, "before" means the quantizers' plain
-definitions, which autograd differentiates (`ops.reference_kernels`). "After" means their fused forms.
+The training step is that of ResNet-20 with 64 images of 3x32x32, in one thread. It is measured with
+torch's profiler, which makes it a few per cent slower. In the table, "before" means the quantizers'
+plain definitions, which autograd differentiates (`ops.reference_kernels`). "After" means their fused
+kernels.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ KINDS = {
 
 
 def passes() -> list[tuple[str, str]]:
-    """Return the time of each of several operations on 2^20 float32 numbers, in microseconds."""
+    """Return the times in microseconds of several operations on 2^20 float32 numbers."""
     x, y, other = torch.randn(COUNT), torch.randn(COUNT), torch.randn(COUNT)
     mask = x > 0
     works: dict[str, Work] = {
