@@ -71,7 +71,7 @@ def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
         found[recipe_name(result.protocol.keys["optim"])][setting, result.seed] = result.final.val.top1
     common = set.intersection(*map(set, found.values())) if found else set()
     if not common:
-        raise SystemExit("no setting and seed has a validation accuracy under every recipe")
+        raise SystemExit("no setting and seed has a validation accuracy with each of the recipes")
     settings = sorted({setting for setting, _ in common})
     table = Table(("recipe", *settings, "mean", "95 % CI over settings"))
     means = {}

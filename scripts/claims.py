@@ -202,7 +202,7 @@ def stored_run(config: Config) -> RunRecord:
 
 
 def arm_runs(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> dict[int, RunRecord]:
-    """Return the stored runs of an arm by seed. If its configuration is not valid, every seed counts as failed."""
+    """Return the stored runs of an arm by seed. If the arm's configuration is not valid, all runs have failed."""
     try:
         configs = arm_configs(claim, arm, seeds, out)
     except ConfigError as error:

@@ -109,7 +109,7 @@ def deviations_table(records: Sequence[RunRecord], seeds: int) -> Table:
     runs = [run for run in records if run.result is not None and run.result.seed < seeds]
     protocols = {(r.result.dataset, r.result.model, r.result.protocol.hash) for r in runs if not _is_float(r)}
     if len(protocols) != 1:
-        raise SystemExit(f"the runs belong to {len(protocols)} protocols or data sets; must be one")
+        raise SystemExit(f"the runs belong to {len(protocols)} protocols or data sets; all runs must have the same")
     ((dataset, model, _),) = protocols
     settings: dict[tuple[str, str, str], SeedRuns] = defaultdict(dict)
     for run in runs:

@@ -67,7 +67,7 @@ def main() -> int:
                 )
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
-    print(f"{different} of {len(lines(ROOT))} runs differ from {sys.argv[1]}")
+    print(f"{different} of {len(lines(ROOT))} runs have other weights than at commit {sys.argv[1]}")
     return int(different > 0)
 
 

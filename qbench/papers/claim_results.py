@@ -179,7 +179,7 @@ def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
 def decide_claims(family: Sequence[ClaimResult]) -> None:
     """Set the verdict of every result after adjusting all p-values by Holm's method.
 
-    A comparison that cannot be tested counts as p = 1. The number of comparisons in the adjustment therefore does not
+    A comparison that cannot be tested gets p = 1. The number of comparisons in the adjustment therefore does not
     depend on which runs are finished.
     """
     for one in family:

@@ -109,7 +109,7 @@ def _compose_experiment(row: PublishedRow) -> RunIdentity:
 def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
     """Return a text `key=ours (published: theirs)` for every key whose value differs.
 
-    If the data set, network or optimizer has a different name, it counts as one differing key.
+    A data set, network or optimizer with a different name is listed as one key, without its own keys.
     """
     ours, theirs = _compared_keys(run), _compared_keys(published)
     for node, title in NODE_TITLES.items():

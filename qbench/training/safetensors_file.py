@@ -41,7 +41,7 @@ def load_safetensors(data: bytes, source: str) -> dict[str, Tensor]:
         body = memoryview(data)[8 + size :]
         tensors = {name: _tensor(entry, body) for name, entry in header.items() if name != "__metadata__"}
         if sum(tensor.nbytes for tensor in tensors.values()) != len(body):
-            raise ValueError("the tensors do not fill the file")
+            raise ValueError("the total size of the tensors does not match the size of the file")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = "".join(letter for letter in f"{type(error).__name__}: {error}"[:200] if letter.isprintable())
         raise CheckpointError(f"{source} is damaged or truncated: {reason}") from None

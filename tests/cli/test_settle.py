@@ -203,7 +203,7 @@ def test_the_verdict_in_words() -> None:
     assert run_sequential_test(test, run) == (
         "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % confidence interval +3.74 to +4.46; test top-1 "
         "95.10 and 91.00, 3 seeds. This look tests at the level 0.025; the levels of all looks add up to 5 %, if "
-        "differences are about normal. Sign-flip test over seeds: p = 0.25."
+        "differences are about normally distributed. Sign-flip test over seeds: p = 0.25."
     )
     alike = stub({"w2a2g32": [94.0, 95.1, 96.2, 94.0, 95.0], "w4a4g32": [94.1, 95.0, 96.2, 94.1, 94.9]})
     assert "dorefa w2a2g32 is equivalent to dorefa w4a4g32 within ±0.5 points: " in run_sequential_test(test, alike)

@@ -118,7 +118,7 @@ def _keys_of_directory(run: RunRecord) -> dict[str, str]:
 def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches: bool) -> bool:
     """Whether a run has one of the allowed values for every key.
 
-    With `unknown_matches`, a missing key counts as a match.
+    With `unknown_matches`, a key that the run does not have matches every value.
     """
     for key, allowed in where.items():
         if key not in keys:

@@ -208,7 +208,8 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     }[result.verdict]
     method = (
         f"This look tests at the level {result.level:.2g}; the levels of all looks add up to 5 %, "
-        f"if differences are about normal. Sign-flip test over seeds: p = {sign_flip(result.by_seed):.2g}."
+        "if differences are about normally distributed. "
+        f"Sign-flip test over seeds: p = {sign_flip(result.by_seed):.2g}."
     )
     return f"{first} {relation}: {numbers}. {method}{warning}"
 

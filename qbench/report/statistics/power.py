@@ -27,8 +27,8 @@ def seeds_needed(
 
     The observed mean and variances are assumed to be the true values. `alpha` is two-sided. With `seeds_alone`, the
     degrees of freedom are those of `with_seed_dof`. Return None if no number up to 1000 is enough. Possible reasons
-    are: the error from the test items is too large, the difference is on the border of the test, or the variance is not
-    known because there was only one seed.
+    are: the error from the test items is too large, the difference is equal to the margin of the test, or the variance
+    is not known because there was only one seed.
     """
     import numpy as np
 

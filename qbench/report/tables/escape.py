@@ -35,9 +35,9 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def markdown(text: str, *, links: bool = False) -> str:
-    """Return text for GitHub Markdown, also inside a table: no HTML, no column borders.
+    """Return text for GitHub Markdown, also for cells of tables. HTML and column borders are escaped.
 
-    `links` keeps links, as in the project's own documents.
+    With `links`, links are not escaped. The project's own documents use this.
     """
     text = printable(text).replace("\\", "\\\\").replace("|", "\\|")
     text = TAG.sub("&lt;", ENTITY.sub("&amp;", text))

@@ -63,7 +63,7 @@ def text(tables: Sequence[Table]) -> str:
 
 
 def markdown(tables: Sequence[Table], *, links: bool = False) -> str:
-    """Return tables as GitHub Markdown. `links` keeps links, as in the project's own documents."""
+    """Return tables as GitHub Markdown. Links are escaped unless `links` is true."""
     parts, escaped = [], partial(escape.markdown, links=links)
     for table in tables:
         lines = [f"**{escaped(table.title)}**", ""] if table.title else []
