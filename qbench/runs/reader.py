@@ -75,7 +75,7 @@ def read(names: Iterable[str]) -> list[RunRecord]:
 
 
 def _is_debug(run: RunRecord) -> bool:
-    """Return whether a run has debug=true: from its result, or else from its config.yaml."""
+    """Return whether a run has debug=true, according to its result or, without a result, its config.yaml."""
     if run.result:
         return bool(run.result.protocol.keys.get("debug"))
     try:

@@ -7,7 +7,7 @@ and their quantizers begin with `quant/`.
 from collections.abc import Mapping
 
 QUANT = "quant/"
-"""Beginning of the tags about quantized layers."""
+"""Prefix of the tags about quantized layers."""
 
 FINAL = {
     "val_top1": "accuracy/val", "val_top5": "accuracy/val_top5", "val_loss": "loss/val",
@@ -35,5 +35,5 @@ def scalar_tags(kind: str, values: Mapping[str, object]) -> dict[str, float]:
 
 
 def final_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Return the final metrics among some scalars by name: the inverse of `scalar_tags` for the final record."""
+    """Return the final metrics among some scalars by name. This is the inverse of `scalar_tags` for final records."""
     return {name: scalars[tag] for name, tag in FINAL.items() if tag in scalars}

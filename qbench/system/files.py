@@ -95,7 +95,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
-    """Refuse a mapping in which a key is there twice. PyYAML would silently take the last one."""
+    """Refuse a mapping that contains a key twice. PyYAML would silently use the last value."""
     waiting, seen = [node], set[int]()
     while waiting:
         part = waiting.pop()

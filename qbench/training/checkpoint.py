@@ -116,8 +116,8 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
     except Exception as error:  # reading a file that is not a checkpoint can raise any exception
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         reason = printable(reason or type(error).__name__, 200)
-        if reason.isdigit():  # the number of a byte that no pickle begins with
-            reason = "it holds something else"
+        if reason.isdigit():  # the code of the first byte, if it cannot begin a pickle
+            reason = "it has another format"
         raise CheckpointError(
             f"{source} is not a readable checkpoint: {reason}\n"
             "allowed: tensors by name (a state_dict), written by torch.save or as .safetensors"

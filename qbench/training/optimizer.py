@@ -7,7 +7,7 @@ from qbench.config.schema import Optim
 from qbench.quant.layers import QLayer
 
 FULL_DECAY = "full_decay"
-"""Key of a parameter group: its weight decay until `optim.decay_until`. Other recipes have no such key."""
+"""Key of a parameter group for its weight decay before `optim.decay_until`. Recipes that never end decay lack it."""
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
-"""Computes the learning rate of each step, that is of each update of the weights.
+"""Computes the learning rate of each step. A step is an update of the weights.
 
-The functions are closed formulas of the step, so a resumed run needs no state of a scheduler. Where `torch.optim` has
-the same schedule, tests compare the values.
+The learning rate depends only on the number of the step, so a resumed run needs no state of a scheduler. If
+`torch.optim` has the same schedule, tests compare the values.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 from qbench.config.schema import Optim
 
 RISE = 0.3
-"""Share of the steps in which the learning rate of `one_cycle` rises, as in torch's `OneCycleLR`."""
+"""Fraction of the steps in which the learning rate of `one_cycle` rises, as in torch's `OneCycleLR`."""
 
 START_DIVISOR = 25.0
 """`one_cycle` starts at the highest learning rate divided by this number, as in torch's `OneCycleLR`."""
@@ -18,7 +18,7 @@ START_DIVISOR = 25.0
 def learning_rate(optim: Optim, step: int, steps: int, warmup: int = 0) -> float:
     """Return the learning rate of a step in a phase of `steps` steps. Steps are counted from 0.
 
-    In the first `warmup` steps, the rate rises linearly and reaches `lr` in the last of them. The schedule takes the
+    In the first `warmup` steps, the rate rises linearly and reaches `lr` in the last of them. The schedule covers the
     remaining steps.
 
     A decreasing schedule does not quite reach its final value in the last step. It would reach this value one step

@@ -123,7 +123,7 @@ class Task:
         return learning_rate(self.optim, update, updates, warmup)
 
     def decays(self, epoch: int, batch: int) -> bool:
-        """Return whether a batch's update has weight decay. `decay_until` is a share of each phase."""
+        """Return whether a batch's update has weight decay. `decay_until` is a fraction of each phase."""
         update, updates = self._update_in_phase(epoch, batch)
         return update / updates < self.optim.decay_until
 
@@ -136,8 +136,8 @@ class Task:
     def update(self, batch: int) -> range:
         """Return the numbers of the batches that make one update of the weights together with a batch.
 
-        These are `optim.accumulate` batches. The last update of an epoch has fewer if their number does not divide the
-        number of batches.
+        There are `optim.accumulate` batches per update. The last update of an epoch has fewer batches if the number of
+        batches in an epoch is not a multiple of `optim.accumulate`.
         """
         size = self.optim.accumulate
         start = batch - batch % size

@@ -14,7 +14,7 @@ from qbench.report.tables.units import si_format
 from qbench.runs.result import Result, TrainingSpeed
 
 NOT_FINE_TUNED = ("trained from scratch", "not trained")
-"""Beginnings of the protocol changes of runs that were not trained on from their float baseline."""
+"""Beginnings of the protocol changes of runs that were not fine-tuned from a float baseline."""
 
 
 def aggregate(

@@ -16,7 +16,7 @@ KEYS_LISTED = 4
 
 
 class Compared(NamedTuple):
-    """The part of a run that decides which other runs it can be ranked against."""
+    """The values of a run that decide against which other runs it can be ranked."""
 
     method: str
     bits: Bits
@@ -27,13 +27,13 @@ class Compared(NamedTuple):
 
 
 def compared_result(result: Result) -> Compared:
-    """Return the part of a result that decides which other runs it can be ranked against."""
+    """Return the values of a result that decide against which other runs it can be ranked."""
     protocol = result.protocol
     return Compared(result.method, Bits(**result.bits), result.dataset, result.model, protocol.hash, protocol.keys)
 
 
 class Unlike(NamedTuple):
-    """A statement on settings that are not ranked against each other, and what to type instead, if anything."""
+    """A statement on settings that are not ranked against each other. `advice` says what to type instead."""
 
     statement: str
     advice: str = ""
@@ -47,10 +47,10 @@ def sweep_warnings(runs: Iterable[RunIdentity]) -> list[str]:
 
 
 def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
-    """Return statements on methods with the same width of weights, but never the same of activations and gradients.
+    """Return statements on methods with the same weight width, but without a common width of activations or gradients.
 
-    Two methods are like if they share widths, or if other methods connect them: a method at both widths shows what the
-    difference in width costs.
+    Two methods can be ranked if they have common widths, or if other methods connect them. A method that has both
+    widths connects them, because it shows the cost of the difference in width.
     """
     by_width: dict[int, dict[str, set[Bits]]] = defaultdict(lambda: defaultdict(set))
     for run in runs:
@@ -91,7 +91,7 @@ def unlike_protocols(runs: Iterable[Compared]) -> list[Unlike]:
 
 
 def _connected(values: Mapping[str, Set[T]]) -> tuple[tuple[str, ...], ...]:
-    """Return groups of names that share a value, directly or through other names of the group."""
+    """Return groups of names. Two names are in the same group if they share a value, or if other names connect them."""
     groups: list[set[str]] = []
     for name, own in values.items():
         linked = [group for group in groups if any(values[other] & own for other in group)]
@@ -123,7 +123,7 @@ def _unlike(by_group: Mapping[tuple[str, ...], Sequence[Bits]]) -> Unlike:
 
 
 def _takes(method: str, bits: Bits) -> bool:
-    """Whether a method has widths of activations and gradients, where these are not float."""
+    """Whether a method can quantize activations and gradients, if `bits` has widths for them that are not float."""
     parts = [registry.widths(name) for name in method.split("+")]
     if len(parts) > 1 and bits.a == FLOAT:  # the method of the activations would have no effect
         return False

@@ -18,7 +18,7 @@ WIDTH, HEIGHT, MARGIN = 180, 150, 6
 POINTS = 120
 """Number of points of a curve besides its jumps."""
 MOST_JUMPS = 64
-"""Most jumps that are drawn exactly."""
+"""Maximum number of jumps that are drawn exactly."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
 
 
 def forward_curves(method: Method) -> dict[str, TransferCurve]:
-    """Return only the forward curves of weights and inputs, as far as a method quantizes them.
+    """Return only the forward curves of weights and inputs. Tensors that a method does not quantize have no curve.
 
     This takes a tenth of the time of `measure_quantizers`. Product quantization, whose codes stand for several weights,
     has no curve. The global random state is restored.
