@@ -105,9 +105,9 @@ def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int
 
 
 def largest_uniform_width(costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return the largest width that all layers support and at which they meet the budget, for each layer.
+    """Return, for each layer, the largest width that all layers support and at which their total cost meets the limit.
 
-    The result is None if there is no such width.
+    The width is the same for all layers. Return None if there is no such width.
     """
     shared = set.intersection(*(set(layer) for layer in costs.values()))
     for width in sorted(shared, reverse=True):

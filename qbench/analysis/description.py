@@ -1,4 +1,4 @@
-"""Says in words what a run was, from the records in its directory. This module does not import torch."""
+"""Describes a stored run as text, from the files in its directory. This module does not import torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +16,20 @@ from qbench.runs.stored_config import recorded_files, stored_config
 from qbench.system import files
 
 WIDTH = 12
-"""Columns of the names at the left."""
+"""Width in characters of the left column, which contains names such as `recipe`."""
 
 
 def description(path: Path) -> str:
     """Return lines about a run: command, method, widths, data, recipe, accuracy, versions and notes.
 
     Raises:
-        ConfigError: the directory holds no run.
+        ConfigError: the directory contains no run.
     """
     record = read_run(path)
     if record.result is None and not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: no run is here\ntype a run's directory; to list them: qbench list runs DIR")
+        raise ConfigError(
+            f"{path}: not a run directory\ntype a run directory; to list the runs below DIR: qbench list runs DIR"
+        )
     try:
         config = stored_config(path)
         values: Node | str = to_dict(config)
@@ -71,7 +73,7 @@ def _setup(
         yield "config", values
     else:
         command = command_line(values, recorded_files(result))
-        yield "command", command or f"not found; typed was: qbench {typed}"
+        yield "command", command or f"not found; the run was started with: qbench {typed}"
         yield from _methods(values["method"], values["activation"])
     if result and result.verified:
         widths = [f"{name} {' '.join(f'{key}:{levels.found}' for key, levels in counts.items())}"
@@ -111,7 +113,7 @@ def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
 
 
 def recipe_text(optim: Optim, epochs: int) -> str:
-    """Return a recipe in words. Keys that switch something off are left out."""
+    """Return a recipe in words. Features that are switched off are left out."""
     falls = f" to {optim.lr_end:g}" if optim.schedule in ("linear", "cosine", "exponential", "one_cycle") else ""
     parts = [
         f"{epochs} epoch{'s' * (epochs != 1)} of {optim.name}",

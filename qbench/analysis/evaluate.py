@@ -34,7 +34,7 @@ PREDICTION_FIELDS = np.dtype([("index", "<i8"), ("label", "<i8"), ("predicted", 
 class EvaluatedSplit:
     """Results on n test images.
 
-    `low` and `high` are the ends of the 95 % confidence interval of top-1. These and
+    `low` and `high` are the ends of the 95 % confidence interval of top-1. Both of them and
     `calibration_error` are in percent.
     """
 
@@ -79,8 +79,8 @@ def evaluate(
         run: the directory of the run.
         words: command-line overrides that name another data set. If empty, the run's data set is used.
         weights: `best` or `last`, the checkpoint that is evaluated.
-        predictions: a .csv or .npy file into which the predictions are written, or None. It gets the index, the label,
-            the predicted class and its probability for every image.
+        predictions: a .csv or .npy file to write, or None. It contains the index, the label, the predicted class and
+            its probability for every image.
 
     Raises:
         ConfigError: the other data set has a different image shape or different classes.
@@ -97,8 +97,8 @@ def evaluate(
     stored = result.final if weights == "last" else result.best
     if not words and stored and stored.test.top1 != measured.accuracy.top1:
         evaluated.notes.append(
-            f"result.json has {stored.test.top1:.2f} % for these weights and images: another device or version, or a "
-            "network whose output depends on more than its weights"
+            f"result.json has {stored.test.top1:.2f} % for these weights and images; possible causes: another device "
+            "or version, or a network whose output depends on more than its weights"
         )
     return evaluated
 
@@ -130,7 +130,7 @@ def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
         kinds = {255: "8-bit images", 1: "float images"}
         raise ConfigError(
             f"dataset={node['name']} has {kinds[data.white]}; the {own.owner} was trained on {kinds[own.white]}, so "
-            "that they cannot be normalized alike"
+            "they cannot be normalized in the same way"
         )
     if not len(data.test):
         raise ConfigError(f"dataset={node['name']}: the test split is empty; choose another data set")
@@ -140,7 +140,7 @@ def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
 def measure(
     model: nn.Module, compute: Callable[[Tensor], Tensor], batches: Iterable[Batch], predictions: Path | None
 ) -> EvaluatedSplit:
-    """Return a network's results on the test images in `batches`, and write its predictions to a file, if given."""
+    """Return a network's results on the test images in `batches`. If `predictions` is a file, write them to it."""
     answers: list[Tensor] = []
     batch_confidences: list[Tensor] = []
 
@@ -163,8 +163,8 @@ def table(place: Path, trained: str, weights: str, data: Dataset, measured: Eval
     """Return the table of one network's results.
 
     Args:
-        place: the run or the exported file.
-        trained: method, widths, network and data set of training, in words.
+        place: the path of the run or of the exported file.
+        trained: method, widths, network and data set of training, as text.
         other: whether `data` is not the data set of the run.
     """
     accuracy, ece = measured.accuracy, measured.calibration_error

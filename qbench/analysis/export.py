@@ -32,7 +32,7 @@ from qbench.system import files
 
 
 class Export(NamedTuple):
-    """A written file, how it agrees with its run, and both in words."""
+    """An exported file, its agreement with the run, and lines of text that describe both."""
 
     path: Path
     agreement: Agreement
@@ -50,7 +50,7 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
 
     Raises:
         NotExportable: the run cannot be exported to this form.
-        CheckpointError: the run is not finished or damaged, or the export computes something else.
+        CheckpointError: the run is not finished or damaged, or the exported network computes other values.
     """
     finished = load_finished_run(run, weights, "cpu")
     path = out or run / DEFAULT_NAMES[to]
@@ -102,9 +102,9 @@ class _Exported(nn.Module):
 
 
 def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, About]:
-    """Return the network of an exported file, and what the file says of it.
+    """Return the network of an exported file, and the file's description of the network.
 
-    The network takes normalized images (N, C, H, W); see `About`.
+    The input of the network is a batch of normalized images (N, C, H, W); see `About`.
 
     Args:
         runtime: for ONNX files, onnxruntime (the default) or openvino; files of the form qonnx run in qonnx.
@@ -149,7 +149,9 @@ def evaluate_file(
     model, about = load_exported(file, runtime)
     name = str(about.dataset.get("name", ""))
     if ":" in name and not any(word.startswith("dataset=") for word in words):
-        raise ConfigError(f"{file}: its data set {name} is code that is not in the file\ntype dataset={name} to run it")
+        raise ConfigError(
+            f"{file}: its data set is the function {name}, which is not in the file\nto run it, type dataset={name}"
+        )
     node = override_dataset(about.dataset, words) if words else about.dataset
     own = Expected(about.shape, about.classes, about.mean, about.std, about.white, "file")
     data = other_dataset(own, node)
@@ -161,7 +163,7 @@ def evaluate_file(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Use as many threads as the verification of the export did, because sums may depend on them."""
+    """Use as many threads as the verification of the export did, because the last bits of sums may depend on them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""Asks the export which forms of file it would write of a planned run."""
+"""Finds the forms of files to which a planned run could be exported."""
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from qbench.quant.probe import Probe
 
 FORMS = ("packed", "onnx", "int8", "qonnx", "integer")
 MAX_PARAMETERS, MAX_MACS = 1_000_000, 200_000_000
-"""Size of the largest network that is asked about."""
+"""Size of the largest network for which the forms are found."""
 
 IMAGES = 16
 
 
 def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
-    """Return, for each form of `qbench export`, the reason why it would refuse the run, or an empty text.
+    """Return, for each form of `qbench export`, why the run could not be exported. An empty text means that it could.
 
     The network has initial weights, and its quantizers see random images. Forms whose package is
     missing are left out.
@@ -47,7 +47,7 @@ def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
 
 
 def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
-    """Return the quantized network as it is after the last epoch, apart from its training, and images."""
+    """Return the quantized network after all steps of the method except training, and random images."""
     model, method = setup.install(setup.float_model()), setup.method
     images, labels = torch.rand(IMAGES, *setup.data.shape), torch.randint(setup.data.classes, (IMAGES,))
     probe = Probe([(images, labels)], F.cross_entropy)
@@ -62,7 +62,7 @@ def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
 
 
 def _refusal(setup: ExperimentSetup, network: Network, form: str) -> str | None:
-    """Return the reason why a form cannot hold a network, an empty text if it can, or None if a package is missing."""
+    """Return why a network cannot have a form, an empty text if it can, or None if a package is missing."""
     data = setup.data
     about = About(
         form=form, title="", identity="", weights="last", dataset={}, shape=data.shape, classes=data.classes,

@@ -75,7 +75,7 @@ class SmoothedHalfWave(Quantizer):
 
 
 class _WithoutGradient(Quantizer):
-    """A quantizer that blocks gradients, which shows the layers whose gradient passes through a quantizer."""
+    """A quantizer that blocks gradients. It shows which layers have a gradient that passes through a quantizer."""
 
     def __init__(self, quantizer: HWGQActivation) -> None:
         super().__init__()

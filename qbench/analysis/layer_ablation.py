@@ -78,7 +78,7 @@ class PrecedingActivation(Quantizer):
 def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let the named layers compute in float with their latent weights, within a `with` block.
 
-    Other layers are unchanged. If all layers are named, the network computes the same as in
+    Other layers are unchanged. If all layers are named, the network computes the same values as in
     `float_mode`. Parameters and buffers do not change.
     """
     layers, activations = quantized_layers(model), _preceding_activations(model)

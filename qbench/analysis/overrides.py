@@ -1,4 +1,4 @@
-"""Applies command-line overrides to a finished run, which select another data set, method or layer policy."""
+"""Replaces the data set, the method or the layer policy of a finished run, according to command-line overrides."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ METHOD_KEYS = "allowed: method=NAME with bits=..., activation=NAME, method.KEY=V
 def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the configuration node of the data set that the overrides `words` select.
 
-    If `dataset=` is not among the overrides, they change keys of the run's own data set.
+    Without an override `dataset=NAME`, the overrides change keys of the run's own data set.
 
     Raises:
         ConfigError: an override belongs to another group, or is not valid.

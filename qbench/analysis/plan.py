@@ -1,7 +1,7 @@
 """Lists the runs of a command line, with their costs and with estimates of time and memory.
 
-No network is trained, and the data sets need not be on disk. Networks are built on the meta device, where they use no
-memory. Time is measured on a few training steps with random images on the run's device.
+No network is trained, and the data sets need not be on disk. Networks are built on the meta device, where tensors
+use no memory. Time is measured on a few training steps with random images on the run's device.
 """
 
 from collections.abc import Sequence

@@ -27,7 +27,7 @@ from qbench.training.task import compute_logits
 TIMED_MACS = 2e9
 """Approximate number of MACs of a timed forward pass. A training step of this size takes about 0.5 s on one core."""
 TIMING_SECONDS = 2.5
-"""Seconds after which no more networks are timed. Later networks are estimated from the timed networks."""
+"""Seconds after which no more networks are timed. The times of later networks are estimated from the timed ones."""
 TIMED_STEPS = 3
 """Number of short training steps that are timed, after one untimed step."""
 

@@ -21,7 +21,7 @@ from qbench.quant.layers import quantized_layers
 from qbench.quant.probe import Batch
 
 NARROW = 4
-"""Largest width in bits of the first of the two limits below."""
+"""Largest width in bits to which the first value of each pair of limits below applies."""
 
 NARROW_TOLERANCE, WIDE_TOLERANCE = 2e-5, 2e-2
 """Tolerances of logits in ONNX files, relative to the largest logit."""
@@ -30,16 +30,16 @@ NARROW_CODES, WIDE_CODES = 0.0, 5e-4
 """Largest share of activation codes of integer files that may differ from those of a simulation in float64."""
 
 COMPARED_CODES, CODES_BATCH = 1_000_000, 50
-"""Number of codes after which no more are compared, and the number of images that are compared at once."""
+"""Number of codes after which no more codes are compared, and number of images that are compared at once."""
 
 NOISE_IMAGES = 64
 
 
 def verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
-    """Compare a packed file with its run, and return the agreement, also in words.
+    """Compare a packed file with its run. Return the agreement, and lines of text that describe it.
 
     Raises:
-        NotExportable: some logits have other bits.
+        NotExportable: some logits differ in at least one bit.
     """
     content = packed.unpack_network(data, str(path))
     agreement = compare(finished.model, content.network.function(), run_images(finished))
@@ -49,12 +49,12 @@ def verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agree
             f"{agreement.largest:.2g}"
         )
     parts = ", ".join(f"{size:,} of {name}" for name, size in content.sizes.items())
-    verified = f"verified on {agreement.images} test images: all logits have the same bits as those of the run"
+    verified = f"verified on {agreement.images} test images: all logits equal those of the run, bit for bit"
     return agreement, [f"bytes: {parts}", verified]
 
 
 def verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
-    """Compare an ONNX file with its run in each runtime, and return the worst agreement, also in words.
+    """Compare an ONNX file with its run in each runtime. Return the worst agreement, and lines that describe all.
 
     Raises:
         NotExportable: a predicted class differs, or logits differ by more than the tolerance.
@@ -99,7 +99,7 @@ def run_images(finished: FinishedRun) -> Iterator[Batch]:
 
 
 def first_images(finished: FinishedRun, count: int) -> Tensor:
-    """Return `count` test images, which repeat if there are fewer."""
+    """Return `count` test images. If there are fewer, images are repeated."""
     images = torch.cat([images for images, _ in finished.setup.loader().unaugmented("test", count)])
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
@@ -107,7 +107,7 @@ def first_images(finished: FinishedRun, count: int) -> Tensor:
 def verify_integers(
     finished: FinishedRun, traced: Network, converted: Converted, data: bytes, path: Path
 ) -> tuple[Agreement, list[str]]:
-    """Compare an integer file with its run, and its codes with a simulation in float64. Return the agreement.
+    """Compare an integer file with its run, and its codes with a simulation in float64.
 
     Raises:
         NotExportable: a predicted class differs, or too many codes differ.

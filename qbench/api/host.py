@@ -1,4 +1,4 @@
-"""Makes qbench a guest in the user's process: it changes nothing that it does not restore."""
+"""Restores the state of the user's process after a call of qbench, and allows one call at a time."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ _one_call = threading.RLock()
 
 @contextmanager
 def exclusive_call() -> Iterator[Callable[[], int]]:
-    """Let one thread at a time use what a process has only once: random generators, torch's settings, Hydra.
+    """Allow one call at a time: random generators, torch's settings and Hydra exist only once in a process.
 
     Files are read again, because they may have changed since the last call. Yields a function that returns SIGINT
     after Ctrl-C, else 0; see `stop_on_interrupt`.
@@ -32,7 +32,7 @@ def torch_settings_restored(*, training: bool) -> Iterator[None]:
         training: whether a run is trained inside.
 
     Raises:
-        ConfigError: torch has settings with which a run would compute other values than its identity says.
+        ConfigError: torch has settings that would change a run's result but not its identity.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Reads, compares and loads finished runs from Python, by the same functions as the command line."""
+"""Reads, compares and loads finished runs from Python, with the functions of the command line."""
 
 import json
 import logging
@@ -34,9 +34,9 @@ class Runs(tuple[RunRecord, ...]):
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return one flat dictionary per run: status, method, bits, accuracies in percent, and costs.
 
-        `top1` is the test accuracy after the last epoch; `final.val.top1`, `best.test.top1` and so on are those of
-        both splits after the last and the best epoch. Further keys are the configuration keys whose values differ
-        between the runs, such as `optim.lr`. A run without a result has only `status`, `reason` and `run`.
+        `top1` is the test accuracy after the last epoch. Keys such as `final.val.top1` and `best.test.top1` name the
+        epoch (last or best) and the split. The configuration keys whose values differ between the runs, such as
+        `optim.lr`, are also included. A run without a result has only `status`, `reason` and `run`.
         """
         keys = [run_keys(run.result) if run.result else {} for run in self]
         found = [known for known in keys if known]
@@ -89,7 +89,7 @@ def load(*words: str | Path, **keys: Value) -> Runs:
     Args:
         words: directories, records of `qbench compare --format record`, and filters `KEY=VALUE,...` as on the command
             line of `qbench compare`.
-        keys: key -> value or values, an alternative to filters among the words.
+        keys: filters as keyword arguments: key -> value or values.
 
     Raises:
         ConfigError: a directory does not exist, or no run has a key or value.
@@ -130,7 +130,7 @@ def compare(
         published: whether to add the published result of each setting.
         html: a .html file to which the comparison is written as one page.
         plot: a .png, .pdf or .svg file to which plots are written.
-        keys: key -> value or values, an alternative to filters among the places.
+        keys: filters as keyword arguments: key -> value or values.
 
     Raises:
         ConfigError: a directory, key or value does not exist, or there are no runs.
@@ -154,18 +154,19 @@ def load_model(
     """Return the quantized network of a finished run in eval mode, as `qbench evaluate` uses it.
 
     The network computes with quantized weights and activations. Its input is a batch of images of the run's shape,
-    scaled to [0, 1] and normalized with the constants of the run's data set; `load_finished_run` returns these
+    scaled to [0, 1] and normalized with the constants of the run's data set. `load_finished_run` returns these
     constants and the run's own batches.
 
     Args:
         run: a run, its result or its directory.
         weights: `last` or `best`, the weights after the last epoch or those with the best validation accuracy.
         device: where the network is placed: `auto`, `cpu`, `cuda` or `cuda:1`.
-        trust: whether code outside qbench may run that the run's configuration names.
+        trust: whether to run code outside qbench that the run's configuration names.
 
     Raises:
         ConfigError: an argument is not valid, or the run names code that is not trusted.
-        CheckpointError: the run is not finished, a file is missing or damaged, or the data set holds other images.
+        CheckpointError: the run is not finished, a file is missing or damaged, or the data set
+            contains other images.
         DataError: the run's data set is missing.
     """
     if weights not in WEIGHTS:

@@ -1,4 +1,4 @@
-"""Trains runs from Python, by the same functions as the command line."""
+"""Trains runs from Python, with the functions of the command line."""
 
 import logging
 from pathlib import Path
@@ -35,26 +35,26 @@ class LogReporter(ProgressReporter):
 def run(*words: str, out: str | Path | None = None, progress: bool = False, **keys: Value) -> Result:
     """Return the result of a run, as `qbench KEY=VALUE ...` does.
 
-    A stored result is returned at once. An unfinished run is continued from its last checkpoint. Otherwise the run is
-    trained, and before it its float baseline.
+    A stored result is returned at once. An unfinished run is continued from its last checkpoint. Otherwise the
+    float baseline is trained, unless it is stored, and then the run.
 
     Example:
         >>> result = qbench.run("method=dorefa", "bits=w2a2")
         >>> result = qbench.run(method="dorefa", seed=1, **{"bits.w": 2})
 
-    One run at a time is trained in a process; a call from another thread waits. While a run trains, other threads must
-    not draw random numbers. Ctrl-C saves a checkpoint and raises `KeyboardInterrupt`; the same call then continues the
+    A process trains one run at a time. A call from another thread waits. While a run trains, other threads must not
+    draw random numbers. Ctrl-C saves a checkpoint and raises `KeyboardInterrupt`; the same call then continues the
     run. Warnings go to the logger `qbench`.
 
     Args:
         words: `KEY=VALUE`, as typed on the command line.
         out: the directory below which the run is stored; `outputs` by default.
         progress: whether to show the progress on stderr.
-        keys: key -> value, an alternative to `words`. A text is read as on the command line, and None is `null`.
+        keys: key -> value, instead of `words`. A text is read as on the command line, and None is `null`.
 
     Raises:
-        QbenchError: the run failed, with the message of the command line. `ConfigError`: the configuration is not
-            valid, or the method does not support it.
+        ConfigError: the configuration is not valid, or the method does not support it.
+        QbenchError: the run failed. The message is that of the command line.
     """
     arguments = command_words("run", words, _with_out(keys, out), CONFIG_DIRECTORY)
     with exclusive_call() as stop:
@@ -76,23 +76,23 @@ def run(*words: str, out: str | Path | None = None, progress: bool = False, **ke
 def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **keys: Value) -> Runs:
     """Return the runs of a sweep, as `qbench -m KEY=VALUE,VALUE ...` does.
 
-    All runs are checked first. A run that fails does not stop the others, and its `status` is not `done`.
+    All runs are checked first. If a run fails, the others continue. The `status` of a failed run is not `done`.
 
     Example:
         >>> runs = qbench.sweep("method=dorefa,lsq", "bits=w2a2,w4a4", "seed=0,1,2")
         >>> runs = qbench.sweep(method=["dorefa", "lsq"], bits="w2a2", seed=range(3))
 
-    With `hydra/launcher=joblib`, runs are done in several processes.
+    With `hydra/launcher=joblib`, several processes train the runs.
 
     Args:
         words: `KEY=VALUE,...`, as typed on the command line.
         out: the directory below which the runs are stored; `outputs` by default.
         progress: whether to show on stderr which runs are done.
-        keys: key -> value or values, an alternative to `words`.
+        keys: key -> value or values, instead of `words`.
 
     Raises:
         ConfigError: a configuration is not valid. No run is then trained.
-        CheckpointError: a stored result was measured with other images than the data set holds now.
+        CheckpointError: a stored result was measured on other images than the data set contains now.
     """
     typed = command_words("sweep", words, _with_out(keys, out), (*CONFIG_DIRECTORY, *MULTIRUN))
     arguments = [MULTIRUN[0], *(word for word in typed if word not in MULTIRUN)]

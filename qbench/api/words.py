@@ -14,7 +14,7 @@ Value = Scalar | Sequence[Scalar]
 def command_words(
     call: str, words: Iterable[str | Path], keys: Mapping[str, Value], flags: Iterable[str] = ()
 ) -> list[str]:
-    """Return words and keywords as the words of a command line.
+    """Return positional and keyword arguments as the words of a command line.
 
     Args:
         call: the function that was called, for messages.
@@ -23,7 +23,7 @@ def command_words(
         flags: the flags that are allowed among the words.
 
     Raises:
-        ConfigError: a word is another flag, or a value cannot be typed on a command line.
+        ConfigError: a word is a flag that is not allowed, or a value cannot be typed on a command line.
     """
     typed = [str(word) for word in words]
     for word in typed:

@@ -17,7 +17,7 @@ SUMMARIES = {
     "check": "Check the properties that every method must have, at all widths.",
     "compare": "Compare runs in tables, and test their differences.",
     "completion": "Print the bash completion function.",
-    "describe": "Print a method card (formulas, choices, known deviations), or what a run was.",
+    "describe": "Print a method card (formulas, choices, known deviations), or the description of a run.",
     "evaluate": "Evaluate a run or an exported file on test or other data.",
     "export": "Write a finished run to one file, verified against the run.",
     "inspect": "Show each layer of a finished run: levels, SQNR, loss.",
@@ -101,7 +101,7 @@ class SubcommandParser(argparse.ArgumentParser):
         return words, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def _refuse_repeated(self, arguments: Sequence[str]) -> None:
-        """Refuse a flag that is typed twice, of which argparse would silently take the last value."""
+        """Refuse a flag that is typed twice. argparse would silently use the last value."""
         typed = Counter(word.partition("=")[0] for word in arguments)
         for action in self._actions:
             if not isinstance(action, argparse._AppendAction) and sum(typed[o] for o in action.option_strings) > 1:

@@ -1,4 +1,4 @@
-"""Implements the subcommands. Each function takes the arguments after the name and returns the exit status."""
+"""Implements the subcommands. A function receives the words after the subcommand and returns the exit status."""
 
 import os
 import sys
@@ -66,7 +66,7 @@ def check(arguments: list[str]) -> int:
 
 
 def describe(arguments: list[str]) -> int:
-    """Print a method card, or what a run was."""
+    """Print a method card, or the description of a run."""
     from qbench.config import registry
     from qbench.config.groups import option_names
 
@@ -78,7 +78,7 @@ def describe(arguments: list[str]) -> int:
         return 0
     if len(words) != 1:
         known = ", ".join(registry.names("method"))
-        raise ConfigError(f"describe needs exactly one method or run's directory, found {len(words)}\nmethods: {known}")
+        raise ConfigError(f"describe needs exactly one method or run directory, found {len(words)}\nmethods: {known}")
     name = words[0].removeprefix("method=")
     print(registry.card(name))
     stored = "" if ":" in name else f"; also in the repository: docs/pictures/{name}.png"

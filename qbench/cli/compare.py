@@ -98,10 +98,10 @@ def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> t
     """Return the tables for these options, with conclusions, and the runs that the tables contain.
 
     Args:
-        others: runs to compare besides those of the directories.
+        others: runs to compare in addition to those in the directories.
 
     Raises:
-        ConfigError: a key or value does not exist, or there is neither a directory nor another run.
+        ConfigError: a key or value does not exist, or no directory and no other runs are given.
     """
     if not options.directories and not others:
         raise ConfigError("compare needs a directory of runs, such as: qbench compare outputs")

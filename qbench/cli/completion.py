@@ -1,6 +1,6 @@
 """Completes subcommands, flags, groups and options in the shell.
 
-Other overrides are completed by Hydra.
+Hydra completes the keys inside groups.
 
 Packages that complete argparse parsers (argcomplete, shtab) are not used. The most frequent command line has no
 subcommand, and its arguments are overrides. Only Hydra can complete overrides, with a shell function that Hydra

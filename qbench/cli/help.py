@@ -35,7 +35,7 @@ def help_screen() -> str:
 qbench: papers on low-precision CNNs on one trainer and one protocol
 
   qbench method=dorefa bits.w=2                  train, quantize, print a row
-  qbench -m method=dorefa bits.w=1,2,4 seed=0,1  all combinations not stored yet
+  qbench -m method=dorefa bits.w=1,2,4 seed=0,1  train all combinations that are not stored
   qbench SUBCOMMAND --help                       the flags of a subcommand
 
 Subcommands:
@@ -43,8 +43,8 @@ Subcommands:
 
 Groups, as GROUP=OPTION; keys inside them, as GROUP.KEY=VALUE:
 {group_lines()}
-  bits takes any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
-  method, model and dataset take your own functions: model=my.net:build
+  bits accepts any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
+  method, model and dataset accept your own functions: model=my.net:build
 
 {fill(OTHER_KEYS, width)}
 

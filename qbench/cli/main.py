@@ -17,7 +17,10 @@ from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 from qbench.system.streams import keep_running_without_reader
 
 STARTUP_OBJECTS = 100_000
-"""New objects after which Python looks for garbage. Start-up makes fewer, and its search would find none in 30 ms."""
+"""Number of new objects after which Python collects garbage.
+
+Start-up makes fewer objects. This saves a collection at start-up, which would take 30 ms and find nothing.
+"""
 
 TRACEBACK = "QBENCH_TRACEBACK"
 """Environment variable. If it is set, errors are printed with their traceback."""

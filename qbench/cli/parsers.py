@@ -17,7 +17,7 @@ from qbench.report.comparison.verdicts import MARGIN
 METHOD = "METHOD"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 RECORD = "record"
-"""An output format that is not a table: one small file with all runs, which `qbench compare` can read."""
+"""The output format that is not a table but one small file with all results, which `qbench compare` can read."""
 PAPERS = Path(__file__).parents[1] / "papers" / "figures"
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
@@ -157,7 +157,7 @@ def plan() -> SubcommandParser:
     """
     parser = SubcommandParser(
         "plan",
-        epilog="It needs no data and does not train. It accepts the same Hydra flags as a training command.",
+        epilog="This subcommand needs no data and trains nothing. It accepts the Hydra flags of a training command.",
     )
     parser.add_argument("overrides", metavar=OVERRIDES, nargs="*", help="arguments of a training command")
     parser.add_argument("-m", "--multirun", action="store_true", help="all combinations of comma-separated values")
@@ -190,7 +190,7 @@ def published() -> SubcommandParser:
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="only rows that are not measured yet, each with its command or what is missing",
+        help="only rows that are not measured yet, each with the command to run it or with what is missing",
     )
     return parser
 
@@ -203,7 +203,7 @@ def settle() -> SubcommandParser:
     parser = SubcommandParser(
         "settle",
         epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more, until a difference or equivalence "
-        "is significant. All looks at the data share a level of 5 %, also if a test goes on with more seeds.",
+        "is significant. All tests together have a significance level of 5 %, even if you add seeds later.",
     )
     parser.add_argument(
         "settings",
@@ -228,7 +228,7 @@ def settle() -> SubcommandParser:
         "--max-seeds",
         type=integer(FIRST_LOOK, SEEDS_LIMIT, "a number of seeds"),
         metavar="N",
-        help=f"stop undecided at this number of seeds (default: {MAX_SEEDS})",
+        help=f"stop at this number of seeds, even if undecided (default: {MAX_SEEDS})",
     )
     return parser
 

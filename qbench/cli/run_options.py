@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The directory of a finished run, overrides, and the flags that most of these subcommands take."""
+    """The directory of a finished run, overrides, and the flags that most of these subcommands accept."""
 
     run: Path
     overrides: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ def parse_sensitivity(arguments: Iterable[str]) -> SensitivityOptions:
 
 
 def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
-    """Parse a command line of `qbench evaluate` (for errors see `_parse`). Its run may be an exported file.
+    """Parse a command line of `qbench evaluate` (for errors see `_parse`). The run may be an exported file.
 
     Raises:
         ConfigError: see `_parse`; or a flag has no effect on an exported file.
@@ -116,12 +116,12 @@ def _parse(
     """Return the fields of a `RunOptions`.
 
     Args:
-        overrides_usage: the overrides that the subcommand takes, as text for error messages. Empty if it takes none.
+        overrides_usage: the overrides that the subcommand accepts, as text for error messages. Empty if there are none.
         takes_file: whether the run may be a file instead of a directory.
 
     Raises:
         ConfigError: there is no run or more than one, a flag or value is unknown, the subcommand
-            does not take one of the arguments, or the run names code without `--trust`.
+            does not accept one of the arguments, or the run names code and `--trust` is missing.
     """
     words, flags = parser.parse_words(arguments)
     exists = os.path.exists if takes_file else os.path.isdir

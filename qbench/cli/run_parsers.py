@@ -38,7 +38,7 @@ def run_flags() -> SubcommandParser:
 
 
 def _add_trust(parser: SubcommandParser) -> None:
-    parser.add_argument("--trust", action="store_true", help="run code of its own that the run's config.yaml names")
+    parser.add_argument("--trust", action="store_true", help="run code outside qbench that the run's config.yaml names")
 
 
 def measurement_flags() -> SubcommandParser:
@@ -68,7 +68,7 @@ def evaluate() -> SubcommandParser:
     parser = SubcommandParser(
         "evaluate",
         parents=[run_flags(), weights_flag()],
-        epilog="In place of RUN, evaluate also takes a file of qbench export.",
+        epilog="Instead of a run's directory, you can type a file that qbench export has written.",
     )
     parser.add_argument(
         "overrides", metavar=OVERRIDES, nargs="*", help="another data set: dataset=NAME dataset.KEY=VALUE ..."
@@ -79,7 +79,7 @@ def evaluate() -> SubcommandParser:
         metavar="FILE",
         help="write index, label, predicted class and its probability for every image, as .csv or .npy",
     )
-    add_choice(parser, "--runtime", RUNTIMES, "what runs an exported ONNX file (default: onnxruntime)")
+    add_choice(parser, "--runtime", RUNTIMES, "runtime for an exported ONNX file (default: onnxruntime)")
     return parser
 
 
@@ -95,9 +95,9 @@ def export() -> SubcommandParser:
         parser,
         "--to",
         EXPORT_FORMS,
-        "the form: packed (codes of their true width, the run's bits), onnx (integer weights, standard operators), "
-        "int8 (ONNX that runtimes compute in 8-bit integers), qonnx (Quant nodes for FINN and hls4ml) or integer "
-        "(integer arithmetic with thresholds, runs in NumPy) (default: packed)",
+        "form of the file (default: packed). packed: codes of the true width, logits equal to the run's bit for bit; "
+        "onnx: integer weights, standard operators; int8: an ONNX file that runtimes compute in 8-bit integers; "
+        "qonnx: Quant nodes for FINN and hls4ml; integer: integer arithmetic with thresholds, runs in NumPy",
     )
     parser.add_argument(
         "--out",
@@ -117,8 +117,8 @@ def inspect() -> SubcommandParser:
         parser,
         "--sort",
         ("leave-one-out", "leave-one-in", "sqnr", "order"),
-        "order of rows, worst first: change of the loss with only this layer in float (leave-one-out), with only "
-        "this layer quantized (leave-one-in), or SQNR (sqnr); order: as in the network (default: leave-one-out)",
+        "order of rows (default: leave-one-out), worst first. leave-one-out: by change of the loss with only this "
+        "layer in float; leave-one-in: with only this layer quantized; sqnr: by SQNR; order: as in the network",
     )
     return parser
 

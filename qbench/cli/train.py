@@ -122,7 +122,7 @@ def stored_result(planned: "PlannedRun", warn: Callable[[str], object]) -> "Resu
         warn: is called with a warning if the result was computed by another version of the code or on another device.
 
     Raises:
-        CheckpointError: the result was measured with other images than the data set holds now.
+        CheckpointError: the result was measured on other images than the data set contains now.
     """
     from qbench.experiment.data_check import check_stored
     from qbench.report.tables.escape import printable
@@ -143,7 +143,7 @@ def stored_result(planned: "PlannedRun", warn: Callable[[str], object]) -> "Resu
 
 
 def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
-    """Do a run and return its result. The row of its table is added to log.txt."""
+    """Execute a run, append its row to log.txt, and return the result."""
     from qbench.experiment.run import run
     from qbench.report.tables.run_row import row
     from qbench.runs.metrics_logger import append_text
@@ -155,7 +155,7 @@ def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
 
 
 def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int]) -> int:
-    """Train the runs of a sweep. Print their tables, the conclusions, and the next commands."""
+    """Train the runs of a sweep. Print the tables, the conclusions, and commands to continue with."""
     from qbench.report.comparison.compare import compare as comparison_tables
     from qbench.report.comparison.pairs import conclude
     from qbench.report.tables.table import text
@@ -177,10 +177,11 @@ def records_of(
 
     Args:
         arguments: the command line, which names the launcher.
-        progress: whether to show the runs in work on stderr, and settings that are not ranked against each other.
+        progress: whether to show the runs in progress on stderr, and to warn about settings that are not ranked
+            against each other.
 
     Raises:
-        CheckpointError: a stored result was measured with other images than the data set holds now.
+        CheckpointError: a stored result was measured on other images than the data set contains now.
     """
     from qbench.config import compose
     from qbench.experiment import jobs, sweep

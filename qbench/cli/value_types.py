@@ -77,7 +77,7 @@ def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
 
 
 def some_text(value: str) -> str:
-    """Convert a value that may be any text except an empty one."""
+    """Return the value. An empty text is refused."""
     if not value:
         raise argparse.ArgumentTypeError("needs a value")
     return value

@@ -1,4 +1,4 @@
-"""Finds a command line that describes a stored configuration."""
+"""Finds the command line of a stored configuration."""
 
 import copy
 import shlex
@@ -18,17 +18,17 @@ from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
 NODES = {"model": "resnet8", "dataset": "digits", "method": "float", "activation": "none"}
-"""Groups whose option has the name of the node, with their default options."""
+"""Group -> default option, for groups whose option is stored under `name`."""
 OPTIMIZERS = {"optim": "optim", "pretrain.optim": "optim@pretrain.optim"}
-"""Where a recipe is in the configuration -> the word that chooses its option."""
+"""Key of a recipe in the configuration -> the word before `=OPTION` on the command line."""
 NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
 
 
 def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str | None:
     """Return `qbench KEY=VALUE ...` for the values of a configuration: options of groups, and keys that differ.
 
-    Return None if no command line describes the same run: for one run of a learning-rate grid, for checkpoints that are
-    gone, and for functions outside qbench, which would have to be imported.
+    Return None if no command line gives the same run. This is so for a run of a learning-rate grid, if a checkpoint
+    was deleted, and for functions outside qbench, which are not imported here.
 
     Args:
         recorded: as in `run_identity`.
@@ -53,12 +53,12 @@ def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str
 
 
 def _counts(key: str, is_baseline: bool) -> bool:
-    """Return whether a key can be typed. A float baseline takes its recipe from `pretrain`."""
+    """Return whether a key must be typed if it differs. A float baseline has its recipe under `pretrain`."""
     return key not in NOT_TYPED and not (is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
 
 
 def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, dict[str, Any]]:
-    """Return the composed node of some words, and the keys that it lacks or has other values of, with these values."""
+    """Return the node composed from `words`, and the entries of `values` that are missing or different in this node."""
     (node,) = compose.compose_nodes(words, sweep=False)
     found = dict(_leaves(to_dict(from_node(copy.deepcopy(node)))))
     differing = {
@@ -84,7 +84,7 @@ def _at(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _nearest_option(recipe: Mapping[str, Any]) -> str:
-    """Return the option of `optim` of which a recipe has the most values."""
+    """Return the option of `optim` that shares the most values with a recipe."""
 
     def score(name: str) -> int:
         own = read_yaml(option_file("optim", name))
@@ -95,7 +95,7 @@ def _nearest_option(recipe: Mapping[str, Any]) -> str:
 
 
 def _has(node: DictConfig, key: str) -> bool:
-    """Return whether the chosen options have a key. Another key needs a `+`."""
+    """Return whether the chosen options have a key. If not, the key is typed with a `+`."""
     place, _, name = key.rpartition(".")
     parent = OmegaConf.select(node, place) if place else node
     return parent is not None and name in parent

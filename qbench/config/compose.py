@@ -74,11 +74,14 @@ def configurations(arguments: list[str]) -> list[Config]:
 
 
 def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
-    """Return the nodes of all combinations.
+    """Return the composed configurations of all combinations.
 
-    Each node is composed only once. Hydra's sweeper would compose it twice.
+    Each one is composed only once. Hydra's sweeper would compose it twice.
 
-    `folder` is the user's own configuration directory.
+    Args:
+        overrides: `KEY=VALUE` words.
+        sweep: whether a list of values defines several combinations.
+        folder: the user's own configuration directory.
     """
     register_sources()
     with _instead_of_users_hydra(), hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
@@ -108,7 +111,7 @@ def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) 
 
 @contextmanager
 def _instead_of_users_hydra() -> Iterator[None]:
-    """Let Hydra be initialized although the program that calls qbench may be an application of Hydra itself."""
+    """Set aside the Hydra state of the calling program, which may itself be a Hydra application."""
     users = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -118,7 +121,7 @@ def _instead_of_users_hydra() -> Iterator[None]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a user's configuration directory if qbench's files take the place of some of its own."""
+    """Refuse a user's configuration directory with a file that qbench has too. Hydra would use the file of qbench."""
     if not folder.is_dir():
         raise ConfigError(f"{CONFIG_DIRECTORY[0]} {folder}: no such directory")
     for file in sorted(folder.rglob("*.yaml")):
@@ -136,7 +139,7 @@ def launcher(arguments: Iterable[str]) -> str | None:
 def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
     """Let Hydra's launcher call `job` with the node of every run. The launcher starts the processes.
 
-    If a combination has a learning-rate grid, its runs are done in sequence in one process.
+    All runs of a learning-rate grid are executed one after the other in one process.
     """
 
     def each(node: DictConfig) -> None:

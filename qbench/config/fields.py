@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 ACTS = ("auto", "keep", "fused")
 HEADS = ("keep", "new")
-WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}; w8 for 8 bits of weights alone"
+WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}; w8 quantizes only the weights"
 
 
 def marked(
@@ -84,7 +84,7 @@ def layer_width(default: int | str) -> int | str:
 
 
 def is_width(x: object) -> bool:
-    """Return whether x is `float`, `same`, a number of bits, or a width of weights alone."""
+    """Return whether x is `float`, `same`, a number of bits, or a width of only the weights such as `w8`."""
     if isinstance(x, str):
         return x in ("float", "same") or weight_width(x) is not None
     return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT

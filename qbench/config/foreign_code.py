@@ -1,8 +1,8 @@
-"""Finds code of its own that a stored configuration names, so that nobody runs it unasked.
+"""Finds code outside qbench that a stored configuration names.
 
 A run's directory may come from somebody else. Its config.yaml can name any function as
-`package.module:function`, which is imported from the working directory. Such code runs only if the
-user says so.
+`package.module:function`, which would be imported from the working directory. Such code runs only
+if the user allows it.
 """
 
 from collections.abc import Collection, Mapping

@@ -94,7 +94,7 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
 
 
 def _refuse_ignored(file: Path, values: Mapping[Any, Any]) -> None:
-    """Refuse what Hydra would silently ignore: keys of its own, and options in a list before the last one."""
+    """Refuse entries that Hydra would silently ignore: its own keys, and all options in a list but the last."""
     if "hydra" in values:
         raise ConfigError(f"{file}: `hydra:` has no effect in a file\n{LAUNCH}")
     for entry in values.get("defaults") or ():

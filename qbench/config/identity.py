@@ -130,9 +130,9 @@ def without_added(node: Node) -> Node:
 def _protocol(config: Config, keys: Node) -> Node:
     """Return the keys that two runs must share to be compared.
 
-    Initial weights or a teacher that the method requires count as part of the method, not of the protocol. So do the
-    network's norm and act. In a run of a learning-rate grid, the protocol contains the recipe's rate and the grid, but
-    not the run's rate.
+    Initial weights or a teacher that the method requires belong to the method, not to the protocol. The same is true
+    of the network's norm and act. In a run of a learning-rate grid, the protocol contains the recipe's rate and the
+    grid, but not the run's rate.
     """
     shared = copy.deepcopy(keys)
     for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -170,7 +170,7 @@ def _options(config: Config) -> Node:
 def digest(values: Mapping[str, Json]) -> str:
     """Return the sha256 of plain values.
 
-    The order of the keys does not matter, and 1.0 counts as 1.
+    The order of the keys does not matter, and 1.0 is the same as 1.
     """
     return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -15,7 +15,7 @@ from qbench.errors import ConfigError
 
 
 def runs(config: Config) -> list[Config]:
-    """Return the configurations of the grid, one per learning rate. Without a grid, return only the given one.
+    """Return the configurations of the grid, one per learning rate. Without a grid, return only `config`.
 
     `optim.lr_end` is scaled by the same factor as `optim.lr`. A float baseline or a run without training remains a
     single run.
@@ -50,7 +50,7 @@ def _at(config: Config, factor: float) -> Config:
 def _trains(config: Config) -> bool:
     """Return whether any epoch is trained. Post-training quantization trains none.
 
-    A method that cannot be built counts as trained. Its run then reports the error.
+    The answer is yes for a method that cannot be built. Its run then reports the error.
     """
     nodes = [node for node in (config.method, config.activation) if node["name"] != "none"]
     try:

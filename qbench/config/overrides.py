@@ -1,4 +1,4 @@
-"""Checks the words `KEY=VALUE` and `~KEY` of a command line where Hydra accepts them silently."""
+"""Refuses words `KEY=VALUE` and `~KEY` that Hydra would accept, but that have no clear meaning."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -21,10 +21,10 @@ MOST_COMBINATIONS = 10_000
 
 
 def check_overrides(words: Iterable[Override]) -> None:
-    """Refuse several values of one key and several options of one group. Hydra would silently take the last.
+    """Refuse several values of one key and several options of one group. Hydra would silently use the last.
 
-    They are typed as two words, `epochs=1 epochs=2`, for a group as a list, `bits=[w2a2,w4a4]`, or as two equal keys
-    in braces, `layers.rules={conv1: 8, conv1: 4}`.
+    Examples are `epochs=1 epochs=2`, a list for a group (`bits=[w2a2,w4a4]`), and two equal keys in braces
+    (`layers.rules={conv1: 8, conv1: 4}`). Also refuse to remove a group or a key of the schema.
     """
     typed: dict[str, str] = {}
     for word in words:
@@ -69,10 +69,10 @@ def _repeated_in_braces(word: str) -> str | None:
 
 
 def refuse_deletions(words: Iterable[Override], node: DictConfig) -> DictConfig:
-    """Return a composed configuration, from which no word `~KEY` may have removed a key of the chosen option.
+    """Return a composed configuration. Refuse a word `~KEY` that removes a key of the chosen option.
 
-    The argument of a network, a data set or a method would silently have the default of its function. Keys that the
-    option does not have may be removed: an experiment file may set them for another option.
+    Without this key, the function of the network, data set or method would silently use its default argument. Keys
+    that the option does not have may be removed, because an experiment file may set them for another option.
     """
     for word in words:
         group, _, inside = str(word.key_or_group).partition(".")

@@ -52,7 +52,7 @@ def entry_names(group: str) -> list[str]:
 
 def _entry_points(group: str) -> "EntryPoints":
     """Return what other installed packages register for a group."""
-    from importlib.metadata import entry_points  # takes as long as a tenth of a stored row
+    from importlib.metadata import entry_points  # slow: a tenth of the time to print a stored row
 
     return entry_points(group=ENTRY_POINTS[group])
 
@@ -73,7 +73,7 @@ def card(name: str) -> str:
 def widths(name: str) -> str:
     """Return which widths of w, a and g a method has, without importing its module.
 
-    A method outside qbench is taken to have all three.
+    A method outside qbench is assumed to have all three.
     """
     path = Path(__file__).parents[1] / GROUPS["method"] / f"{name}.py"
     if not name.isidentifier() or not path.exists():
@@ -147,10 +147,10 @@ def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
 
     Args:
         node: `name`, arguments of the function, and optionally `family`, which is the file if several names share one.
-        fixed: other arguments. Those that the function does not take are ignored.
+        fixed: other arguments. Those that the function does not accept are ignored.
 
     Raises:
-        ConfigError: the function does not take a key, a value has the wrong type or is out of range, or an argument
+        ConfigError: the function does not accept a key, a value has the wrong type or is out of range, or an argument
             has no value.
     """
     factory, options, known = checked(group, node, fixed)
@@ -167,7 +167,7 @@ def checked(
     """Return a node's function, the arguments in the node, and all arguments.
 
     Raises:
-        ConfigError: the function does not take a key, a key is in `fixed`, or a value has the wrong
+        ConfigError: the function does not accept a key, a key is in `fixed`, or a value has the wrong
             type.
     """
     name = str(node["name"])

@@ -246,7 +246,7 @@ def to_dict(config: Config) -> Node:
 def baseline_config(config: Config, norm: str | None = None) -> Config:
     """Return the configuration of a run's float baseline.
 
-    `norm` is the normalization that the run's method requires, if any.
+    `norm` is the normalization that the run's method requires, or None.
     """
     baseline = copy.deepcopy(config)
     baseline.method, baseline.activation = {"name": "float"}, {"name": "none"}

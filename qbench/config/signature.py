@@ -1,4 +1,4 @@
-"""The arguments of the functions and classes that build methods, models and data sets.
+"""Inspects the arguments of the functions and classes that build methods, models and data sets.
 
 qbench fills in some arguments by name: a method's widths, an image's shape, and the number of classes. Every other
 argument needs a default value, and becomes a key of the configuration that has the type of this value.
@@ -14,10 +14,10 @@ from qbench.errors import ConfigError
 Factory = Callable[..., Any]
 
 CLASS_COUNTS = ("classes", "num_classes", "n_classes")
-"""Names of a network's argument that gets the number of classes."""
+"""Allowed names of the argument for the number of classes."""
 
 FILLED = {"method": ("w", "a", "g"), "model": ("shape", *CLASS_COUNTS), "dataset": ()}
-"""Group -> the arguments that are filled in. A method's function may give them default values, which are `bits`."""
+"""Group -> the arguments that qbench fills in. The default values of a method's widths are its `bits`."""
 
 FORMS = {
     "method": "build(*, w=2, a=32, g=32)",
@@ -49,7 +49,7 @@ def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter
 
 
 def default_values(group: str, known: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Return the default values of the arguments that are keys. A value that YAML cannot hold makes no key."""
+    """Return the default values of the arguments that are keys. Values that YAML cannot represent are left out."""
     values = {key: p.default for key, p in known.items() if key not in FILLED[group]}
     return {
         key: list(value) if isinstance(value, tuple) else value
@@ -71,7 +71,7 @@ def check_missing(group: str, name: str, known: Mapping[str, Parameter], given: 
 def has_type(value: object, parameter: Parameter) -> bool:
     """Return whether a value has the type of an argument's default, or another type of its annotated union.
 
-    Of a union such as `str | float | list[float]`, numbers and lists are recognized.
+    In a union such as `str | float | list[float]`, only numbers and lists are recognized.
     """
     others = {get_origin(kind) or kind for kind in get_args(parameter.annotation)}
     if isinstance(value, bool):
@@ -102,7 +102,7 @@ def _same_type(value: object, default: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether YAML holds a value as it is."""
+    """Return whether YAML can represent a value exactly."""
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)

@@ -1,4 +1,4 @@
-"""Finds what was probably meant by a word of the command line that is not KEY=VALUE."""
+"""Guesses what a user meant by a word of the command line that is not KEY=VALUE."""
 
 import dataclasses
 import os.path
@@ -32,7 +32,9 @@ def unknown_word_message(word: str, following: Sequence[str], subcommands: Seque
     if typed := as_key_value(word, following):
         return f"{word}: not a subcommand and not KEY=VALUE\ntype {typed}"
     if word in ("train", "run", "fit"):
-        return f"{word}: not a subcommand and not KEY=VALUE\nto train, type keys alone, such as: qbench method=dorefa"
+        return (
+            f"{word}: not a subcommand and not KEY=VALUE\nto train, type only KEY=VALUE, such as: qbench method=dorefa"
+        )
     hint = did_you_mean(word, subcommands)
     return f"{word}: not a subcommand and not KEY=VALUE{hint}\nsubcommands: {', '.join(subcommands)}"
 

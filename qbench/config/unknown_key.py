@@ -2,9 +2,8 @@
 
 The message names the nearest key in the whole configuration, and all keys of the node.
 
-A key is suggested only if it is probably what the user meant. There are four cases. The typed name is the name of a key
-in another node, or a misspelled key. Or it is part of a key's name (`workers` for `runtime.num_workers`), or a common
-synonym of a key.
+A key is suggested only if the user probably meant it. There are four cases: the typed name is the name of a key in
+another node, a misspelled key, part of a key's name (`workers` for `runtime.num_workers`), or a common synonym.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ def users_function(group: str, name: str) -> Factory:
 
     Raises:
         ConfigError: the name is not valid, or there is no such module, function or class.
-        QbenchError: the module cannot be imported, because of an error in it.
+        QbenchError: the module cannot be imported, because its code raises an error.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # the user's file may be in the working directory

@@ -1,4 +1,4 @@
-"""Imports modules of the user, again if their files have changed."""
+"""Imports the user's modules, and reloads a module if its file has changed."""
 
 import hashlib
 import importlib
@@ -11,17 +11,19 @@ _imported: dict[str, str] = {}
 
 
 def import_current(name: str) -> ModuleType:
-    """Return a module as its file is now.
+    """Return a module, imported from the current content of its file.
 
-    The content of the file is part of a run's identity. In a Python session, Python would keep the module as it was
-    when it was first imported, and the identity would belong to other code.
+    The content of the file is part of a run's identity. Python itself imports a module only once per session. If the
+    file were then changed, the identity would not belong to the code that runs.
 
     Raises:
         ImportError: there is no such module, or it is the notebook or script itself, whose code has no file that
-            could be imported again.
+            can be imported.
     """
     if name == "__main__":
-        raise ImportError("a function of a notebook or script cannot be named; write it to a file, such as my_code.py")
+        raise ImportError(
+            "a function in a notebook or script cannot be used by name; move it to a file, such as my_code.py"
+        )
     known = name in sys.modules
     module = importlib.import_module(name)
     file = Path(getattr(module, "__file__", None) or "")
@@ -34,7 +36,7 @@ def import_current(name: str) -> ModuleType:
 
 
 def _is_older(module: ModuleType, file: Path) -> bool:
-    """Whether a module that the user imported is older than its file, as far as its bytecode file says."""
+    """Return whether a module that the user imported is older than its file, according to its bytecode file."""
     cached = Path((module.__spec__ and module.__spec__.cached) or "")
     if not file.is_file() or not cached.is_file():
         return False

@@ -54,7 +54,7 @@ def _check_no_interpolation(value: object, path: str = "") -> None:
         for item in value:
             _check_no_interpolation(item, path)
     elif isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{path[:-1]}={value}: a stored configuration must hold values, not ${{...}}")
+        raise ConfigError(f"{path[:-1]}={value}: a stored configuration must contain values, not ${{...}}")
 
 
 def from_node(node: DictConfig) -> Config:
@@ -128,8 +128,8 @@ def _filled(config: Config) -> Config:
     """Fill in the method's widths. Convert a float run from scratch to a float baseline.
 
     If the method requires initial weights or a teacher, the value `auto` becomes `method`. The run then has the same
-    protocol as runs of other methods. A value that the user typed makes a separate protocol. Other methods can run
-    under it too.
+    protocol as runs of other methods. A value that the user typed defines a separate protocol, under which other
+    methods can run too.
     """
     if config.init == "imagenet":
         config.init = _imagenet_weights(config)
@@ -158,9 +158,9 @@ def _filled(config: Config) -> Config:
 
 
 def _one_step(config: Config) -> None:
-    """Make a configuration one of a debug run: one epoch at most, without warm-up, and never a stored result.
+    """Change a configuration to that of a debug run: at most one epoch, no warm-up, and no stored result is reused.
 
-    The data set of the run has the images of one update of the weights (`qbench.experiment.setup`).
+    The training set is later reduced to the images of one weight update (`qbench.experiment.setup`).
     """
     config.epochs, config.pretrain.epochs, config.rerun = min(config.epochs, 1), 1, True
     for optim in (config.optim, config.pretrain.optim):
@@ -186,7 +186,7 @@ def _imagenet_weights(config: Config) -> str:
 def _refuse_stored_values(config: Config) -> None:
     """Refuse values that only stored configurations may have.
 
-    In a stored configuration, the node of the method has no key `bits`.
+    A configuration is a stored one if the node of its method has no key `bits`.
     """
     if "bits" not in config.method:
         return

@@ -1,4 +1,4 @@
-"""Checks the values of a data set, also those of a user's own data set."""
+"""Checks the values of data sets, including those of users."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ MAX_NAMED = 5
 """Maximum number of classes in a note."""
 
 EXPECTED = 10
-"""Number of images that a split should have of a class, by its share in train, for its absence to be noted."""
+"""A missing class has a note if, by its share in train, the split should have at least this many of its images."""
 
 SAMPLED, MIN_SAMPLED = 256, 8
 """Largest and smallest number of images of a split whose grey values are compared with those of train."""
@@ -31,7 +31,7 @@ MAX_READ_BYTES = 2**32
 
 
 def check_dataset(data: Dataset, name: str) -> None:
-    """Refuse a data set whose labels, images or normalization cannot be meant.
+    """Refuse a data set whose labels, images or normalization cannot be right.
 
     `name` is the value of `dataset`, for the message.
 
@@ -43,7 +43,7 @@ def check_dataset(data: Dataset, name: str) -> None:
 
 
 def _problems(data: Dataset) -> Iterator[str]:
-    """Yield what is wrong with a data set. After the first problem, the rest means nothing."""
+    """Yield the problems of a data set. Only the first is reliable, because later checks rely on earlier ones."""
     if type(data.classes) is not int or data.classes < 2:
         yield f"classes={data.classes!r}: must be an int from 2 on"
     splits = {"train": data.train, "val": data.val, "test": data.test}
@@ -52,7 +52,7 @@ def _problems(data: Dataset) -> Iterator[str]:
         if not isinstance(value, StoredSplit):
             yield f"{part} is a {type(value).__name__}: must be a Split or a FileSplit"
     if not len(data.train):
-        yield "train holds no images"
+        yield "train has no images"
     for part, split in splits.items():
         if len(split):
             yield from (f"{part}: {problem}" for problem in _label_problems(split.labels, data.classes))
@@ -78,7 +78,7 @@ def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
     if shape[0] != expected[0] or (not crop and shape != expected):
         yield f"images are {shape}, those of train are {expected}: must be equal"
     if split.dtype != torch.uint8 and data.augment.changes_colours:
-        yield "augment: brightness, contrast and jitter are for uint8 images; they are float"
+        yield "augment: brightness, contrast and jitter are for uint8 images; these images are float"
     if crop and min(shape[1:]) < crop:
         yield f"images are {shape}: must be at least {crop} x {crop} pixels, the size of a crop"
 
@@ -89,7 +89,7 @@ def _value_problems(images: Tensor) -> Iterator[str]:
         if high <= 1:
             yield f"no value of the images is above {high}: must be 0 to 255\nfor images from 0 to 1: 255 * images"
     elif not math.isfinite(high - low):  # also false for NaN
-        yield "the images hold inf or nan"
+        yield "the images contain inf or nan"
     elif low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
         yield (
             f"the float images are whole numbers from {low:g} to {high:g}, which are not normalized\n"
@@ -133,7 +133,7 @@ def unseen_classes(data: Dataset) -> list[str]:
 
 
 def missing_classes(data: Dataset) -> list[str]:
-    """Return in words which classes validation and test images should be of, but are not."""
+    """Return in words which classes are missing among the validation and test images."""
     shares = data.train.labels.bincount(minlength=data.classes) / len(data.train)
     notes = []
     for part, split in (("val", data.val), ("test", data.test)):
@@ -148,7 +148,7 @@ def missing_classes(data: Dataset) -> list[str]:
 
 
 def other_scale(data: Dataset) -> list[str]:
-    """Return in words which splits have other grey values than train, as after another scaling or inversion.
+    """Return in words which splits have other grey values than train, for example because they were scaled otherwise.
 
     The mean and the standard deviation of an image are compared, each averaged over a sample.
     """

@@ -113,7 +113,7 @@ def own_random_state() -> Iterator[None]:
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed the generators of the CPU; `torch.manual_seed` would change those of a GPU too."""
+    """Seed the generators of the CPU. `torch.manual_seed` would also seed those of a GPU."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -126,7 +126,7 @@ def read_item(source: MapDataset, place: int, seed: int | None) -> tuple[Tensor,
         seed: seed of a random transform, or None to draw from the generators as they are.
 
     Raises:
-        DataError: the item is something else.
+        DataError: the item is not (image, label) of these types.
     """
     if seed is not None:
         seed_cpu(seed)

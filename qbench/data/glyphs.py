@@ -4,7 +4,7 @@ By default, the images have CIFAR's shape. Any number of images can be drawn. Th
 images. There are 34 classes: 0-9 and A-Z without I and O. In many fonts, I looks like a 1 and O like a 0. Small letters
 are left out, because many look like their capitals at random size.
 
-21 of matplotlib's 40 fonts hold ordinary digits and letters (DejaVu Sans, Sans Mono and Serif; STIXGeneral; cmb, cmr,
+21 of matplotlib's 40 fonts have ordinary digits and letters (DejaVu Sans, Sans Mono and Serif; STIXGeneral; cmb, cmr,
 cmss, cmti, cmtt). 16 of them draw the training images and 5 the test images. Symbol fonts (STIXSiz*, STIXNonUni*,
 cmex10, cmsy10, DejaVu*Display, LastResort) are not used. cmmi10 is not used because its digits are old-style. The
 validation images are a part of the training images, so they show the training fonts.

@@ -50,7 +50,7 @@ def _numbers(lists: list[list[float]]) -> MeanAndStd:
     """Return mean and standard deviation from two lists of equal length.
 
     Raises:
-        ValueError: the lists are something else.
+        ValueError: the lists are not of this form.
     """
     if len(lists) == 2 and all(isinstance(numbers, list) and numbers for numbers in lists):
         mean, std = lists

@@ -21,7 +21,7 @@ from qbench.data.normalize import MeanAndStd, mean_and_std
 from qbench.errors import DataError
 
 MAX_MEMORY = 2**32
-"""Largest size in bytes of a split of a torch data set that is kept in memory. Larger ones are read in every epoch."""
+"""Maximum size in bytes of a split of a torch data set that is kept in memory. Larger splits are read every epoch."""
 
 STATISTICS_IMAGES = 1000
 """Number of images from which mean and standard deviation are computed, if the images are read in every epoch."""
@@ -105,7 +105,7 @@ def _read(source: MapDataset) -> Split | DrawnSplit:
     A transform is random if it takes numbers from the generators of torch, NumPy or Python.
     """
     if not len(source):
-        raise DataError("holds no images")
+        raise DataError("contains no images")
     with own_random_state():
         _check_repeatable(source)
         first, _ = read_item(source, 0, 0)
@@ -152,7 +152,7 @@ def _check_repeatable(source: MapDataset) -> None:
         images = [read_item(source, place, place)[0] for _ in range(2)]
         if images[0].shape != images[1].shape or not bool(((images[0] == images[1]) | (images[0] != images[0])).all()):
             raise DataError(
-                f"image {place} changes whenever it is read, also if torch, NumPy and Python have the same seed\n"
+                f"image {place} changes whenever it is read, even if torch, NumPy and Python have the same seed\n"
                 "draw random numbers from torch's generator, so that a run can be repeated"
             )
 
@@ -169,7 +169,7 @@ def _generators() -> tuple[object, ...]:
 
 
 def _normalization(train: Split | DrawnSplit) -> MeanAndStd:
-    """Return the mean and standard deviation of uint8 images, and those that change nothing for float images."""
+    """Return the mean and standard deviation of uint8 images. For float images, return 0 and 1 per channel."""
     channels = train.shape[0]
     if train.dtype != torch.uint8:
         return (0.0,) * channels, (1.0,) * channels

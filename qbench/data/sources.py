@@ -1,8 +1,8 @@
-"""The files of each data set, and a stamp that changes if one of them may have changed.
+"""Lists the files of each data set, and computes a stamp that changes if one of the files may have changed.
 
 Reading all images takes seconds to minutes. The digest of a data set's images is therefore kept in
-the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It is used again as long
-as names, sizes, modification times and inodes of the files stay the same, and those of the code
+the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It is reused as long as
+names, sizes, modification times and inodes of the files stay the same. The same is true of the code
 that reads them. This module does not import torch.
 """
 
@@ -48,7 +48,7 @@ def source_paths(node: Mapping[str, object]) -> list[Path] | None:
 
 
 def are_gone(node: Mapping[str, object]) -> bool:
-    """Whether a data set is read from files, and none of them exists."""
+    """Return whether a data set is read from files and none of these files exists."""
     paths = source_paths(node)
     return bool(paths) and not any(path.exists() for path in paths or ())
 
@@ -69,18 +69,18 @@ def stamp(node: Mapping[str, object]) -> str | None:
 
 
 def cached_sha256(node: Mapping[str, object]) -> str | None:
-    """Return the digest that `remember_sha256` got, or None if the files may have changed since."""
+    """Return the digest that `remember_sha256` stored, or None if the files may have changed since then."""
     now, stored = stamp(node), files.read_json(_cache_path(node)) or {}
     sha256 = stored.get("data_sha256")
     return sha256 if now and stored.get("stamp") == now and isinstance(sha256, str) else None
 
 
 def remember_sha256(node: Mapping[str, object], before: str | None, sha256: str) -> None:
-    """Keep the digest of a data set's images. If writing fails, they are read again next time.
+    """Store the digest of a data set's images. If this fails, the images are read again next time.
 
     Args:
         before: the stamp from before the images were read. Files that change while they are read
-            then have another stamp. None keeps nothing.
+            then have another stamp. If it is None, nothing is stored.
     """
     path = _cache_path(node)
     if before:

@@ -30,7 +30,7 @@ class DatasetSpec(NamedTuple):
 def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
     """Return a data set of black images that use no memory, or None for a data set without a specification.
 
-    `node` holds the keys of `dataset`.
+    `node` contains the keys of `dataset`.
 
     Raises:
         ValueError: `val` is out of range.

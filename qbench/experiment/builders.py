@@ -97,7 +97,7 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
         activation: node of the method that quantizes the activations. Its name is `none` if `method` does that itself.
 
     Raises:
-        ConfigError: the method does not have some key or value.
+        ConfigError: a key or value of the method does not exist.
         Unsupported: the method does not support the widths or options, or the methods cannot be combined.
     """
     if activation["name"] == "none":
@@ -168,18 +168,18 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
 
 
 def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
-    """Return the networks of `conf/model`, as typed, that a checkpoint file's weights fit."""
+    """Return the networks of `conf/model` that fit a checkpoint file's weights, as words to type."""
     method = build_method({"name": "float"}, {"name": "none"}, Bits())
     found = []
     for words, node in _networks():
-        with suppress(ConfigError, Unsupported, NotImplementedError, RuntimeError):  # the images may not fit either
+        with suppress(ConfigError, Unsupported, NotImplementedError, RuntimeError):  # images may not fit the network
             if fits(build_model(node, data, method, 0, "meta"), weights):
                 found.append(words)
     return found
 
 
 def _networks() -> Iterator[tuple[str, Node]]:
-    """Yield the networks of `conf/model`, those with two forms in both, as (words to type, node)."""
+    """Yield (words to type, node) for each network of `conf/model`, and for each form of a network with two forms."""
     for name in option_names("model"):
         if not option_file("model", name).is_file():  # of another package
             continue

@@ -74,7 +74,7 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
 
 
 def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int]) -> None:
-    """Refuse updates of more batches than an epoch has, and a warm-up that fills a phase of training.
+    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that fills a phase of training.
 
     Args:
         key: where the recipe is in the configuration, such as `pretrain.optim`.
@@ -82,7 +82,7 @@ def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int])
     """
     _, batches = batch_size_and_steps(data, optim.batch_size)
     if optim.accumulate > batches:
-        raise ConfigError(f"{key}.accumulate={optim.accumulate}: must be at most {batches}, the batches of an epoch")
+        raise ConfigError(f"{key}.accumulate={optim.accumulate}: must be at most {batches}, the batches in an epoch")
     steps = updates_per_epoch(optim, batches)
     shortest = min((stop - start for start, stop in pairwise(sorted(set(borders)))), default=0)
     if shortest and warmup_steps(optim, steps) >= shortest * steps:
@@ -93,7 +93,7 @@ def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int])
 
 
 def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
-    """Refuse two values for the weight decay of one method's quantizers."""
+    """Refuse two different keys for the weight decay of a method's quantizers."""
     for node in nodes:
         own = node.get("decay")
         if None not in (own, optim.quantizer_decay) and own != defaults("method", str(node["name"])).get("decay"):
@@ -144,7 +144,7 @@ def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)
     if requires.norm == "no_affine" and not hasattr(model, "norm") and (affine or not norms):
-        why = "has both" if affine else "has none"
+        why = "has both" if affine else "has no batch normalization"
         raise Unsupported(
             f"{method_name} requires batch normalization without scale and shift; {type(model).__name__} {why}"
         )

@@ -88,7 +88,7 @@ class RunContext:
             yield
 
     def waiting(self, path: Path) -> Callable[[], None]:
-        """Return the function to call while another process holds a run's directory.
+        """Return the function to call while another process has locked a run's directory.
 
         The function reports the wait once. It raises `Interrupted` if a signal asks the run to
         stop.

@@ -1,7 +1,8 @@
-"""Checks that a stored run was trained on the images that its data set holds now.
+"""Checks that a stored run was trained on the images that its data set contains now.
 
-Images are not part of a run's identity, which must be known before any data is read. A result and a
-checkpoint hold the digest of the images instead, and it is compared whenever one of them is used.
+Images are not part of a run's identity, because the identity must be known before any data is read.
+Instead, results and checkpoints contain the digest of the images. It is compared whenever a result
+or a checkpoint is used.
 This module does not import torch unless images must be read.
 """
 
@@ -19,7 +20,7 @@ from qbench.system.caches import cached_for_command
 
 
 def current_sha256(node: Node) -> str:
-    """Return the digest of the images that a data set holds now.
+    """Return the digest of the images that a data set contains now.
 
     The images are read only if their files may have changed since they were read last.
 
@@ -33,7 +34,7 @@ def current_sha256(node: Node) -> str:
 def _current_sha256(node_json: str) -> str:
     node = json.loads(node_json)
     if sources.are_gone(node):
-        raise DataError("its files are not there")
+        raise DataError("its files are missing")
     if known := sources.cached_sha256(node):
         return known
     from qbench.experiment.builders import build_dataset, images_sha256
@@ -42,7 +43,7 @@ def _current_sha256(node_json: str) -> str:
 
 
 def has_other_data(planned: PlannedRun, result: Result, warn: Callable[[str], object]) -> bool:
-    """Whether a result was measured with other images than its data set holds now.
+    """Return whether a result was measured on other images than its data set contains now.
 
     If the images cannot be read, call `warn` and return False.
     """
@@ -52,15 +53,15 @@ def has_other_data(planned: PlannedRun, result: Result, warn: Callable[[str], ob
         return current_sha256(planned.config.dataset) != result.data_sha256
     except DataError as error:
         why = str(error).partition("\n")[0]
-        warn(f"warning: stored results on dataset={result.dataset} are not compared with its images: {why}")
+        warn(f"warning: cannot check the images of stored results on dataset={result.dataset}: {why}")
         return False
 
 
 def check_stored(runs: Sequence[PlannedRun]) -> None:
-    """Compare every stored result of some runs with the images that its data set holds now.
+    """Check that every stored result of some runs was measured on the images that its data set contains now.
 
     Raises:
-        CheckpointError: some were measured with other images. The message names the first.
+        CheckpointError: results were measured on other images. The message names the first run.
     """
     stored = [(planned, planned.directory.stored()) for planned in runs if not planned.config.rerun]
     warnings: dict[str, None] = {}
@@ -72,13 +73,13 @@ def check_stored(runs: Sequence[PlannedRun]) -> None:
 
 
 def check_same_data(run: Path, sha256: str, dataset: str) -> None:
-    """Compare the images that a finished run was trained on with those of its data set.
+    """Check that a finished run was trained on the images that its data set contains now.
 
     Args:
-        sha256: digest of the images that the data set holds now.
+        sha256: digest of the images that the data set contains now.
 
     Raises:
-        CheckpointError: they are other images.
+        CheckpointError: the images differ.
     """
     result = load_result(run)
     if result and result.data_sha256 not in (None, sha256):
@@ -89,6 +90,6 @@ def other_data_error(paths: Sequence[Path], dataset: str) -> CheckpointError:
     """Return the error about runs that were trained on other images."""
     were = f" and {len(paths) - 1} other runs were" if len(paths) > 1 else " was"
     return CheckpointError(
-        f"{paths[0]}{were} trained on other images than dataset={dataset} holds now\n"
-        "restore the images; rerun=true trains again with these, and out=DIR trains in another directory"
+        f"{paths[0]}{were} trained on other images than dataset={dataset} contains now\n"
+        "restore the images; or train on the new images: with rerun=true, or with out=DIR in another directory"
     )

@@ -19,7 +19,7 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
 
 
 def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the function that runs a network under bfloat16 autocast, with float32 output."""
+    """Return a function that calls `run` under bfloat16 autocast and returns its output in float32."""
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -29,7 +29,7 @@ def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Call
 
 
 class _Bf16Network(nn.Module):
-    """Runs the forward pass of the class that it is combined with under bfloat16 autocast."""
+    """Base class that runs the forward pass of a network's own class under bfloat16 autocast."""
 
     def forward(self, images: Tensor) -> Tensor:
         return bf16_autocast(super().forward, images.device)(images)

@@ -1,4 +1,4 @@
-"""Ends a run: evaluates, verifies the levels, writes the weights, and makes the result."""
+"""Ends a run: evaluates the network, verifies the levels, writes the weights, and returns the result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -28,7 +28,7 @@ from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
 NOTED_SHARE = 0.01
-"""Share of a layer's inputs that are negative, and become 0, from which the row has a note."""
+"""The row has a warning if at least this share of a layer's inputs is negative and becomes 0."""
 
 VERIFIED_IMAGES = 64
 """Number of training images for which the levels of activations and gradients are verified."""
@@ -80,7 +80,7 @@ def final_result(
 
 
 def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
-    """Return the largest number of levels allowed for weights. If possible, only layers at the method's width count."""
+    """Return the largest number of levels allowed for weights, of layers at the method's width if there are any."""
     layers = quantized_layers(model)
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
@@ -135,7 +135,7 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
             "its own), so seeds differ less than they should"
         )
     if returns_probabilities(model, images):
-        warnings.append("the network returns probabilities; the loss takes them for logits and applies softmax again")
+        warnings.append("the network returns probabilities; the loss treats them as logits and applies softmax again")
     sizes = coverage(model, setup.macs), idle_layers(model, setup.macs), values_outside(model, images[:1])
     warnings += filter(None, sizes)
     clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
@@ -158,14 +158,14 @@ def _reload_warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -
 
 
 def _same_for_every_seed(setup: ExperimentSetup) -> bool:
-    """Whether two seeds give a network the same initial weights, except for constant ones."""
+    """Return whether two seeds give a network the same initial weights. Constant tensors are not compared."""
     pairs = zip(setup.float_model().parameters(), setup.float_model(seed=setup.seed + 1).parameters(), strict=True)
     random = [(one, other) for one, other in pairs if one.dim() > 1 and one.min() < one.max()]
     return bool(random) and all(torch.equal(one, other) for one, other in random)
 
 
 def _commit_notes(commits: Sequence[str]) -> list[str]:
-    """Return a note on a run that was continued by another commit."""
+    """Return a note if several commits of qbench trained the run."""
     return [f"trained by several commits of qbench: {', '.join(map(short_commit, commits))}"] if commits[1:] else []
 
 

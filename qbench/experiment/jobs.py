@@ -1,4 +1,4 @@
-"""Checks and does the runs of a sweep. A failed run also gets a result."""
+"""Checks and executes the runs of a sweep. A failed run also has a result."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from qbench.system.signals import stop_on_signals
 
 
 def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
-    """Return a run's result. An error becomes a failed result.
+    """Execute a run and return its result. If the run fails, the result has the status `failed`.
 
     Raises:
         Interrupted: a signal asked the run to stop. The same command continues the run later.
@@ -34,7 +34,7 @@ def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
 
 
 def work(planned: PlannedRun) -> None:
-    """Do a run in a worker process. The outcome is written to the run's directory."""
+    """Execute a run in a worker process. The outcome is written to the run's directory."""
     with stop_on_signals() as stop:
         try:
             run_catching(planned, stop)
@@ -43,7 +43,7 @@ def work(planned: PlannedRun) -> None:
 
 
 def work_on(node: DictConfig) -> None:
-    """Do a run in a process started by Hydra's launcher, which passes the configuration."""
+    """Execute a run in a process started by Hydra's launcher, which passes the configuration."""
     work(planned_run(from_node(node)))
 
 
@@ -57,7 +57,7 @@ CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "
 
 
 def check(runs: Sequence[PlannedRun]) -> None:
-    """Assemble one run of each kind. An error then stops the sweep before its first run.
+    """Assemble one run of each kind. An error in a configuration then stops the sweep before its first run.
 
     Raises:
         ConfigError: a key or value of a run is not valid. The first bad run is reported.

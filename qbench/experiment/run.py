@@ -1,4 +1,4 @@
-"""Does a run, from the configuration to the result."""
+"""Executes a run, from the configuration to the result."""
 
 import copy
 import traceback
@@ -36,19 +36,19 @@ from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
 PROBE_IMAGES = 256
-"""Number of training images on which methods measure."""
+"""Number of training images on which methods measure statistics."""
 
 
 def run(
     planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False, replace_other_data: bool = False
 ) -> Result:
-    """Return a run's stored result. If there is none, do the run, starting from the newest checkpoint if any.
+    """Return a run's stored result. If there is none, execute the run, from the newest checkpoint if any.
 
     Args:
-        intact: whether a stored result counts only if best.pt is intact too. This is needed if another run will load
-            best.pt.
-        replace_other_data: whether to train again if the stored result was measured with other
-            images than the data set holds now. Otherwise this is an error.
+        intact: whether to use a stored result only if best.pt is also intact. This is needed if another run will
+            load best.pt.
+        replace_other_data: whether to train again if the stored result was measured on other
+            images than the data set contains now. Otherwise this is an error.
 
     Raises:
         QbenchError: any class in `qbench.errors`. A run that has started keeps its directory.
@@ -98,15 +98,15 @@ def run(
 
 
 def _baseline_result(setup: ExperimentSetup, context: RunContext) -> Result:
-    """Return the result of the float baseline. `rerun=true` trains it again only on other images."""
+    """Return the result of the float baseline. `rerun=true` trains it again only if the images have changed."""
     return run(setup.baseline, context, intact=True, replace_other_data=setup.config.rerun)
 
 
 def _stored(planned: PlannedRun, intact: bool, replace_other_data: bool, context: RunContext) -> Result | None:
-    """Return the stored result. With `intact`, require intact weights. Report damage.
+    """Return the stored result, or None. With `intact`, best.pt must be intact too. Report damaged files.
 
     Raises:
-        CheckpointError: the result was measured with other images, and is not to be replaced.
+        CheckpointError: the result was measured on other images, and `replace_other_data` is false.
     """
     directory = planned.directory
     stored = directory.stored()
@@ -165,7 +165,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 
 
 def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: TrainingSession) -> None:
-    """Write the manifest. Warn if other code or another torch saved the checkpoint to go on from."""
+    """Write the manifest. Warn if the checkpoint was saved by other code or another version of torch."""
     path, resumed = directory.path / "manifest.json", session.saved is not None
     for change in manifest.changed_since(path) if resumed else ():
         session.context.reporter.say(f"warning: the run began under {change}; rerun=true starts over")
@@ -184,8 +184,8 @@ def _initial_model(
 ) -> tuple[nn.Module, BaselineResult | None]:
     """Return the quantized network on its device, and the float baseline to compare with.
 
-    Initial weights are loaded if no checkpoint exists. The network of a checkpoint file is
-    evaluated before it is quantized: it is the baseline.
+    Initial weights are loaded if no checkpoint exists. If the initial weights come from a file, their
+    network is the baseline, and it is evaluated before it is quantized.
     """
     model, compared = setup.float_model(), None
     if setup.config.starts_from_file:
@@ -229,7 +229,7 @@ def _state(task: Task, saved: Saved | None, seed: int) -> State:
             parameter.requires_grad_(name in trainable)
         state = State(optimizer.build_optimizer(task.model, task.optim), average)
         state.load(task.model, saved["state"])
-    except Exception as error:  # the digest matches, so the file is not damaged but was written like this
+    except Exception as error:  # the digest matches, so the file is not damaged; its content does not fit
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
             f"cannot continue, because the checkpoint does not fit this run: {why}\nto start over, add rerun=true"

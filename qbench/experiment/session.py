@@ -44,7 +44,7 @@ class TrainingSession:
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
         texts: title -> text, for TensorBoard.
-        data_sha256: digest of the images, which every checkpoint holds.
+        data_sha256: digest of the images. Every checkpoint contains it.
 
     Attributes:
         saved: the checkpoint to continue from, or None for a new run.
@@ -99,7 +99,7 @@ class TrainingSession:
             # the last step of an epoch is saved together with the epoch
             if any(context.agree(save=due and state.batch < task.steps)):
                 self.save(task, state)
-                context.check()  # also for a signal that came while saving
+                context.check()  # a signal may have come while saving
 
         def epoch(state: State, record: EpochRecord, losses: list[Tensor]) -> None:
             self._write_epoch(task, state, record, losses)
@@ -196,7 +196,7 @@ def _peak_bytes() -> int:
 
 
 def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
-    """Write a failed or diverged result and the traceback. If writing fails, only print the reason."""
+    """Write a result with status `failed` or `diverged`, and the traceback. If this fails, only print why."""
     try:
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
         directory.finish(directory.new_result(status, reason))

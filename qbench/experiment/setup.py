@@ -1,7 +1,7 @@
 """Builds the parts of an experiment from a configuration.
 
-Only this file reads a whole configuration. Each builder gets one node of the configuration, and
-later stages use the parts.
+Only this file reads a whole configuration. Each builder receives one node of the configuration.
+Later stages use the parts that were built.
 """
 
 import shlex
@@ -143,7 +143,7 @@ class ExperimentSetup:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the run needs a float baseline that is trained here: as a start, for comparison, or as a teacher.
+        """Whether the run needs a trained float baseline: for initial weights, for comparison, or as a teacher.
 
         A debug run needs none. Its network and its teacher then have random weights.
         """
@@ -201,7 +201,7 @@ class ExperimentSetup:
         return build_model(self.config.model, self.data, self.method, self.seed if seed is None else seed, device)
 
     def install(self, model: nn.Module) -> nn.Module:
-        """Put the method into a float network, following the run's layer policy.
+        """Install the method's quantizers in a float network, following the run's layer policy.
 
         Raises:
             ConfigError: a rule of the policy matches no layer.
@@ -247,8 +247,8 @@ class ExperimentSetup:
                 load_initial_weights(teacher, baseline, self.baseline.identity.digest)
             elif self.config.starts_from_file and not self.load_file(teacher).is_float:
                 raise ConfigError(
-                    f"init={self.config.init} is no float network that could be the teacher\n"
-                    "name one with distill.teacher=RUN, or add distill=none"
+                    f"init={self.config.init}: not a float network, so it cannot be the teacher\n"
+                    "name a teacher with distill.teacher=RUN, or add distill=none"
                 )
         else:
             teacher = self._load_teacher()
@@ -268,7 +268,7 @@ class ExperimentSetup:
 
         Raises:
             ConfigError: the teacher was trained on other data, or it names code that is not trusted.
-            CheckpointError: its data set holds other images now.
+            CheckpointError: the images of the teacher's data set have changed.
         """
         run, dataset, data = Path(self.config.distill.teacher), self.config.dataset["name"], self.data
         named = f"distill.teacher={run}"
@@ -280,7 +280,7 @@ class ExperimentSetup:
             raise ConfigError(f"{named} was trained on {config.dataset['name']}, but this run has dataset={dataset}")
         teacher = assemble(config)
         check_same_data(run, images_sha256(teacher.data), dataset)
-        configure_torch(self.runtime)  # `assemble` has set the options of the teacher's run
+        configure_torch(self.runtime)  # `assemble` has applied the settings of the teacher's run
         if (teacher.data.shape, teacher.data.classes) != (data.shape, data.classes):
             raise ConfigError(
                 f"{named} has {teacher.data.classes} classes of {teacher.data.shape} images, but this run has "
@@ -347,5 +347,5 @@ def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights |
     if weights:
         load_quantizers(installed, weights.quantizers, setup.config.init)
     if setup.method.needs_training and not setup.epochs and not fully_quantized(installed):
-        raise ConfigError(f"epochs=0: {setup.method.name} quantizes its weights in the course of training")
+        raise ConfigError(f"epochs=0: {setup.method.name} quantizes its weights during training; set epochs above 0")
     return setup

@@ -1,4 +1,4 @@
-"""Checks a sweep, then does the runs one after the other or with a launcher."""
+"""Checks a sweep, then executes the runs one after the other or with a launcher."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bool = True) -> list[RunRecord]:
-    """Do the runs one after the other. Return their outcomes."""
+    """Execute the runs one after the other. Return their outcomes."""
     check(runs)
     failed: dict[Path, RunRecord] = {}
     with show_progress(runs, 1) if progress else nullcontext():
@@ -37,9 +37,9 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bo
 def launch_all(
     arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int], *, progress: bool = True
 ) -> list[RunRecord]:
-    """Let a launcher do the runs in several processes. Return their outcomes.
+    """Let a launcher execute the runs in several processes. Return their outcomes.
 
-    Workers times threads does not exceed the number of cores, unless one worker alone exceeds it.
+    There are at most as many workers as fit on the cores, each with its threads, and at least one.
 
     Raises:
         ConfigError: the launcher does not exist or does not accept a key.

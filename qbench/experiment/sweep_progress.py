@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 POLL_SECONDS = 0.5
-"""Seconds between two looks at the directories."""
+"""Seconds between two reads of the directories."""
 EPOCH_SECONDS = 30.0
-"""Without a terminal, a run has at most one line for its epochs in this many seconds."""
+"""Without a terminal, epochs of a run are printed at most once in this many seconds."""
 
 
 class Display(Protocol):
-    """What shows the events of a sweep."""
+    """Shows the events of a sweep."""
 
     def show(self, events: Events) -> None:
         """Show what happened since the previous call."""
@@ -35,7 +35,7 @@ class Display(Protocol):
 
 @contextmanager
 def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
-    """Show how many runs of a sweep are done, running and left. The display ends with the context.
+    """Show how many runs of a sweep are done, running and waiting, within a `with` block.
 
     A thread reads the directories, so the display works with every launcher.
 
@@ -44,7 +44,7 @@ def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
     """
     status = SweepStatus(runs)
     live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and all(p.config.runtime.progress for p in runs)
-    # rich draws from Python's generator when it is imported: that must happen before a run seeds it
+    # rich draws random numbers when it is imported, so import it before a run seeds Python's generator
     display: Display = LiveView(status, workers) if live else EventLines(status)
     ended = threading.Event()
 
@@ -73,7 +73,7 @@ class EventLines:
             self._print("already stored")
 
     def show(self, events: Events) -> None:
-        """Print the events. Of the epochs of a run, print one every `EPOCH_SECONDS`."""
+        """Print the events. Print an epoch of a run at most every `EPOCH_SECONDS`."""
         for name, result in events.finished:
             self._print(f"{name}: {', '.join(outcome(result))}")
         for run in events.started:
@@ -85,7 +85,7 @@ class EventLines:
                 self._print(f"{run.name}: {_epoch_text(run)}")
 
     def stop(self) -> None:
-        """Do nothing: every line is complete."""
+        """Do nothing, because every line is complete."""
 
     def _print(self, text: str) -> None:
         print(f"[{len(self._status.done)}/{self._status.total}] {text}", file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ def _epoch_text(run: RunInWork) -> str:
 
 
 class LiveView:
-    """Shows the runs in work on the terminal, below a line for each finished run."""
+    """Shows the runs in progress on the terminal, below a line for each finished run."""
 
     def __init__(self, status: SweepStatus, workers: int) -> None:
         from rich.console import Console
@@ -115,7 +115,7 @@ class LiveView:
             self._live.console.print(f"{len(status.done)} of {status.total} runs are already stored")
 
     def show(self, events: Events) -> None:
-        """Print a line for each finished run, and draw the runs in work again."""
+        """Print a line for each finished run, and draw the runs in progress again."""
         for name, result in events.finished:
             line = f"{name:<{self._width}}  {'  '.join(outcome(result))}"
             self._live.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -131,7 +131,7 @@ class LiveView:
         room = max(self._live.console.height - 4, 1)
         in_work = list(self._status.in_work.values())
         table = self._table(in_work[:room])
-        hidden = [f"and {len(in_work) - room} more runs in work"] if len(in_work) > room else []
+        hidden = [f"and {len(in_work) - room} more runs in progress"] if len(in_work) > room else []
         return Group(self._summary(len(in_work)), *([table] if in_work else []), *hidden)
 
     def _summary(self, in_work: int) -> "Table":

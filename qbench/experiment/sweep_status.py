@@ -1,4 +1,4 @@
-"""Reads the state of a sweep from the directories of its runs, which works with every launcher."""
+"""Reads the state of a sweep from the directories of its runs. This works with every launcher."""
 
 import json
 import os
@@ -41,16 +41,16 @@ class EpochMetrics:
 
 @dataclass(kw_only=True)
 class RunInWork:
-    """A run that some process is working on.
+    """A run in progress: some process is working on it.
 
     Args:
         path: the run's directory.
         name: the run's name in the display.
         epochs: number of epochs of training.
         since: when the run was first seen, in seconds.
-        first: the newest record when the run was first seen: a continued run already has one.
-        latest: the newest record; None before the end of the first epoch.
-        recorded: when the newest record was first seen, in seconds.
+        first: the newest epoch when the run was first seen; None for a run that was not continued.
+        latest: the newest epoch; None before the end of the first epoch.
+        recorded: when the newest epoch was first seen, in seconds.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class RunInWork:
 
     @property
     def seconds_left(self) -> float | None:
-        """The estimated seconds of training that are left, from the epochs seen so far; None before the first."""
+        """The estimated seconds of training that are left; None before the end of the first epoch."""
         if not self.latest:
             return None
         seen = self.latest.epoch - (self.first.epoch if self.first else -1)
@@ -86,7 +86,7 @@ class RunInWork:
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """What happened since the previous look at a sweep: runs begun, epochs recorded, runs finished."""
+    """What happened since the previous call of `SweepStatus.look`: runs begun, epochs recorded, runs finished."""
 
     started: list[RunInWork]
     epochs: list[RunInWork]
@@ -101,7 +101,7 @@ class SweepStatus:
 
     Attributes:
         total: number of runs.
-        done: directories of the runs with a result of this sweep, or with a stored one.
+        done: directories of the runs that have a result, from this sweep or an earlier one.
         in_work: the runs that a process is working on, by directory.
     """
 
@@ -122,7 +122,7 @@ class SweepStatus:
 
     @property
     def completed(self) -> float:
-        """The number of runs done, with the fractions of those in work."""
+        """The number of runs done, plus the fractions done of the runs in progress."""
         own = [run for path, run in self.in_work.items() if path in self._planned and run.epochs]
         return len(self.done) + sum(run.done / run.epochs for run in own)
 
@@ -193,7 +193,7 @@ def read_epoch(path: Path) -> EpochMetrics | None:
 
 
 def _is_in_work(path: Path) -> bool:
-    """Whether a process is training a run: its directory is locked, has a configuration, but no final result."""
+    """Return whether a run is in progress: its directory is locked and has a configuration, but no final result."""
     if not (path / "config.yaml").exists() or not is_locked(path / ".lock"):
         return False
     result = load_result(path)

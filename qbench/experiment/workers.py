@@ -1,4 +1,4 @@
-"""Does the runs of a sweep in parallel, in worker processes."""
+"""Executes the runs of a sweep in parallel, in worker processes."""
 
 import gc
 import os
@@ -19,7 +19,7 @@ from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progres
 from qbench.system.streams import keep_running_without_reader
 
 CHECKS = 3
-"""Number of times that the check of a sweep begins again if its process is killed."""
+"""Number of times that the check of a sweep is repeated if its process is killed."""
 
 
 def worker_count(threads: int, limit: str = "") -> int:
@@ -34,10 +34,10 @@ def worker_count(threads: int, limit: str = "") -> int:
 
 
 def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[], int]) -> None:
-    """Do the runs in joblib's processes.
+    """Execute the runs in joblib's processes.
 
-    If a process is killed, the runs in progress are repeated at the end. They are then done one after the other, each
-    in a separate process. A run that kills its process again therefore does not affect other runs.
+    If a process is killed, the runs in progress are repeated at the end, one after the other, each in a separate
+    process. A run that kills its process again therefore does not affect other runs.
     """
     waiting, suspects = baselines_first(runs), list[PlannedRun]()
     checks = CHECKS
@@ -72,7 +72,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 def _prepare_worker(parent: int) -> None:
-    """Import the modules that every run needs. Ignore signals between runs; end with the parent."""
+    """Import the modules that every run needs. Ignore signals between runs. End this process with its parent."""
     end_with_parent(parent)
     keep_running_without_reader()
     for kind in STOP_SIGNALS:
@@ -89,7 +89,7 @@ def _checked(pool: Executor, runs: Sequence[PlannedRun], stop: Callable[[], int]
     """Check the runs in a process. Return False if the process was killed or a signal came.
 
     Raises:
-        ConfigError: a run has a key or value that no part accepts.
+        ConfigError: a key or value of a run is not valid.
     """
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
@@ -106,9 +106,9 @@ def _checked(pool: Executor, runs: Sequence[PlannedRun], stop: Callable[[], int]
 
 
 def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
-    """Do the waiting runs in a pool. If a process was killed, return the runs in progress.
+    """Execute the waiting runs in a pool. If a process was killed, return the runs that were in progress.
 
-    The runs that had not begun then stay in `waiting`.
+    The runs that had not begun then remain in `waiting`.
     """
     from joblib.externals.loky.process_executor import BrokenProcessPool
 

@@ -1,4 +1,4 @@
-"""`qbench describe RUN`: what a run was, from its records."""
+"""`qbench describe RUN`: the description of a run, from the files in its directory."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_a_description_does_not_import_torch(smoke: Configure) -> None:
 
 
 def test_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run is here"):
+    with pytest.raises(ConfigError, match="not a run directory"):
         description(tmp_path)
 
 

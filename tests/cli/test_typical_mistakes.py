@@ -107,7 +107,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("init=other.pt", 4, "other shape: fc.weight (2, 3) for (10, 32)"),
     ("method=dorefa distill=kd distill.teacher=nowhere", 2, "allowed: baseline, or the directory of a finished run"),
     # words in another form
-    ("train method=dorefa", 2, "to train, type keys alone, such as: qbench method=dorefa"),
+    ("train method=dorefa", 2, "to train, type only KEY=VALUE, such as: qbench method=dorefa"),
     ("--method dorefa", 2, "type method=dorefa"),
     ("--bits.w=2", 2, "type bits.w=2"),
     ("method: dorefa", 2, "type method=dorefa"),

@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "labels in a list": (with_labels("train", lambda y: y.tolist()), "labels of a split are a list: must be int64"),
     "float images from 0 to 1": (with_images("train", lambda x: x / 255), "val: images are torch.uint8, those of"),
     "float test images": (with_images("test", lambda x: x.float()), "test: images are torch.float32, those of"),
-    "float images with NaN": (with_images("train", lambda x: x / 0.0), "train: the images hold inf or nan"),
+    "float images with NaN": (with_images("train", lambda x: x / 0.0), "train: the images contain inf or nan"),
     "images cut to 0 and 1": (with_images("train", lambda x: x // 128), "train: no value of the images is above 1"),
     "int64 images": (with_images("train", lambda x: x.long()), "torch.int64 (36, 1, 8, 8): must be uint8"),
     "images without channels": (with_images("train", lambda x: x[:, 0]), "torch.uint8 (36, 8, 8): must be uint8 (N, C"),
@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "one class": (lambda data: replace(data, classes=1), "classes=1: must be an int from 2 on"),
     "images of one class": (with_labels("train", torch.zeros_like), "train: all labels are 0: must be of two or more"),
     "classes as float": (lambda data: replace(data, classes=4.0), "classes=4.0: must be an int"),
-    "no training images": (lambda data: replace(data, train=data.train.take(torch.arange(0))), "train holds no images"),
+    "no training images": (lambda data: replace(data, train=data.train.take(torch.arange(0))), "train has no images"),
     "a split of torch": (
         lambda data: replace(data, test=torch.utils.data.TensorDataset(data.test.labels)),
         "test is a TensorDataset: must be a Split or a FileSplit",

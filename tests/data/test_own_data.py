@@ -224,7 +224,7 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         ((IMAGES.float(), LABELS), (IMAGES.float(), LABELS)), "train: the float images are whole numbers from 0 to 255",
         "astype('uint8')",
     ),
-    "nan": (((FLOATS / 0, LABELS), (FLOATS, LABELS)), "train: the images hold inf or nan", ""),
+    "nan": (((FLOATS / 0, LABELS), (FLOATS, LABELS)), "train: the images contain inf or nan", ""),
     "two types": (((FLOATS, LABELS), PAIR), "test: images are torch.uint8, those of train are torch.float32", ""),
     "labels from 1": (((IMAGES, LABELS), (IMAGES, LABELS + 1)), "test: labels are 1 to 4: must be 0", "labels - 1"),
 }  # fmt: skip

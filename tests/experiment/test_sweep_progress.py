@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a live view of the runs in work, or a line for each event."""
+"""What a sweep shows while it runs: a live view of the runs in progress, or a line for each event."""
 
 import io
 import json
@@ -146,7 +146,7 @@ def test_the_live_view_fits_the_terminal(width: int, configure: Configure, monke
     assert "0 of 9 runs done, 8 running, 1 waiting" in first
     assert head.split() == ["running", "epoch", "loss", "train", "%", "val", "%", "images/s", "left"]
     assert rows[0].split()[:9] == ["dorefa", "w2a32g32", "s0", "25/100", "0.2500", "91.0", "90.0", "300", "2:30"]
-    assert (len(rows), hidden) == (6, "and 2 more runs in work")
+    assert (len(rows), hidden) == (6, "and 2 more runs in progress")
     assert all(len(line) <= width for line in capture.get().splitlines())
 
 

@@ -325,7 +325,7 @@ def test_signed_activations_before_unsigned_levels_are_noted(configure: Configur
         ("Counting", "two evaluations of the same images differ"),
         ("Centred", "the output for an image depends on the other images of its batch"),
         ("NeverInEval", "the output for an image depends on the other images of its batch"),
-        ("Softmax", "the network returns probabilities; the loss takes them for logits and applies softmax again"),
+        ("Softmax", "the network returns probabilities; the loss treats them as logits and applies softmax again"),
         ("LogSoftmax", None),
         ("Steady", None),
     ],

@@ -403,7 +403,7 @@ SUBCOMMANDS = [
     row("plan --nope", "--nope: no such flag"),
     row("check dorefa --all", "check: no such flag: --all"),
     row("check dorefa ttq", "check needs exactly one method, found 2"),
-    row("describe dorefa ttq", "describe needs exactly one method, found 2"),
+    row("describe dorefa ttq", "describe needs exactly one method or run directory, found 2"),
     row("completion", "completion without a shell: must be bash"),
     row("completion zsh", "completion zsh: must be bash"),
     row("compare . --format", "compare --format needs a value"),

@@ -211,7 +211,7 @@ def test_the_network_of_a_file_is_the_teacher(smoke: Configure, trained: Path) -
     result = run(planned_run(smoke("method=qd", f"init={trained}", f"out={trained.parent / 'taught'}", *FORM)))
     assert result.status == "done"
     assert [path.name.split("-")[0] for path in (trained.parent / "taught").glob("*/*")] == ["qd"], "no float baseline"
-    with pytest.raises(ConfigError, match="no float network that could be the teacher"):
+    with pytest.raises(ConfigError, match="not a float network, so it cannot be the teacher"):
         run(planned_run(smoke("method=qd", f"init={trained}", "model.head=new", *FORM)))
 
 
@@ -249,7 +249,7 @@ def test_keys_of_initial_weights_that_cannot_work(smoke: Configure, words: list[
 
 @pytest.mark.parametrize("method", ["inq", "slq"])
 def test_methods_that_quantize_in_the_course_of_training_need_epochs(smoke: Configure, method: str) -> None:
-    with pytest.raises(ConfigError, match=f"epochs=0: {method} quantizes its weights in the course of training"):
+    with pytest.raises(ConfigError, match=f"epochs=0: {method} quantizes its weights during training"):
         assemble(smoke(f"method={method}", "epochs=0"))
 
 
