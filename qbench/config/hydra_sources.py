@@ -97,7 +97,10 @@ def _refuse_ignored(file: Path, values: Mapping[Any, Any]) -> None:
     """Refuse entries that Hydra would silently ignore: its own keys, and all options in a list but the last."""
     if "hydra" in values:
         raise ConfigError(f"{file}: `hydra:` has no effect in a file\n{LAUNCH}")
-    for entry in values.get("defaults") or ():
+    entries = values.get("defaults") or ()
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
+        raise ConfigError(f"{file}: defaults must be a list, not {entries!r}")
+    for entry in entries:
         for key, value in entry.items() if isinstance(entry, Mapping) else ():
             if str(key).removeprefix("override ").lstrip("/").startswith("hydra/"):
                 raise ConfigError(f"{file}: `{key}: {value}` has no effect in a file\n{LAUNCH}")

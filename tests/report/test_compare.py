@@ -700,6 +700,13 @@ def _run(model: Result, place: str, method: str, width: int, seed: int, status: 
     return RunRecord(path=Path(place), status=status, reason="why", result=result if known else None)
 
 
+def without_diverged(tables: list[Table]) -> list[Table]:
+    """Return tables without their notes on seeds that diverged."""
+    return [
+        replace(table, notes=[note for note in table.notes if ": diverged with seed" not in note]) for table in tables
+    ]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(NAMES, st.floats(0, 100, width=16), min_size=1, max_size=12),
@@ -716,8 +723,8 @@ def test_neither_order_nor_missing_runs_change_accuracies(
     shuffled = [*runs, *others]
     random.shuffle(shuffled)
     after = compare(shuffled)
-    assert after[: len(before)] == before
-    assert conclude(after)[: len(before)] == concluded
+    assert without_diverged(after)[: len(before)] == before
+    assert without_diverged(conclude(after))[: len(before)] == concluded
     names = {run for t in after[len(before) :] for v in t.values for run in v.runs}
     assert names == {f"o/e{i}" for i in range(len(ended))}
 
