@@ -113,7 +113,7 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
 
 
 def sections(card: str) -> dict[str, str]:
-    """Return heading -> text of a card.
+    """Return the text below each heading of a card. The keys of the result are the headings.
 
     A heading is a single unindented word above indented text.
     """

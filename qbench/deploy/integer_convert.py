@@ -44,7 +44,7 @@ def to_integers(network: Network, about: About) -> Converted:
         layer = step.where or "the network"
         try:
             if layer.endswith(".output_q"):
-                raise NotInteger("does not support output scales that are computed from each input")
+                raise NotInteger("does not support output scales that are computed for each image")
             if step.function not in HANDLERS:
                 raise NotInteger(f"does not support the function {step.function}")
             args, kwargs = builder.begin(place, step)

@@ -34,7 +34,8 @@ SECONDS_FOR_OTHERS = 10.0
 def joined_group() -> Iterator[Group]:
     """Join the processes that were started together. Yield a group of one if there are no others.
 
-    An error inside the context is raised by the other processes too, instead of the error of a closed connection.
+    If one process raises an error inside the context, the others raise the same error. Without this, they would only
+    report a closed connection.
     """
     place = launch()
     if place is None:

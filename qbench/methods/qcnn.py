@@ -169,7 +169,7 @@ class QCNNWeight(Quantizer):
 
 
 def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
-    """Return the patches of a layer's input x for about `limit` responses: (N, G, P, Cs), one per response.
+    """Return one patch of a layer's input x for each of about `limit` responses, of shape (N, G, P, Cs).
 
     The sampled responses are spread evenly over all responses of the layer. The function
     `responses` samples the same responses.

@@ -17,8 +17,8 @@ Forward
     a level.
 
 Backward
-    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where x, after rounding, is not
-    beyond the outermost levels, else 0.
+    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat if x rounds to a level,
+    and 0 if x is clipped to the lowest or the highest level.
 
 Schedule
     One phase, from a float network.

@@ -59,7 +59,7 @@ class ResidualBlock(nn.Module):
     downsample: nn.Module | None
 
     def local_feeds(self) -> Feeds:
-        """Return the block's `feeds`, with names relative to the block."""
+        """Return which layers each activation of the block feeds, with names relative to the block."""
         raise NotImplementedError
 
     def add_shortcut(self, in_channels: int, out_channels: int, stride: int, kind: str, norm: str) -> None:
@@ -123,7 +123,7 @@ class PreBlock(ResidualBlock):
         return y + shortcut
 
     def local_feeds(self) -> Feeds:
-        """Return the feeds of all activations. The first activation also feeds the convolution of shortcut B."""
+        """Return which layers each activation feeds. The first activation also feeds the convolution of shortcut B."""
         extra = ("downsample.0",) if self.downsample is not None else ()
         return {f"act{i}": (f"conv{i}", *(extra if i == 1 else ())) for i in range(1, self.count + 1)}
 
@@ -164,7 +164,7 @@ class PostBlock(ResidualBlock):
         return activated
 
     def local_feeds(self) -> Feeds:
-        """Return the feeds of the activations within the branch.
+        """Return which layers the activations within the branch feed.
 
         The last activation is not included, because it also feeds the next block's shortcut.
         """

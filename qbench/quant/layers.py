@@ -250,7 +250,7 @@ def fully_quantized(model: nn.Module) -> bool:
 
 
 def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Return the quantizers' nonempty reports, as layer -> w, a or g -> name -> number."""
+    """Return what the quantizers report, by layer, slot (w, a or g) and name of a value. Leave out empty reports."""
     result = {}
     for name, layer in quantized_layers(model).items():
         if layer_report := {key: report for key, q in quantizers(layer).items() if (report := q.report())}:

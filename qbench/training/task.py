@@ -134,7 +134,7 @@ class Task:
         return (epoch - start) * per_epoch + batch // self.optim.accumulate, (stop - start) * per_epoch
 
     def update(self, batch: int) -> range:
-        """Return the numbers of the batches that make one update of the weights together with a batch.
+        """Return the indices of the batches whose gradients form one update of the weights, for the update of `batch`.
 
         There are `optim.accumulate` batches per update. The last update of an epoch has fewer batches if the number of
         batches in an epoch is not a multiple of `optim.accumulate`.
