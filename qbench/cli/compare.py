@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,10 +84,12 @@ def write_files(options: CompareOptions, made: list[Table], runs: list[RunRecord
         from qbench.report.plots.plots import plot
 
         plot(made, runs, path)
+        print(f"wrote {path}", file=sys.stderr)
     for path in options.pages:
         from qbench.report.html.page import page
 
         page(made, runs, path)
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def tables(options: CompareOptions) -> list[Table]:

@@ -104,6 +104,7 @@ class Dataset:
         synthetic: whether the images are rendered or random. Tables that compare runs with papers do
             not show such data sets.
         files: facts about the image files, which are stored in the manifest.
+        note: what a user should know before training, or nothing.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Dataset:
     augment: Augment = field(default_factory=Augment)
     synthetic: bool = False
     files: Mapping[str, str | int] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -114,7 +114,13 @@ def dataset_notes(data: Dataset) -> tuple[str, ...]:
 
     All images are read, so runs of one process that share a data set share its notes.
     """
-    return (*repeated_images(data), *unseen_classes(data), *missing_classes(data), *other_scale(data))
+    return (
+        *filter(None, [data.note]),
+        *repeated_images(data),
+        *unseen_classes(data),
+        *missing_classes(data),
+        *other_scale(data),
+    )
 
 
 def unseen_classes(data: Dataset) -> list[str]:
@@ -174,13 +180,15 @@ def other_scale(data: Dataset) -> list[str]:
 def _grey_values(split: StoredSplit, data: Dataset) -> Tensor:
     """Return the mean and the standard deviation of each image of a sample, (n, 2), in grey values."""
     count = min(len(split), SAMPLED)
-    index = torch.linspace(0, max(len(split) - 1, 0), count).long()
+    if not count:
+        return torch.empty(0, 2)
+    index = torch.linspace(0, len(split) - 1, count).long()
     if isinstance(split, Split):
         images = split.images[index]
     elif isinstance(split, DrawnSplit):
-        images = split.read(index, None) if count else index
+        images = split.read(index, None)
     else:
-        (images,) = decoded_batches(split, [index], None, data.augment, 0, torch.device("cpu")) if count else [index]
+        (images,) = decoded_batches(split, [index], None, data.augment, 0, torch.device("cpu"))
     values = images.reshape(count, -1).float()
     return torch.stack([values.mean(1), values.std(1, unbiased=False)], 1)
 

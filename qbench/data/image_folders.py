@@ -200,7 +200,19 @@ def dataset_from_files(
     return Dataset(
         name=name, train=train_split, val=val_split, test=test_split, classes=classes, mean=mean, std=std,
         augment=augment, files=check.manifest_entries() | {"files_ignored": train.ignored + test.ignored},
+        note=_enlargement(check, side, augment.size),
     )  # fmt: skip
+
+
+def _enlargement(check: FileCheck, side: int, size: int) -> str:
+    """Return a note on images that are smaller than the crop, or nothing. It is known only if all have one size."""
+    if not 0 < min(check.height, check.width) < size:
+        return ""
+    own = min(check.height, check.width)
+    return (
+        f"images of {check.height}x{check.width} pixels are enlarged to {side} pixels and cropped to {size}; "
+        f"to keep their size: dataset.resize={own} dataset.size={own}"
+    )
 
 
 def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, int] | None:

@@ -134,6 +134,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         reporter.say(
             f"optim.batch_size={setup.optim.batch_size}: reduced to {loader.batch_size}, the number of training images"
         )
+    if setup.data.note:
+        reporter.say(setup.data.note)
     data_sha256 = images_sha256(setup.data)
     session = TrainingSession(
         directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256

@@ -242,3 +242,7 @@ def test_grey_values_of_files_are_compared_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("build", [synthetic.build, digits.build, glyphs.build])
 def test_data_sets_of_qbench_have_no_notes(build: Callable[[], Dataset]) -> None:
     assert dataset_notes(build()) == ()
+
+
+def test_a_data_set_without_validation_images_has_no_notes() -> None:
+    assert dataset_notes(digits.build(val=0)) == ()

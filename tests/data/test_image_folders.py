@@ -22,6 +22,7 @@ from qbench.config.registry import create
 from qbench.data import folder, imagenet, tiny_imagenet
 from qbench.data.augment import Augment
 from qbench.data.dataset import Loader, Split
+from qbench.data.dataset_check import dataset_notes
 from qbench.data.file_stream import FileSplit
 from qbench.data.normalize import FIXED
 from qbench.errors import ConfigError, DataError
@@ -367,3 +368,14 @@ def test_a_share_or_a_name_can_be_typed(tmp_path: Path, configure: Configure) ->
     for value in ("[val]", "true"):
         with pytest.raises(ConfigError, match=r"dataset\.test="):
             build_dataset(configure(*words, f"dataset.test={value}").dataset)
+
+
+def test_images_that_are_smaller_than_the_crop_are_named(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "set", size=(24, 20))
+    data = build_folder(root, size=32, resize=40)
+    assert data.note == (
+        "images of 20x24 pixels are enlarged to 40 pixels and cropped to 32; "
+        "to keep their size: dataset.resize=20 dataset.size=20"
+    )
+    assert data.note in dataset_notes(data)
+    assert build_folder(root, size=20, resize=20).note == ""
