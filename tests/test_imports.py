@@ -44,7 +44,7 @@ ONLY = {  # folders that stay usable on their own, and all that they may import
     "models": {"system"},
     "methods": {"bits", "quant"},
     "deviations": {"bits", "methods", "quant"},
-    "deploy": {"bits", "errors", "quant", "training"},
+    "deploy": {"bits", "errors", "quant", "system", "training"},
     "report/quantizer_plots": {"bits", "quant", "report/plots"},
     "report/statistics": set(),
     "report/tables": {"config", "errors", "report/statistics", "runs"},

@@ -22,6 +22,7 @@ from qbench.deploy.agreement import Agreement
 from qbench.deploy.container import SUFFIX, kind_of
 from qbench.deploy.integer_convert import to_integers
 from qbench.deploy.integer_file import pack_integers, unpack_integers
+from qbench.deploy.kernel_runtime import in_numba
 from qbench.deploy.onnx_file import to_onnx
 from qbench.deploy.runtimes import RUNTIMES, about_onnx
 from qbench.deploy.trace import trace
@@ -92,12 +93,19 @@ def _about(finished: FinishedRun, weights: str, form: str) -> About:
 class _Exported(nn.Module):
     """An exported network as a module, in float32 on the CPU."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], about: About) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.shape = function, about.shape
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes)."""
+        """Return logits (N, classes).
+
+        Raises:
+            ConfigError: the images have another shape than those of the run.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.shape:
+            wanted = ", ".join(map(str, self.shape))
+            raise ConfigError(f"images of shape {tuple(images.shape)}; the file's network takes (N, {wanted})")
         return self.function(images)
 
 
@@ -107,29 +115,38 @@ def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, Ab
     The input of the network is a batch of normalized images (N, C, H, W); see `About`.
 
     Args:
-        runtime: for ONNX files, onnxruntime (the default) or openvino; files of the form qonnx run in qonnx.
+        runtime: onnxruntime (the default) or openvino for ONNX files, numba for packed files, which
+            otherwise run in torch. Files of the form qonnx run in qonnx, integer files in NumPy.
 
     Raises:
         CheckpointError: the file is missing, damaged or not an exported file.
-        ConfigError: the runtime is missing, or is given for a packed file.
+        ConfigError: the runtime is missing, or does not run such a file.
     """
     try:
         data = files.read(file)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     if file.suffix == ".onnx":
+        if runtime == "numba":
+            raise ConfigError(f"{file}: numba runs packed files, not ONNX files\ntype: qbench export RUN --to packed")
         about = about_onnx(data, str(file))
         if about.form == "qonnx" and runtime not in (None, "qonnx"):
             raise ConfigError(f"{file}: --runtime {runtime}: files of the form qonnx run in the package qonnx only")
         runtime = runtime or ("qonnx" if about.form == "qonnx" else "onnxruntime")
-        return _Exported(RUNTIMES[runtime](data, about, str(file))), about
-    if runtime:
-        raise ConfigError(f"{file}: --runtime is for ONNX files; packed files run in torch, integer files in NumPy")
+        return _Exported(RUNTIMES[runtime](data, about, str(file)), about), about
     if kind_of(data) == "integer":
+        if runtime:
+            raise ConfigError(f"{file}: integer files run in NumPy only\nremove --runtime {runtime}")
         integers = unpack_integers(data, str(file))
-        return _Exported(integers.function()), integers.about
+        return _Exported(integers.function(), integers.about), integers.about
+    if runtime not in (None, "numba"):
+        raise ConfigError(
+            f"{file}: {runtime} runs ONNX files; packed files run in torch, or with --runtime numba\n"
+            "for an ONNX file: qbench export RUN --to int8"
+        )
     content = packed.unpack_network(data, str(file))
-    return _Exported(content.network.function()), content.about
+    function = in_numba(content.network, content.about) if runtime else content.network.function()
+    return _Exported(function, content.about), content.about
 
 
 def evaluate_file(

@@ -89,7 +89,7 @@ def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
         if options.device not in ("auto", "cpu"):
             raise ConfigError(f"evaluate: --device {options.device}: exported files run on the CPU")
     elif options.runtime:
-        raise ConfigError("evaluate: --runtime has no effect on a run; it is for exported ONNX files")
+        raise ConfigError("evaluate: --runtime has no effect on a run; it is for exported files")
     return options
 
 

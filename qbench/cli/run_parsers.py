@@ -8,7 +8,7 @@ from qbench.report.tables.table import FORMATS
 
 OVERRIDES = "KEY=VALUE"
 EXPORT_FORMS = ("packed", "onnx", "int8", "qonnx", "integer")
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = ("onnxruntime", "openvino", "numba")
 
 
 def add_choice(parser: SubcommandParser, flag: str, choices: Iterable[str], help_text: str) -> None:
@@ -79,7 +79,13 @@ def evaluate() -> SubcommandParser:
         metavar="FILE",
         help="write index, label, predicted class and its probability for every image, as .csv or .npy",
     )
-    add_choice(parser, "--runtime", RUNTIMES, "runtime for an exported ONNX file (default: onnxruntime)")
+    add_choice(
+        parser,
+        "--runtime",
+        RUNTIMES,
+        "what runs an exported file: onnxruntime (default) or openvino for ONNX files, numba for packed files with "
+        "weights and activations of 1 or 2 bits",
+    )
     return parser
 
 

@@ -20,7 +20,7 @@ def import_extra(module: str, extra: str) -> Any:
         with warnings.catch_warnings(action="ignore"):
             return importlib.import_module(module)
     except ImportError:
-        packages = {"onnx": "onnx onnxruntime", "openvino": "openvino", "qonnx": "qonnx"}[extra]
+        packages = {"onnx": "onnx onnxruntime", "openvino": "openvino", "qonnx": "qonnx", "fast": "numba"}[extra]
         raise ConfigError(
             f"the package {module.partition('.')[0]} is missing\ninstall it: pip install {packages}"
         ) from None

@@ -72,8 +72,8 @@ def step_function(function: Callable[[Tensor], Tensor], example: Tensor) -> tupl
 def _edges(function: Callable[[Tensor], Tensor]) -> Tensor:
     """Return all x, ascending, at which a step function differs from its value at the next smaller float."""
     found = []
-    low, high = _ordered(torch.tensor([-LARGEST, 0.0])), _ordered(torch.tensor([0.0, LARGEST]))
-    at_low, at_high = function(_float(low)), function(_float(high))
+    low, high = ordered(torch.tensor([-LARGEST, 0.0])), ordered(torch.tensor([0.0, LARGEST]))
+    at_low, at_high = function(float_of(low)), function(float_of(high))
     while True:
         # an interval with equal ends is constant
         differ = at_low != at_high
@@ -83,20 +83,20 @@ def _edges(function: Callable[[Tensor], Tensor]) -> Tensor:
         found.append(high[high - low == 1])
         wide = high - low > 1
         if not wide.any():
-            return _float(torch.cat(found).sort().values)
+            return float_of(torch.cat(found).sort().values)
         low, high, at_low, at_high = low[wide], high[wide], at_low[wide], at_high[wide]
         middle = (low + high) >> 1
-        at_middle = function(_float(middle))
+        at_middle = function(float_of(middle))
         low, high = torch.cat([low, middle]), torch.cat([middle, high])
         at_low, at_high = torch.cat([at_low, at_middle]), torch.cat([at_middle, at_high])
 
 
-def _ordered(x: Tensor) -> Tensor:
+def ordered(x: Tensor) -> Tensor:
     """Return integers in the order of the floats x. Neighbouring floats have neighbouring integers."""
     bits = x.view(torch.int32).long()
     return torch.where(bits >= 0, bits, -(bits + 2**31))
 
 
-def _float(number: Tensor) -> Tensor:
-    """Return the floats of integers from `_ordered`."""
+def float_of(number: Tensor) -> Tensor:
+    """Return the floats of integers from `ordered`."""
     return torch.where(number >= 0, number, -number - 2**31).to(torch.int32).view(torch.float32)

@@ -1,0 +1,197 @@
+"""Computes what the kernels read: integer weights as bit planes, and thresholds of codes.
+
+Channels are padded to whole vectors. Padded channels have the value 0 and the code 0.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbench.deploy.codes import Encoded
+from qbench.deploy.steps import float_of, ordered
+
+LANES = 16
+"""Channels in a vector; see `qbench.deploy.kernel_vectors`."""
+
+TOLERANCE = 1e-4
+"""Largest distance of a level from an integer, in steps."""
+
+LARGEST = 1e30
+"""Thresholds are searched in floats up to this magnitude."""
+
+
+class NoKernel(Exception):
+    """Raised if kernels cannot compute a function, or codes. The message states the reason."""
+
+
+class IntegerLevels(NamedTuple):
+    """Levels (first + step code) scale, which are integers times a scale per group; `total` of them."""
+
+    first: int
+    step: int
+    scale: Tensor
+    total: int
+
+    @property
+    def bits(self) -> int:
+        """The width of a code."""
+        return 1 if self.total == 2 else 2
+
+
+def integer_levels(levels: Tensor) -> IntegerLevels:
+    """Return levels (groups, count) as integers: multiples of their step, or odd multiples of half of it.
+
+    Raises:
+        NoKernel: there are more than 4 levels, or they are not equally spaced.
+    """
+    count = levels.shape[1]
+    if not 2 <= count <= 4:
+        raise NoKernel(f"{count} levels; bit-serial kernels take 2 to 4, which are 1 or 2 bits")
+    spacing = (levels[:, -1:] - levels[:, :1]) / (count - 1)
+    for step in (1, 2):
+        scale = spacing / step
+        first = (levels[:, :1] / scale).nan_to_num(0.0)[scale.abs().argmax()].round().item()
+        integers = first + step * torch.arange(count)
+        if bool(((integers * scale - levels).abs() <= TOLERANCE * spacing.abs()).all()):
+            return IntegerLevels(int(first), step, scale[:, 0], count)
+    raise NoKernel("levels that are not integers times one scale")
+
+
+class BitWeights(NamedTuple):
+    """Integer weights in bit planes.
+
+    Args:
+        integers: (O, C, H, W).
+        scale: (O,), of each output.
+        planes: (bits, O, C, H, W), zeros and ones.
+        odd: whether the weights are sums of 2^i (2 plane_i - 1); else plane_0 - 2 plane_1.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    planes: Tensor
+    odd: bool
+
+
+def bit_weights(weight: Encoded, shape: Sequence[int]) -> BitWeights:
+    """Return quantized weights in bit planes.
+
+    Raises:
+        NoKernel: they have more than 2 bits, or are not such integers times a scale per output.
+    """
+    if weight.layout not in ("tensor", "channel") or weight.levels.values().shape[2] != 1:
+        raise NoKernel("weights without one scale per layer or channel")
+    first, step, scale, count = integer_levels(weight.levels.values()[..., 0])
+    integers = (first + step * weight.numbers()).reshape(tuple(shape))
+    scale = scale.expand(shape[0])
+    if step == 2 and first == 1 - count and count != 3:
+        codes = (integers + count - 1) // 2
+        return BitWeights(integers, scale, torch.stack([codes >> i & 1 for i in range(count // 2)]), True)
+    if integers.max() > 1:
+        integers, scale = -integers, -scale
+    if integers.min() < -2 or integers.max() > 1:
+        raise NoKernel(f"weights that are integers from {first} to {first + step * (count - 1)}")
+    planes = torch.stack([integers & 1, integers >> 1 & 1])
+    return BitWeights(integers, scale, planes if planes[1].any() else planes[:1], False)
+
+
+def pack_planes(planes: Tensor) -> np.ndarray:
+    """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_layers.bits` reads them.
+
+    The result (vectors of O, words, bits, 16) are words of 32 bits. A word holds two times 16 bits of
+    a row of the kernel. The last 16 bits of two rows share a word if their number in a row is odd.
+    """
+    bits, outputs, channels, rows, columns = planes.shape
+    padded = np.zeros((bits, whole(outputs), rows, columns, whole(channels)), np.uint8)
+    padded[:, :outputs, ..., :channels] = planes.permute(0, 1, 3, 4, 2).numpy()
+    halves = np.packbits(padded, axis=-1, bitorder="little").view("<u2").reshape(bits, whole(outputs), rows, -1)
+    pairs, rest = halves[..., : halves.shape[-1] // 2 * 2], halves[..., halves.shape[-1] // 2 * 2 :]
+    flat = np.concatenate([part.reshape(bits, whole(outputs), -1) for part in (pairs, rest)], -1)
+    flat = np.pad(flat, ((0, 0), (0, 0), (0, flat.shape[-1] % 2)))
+    words = np.ascontiguousarray(flat).view("<u4").reshape(bits, -1, LANES, flat.shape[-1] // 2)
+    return np.ascontiguousarray(words.transpose(1, 3, 0, 2))
+
+
+def pack_floats(weights: Tensor, lanes: int) -> np.ndarray:
+    """Return weights (O, C, H, W) in the order in which `qbench.deploy.kernel_layers.floats` reads them.
+
+    Args:
+        lanes: floats from one pixel of the input to the next.
+    """
+    outputs, channels, rows, columns = weights.shape
+    padded = np.zeros((whole(outputs), rows, columns, lanes), np.float32)
+    padded[:outputs, ..., :channels] = weights.permute(0, 2, 3, 1).numpy()
+    return np.ascontiguousarray(padded.reshape(-1, LANES, rows * columns * lanes).transpose(0, 2, 1))
+
+
+def whole(channels: int) -> int:
+    """Return a number of channels, rounded up to whole vectors."""
+    return -(-channels // LANES) * LANES
+
+
+class Numbers(NamedTuple):
+    """The values that a layer computes, as integers in the order of the values.
+
+    Args:
+        last: integers from -last to last are searched for thresholds.
+        value: integers (n, C) -> floats.
+    """
+
+    last: int
+    value: Callable[[Tensor], Tensor]
+
+
+FLOAT_NUMBERS = Numbers(int(ordered(torch.tensor([LARGEST]))), float_of)
+"""All floats."""
+
+
+def code_thresholds(
+    function: Callable[[Tensor], Tensor], levels: Tensor, channels: int, numbers: Numbers
+) -> tuple[Tensor, Tensor]:
+    """Return the thresholds (count - 1, C) of codes, and the channels (C,) in which codes fall.
+
+    A code is the number of thresholds at or below a number, or above it where codes fall.
+
+    Args:
+        function: floats (count - 1, C) -> levels, which rises or falls in each channel.
+        levels: (count,), ascending.
+    """
+    low = torch.full((len(levels) - 1, channels), -numbers.last)
+
+    def reached(number: Tensor) -> Tensor:
+        return function(numbers.value(number)) >= levels[1:, None]
+
+    high = -low
+    falling = reached(high).sum(0) < reached(low).sum(0)
+    high = high + 1
+    while bool((searched := low < high).any()):
+        middle = ((low + high) >> 1).clamp(max=numbers.last)
+        above = reached(middle) ^ falling
+        high = torch.where(searched & above, middle, high)
+        low = torch.where(searched & ~above, middle + 1, low)
+    return high, falling
+
+
+def pack_thresholds(thresholds: Tensor, falling: Tensor, integers: bool) -> np.ndarray:
+    """Return (vectors, 1 + thresholds, 16) words of 32 bits; the first word holds the channels in which codes fall."""
+    count, channels = thresholds.shape
+    never = 2**31 - 1 if integers else torch.inf
+    padded = np.full((count, whole(channels)), never, np.int32 if integers else np.float32)
+    padded[:, :channels] = (thresholds if integers else float_of(thresholds)).numpy()
+    result = np.zeros((whole(channels) // LANES, 1 + count, LANES), np.int32)
+    result[:, 1:] = padded.view(np.int32).reshape(count, -1, LANES).transpose(1, 0, 2)
+    bits = np.zeros(whole(channels), np.uint8)
+    bits[:channels] = falling.numpy()
+    result[:, 0, 0] = np.packbits(bits, bitorder="little").view("<u2")
+    return result
+
+
+def pack_integers(numbers: Tensor) -> np.ndarray:
+    """Return integers (O, H, W) as (H, W, vectors, 16) words of 32 bits."""
+    outputs, height, width = numbers.shape
+    padded = np.zeros((height, width, whole(outputs)), np.int32)
+    padded[..., :outputs] = numbers.permute(1, 2, 0).numpy()
+    return padded

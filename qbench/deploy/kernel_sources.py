@@ -1,0 +1,254 @@
+"""Plans the sources of layers: convolutions, linear layers and pooling."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qbench.deploy.kernel_layers import At
+from qbench.deploy.kernel_memory import Map, Memory
+from qbench.deploy.kernel_parameters import (
+    FLOAT_NUMBERS,
+    IntegerLevels,
+    NoKernel,
+    Numbers,
+    bit_weights,
+    pack_floats,
+    pack_integers,
+    pack_planes,
+)
+from qbench.deploy.kernel_ramps import Ramp, identity_ramp
+from qbench.deploy.network import Network, Ref, Step, Stored
+from qbench.deploy.steps import float_of
+
+Size = tuple[int, int, int]
+Pair = tuple[int, int]
+
+
+class Operand(NamedTuple):
+    """A result that is computed: floats and pointwise steps that follow, or codes and their levels."""
+
+    map: Map
+    chain: tuple[Step, ...] = ()
+    levels: IntegerLevels | None = None
+
+
+class Computed(NamedTuple):
+    """What the source of a layer computes.
+
+    Args:
+        source: its text.
+        at: its addresses.
+        size: channels, height and width of its values.
+        ramp: from its numbers to its values.
+        numbers: its numbers, for thresholds.
+        integers: whether they are integers.
+    """
+
+    source: str
+    at: At
+    size: Size
+    ramp: Ramp
+    numbers: Numbers
+    integers: bool = False
+
+
+class Planner(Protocol):
+    """What sources need of `qbench.deploy.kernel_plan.Planner`, whose methods have docstrings."""
+
+    network: Network
+    shapes: Sequence[tuple[int, ...]]
+    memory: Memory
+
+    def operand(self, ref: Ref) -> Operand: ...  # noqa: D102
+    def floats(self, ref: Ref) -> Map: ...  # noqa: D102
+    def copied(self, ref: Ref) -> Computed: ...  # noqa: D102
+    def alias(self, i: int, ref: Ref) -> None: ...  # noqa: D102
+    def quantize(self, i: int, x: Ref) -> None: ...  # noqa: D102
+    def layer(self, i: int, computed: Computed, residual: Map | None = None) -> None: ...  # noqa: D102
+    def padded(self, i: int, x: Ref, front: int, back: int) -> None: ...  # noqa: D102
+
+
+def pooled(x: Map, kernel: Pair, stride: Pair, padding: Pair, size: Size, mean: bool) -> Computed:
+    """Return the source of the largest or the mean values of windows."""
+    window = x.window(kernel[0], stride)
+    source = f"pool({window}, {kernel[1]}, {x.strides.pixel}, {x.height}, {x.width}, {stride}, {padding}, {mean})"
+    return Computed(source, At(input=x.start(padding)), size, identity_ramp(size[0]), FLOAT_NUMBERS)
+
+
+def _conv2d(
+    planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> None:  # fmt: skip
+    if groups != 1 or _pair(dilation) != (1, 1):
+        raise NoKernel("convolutions with groups or dilation")
+    _convolution(planner, i, x, weight, bias, _pair(stride), _pair(padding))
+
+
+def _linear(planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None = None) -> None:
+    if len(planner.shapes[i]) != 2:
+        raise NoKernel("linear layers of other than features (N, C)")
+    _convolution(planner, i, x, weight, bias, (1, 1), (0, 0))
+
+
+def _convolution(
+    planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None, stride: Pair, padding: Pair
+) -> None:
+    """Plan a convolution, or a linear layer as a convolution whose kernel is the whole map."""
+    network = planner.network
+    operand = planner.operand(x)
+    outputs, height, width = (*planner.shapes[i], 1, 1)[1:4]
+    encoded = network.weights.get(weight.name)
+    shape = encoded.shape if encoded else tuple(network.tensors[weight.name].shape)
+    if len(shape) == 2:
+        shape = (shape[0], *operand.map.size)
+    offset = network.tensors[bias.name] if bias else torch.zeros(outputs)
+    size = (outputs, height, width)
+    if operand.levels is None:
+        weights = encoded.decode() if encoded else network.tensors[weight.name]
+        computed = _float_convolution(planner, planner.floats(x), weights.reshape(shape), offset, stride, padding, size)
+    elif encoded:
+        computed = _bit_convolution(planner, operand, encoded, shape, offset, stride, padding, size)
+    else:
+        raise NoKernel("float weights with quantized activations")
+    planner.layer(i, computed)
+
+
+def _float_convolution(
+    planner: Planner, x: Map, weights: Tensor, bias: Tensor, stride: Pair, padding: Pair, size: Size
+) -> Computed:
+    _, _, rows, columns = weights.shape
+    lanes = x.strides.pixel // 4
+    at = At(input=x.start(padding), weights=planner.memory.place(pack_floats(weights, lanes)))
+    return Computed(
+        f"floats({x.window(rows, stride)}, {columns * lanes})", at, size,
+        identity_ramp(size[0]).then(offset=bias), Numbers(FLOAT_NUMBERS.last, lambda n: float_of(n) + bias),
+    )  # fmt: skip
+
+
+def _bit_convolution(
+    planner: Planner, x: Operand, encoded: Any, shape: Sequence[int], bias: Tensor, stride: Pair, padding: Pair,
+    size: Size,
+) -> Computed:  # fmt: skip
+    """Plan a convolution of codes, whose sum of products is `constant + sign * number` for the computed number."""
+    assert x.levels
+    weights = bit_weights(encoded, shape)
+    low, unit, a_scale, _ = x.levels
+    # codes in the border are 0, which is the level `low`; padding has the value 0
+    ones = torch.ones(1, *shape[1:2], x.map.height, x.map.width, dtype=torch.float64)
+    inside = low * F.conv2d(ones, weights.integers.double(), None, stride, padding)[0].long()
+    w_bits, a_bits = len(weights.planes), x.levels.bits
+    most = (2**w_bits - 1) * (2**a_bits - 1) * weights.integers[0].numel()
+    sign, constant = 1, torch.zeros(size[0], dtype=torch.long)
+    if weights.odd:
+        sign = -1
+        constant = unit * (most + (2**a_bits - 1) * weights.integers.sum((1, 2, 3))) // 2
+    at = At(input=x.map.start(padding), weights=planner.memory.place(pack_planes(weights.planes)))
+    if low:
+        at = at._replace(correction=planner.memory.place(pack_integers(sign * inside)))
+    halves = shape[3] * x.map.strides.pixel // 2
+    scale = weights.scale * a_scale
+    return Computed(
+        f"bits({x.map.window(shape[2], stride)}, {halves}, {x.map.strides.plane}, {w_bits}, {a_bits}, {weights.odd}, "
+        f"{unit}, {low != 0})",
+        at, size, identity_ramp(size[0]).then(sign * scale, constant * scale.double() + bias),
+        Numbers(unit * most + int(inside.abs().max()), lambda n: (constant + sign * n) * scale + bias), integers=True,
+    )  # fmt: skip
+
+
+def _max_pool2d(
+    planner: Planner, i: int, x: Ref, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> None:  # fmt: skip
+    if _pair(dilation) != (1, 1) or return_indices:
+        raise NoKernel("max pooling with dilation or indices")
+    _add_pool(planner, i, x, _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), mean=False)
+
+
+def _avg_pool2d(
+    planner: Planner, i: int, x: Ref, kernel_size: Any, stride: Any = None, padding: Any = 0,
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+) -> None:  # fmt: skip
+    if divisor_override or (count_include_pad and _pair(padding) != (0, 0)):
+        raise NoKernel("average pooling with a divisor, or that counts padding")
+    _add_pool(planner, i, x, _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), mean=True)
+
+
+def _add_pool(planner: Planner, i: int, x: Ref, kernel: Pair, stride: Pair, padding: Pair, mean: bool) -> None:
+    source = planner.floats(x)
+    if source.is_dense:
+        raise NoKernel("pooling of the image")
+    channels, rows, columns = (*planner.shapes[i], 1, 1)[1:4]
+    size = channels, rows, columns
+    planner.layer(i, pooled(source, kernel, stride, padding, size, mean))
+
+
+def _adaptive(planner: Planner, i: int, x: Ref, output_size: Any) -> None:
+    _, height, width = planner.operand(x).map.size
+    rows, columns = planner.shapes[i][2:]
+    if height % rows or width % columns:
+        raise NoKernel(f"adaptive pooling from {(height, width)} to {(rows, columns)}, which does not divide")
+    kernel = height // rows, width // columns
+    _add_pool(planner, i, x, kernel, kernel, (0, 0), mean=True)
+
+
+def _mean(planner: Planner, i: int, x: Ref, dim: Any = None, keepdim: bool = False) -> None:
+    rank = len(planner.shapes[x.step])
+    if rank != 4 or not isinstance(dim, tuple) or {d % rank for d in dim} != {2, 3}:
+        raise NoKernel("means over other axes than height and width")
+    kernel = planner.operand(x).map.size[1:]
+    _add_pool(planner, i, x, kernel, kernel, (0, 0), mean=True)
+
+
+def _getitem(planner: Planner, i: int, x: Ref, index: Any) -> None:
+    parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
+    if any(not isinstance(part, slice) or part.start or part.stop is not None for part in parts):
+        raise NoKernel("indexing with other than steps over whole axes")
+    steps = ([part.step or 1 for part in parts] + [1] * 4)[:4]
+    if steps[:2] != [1, 1]:
+        raise NoKernel("steps over images or channels")
+    _add_pool(planner, i, x, (1, 1), (steps[2], steps[3]), (0, 0), mean=False)
+
+
+def _pad(
+    planner: Planner, i: int, x: Ref, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> None:
+    if mode != "constant" or value or any(pad[:4]) or len(pad) > 6 or min(pad) < 0:
+        raise NoKernel("padding of other than channels with zeros")
+    front, back = (*pad, 0, 0, 0, 0, 0, 0)[4:6]
+    planner.padded(i, x, front, back)
+
+
+def _add(planner: Planner, i: int, x: Ref, other: Ref, *, alpha: float = 1) -> None:
+    if alpha != 1 or planner.shapes[x.step] != planner.shapes[other.step]:
+        raise NoKernel("sums with other shapes or with alpha")
+    planner.layer(i, planner.copied(x), residual=planner.floats(other))
+
+
+def _reshape(planner: Planner, i: int, x: Ref, *args: Any, **kwargs: Any) -> None:
+    before, after = planner.shapes[x.step], planner.shapes[i]
+    if (len(after) == 2 and after[0] == before[0]) or after == before:
+        planner.alias(i, x)
+    else:
+        raise NoKernel(f"reshaping from {before[1:]} to {after[1:]}")
+
+
+def _quantize(planner: Planner, i: int, x: Ref, thresholds: Stored, levels: Stored) -> None:
+    planner.quantize(i, x)
+
+
+PLANNERS: Mapping[str, Callable[..., None]] = {
+    "conv2d": _conv2d, "linear": _linear, "quantize": _quantize, "add": _add, "pad": _pad, "getitem": _getitem,
+    "max_pool2d": _max_pool2d, "avg_pool2d": _avg_pool2d, "adaptive_avg_pool2d": _adaptive, "mean": _mean,
+    "flatten": _reshape, "reshape": _reshape, "view": _reshape, "squeeze": _reshape,
+    "contiguous": _reshape, "clone": _reshape,
+}  # fmt: skip
+"""Name of a function -> what adds its layers to a plan. It has the function's parameters in torch."""
+
+
+def _pair(value: Any) -> Pair:
+    if isinstance(value, str):
+        raise NoKernel(f"padding={value}")
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])

@@ -1,0 +1,157 @@
+"""Vectors of 64 bytes in functions compiled by numba: 16 numbers of 32 bits, one for each of 16 channels.
+
+LLVM turns an operation on such a vector into one AVX-512 instruction, two AVX2 instructions or four
+SSE instructions, whichever the processor has. Memory is one array of bytes, and addresses are places
+in it. Nothing checks that an address is inside.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, lower_builtin, register_model, type_callable
+
+LANES, BYTES = 16, 64
+"""Number of elements and of bytes of a vector."""
+
+
+class Vector(types.Type):
+    """The type of a vector whose elements have a type of numba."""
+
+    def __init__(self, element: Any) -> None:
+        self.element = element
+        super().__init__(f"Vector({element})")
+
+
+INTEGERS, FLOATS = Vector(types.int32), Vector(types.float32)
+_I32, _MASK = ir.VectorType(ir.IntType(32), LANES), ir.IntType(LANES)
+_LLVM = {INTEGERS: _I32, FLOATS: ir.VectorType(ir.FloatType(), LANES)}
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, _LLVM[kind])
+
+
+def _pointer(context: Any, builder: Any, memory: Any, address: Any, kind: Any) -> Any:
+    """Return a pointer to a value of an LLVM type at an address of an array of bytes."""
+    data = cgutils.create_struct_proxy(types.uint8[::1])(context, builder, memory).data
+    return builder.bitcast(builder.gep(data, [address]), kind.as_pointer())
+
+
+def _load(result: Any, kind: Any, align: int) -> Any:
+    """Return a function (memory, address) that loads one value."""
+
+    def load(typing: Any, memory: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load(_pointer(context, builder, args[0], args[1], kind), align=align)
+
+        return result(memory, types.int64), code
+
+    load.__qualname__ = f"load {kind}"  # names differ, for `qbench.deploy.kernel_layers.compiled`
+    return intrinsic(load)
+
+
+load_integers = _load(INTEGERS, _I32, 4)
+load_floats = _load(FLOATS, _LLVM[FLOATS], 4)
+load_word = _load(types.int32, ir.IntType(32), 1)
+load_half = _load(types.uint16, ir.IntType(16), 1)
+load_float = _load(types.float32, ir.FloatType(), 4)
+
+
+@intrinsic
+def store(typing: Any, memory: Any, address: Any, value: Any) -> Any:
+    """Store a vector, or one number, at an address."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, args[0], args[1], args[2].type)
+        builder.store(args[2], pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(memory, types.int64, value), code
+
+
+@intrinsic
+def splat(typing: Any, value: Any) -> Any:
+    """Return a vector whose elements are all one number, an int32 or a float32."""
+    vector = FLOATS if isinstance(value, types.Float) else INTEGERS
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        empty = ir.Constant(_LLVM[vector], ir.Undefined)
+        first = builder.insert_element(empty, args[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(first, empty, ir.Constant(_I32, [0] * LANES))
+
+    return vector(vector.element), code
+
+
+@intrinsic
+def count_ones(typing: Any, value: Any) -> Any:
+    """Return the number of ones in the bits of an int32, or of each element of a vector."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = "llvm.ctpop.i32" if kind == ir.IntType(32) else f"llvm.ctpop.v{LANES}i32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name), args)
+
+    return value(value), code
+
+
+@intrinsic
+def at_least(typing: Any, x: Any, thresholds: Any) -> Any:
+    """Return 16 bits: bit i is 1 where element i of `x` is at least that of `thresholds`."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        compare = builder.fcmp_ordered if x == FLOATS else builder.icmp_signed
+        return builder.zext(builder.bitcast(compare(">=", *args), _MASK), ir.IntType(32))
+
+    return types.int32(x, x), code
+
+
+@intrinsic
+def to_floats(typing: Any, x: Any) -> Any:
+    """Return a vector of integers as floats."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sitofp(args[0], _LLVM[FLOATS])
+
+    return FLOATS(INTEGERS), code
+
+
+def _operator(function: Any, vector: Vector, code: Callable[[Any, Any, Any], Any]) -> None:
+    """Define a function of two vectors.
+
+    Args:
+        code: adds the instruction to a builder of LLVM, and returns its result.
+    """
+
+    @type_callable(function)
+    def _(context: Any) -> Any:
+        return lambda x, y: vector if x == vector == y else None
+
+    @lower_builtin(function, vector, vector)
+    def _(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return code(builder, *args)
+
+
+def smaller(x: Any, y: Any) -> Any:
+    """Return the smaller elements of two vectors of floats."""
+
+
+def larger(x: Any, y: Any) -> Any:
+    """Return the larger elements of two vectors of floats."""
+
+
+_operator(operator.add, INTEGERS, lambda builder, x, y: builder.add(x, y))
+_operator(operator.sub, INTEGERS, lambda builder, x, y: builder.sub(x, y))
+_operator(operator.mul, INTEGERS, lambda builder, x, y: builder.mul(x, y))
+_operator(operator.and_, INTEGERS, lambda builder, x, y: builder.and_(x, y))
+_operator(operator.xor, INTEGERS, lambda builder, x, y: builder.xor(x, y))
+_operator(operator.add, FLOATS, lambda builder, x, y: builder.fadd(x, y, flags=["contract"]))
+_operator(operator.mul, FLOATS, lambda builder, x, y: builder.fmul(x, y, flags=["contract"]))
+_operator(smaller, FLOATS, lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y), x, y))
+_operator(larger, FLOATS, lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))

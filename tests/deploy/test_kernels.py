@@ -1,0 +1,256 @@
+"""Bit-serial kernels: the run's values, thresholds, other instruction sets, stored code, refusals."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import exported
+import pytest
+import torch
+from conftest import Configure
+from exported import about_digits, quantized
+from torch import Tensor, nn
+
+from qbench.analysis.export import export, load_exported
+from qbench.cli.main import main as cli
+from qbench.deploy.packed import pack_network
+from qbench.deploy.trace import trace
+from qbench.errors import ConfigError
+from qbench.methods import dorefa
+from qbench.quant.install import install
+
+pytest.importorskip("numba", reason="needs the extra fast")
+
+from qbench.deploy.kernel_parameters import FLOAT_NUMBERS, NoKernel, code_thresholds, integer_levels
+from qbench.deploy.kernel_plan import NotRunnable, plan
+from qbench.deploy.kernel_ramps import identity_ramp
+from qbench.deploy.kernel_runtime import in_numba
+
+finished = exported.finished
+
+RUNS = [
+    ("method=dorefa", "bits=w1a1"),
+    ("method=dorefa", "bits=w1a2"),
+    ("method=dorefa", "bits=w2a2", "model.form=post"),
+    ("method=dorefa", "bits=w2a2", "model.shortcut=B"),
+    ("method=dorefa", "bits=w2a2", "model.shortcut=A_stride", "model.width=10"),
+    ("method=pact", "bits=w2a2"),
+    ("method=lsq", "bits=w2a2"),
+    ("method=xnor",),
+    ("method=hwgq",),
+    ("method=twn", "activation=lsq", "bits.a=2"),
+]
+
+
+@pytest.mark.parametrize("words", RUNS, ids=[" ".join(words) for words in RUNS])
+def test_kernels_agree_with_the_run(words: tuple[str, ...], configure: Configure) -> None:
+    """Weights in two's complement and odd integers, activations from 0 and of both signs, all shortcuts."""
+    model, batches = quantized(configure, *words)
+    run = in_numba(trace(model, batches[0]), about_digits("packed"))
+    for images in batches:
+        with torch.no_grad():
+            torch.testing.assert_close(run(images), model(images), rtol=0, atol=1e-4)
+
+
+class Pooled(nn.Module):
+    """A network with strides, padding, pooling, several channel counts, a bias, and a linear layer after flatten."""
+
+    def __init__(self, conv: nn.Conv2d, pool: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.bn, self.conv, self.pool = nn.Conv2d(1, 20, 3, 1, 1), nn.BatchNorm2d(20), conv, pool
+        self.features = nn.LazyLinear(24)
+        self.norm, self.fc = nn.BatchNorm1d(24), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.conv(self.bn(self.stem(x)))).flatten(1)
+        logits: Tensor = self.fc(self.norm(self.features(y)).relu())
+        return logits
+
+
+@pytest.mark.parametrize("width", ["w1a1", "w1a2", "w2a2"])
+@pytest.mark.parametrize(
+    ("conv", "pool"),
+    [
+        (nn.Conv2d(20, 40, 3, 2, 1), nn.Identity()),
+        (nn.Conv2d(20, 7, 5, 1, 2, bias=False), nn.MaxPool2d(3, 2, 1)),
+        (nn.Conv2d(20, 33, 1), nn.AvgPool2d(2)),
+        (nn.Conv2d(20, 16, (3, 1), (1, 2), (0, 2)), nn.AdaptiveAvgPool2d((2, 2))),
+    ],
+    ids=["stride", "max", "mean", "unequal"],
+)
+def test_sizes_and_pooling(conv: nn.Conv2d, pool: nn.Module, width: str) -> None:
+    model, images = Pooled(deepcopy(conv), pool), torch.randn(64, 1, 8, 8)
+    model(images)
+    install(dorefa.build(w=int(width[1]), a=int(width[3])), model, example=images[:1])
+    model(images)  # statistics of batch normalization
+    with torch.no_grad():
+        expected = model.eval()(images)
+    run = in_numba(trace(model, images), about_digits("packed"))
+    # torch itself rounds sums, so a code at a threshold may differ in few images
+    agree = ((run(images) - expected).abs().amax(1) < 1e-4).float().mean().item()
+    assert agree >= 0.95
+
+
+def test_thresholds_are_exact_for_each_channel() -> None:
+    """The next smaller float has the lower code; codes fall where the slope is negative."""
+    slope, offset = torch.tensor([0.3, -2.0, 1e-3]), torch.tensor([0.1, 0.5, -7.0])
+    levels = torch.tensor([0.0, 1.0, 2.0])
+
+    def quantizer(x: Tensor) -> Tensor:
+        return (x * slope + offset).clamp(0, 2).round()
+
+    found, falling = code_thresholds(quantizer, levels, 3, FLOAT_NUMBERS)
+    assert falling.tolist() == [False, True, False]
+    at, below = quantizer(FLOAT_NUMBERS.value(found)), quantizer(FLOAT_NUMBERS.value(found - 1))
+    ups = torch.tensor([[1.0], [2.0]])
+    assert torch.equal(at[:, ~falling], ups.expand(2, 2).where(at[:, ~falling] >= 0, ups))
+    assert torch.equal(below[:, ~falling], at[:, ~falling] - 1)
+    assert torch.equal(at[:, falling], below[:, falling] - 1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([0.0, 0.5], (0, 1)), ([-0.5, 0.5], (-1, 2)), ([-3.0, -1.0, 1.0, 3.0], (-3, 2)),
+        ([-0.4, -0.2, 0.0, 0.2], (-2, 1)),
+        ([-1.0, 0.0, 1.0], (-1, 1)), ([0.0, 1 / 3, 2 / 3, 1.0], (0, 1)),
+    ],
+)  # fmt: skip
+def test_levels_as_integers(levels: list[float], expected: tuple[int, int]) -> None:
+    assert integer_levels(torch.tensor([levels]))[:2] == expected
+
+
+@pytest.mark.parametrize("levels", [[0.0, 1.0, 3.0], [-0.8, 0.1, 1.0, 1.9], [0.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
+def test_other_levels_are_refused(levels: list[float]) -> None:
+    with pytest.raises(NoKernel, match="levels"):
+        integer_levels(torch.tensor([levels]))
+
+
+def test_a_ramp_after_a_bounded_ramp() -> None:
+    ramp = identity_ramp(2).then(2.0, 1.0, low=0.0).then(torch.tensor([-1.0, 0.0]), 3.0)
+    x = torch.tensor([-5.0, 0.0, 4.0], dtype=torch.float64)[:, None]
+    found = (x * ramp.slope + ramp.offset).clamp(ramp.low, ramp.high)
+    assert found.tolist() == [[3.0, 3.0], [2.0, 3.0], [-6.0, 3.0]]
+
+
+REFUSED = [
+    (("method=dorefa", "bits=w4a2"), "layer1.0.conv1: the numba kernels do not support 16 levels; .* 1 or 2 bits"),
+    (("method=dorefa", "bits=w2a4"), "do not support 16 levels"),
+    (("method=bwn",), "no layer has both weights and activations of 1 or 2 bits"),
+    (("method=xnor", "method.scale=K"), "do not support"),
+    (("method=ttq", "activation=lsq", "bits.a=2"), "do not support"),
+    (("method=lsq", "bits=w2a2", "layers.first=2"), "conv1: .* not integers times one scale"),
+    (("method=lsq", "bits=w32a2"), "float weights with quantized activations"),
+    (("method=lsq", "bits=w2a2", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"), "do not support"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_what_kernels_cannot_run_is_refused(words: tuple[str, ...], message: str, configure: Configure) -> None:
+    model, (images, *_) = quantized(configure, *words)
+    with pytest.raises(NotRunnable, match=message) as error:
+        plan(trace(model, images), (1, 8, 8))
+    assert len(str(error.value).splitlines()) == 2
+    assert "without --runtime" in str(error.value)
+
+
+def test_evaluate_with_numba_predicts_the_same_classes(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = export(finished).path
+    tables = []
+    for words in ([], ["--runtime", "numba"]):
+        predictions = finished / "predictions.csv"
+        assert cli(["evaluate", str(file), "--predictions", str(predictions), "--format", "csv", *words]) == 0
+        classes = [line.split(",")[:3] for line in predictions.read_text().splitlines()]
+        tables.append((capsys.readouterr().out.splitlines()[1].split(",")[:6], classes))
+    assert tables[0] == tables[1]
+
+
+def test_the_wrong_runtime_or_images_are_named(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = export(finished).path
+    assert cli(["evaluate", str(file), "--runtime", "openvino"]) == 2
+    assert "packed files run in torch, or with --runtime numba" in capsys.readouterr().err
+    onnx = finished / "empty.onnx"
+    onnx.write_bytes(b"")
+    assert cli(["evaluate", str(onnx), "--runtime", "numba"]) == 2
+    assert "type: qbench export RUN --to packed" in capsys.readouterr().err
+    for runtime in (None, "numba"):
+        network, _ = load_exported(file, runtime)
+        with pytest.raises(
+            ConfigError, match=r"images of shape \(2, 3, 8, 8\); the file's network takes \(N, 1, 8, 8\)"
+        ):
+            network(torch.zeros(2, 3, 8, 8))
+        with pytest.raises(ValueError, match="inf or nan"):
+            network(torch.full((1, 1, 8, 8), torch.nan))
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert cli(["evaluate", str(file), "--runtime", "numba"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "qbench: the package numba is missing", "install it: pip install numba"
+    ]  # fmt: skip
+
+
+PROGRAM = """
+import pathlib, sys, torch
+from numba.core import event
+from qbench.analysis.export import load_exported
+with event.install_recorder("numba:compile") as compiled:
+    network, _ = load_exported(pathlib.Path(sys.argv[1]), "numba")
+torch.manual_seed(0)
+print(len(compiled.buffer) > 0, network(torch.randn(64, 1, 8, 8)).tolist())
+"""
+
+
+def test_code_is_stored_and_agrees_with_that_of_other_processors(finished: Path, tmp_path: Path) -> None:
+    """Processors with AVX2 or without it compute the same bits; a damaged or forbidden store is not used."""
+    file = export(finished).path
+
+    def run(folder: Path, **variables: str) -> tuple[str, str]:
+        environment = os.environ | {"XDG_CACHE_HOME": str(folder)} | variables
+        words = [sys.executable, "-c", PROGRAM, str(file)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+        compiled, _, logits = done.stdout.partition(" ")
+        return compiled, logits
+
+    store = tmp_path / "store"
+    first, second = run(store), run(store)
+    assert (first[0], second[0]) == ("True", "False")
+    (code,) = store.rglob("*.nbc")
+    code.write_bytes(b"damaged")
+    (tmp_path / "file").write_text("")
+    avx2 = run(store, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx,+avx2,+popcnt,+bmi2,+fma")
+    assert avx2[0] == "True"
+    forbidden = run(tmp_path / "file")
+    assert second[1] == run(store)[1] == avx2[1] == forbidden[1] == first[1]
+
+
+LOAD = """
+import pathlib, sys, torch
+from qbench.analysis.export import load_exported
+networks = [load_exported(pathlib.Path(file), "numba")[0] for file in sys.argv[1:]]
+torch.manual_seed(0)
+images = torch.randn(8, 1, 8, 8)
+for network in networks:
+    print(network(images).tolist())
+"""
+
+
+def test_networks_that_other_processes_compiled_do_not_mix(configure: Configure, tmp_path: Path) -> None:
+    """Stored functions of one network are not called by another: each file has its own values in every process."""
+    files = []
+    for width in (16, 10, 20):
+        model, (images, *_) = quantized(configure, "method=dorefa", "bits=w2a2", f"model.width={width}")
+        files.append(tmp_path / f"{width}.qbench")
+        files[-1].write_bytes(pack_network(trace(model, images), about_digits("packed")))
+
+    def run(*wanted: Path) -> list[str]:
+        words = [sys.executable, "-c", LOAD, *map(str, wanted)]
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+        return subprocess.run(words, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+
+    alone = [logits for file in files for logits in run(file)]
+    assert run(*files) == alone
+    assert run(*reversed(files)) == alone[::-1]
