@@ -32,7 +32,13 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3, repeat: int = 1) -> dict[str, Ratio]:
+def interleaved(
+    contenders: Mapping[str, Work],
+    rounds: int = 21,
+    warm: int = 3,
+    repeat: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Ratio]:
     """Return the ratio of each contender's time to that of the first contender, which is the baseline.
 
     Other programs may use the machine, so only times of the same round are compared. Every contender runs once untimed
@@ -43,6 +49,7 @@ def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3,
         rounds: number of rounds. The order of the contenders rotates from round to round.
         warm: number of rounds before the timed ones.
         repeat: number of timed calls of each contender in a round.
+        clock: by default wall time; `time.process_time` counts the processor's time of all threads.
     """
     names = list(contenders)
     for _ in range(warm):
@@ -52,7 +59,7 @@ def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3,
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             contenders[name]()
-            times[name].append(seconds(contenders[name], repeat))
+            times[name].append(seconds(contenders[name], repeat, clock))
     result = {}
     for name in names:
         ratios = [t / base for t, base in zip(times[name], times[names[0]], strict=True)]
@@ -61,14 +68,14 @@ def interleaved(contenders: Mapping[str, Work], rounds: int = 21, warm: int = 3,
     return result
 
 
-def seconds(work: Work, repeat: int = 1) -> float:
-    """Return the mean wall time of one call in seconds."""
-    began = time.perf_counter()
+def seconds(work: Work, repeat: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the mean time of one call in seconds."""
+    began = clock()
     for _ in range(repeat):
         work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) / repeat
+    return (clock() - began) / repeat
 
 
 def machine() -> str:
