@@ -87,9 +87,8 @@ def _is_debug(run: RunRecord) -> bool:
 def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Return the runs, followed by their float baselines from the same folders."""
     known = {run.path for run in runs}
-    baselines = {
-        run.path.parent / Path(run.result.baseline.run).name for run in runs if run.result and run.result.baseline
-    }
+    starts = [(run.path.parent, run.result.baseline) for run in runs if run.result and run.result.baseline]
+    baselines = {folder / Path(start.run).name for folder, start in starts if not start.pretrained}
     return [*runs, *(read_run(path) for path in sorted(baselines - known) if path.is_dir())]
 
 

@@ -49,14 +49,20 @@ class Evaluation:
 class BaselineResult:
     """A float baseline's directory, and its evaluations after the last and the best epoch.
 
-    If the run starts from a checkpoint file, the file's network is the baseline, evaluated before
-    it is quantized. `run` is then the file's path, and `sha256` is the digest of the file.
+    If the run starts from a checkpoint, the checkpoint's network is the baseline, evaluated before
+    it is quantized. `run` is then the path of the file, or of the directory with best.pt, and
+    `sha256` is the digest of the file.
     """
 
     run: str
     final: Evaluation
     best: Evaluation | None = None
     sha256: str | None = None
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the baseline is a checkpoint that `init` names, instead of a run that qbench trained for it."""
+        return self.sha256 is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +142,10 @@ class Result:
     def top1(self) -> float | None:
         """Test top-1 in percent after the last epoch."""
         return self.final.test.top1 if self.final else None
+
+    def same_data(self, other: "Result") -> bool:
+        """Whether this run used the images of another run, as far as this run recorded its images."""
+        return self.dataset == other.dataset and self.data_sha256 in (None, other.data_sha256)
 
     @property
     def baseline_top1(self) -> float | None:

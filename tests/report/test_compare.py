@@ -29,6 +29,7 @@ from qbench.experiment.planned_run import planned_run
 from qbench.papers.published_figures import published_rows
 from qbench.papers.published_table import absence_note
 from qbench.report.comparison.compare import compare
+from qbench.report.comparison.filters import select_runs
 from qbench.report.comparison.pairs import conclude
 from qbench.report.comparison.setting_table import MissingRuns, settings_of
 from qbench.report.html.page import html
@@ -242,6 +243,20 @@ def test_runs_moved_out_of_their_folder_keep_their_baselines(configure: Configur
     before = [(t.title, t.rows) for t in tables(configure())]
     baseline.parent.rename(tmp_path / "moved")
     assert [(t.title, t.rows) for t in compare(read([str(tmp_path / "moved")]))] == before
+
+
+def test_a_run_that_others_start_from_has_its_own_row_and_their_rows_the_loaded_weights(configure: Configure) -> None:
+    """best.pt of the float run has 98 %, its last epoch 91 %: with init=RUN, differences are from 98 %."""
+    start = plant(configure("method=float", "init=scratch", "epochs=4"), 91.0)
+    (start / "best.pt").write_bytes(b"weights")
+    loaded = BaselineResult(run=str(start), final=evaluation(98.0), sha256="0" * 64)
+    plant(configure("method=dorefa", f"init={start}"), 97.0, baseline=loaded)
+    found = read([configure().out])
+    for records in (found, with_baselines(found), found[::-1]):
+        rows = {row[0]: (row[6], row[10]) for table in compare(records) for row in table.rows}
+        assert rows == {f"float {start.name}": ("98.00", "-"), "dorefa": ("97.00", "-1.00"), "float": ("91.00", "-")}
+    kept, _ = select_runs(found, {"method": ["dorefa"]})
+    assert [[row[6] for row in table.rows] for table in compare(kept)] == [["98.00", "97.00"]]
 
 
 def test_a_run_whose_protocol_does_not_fit_its_hash_changes_no_other_title(configure: Configure) -> None:

@@ -82,9 +82,12 @@ class _Context:
 
 
 def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
-    """Return the results by block, without the float baselines."""
+    """Return the results by block, without the float baselines.
+
+    A run that another run names as its pretrained checkpoint remains, because its own accuracy is in no other row.
+    """
     quantized = [r for r in results if not naming.is_baseline(r)]
-    used = {_directory_name(r.baseline.run) for r in quantized if r.baseline}
+    used = {_directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}
     unused = [r for r in results if naming.is_baseline(r) and _directory_name(r.run) not in used]
     blocks: dict[naming.Block, list[Result]] = defaultdict(list)
     for result in [*quantized, *unused]:
@@ -140,16 +143,21 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
 
 
 def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, list[Result]]]:
-    """Return pairs of a label and its float baselines. The label names the network keys and the checkpoint file."""
+    """Return pairs of a label and its float baselines. The label names the network keys and the checkpoint.
+
+    The row of a pretrained checkpoint has the accuracy that was measured before quantization: the result of the
+    checkpoint's own run is that of other weights (after the last epoch), and possibly of other images.
+    """
     grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
         if result.baseline:
             name = _directory_name(result.baseline.run)
-            file = name if result.baseline.sha256 else ""
+            pretrained = result.baseline.pretrained
+            file = name if pretrained else ""
             label = " ".join(word for word in ("float", naming.network_keys(result), file) if word)
             found = context.baselines.get(name)
-            same_data = found is not None and found.data_sha256 in (None, result.data_sha256)
-            grouped[label][name] = found if found and same_data else _recorded_baseline(result)
+            own = found is not None and found.same_data(result) and not pretrained
+            grouped[label][name] = found if found and own else _recorded_baseline(result)
     return [(label, list(baselines.values())) for label, baselines in sorted(grouped.items())]
 
 

@@ -91,7 +91,8 @@ def _matching(
 
 def _with_baselines(kept: Sequence[RunRecord], runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Return the kept runs and their float baselines, in the order of `runs`."""
-    baseline_names = {_directory_name(r.result.baseline.run) for r in kept if r.result and r.result.baseline}
+    starts = [run.result.baseline for run in kept if run.result and run.result.baseline]
+    baseline_names = {_directory_name(baseline.run) for baseline in starts if not baseline.pretrained}
     chosen = {id(run) for run in kept}
     baselines = [r for r in runs if r.result and r.status == DONE and naming.is_baseline(r.result)]
     chosen |= {id(run) for run in baselines if _directory_name(str(run.path)) in baseline_names}
