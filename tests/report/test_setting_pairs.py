@@ -396,6 +396,20 @@ def test_equal_accuracies_have_no_interval() -> None:
     assert {c.name: c.cell(spread) for c in COLUMNS}["95 % CI"] == "±6.35"
 
 
+def test_the_number_of_test_images_is_that_of_the_settings_not_of_a_pretrained_baseline(tmp_path: Path) -> None:
+    """The checkpoint's own data set has 10000 test images; that of the runs has 400."""
+    members = []
+    for name, count in (("float", 10_000), ("a", 400)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(f'{{"data": {{"test_images": {count}}}}}')
+        made = setting(name, [90.0], is_baseline=name == "float")
+        members.append(replace(made, runs=(replace(made.runs[0], run=str(tmp_path / name)),)))
+    for order, expected in ((members, 400), (members[::-1], 400), (members[:1], 10_000)):
+        for found in conclusions(concluded(*order)):
+            assert found.test_images == expected
+            assert found.test_sample_ci95_half == pytest.approx(sample_error(90.0, expected))
+
+
 def test_which_error_is_the_larger(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"data": {"test_images": 400}}')
     single = setting("a", [90.0])

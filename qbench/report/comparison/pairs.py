@@ -85,7 +85,9 @@ def _with_conclusions(
     by_first: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         by_first[id(pair.first)].append(pair)
-    runs = [run.run for setting in settings for run in setting.runs[:2]]
+    # A float baseline can have other test images: it may be a checkpoint that was trained on another data set.
+    measured = [setting for setting in settings if not setting.is_baseline] or settings
+    runs = [run.run for setting in measured for run in setting.runs[:2]]
     counts = (len(hits[run].correct) if run in hits else count_test_images(Path(run)) for run in runs)
     images = next((count for count in counts if count), None)
     concluded = []
