@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from qbench.runs.result import Result
+from qbench.runs.result import Result, load_result
 from qbench.system import files
 
 Record = dict[str, Any]
@@ -32,7 +32,7 @@ def _epoch_records(run: Path) -> list[Record]:
 
 
 def baseline_directory(result: Result) -> Path | None:
-    """Return the directory of a run's float baseline, or None without a baseline.
+    """Return the directory of a run's float baseline, or None without a baseline or if it has other data.
 
     A directory of the same name next to the run's directory is preferred to the recorded path.
     """
@@ -40,4 +40,6 @@ def baseline_directory(result: Result) -> Path | None:
         return None
     recorded = Path(result.baseline.run)
     sibling = Path(result.run).parent / recorded.name  # the whole folder may have been moved
-    return sibling if sibling.is_dir() else recorded
+    path = sibling if sibling.is_dir() else recorded
+    baseline = load_result(path)
+    return path if baseline is None or baseline.same_data(result) else None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Configure
-from helpers import epoch_line, plant, write_metrics
+from helpers import epoch_line, evaluation, plant, write_metrics
 
 from qbench.bits import Bits
 from qbench.cost.network_cost import NetworkCost
@@ -22,7 +22,7 @@ from qbench.report.plots.style import COLOURS, DASHES, MARKERS
 from qbench.report.plots.training_curves import fitted_sqnr, layer_errors, learning_curves
 from qbench.runs.history import epochs, observed
 from qbench.runs.reader import read
-from qbench.runs.result import with_checksum
+from qbench.runs.result import BaselineResult, with_checksum
 
 STUDENT_2 = 4.302653  # 97.5 % of Student's t with 2 degrees of freedom, from any table
 
@@ -124,6 +124,21 @@ def test_curves_are_the_mean_and_the_extremes_of_seeds(configure: Configure, run
     (panel,) = comparison_figure(tables, found, ["curves"]).subfigs[0].axes
     assert [list(line.get_ydata()) for line in panel.lines[:2]] == [[20.5, 30.0, 40.0], [55.0, 80.0]]
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "3", "2"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_float_curve_is_not_that_of_another_data_set(configure: Configure, runs: Any, same: bool) -> None:
+    """The checkpoint was trained in another folder, on the same images or on those of another data set."""
+    words = [] if same else ["dataset=glyphs"]
+    start = plant(configure("method=float", "init=scratch", "epochs=4", f"out={configure().out}-before", *words), 91.0)
+    (start / "best.pt").write_bytes(b"weights")
+    write_metrics(start, [epoch_line(0, 20.0), epoch_line(1, 30.0)])
+    loaded = BaselineResult(run=str(start), final=evaluation(98.0), sha256="0" * 64)
+    write_metrics(plant(configure("method=dorefa", f"init={start}"), 97.0, baseline=loaded), [epoch_line(0, 50.0)])
+    tables, found = runs()
+    lines, _ = learning_curves(settings_of(tables[0]), {str(run.path): run.result for run in found})
+    floats = {"float": ([-1, 0], [20.0, 30.0], [20.0, 30.0], [20.0, 30.0])} if same else {}
+    assert lines == {"dorefa": floats | {"W2": ([1], [50.0], [50.0], [50.0])}}
 
 
 @pytest.mark.parametrize("corrupt", ['{"kind": "epoch", "epoch": 1, "val_t', "[1, 2]", "\x00\x01", '{"epoch": NaN}'])

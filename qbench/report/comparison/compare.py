@@ -157,7 +157,10 @@ def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, 
             label = " ".join(word for word in ("float", naming.network_keys(result), file) if word)
             found = context.baselines.get(name)
             own = found is not None and found.same_data(result) and not pretrained
-            grouped[label][name] = found if found and own else _recorded_baseline(result)
+            if found and own:
+                grouped[label][name] = found
+            else:
+                grouped[label][name] = _recorded_baseline(result, other_run=found is not None or pretrained)
     return [(label, list(baselines.values())) for label, baselines in sorted(grouped.items())]
 
 
@@ -245,9 +248,16 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
     return [Table(("status", "run", "reason"), rows, values, MISSING_TITLE)]
 
 
-def _recorded_baseline(result: Result) -> Result:
-    """Return the float baseline's result, as recorded by a run that starts from it."""
+def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
+    """Return the float baseline's result, as recorded by a run that starts from it.
+
+    With `other_run`, the baseline's directory holds records of other weights or images (metrics, manifest). The result
+    then names the weights file, so that nobody reads these records as the baseline's.
+    """
     assert result.baseline is not None
+    run = Path(result.baseline.run)
+    if other_run and run.is_dir():
+        run /= "best.pt"
     return Result(
         status=DONE,
         method="float",
@@ -255,7 +265,7 @@ def _recorded_baseline(result: Result) -> Result:
         seed=result.seed,
         dataset=result.dataset,
         model=result.model,
-        run=result.baseline.run,
+        run=str(run),
         protocol=replace(result.protocol, keys=result.protocol.keys | {"init": "scratch"}),
         final=result.baseline.final,
         best=result.baseline.best,
