@@ -638,6 +638,9 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
         (["epochs=3"], "epochs=3: no run has this value\nvalues found: 30"),
         (["bits=w4a2"], "bits=w4a2: no run has this value; did you mean w4a4g32?\nvalues found: w2a2g32, w4a4g32"),
         (["bits.w=3"], "bits.w=3: no run has this value\nvalues found: 2, 4"),
+        *((["bits=" + word], f"bits={word}: no run has this value") for word in ("2", "foo", "w2x", "W", "32")),
+        (["seed=True"], "seed=True: no run has this value"),
+        (["seed=false"], "seed=false: no run has this value"),
     ],
 )
 def test_wrong_words_are_refused(

@@ -12,6 +12,7 @@ from qbench.runs.reader import DONE, RunRecord
 VALUES_LISTED = 20
 """Largest number of values that an error message lists."""
 RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
+WIDTHS = re.compile(r"(?:[wag]\d+)+")
 RunKeys = Mapping[str, str]
 """The keys that a run can be selected by: key -> value as JSON."""
 
@@ -134,13 +135,15 @@ def _equals(key: str, stored: str, typed: str) -> bool:
     """Whether a stored JSON value equals the typed one: 0.001 equals 1e-3, w2a2g32 equals w2a2."""
     value = json.loads(stored)
     if isinstance(value, str):
-        return value == typed or (key == "bits" and bool(typed) and set(_widths(typed)) <= set(_widths(value)))
+        widths = key == "bits" and WIDTHS.fullmatch(typed)
+        return value == typed or (bool(widths) and set(_widths(typed)) <= set(_widths(value)))
     if isinstance(value, bool) or value is None:
         return typed.lower() in (stored, {"null": "none"}.get(stored))
     try:
-        return bool(json.loads(typed) == value)
+        parsed = json.loads(typed)
     except ValueError:
         return typed == stored
+    return not isinstance(parsed, bool) and bool(parsed == value)  # True == 1 in Python
 
 
 def _widths(text: str) -> list[str]:
