@@ -27,6 +27,7 @@ from qbench.deploy.onnx_file import to_onnx
 from qbench.deploy.runtimes import RUNTIMES, about_onnx
 from qbench.deploy.trace import trace
 from qbench.errors import CheckpointError, ConfigError
+from qbench.experiment.builders import images_sha256
 from qbench.report.tables.table import Table
 from qbench.runs.directory import PACKED_FILE
 from qbench.system import files
@@ -86,7 +87,7 @@ def _about(finished: FinishedRun, weights: str, form: str) -> About:
         form=form, title=f"{result.method} {result.widths}, {result.model} trained on {result.dataset}",
         identity=result.identity, weights=weights, dataset=dict(config.dataset), shape=data.shape,
         classes=data.classes, mean=data.mean, std=data.std, white=data.white,
-        threads=config.runtime.threads,
+        threads=config.runtime.threads, data_sha256=None if config.debug else result.data_sha256,
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def evaluate_file(
         runtime: see `load_exported`.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or its run's data set holds other images now.
         ConfigError: the data set does not fit the file's network, or a package is missing.
     """
     model, about = load_exported(file, runtime)
@@ -172,6 +173,11 @@ def evaluate_file(
     node = override_dataset(about.dataset, words) if words else about.dataset
     own = Expected(about.shape, about.classes, about.mean, about.std, about.white, "file")
     data = other_dataset(own, node)
+    if not words and about.data_sha256 not in (None, images_sha256(data)):
+        raise CheckpointError(
+            f"{file}: its run was trained on other images than dataset={name} holds now\n"
+            f"restore the images; to evaluate on these, type dataset={name}"
+        )
     with _threads(about.threads):
         batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")
         measured = measure(model, model, batches, predictions)

@@ -23,6 +23,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         shape: channels, height and width of an image.
         white: 255 for 8-bit images, 1 for float images.
         threads: number of torch's threads with which the export was verified.
+        data_sha256: the digest of the run's images (`Result.data_sha256`), or None if it is not known. A debug run has
+            none, because `dataset` describes all images, but the run had a few.
     """
 
     form: str
@@ -36,6 +38,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     std: tuple[float, ...]
     threads: int
     white: int = 255
+    data_sha256: str | None = None
 
 
 IMAGE_ROUNDING = 1e-5

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from conftest import Configure, tiered
 from exported import about_digits, header_change, quantized
 from torch import Tensor, nn
 
+from qbench.analysis import evaluate
 from qbench.analysis.export import evaluate_file, export, load_exported
 from qbench.bits import FLOAT
 from qbench.cli.main import main as cli
@@ -399,6 +401,24 @@ def test_a_data_set_of_code_is_run_only_if_it_is_typed(finished: Path, tmp_path:
     with pytest.raises(ConfigError, match="which is not in the file"):
         evaluate_file(file)
     assert evaluate_file(file, ["dataset=digits"]).rows
+
+
+@pytest.mark.parametrize("form", ["packed", "integer"])
+def test_a_file_is_not_evaluated_on_other_images_unless_they_are_typed(
+    finished: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two classes are swapped after the export, as if somebody had renamed their folders."""
+    file = export(finished, form, tmp_path / "n.qbench").path
+    data = evaluate.build_dataset({"name": "digits"})
+    before = evaluate_file(file).values[0]["top1"]
+    for part in ("train", "test"):
+        labels = getattr(data, part).labels
+        swapped = torch.where(labels < 2, 1 - labels, labels)
+        other = replace(data, **{part: replace(getattr(data, part), labels=swapped)})
+        monkeypatch.setattr(evaluate, "build_dataset", lambda node, other=other: other)
+        with pytest.raises(CheckpointError, match="other images than dataset=digits holds now"):
+            evaluate_file(file)
+    assert evaluate_file(file, ["dataset=digits"]).values[0]["top1"] < before
 
 
 def test_load_exported_gives_a_module(finished: Path) -> None:
