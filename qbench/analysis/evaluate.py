@@ -93,7 +93,8 @@ def evaluate(
     batches = setup.loader(data).unaugmented("test")
     measured = measure(finished.model, setup.forward(finished.model), batches, predictions)
     trained = f"{result.method} {result.widths}, {result.model} trained on {result.dataset}"
-    evaluated = table(run, trained, weights, data, measured, other=bool(words))
+    debug = setup.config.debug
+    evaluated = table(run, trained, weights, data, measured, other=bool(words), debug=debug)
     stored = result.final if weights == "last" else result.best
     if not words and stored and stored.test.top1 != measured.accuracy.top1:
         evaluated.notes.append(
@@ -159,13 +160,16 @@ def measure(
     return EvaluatedSplit(len(labels), accuracy, low, high, calibration_error(confidence, correct))
 
 
-def table(place: Path, trained: str, weights: str, data: Dataset, measured: EvaluatedSplit, other: bool) -> Table:
+def table(
+    place: Path, trained: str, weights: str, data: Dataset, measured: EvaluatedSplit, *, other: bool, debug: bool
+) -> Table:  # fmt: skip
     """Return the table of one network's results.
 
     Args:
         place: the path of the run or of the exported file.
         trained: method, widths, network and data set of training, as text.
         other: whether `data` is not the data set of the run.
+        debug: whether the run had debug=true.
     """
     accuracy, ece = measured.accuracy, measured.calibration_error
     table = Table(HEAD, title=f"{place}: {trained}")
@@ -190,6 +194,8 @@ def table(place: Path, trained: str, weights: str, data: Dataset, measured: Eval
             "images are normalized with the constants of the run's data set; class i of this data set counts as class "
             "i of the run's data set"
         )
+    if debug:
+        table.notes.append("warning: debug=true: the network was trained in one step; the accuracy means nothing")
     if data.synthetic:
         table.notes.append("synthetic data: not comparable with papers' tables")
     return table

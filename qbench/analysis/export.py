@@ -88,6 +88,7 @@ def _about(finished: FinishedRun, weights: str, form: str) -> About:
         identity=result.identity, weights=weights, dataset=dict(config.dataset), shape=data.shape,
         classes=data.classes, mean=data.mean, std=data.std, white=data.white,
         threads=config.runtime.threads, data_sha256=None if config.debug else result.data_sha256,
+        debug=config.debug,
     )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def evaluate_file(
     with _threads(about.threads):
         batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")
         measured = measure(model, model, batches, predictions)
-    return table(file, about.title, about.weights, data, measured, other=bool(words))
+    return table(file, about.title, about.weights, data, measured, other=bool(words), debug=about.debug)
 
 
 @contextmanager

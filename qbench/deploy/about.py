@@ -25,6 +25,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         threads: number of torch's threads with which the export was verified.
         data_sha256: the digest of the run's images (`Result.data_sha256`), or None if it is not known. A debug run has
             none, because `dataset` describes all images, but the run had a few.
+        debug: whether the run had debug=true, so that its accuracy means nothing.
     """
 
     form: str
@@ -39,6 +40,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     threads: int
     white: int = 255
     data_sha256: str | None = None
+    debug: bool = False
 
 
 IMAGE_ROUNDING = 1e-5

@@ -3,18 +3,20 @@
 import shutil
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from qbench.bits import FLOAT
 from qbench.config.registry import defaults
-from qbench.config.schema import Distill, Node, Optim, Runtime
+from qbench.config.schema import Config, Distill, Node, Optim, Runtime
 from qbench.data.dataset import Dataset, batch_size_and_steps
 from qbench.errors import ConfigError
 from qbench.experiment.device import COMPILERS
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.method import Method, Requires, Unsupported
+from qbench.runs.reader import has_debug_config
 from qbench.training.schedule import updates_per_epoch, warmup_steps
 from qbench.training.task import compute_logits
 
@@ -57,6 +59,21 @@ def check_distill(distill: Distill, method: Method) -> None:
         raise Unsupported(f"{method.name} does not use a teacher with these options; add distill=none")
     if distill.on and not method.needs_training:
         raise Unsupported(f"a teacher has no effect, because {method.name} is not trained; add distill=none")
+
+
+def check_starts(config: Config) -> None:
+    """Refuse initial weights and teachers from runs with debug=true, unless the run itself is a debug run."""
+    named = {
+        "init": config.init if config.starts_from_file else None,
+        "distill.teacher": config.distill.teacher if config.distill.on and not config.distill.by_baseline else None,
+    }
+    for key, name in named.items():
+        path = Path(name or "")
+        if name and not config.debug and has_debug_config(path if path.is_dir() else path.parent):
+            raise ConfigError(
+                f"{key}={name}: the weights of a run with debug=true mean nothing\n"
+                "name a run without it, or add debug=true to this run"
+            )
 
 
 def check_average(optim: Optim, method: Method) -> None:

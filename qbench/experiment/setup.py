@@ -42,6 +42,7 @@ from qbench.experiment.checks import (
     check_runtime,
     check_shards,
     check_splits,
+    check_starts,
     check_updates,
 )
 from qbench.experiment.data_check import check_same_data
@@ -302,6 +303,7 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
         Unsupported: the method does not support these options or this network.
     """
     runtime, optim, distill, layers = config.runtime, config.optim, config.distill, config.layers
+    check_starts(config)
     configure_torch(runtime)
     device = choose_device(runtime.device)
     data = (build_imageless_dataset(config.dataset) if planned else None) or build_dataset(config.dataset)

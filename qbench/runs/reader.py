@@ -76,10 +76,13 @@ def read(names: Iterable[str]) -> list[RunRecord]:
 
 def _is_debug(run: RunRecord) -> bool:
     """Return whether a run has debug=true, according to its result or, without a result, its config.yaml."""
-    if run.result:
-        return bool(run.result.protocol.keys.get("debug"))
+    return bool(run.result.protocol.keys.get("debug")) if run.result else has_debug_config(run.path)
+
+
+def has_debug_config(path: Path) -> bool:
+    """Return whether config.yaml in a directory has debug=true. False without such a file."""
     try:
-        return re.search(rb"^debug: true$", files.read(run.path / "config.yaml"), re.MULTILINE) is not None
+        return re.search(rb"^debug: true$", files.read(path / "config.yaml"), re.MULTILINE) is not None
     except OSError:
         return False
 

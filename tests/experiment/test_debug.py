@@ -9,6 +9,8 @@ from conftest import Configure
 from helpers import quantizing_bits
 from torch import Tensor
 
+from qbench.analysis.evaluate import evaluate
+from qbench.analysis.export import evaluate_file, export
 from qbench.cli.main import main
 from qbench.config import compose, groups
 from qbench.config.identity import run_identity
@@ -86,3 +88,24 @@ def test_nan_in_the_backward_pass_names_the_operation(smoke: Configure, monkeypa
         run(planned_run(smoke("method=dorefa", "debug=true", "optim.batch_size=32")))
     assert not torch.is_anomaly_enabled(), "restored"
     assert experiment.Diverged is Diverged
+
+
+def test_no_other_run_starts_from_a_debug_run_or_learns_from_it(smoke: Configure) -> None:
+    words = ["method=dorefa", "optim.batch_size=32"]
+    folder = run(planned_run(smoke(*words, "debug=true"))).run
+    plain = run(planned_run(smoke("method=float", "init=scratch", "pretrain.epochs=1"))).run
+    for start in ("init={}", "init={}/best.pt", "init={}/last.pt", "distill=kd distill.teacher={}"):
+        typed = start.format(folder).split()
+        with pytest.raises(ConfigError, match=f"{typed[-1]}: the weights of a run with debug=true mean nothing"):
+            assemble(smoke(*words, *typed))
+        assemble(smoke("method=float", "init=float", *start.format(plain).split()))
+    assemble(smoke(*words, "debug=true", "distill=kd", f"distill.teacher={folder}"))
+
+
+def test_the_accuracy_of_a_debug_run_and_of_its_export_has_a_warning(smoke: Configure) -> None:
+    warning = "warning: debug=true: the network was trained in one step; the accuracy means nothing"
+    for words, notes in (["debug=true"], [warning]), ([], []):
+        config = smoke("method=float", "init=scratch", "optim.batch_size=32", "pretrain.epochs=1", *words)
+        folder = Path(run(planned_run(config)).run)
+        tables = [evaluate(folder), evaluate(folder, ["dataset=digits"]), evaluate_file(export(folder).path)]
+        assert [[note for note in table.notes if "debug" in note] for table in tables] == [notes] * 3
