@@ -7,7 +7,7 @@ from typing import Any
 from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.command_line import command_line
-from qbench.config.schema import Node, Optim, to_dict
+from qbench.config.schema import Config, Node, Optim, to_dict
 from qbench.errors import ConfigError, QbenchError
 from qbench.report.tables.escape import printable
 from qbench.runs.reader import RunRecord, read_run
@@ -33,7 +33,7 @@ def description(path: Path) -> str:
     try:
         config = stored_config(path)
         values: Node | str = to_dict(config)
-        recipe = recipe_text(config.optim, config.epochs)
+        recipe = _recipe(config, record.result)
     except (OSError, QbenchError) as error:
         values, recipe = str(error).partition("\n")[0], ""
     manifest = files.read_json(path / "manifest.json") or {}
@@ -90,6 +90,8 @@ def _setup(
     if not isinstance(values, str):
         yield "layers", ", ".join(f"{key} {value}" for key, value in values["layers"].items() if value is not None)
         start = str(values["init"])
+        if start == "float" and values["debug"]:
+            start = "scratch"  # a debug run trains no baseline
         yield "start", {"float": "the float baseline", "scratch": "random weights",
                         "method": "random weights, as the method requires"}.get(start, start)  # fmt: skip
     data = manifest.get("data") or {}
@@ -112,22 +114,43 @@ def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
         yield "method", f"{title}{f' Options: {options}' if options else ''}"
 
 
+def _recipe(config: Config, result: Result | None) -> str:
+    """Return the recipe that the run's own training used, in words."""
+    if result and result.final and result.final.epoch is None:
+        return "nothing was trained"
+    if config.is_baseline:
+        return recipe_text(config.pretrain.optim, config.pretrain.epochs)
+    return recipe_text(config.optim, config.epochs)
+
+
 def recipe_text(optim: Optim, epochs: int) -> str:
-    """Return a recipe in words. Features that are switched off are left out."""
+    """Return a recipe in words. Keys of `DEFAULTS_OMITTED` are left out at their defaults."""
     falls = f" to {optim.lr_end:g}" if optim.schedule in ("linear", "cosine", "exponential", "one_cycle") else ""
     parts = [
         f"{epochs} epoch{'s' * (epochs != 1)} of {optim.name}",
-        f"learning rate {optim.lr:g}{falls} ({optim.schedule})",
+        f"learning rate {optim.lr:g}{falls} ({optim.schedule}{_steps(optim)})",
     ]
     parts += [f"batch size {optim.batch_size}{f' x {optim.accumulate}' if optim.accumulate > 1 else ''}"]
     parts += [f"weight decay {optim.weight_decay:g}"]
-    more = {key: value for key, value in vars(optim).items() if key in SWITCHES and value != getattr(Optim, key)}
+    more = {
+        key: value for key, value in vars(optim).items() if key in DEFAULTS_OMITTED and value != getattr(Optim, key)
+    }
     return ", ".join([*parts, *(f"{key} {value}" for key, value in more.items())])
 
 
-SWITCHES = ("warmup", "label_smoothing", "clip_norm", "ema", "patience", "bias_lr", "decay_norm_and_bias",
-            "decay_until", "quantizer_lr", "quantizer_decay", "nesterov")  # fmt: skip
-"""Keys of a recipe that are off at their defaults."""
+def _steps(optim: Optim) -> str:
+    """Return when a step schedule changes the learning rate, and by which factors."""
+    if optim.schedule != "step":
+        return ""
+    at = " ".join(f"{milestone:g}" for milestone in optim.milestones)
+    factors = " ".join(f"{factor:g}" for factor in optim.factors)
+    changes = f"factors {factors}, changing at" if factors else f"times {optim.gamma:g} at"
+    return f": {changes} {at} of the training"
+
+
+DEFAULTS_OMITTED = ("momentum", "eps", "warmup", "label_smoothing", "clip_norm", "ema", "patience", "bias_lr",
+                    "decay_norm_and_bias", "decay_until", "quantizer_lr", "quantizer_decay", "nesterov")  # fmt: skip
+"""Keys of a recipe that are named only if they differ from their defaults."""
 
 
 def _records(record: RunRecord, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """Restores the state of the user's process after a call of qbench, and allows one call at a time."""
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from qbench.errors import ConfigError
@@ -22,6 +23,20 @@ def exclusive_call() -> Iterator[Callable[[], int]]:
         clear_caches()
         with stop_on_interrupt() as stop:
             yield stop
+
+
+@contextmanager
+def recorded_command(arguments: Sequence[str]) -> Iterator[None]:
+    """Let records (manifest, TensorBoard) hold the arguments of this call, not those of the user's program.
+
+    They are in `sys.argv` for the duration of the call, which worker processes inherit.
+    """
+    before = sys.argv
+    sys.argv = ["qbench", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qbench.api.host import exclusive_call, torch_settings_restored
+from qbench.api.host import exclusive_call, recorded_command, torch_settings_restored
 from qbench.api.results import Runs
 from qbench.api.words import Value, command_words
 from qbench.cli.train import new_result, records_of, runs_of, stored_result
@@ -57,7 +57,7 @@ def run(*words: str, out: str | Path | None = None, progress: bool = False, **ke
         QbenchError: the run failed. The message is that of the command line.
     """
     arguments = command_words("run", words, _with_out(keys, out), CONFIG_DIRECTORY)
-    with exclusive_call() as stop:
+    with exclusive_call() as stop, recorded_command(arguments):
         planned = runs_of(arguments)
         if len(planned) != 1:
             raise ConfigError(f"run: this is a sweep of {len(planned)} runs; call qbench.sweep")
@@ -96,7 +96,7 @@ def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **
     """
     typed = command_words("sweep", words, _with_out(keys, out), (*CONFIG_DIRECTORY, *MULTIRUN))
     arguments = [MULTIRUN[0], *(word for word in typed if word not in MULTIRUN)]
-    with exclusive_call() as stop:
+    with exclusive_call() as stop, recorded_command(arguments):
         planned = runs_of(arguments)
         with torch_settings_restored(training=True):
             return Runs(records_of(arguments, planned, stop, progress=progress))

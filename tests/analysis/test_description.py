@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Configure
+from helpers import evaluation, plant
 
+import qbench
 from qbench.analysis.description import description, recipe_text
 from qbench.cli.main import main
 from qbench.config.schema import Optim
@@ -55,5 +58,39 @@ def test_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
 def test_recipes_in_words() -> None:
     optim = Optim(name="sgd", lr=0.1, schedule="step", milestones=[0.5], accumulate=4, ema=0.9, decay_until=0.5)
     assert recipe_text(optim, 3) == (
-        "3 epochs of sgd, learning rate 0.1 (step), batch size 64 x 4, weight decay 0, ema 0.9, decay_until 0.5"
+        "3 epochs of sgd, learning rate 0.1 (step: times 0.1 at 0.5 of the training), batch size 64 x 4, "
+        "weight decay 0, ema 0.9, decay_until 0.5"
     )
+    optim = Optim(name="sgd", lr=1, schedule="step", milestones=[0.25, 0.5], factors=[1, 0.5, 0.01], momentum=0.5)
+    assert recipe_text(optim, 1) == (
+        "1 epoch of sgd, learning rate 1 (step: factors 1 0.5 0.01, changing at 0.25 0.5 of the training), "
+        "batch size 64, weight decay 0, momentum 0.5"
+    )
+
+
+def test_the_recipe_and_the_start_are_those_that_the_run_used(configure: Configure) -> None:
+    def lines(*words: str, epoch: int | None) -> dict[str, str]:
+        path = plant(configure(*words), 90.0, final=replace(evaluation(90.0), epoch=epoch))
+        return {line[:12].strip(): line[12:] for line in description(path).splitlines()}
+
+    assert lines("method=ptq", "bits=w4a4", epoch=None)["recipe"] == "nothing was trained"
+    words = ["pretrain.epochs=7", "pretrain.optim.lr=0.5", "epochs=3", "optim.lr=0.25"]
+    baseline = lines("method=float", "init=scratch", *words, epoch=6)
+    assert baseline["recipe"].startswith("7 epochs of ")
+    assert "learning rate 0.5 " in baseline["recipe"]
+    run = lines("method=dorefa", *words, epoch=2)
+    assert run["recipe"].startswith("3 epochs of ")
+    assert "learning rate 0.25 " in run["recipe"]
+    assert run["start"] == "the float baseline"
+    assert lines("method=dorefa", "debug=true", epoch=0)["start"] == "random weights"
+
+
+def test_a_run_from_python_records_its_own_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--mine"])
+    words = ["experiment=smoke", "method=float", "init=scratch", "debug=true", "optim.batch_size=32"]
+    result = qbench.run(*words, seed=1, out=tmp_path)
+    command = json.loads((Path(result.run) / "manifest.json").read_text())["command"]
+    assert command[: len(words)] == words
+    assert "seed=1" in command
+    assert not {"--mine", "train.py"} & {*command}
+    assert sys.argv == ["train.py", "--mine"]
