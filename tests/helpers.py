@@ -18,7 +18,9 @@ from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.schema import Config
 from qbench.cost.network_cost import NetworkCost
+from qbench.deploy.container import write_container
 from qbench.experiment.planned_run import planned_run
+from qbench.runs.directory import PACKED_FILE
 from qbench.runs.result import Accuracy, BaselineResult, Evaluation, load_result
 
 
@@ -80,6 +82,16 @@ def plant(
         filled = (done if status == "done" else {}) | values
         directory.finish(dataclasses.replace(directory.new_result(status), **filled))
     return directory.path
+
+
+def write_packed(path: Path, size: int, identity: str, kind: str = "packed") -> None:
+    """Write a packed file of a run with a size in bytes into a directory."""
+    data, codes = b"", 0
+    while len(data) != size:
+        codes += size - len(data)
+        parts = {"floats": np.zeros(0, np.float32), "codes": np.zeros(codes, np.uint8)}
+        data = write_container(parts, {"about": {"identity": identity}}, kind)
+    (path / PACKED_FILE).write_bytes(data)
 
 
 def write_metrics(path: Path, lines: list[str]) -> None:

@@ -38,8 +38,8 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     estimator = CostEstimator()
     runs = {run.path: run for one in planned for run in with_baseline(one, estimator)}
     total = sum(_add_run(table, run, estimator.run_cost(run)) for run in runs.values())
-    for path in runs:
-        if measured := packed_bytes(path):
+    for path, run in runs.items():
+        if measured := packed_bytes(path, run.identity.digest):
             table.notes.append(f"{path / PACKED_FILE}: {measured:,} bytes, measured; the size above is the ideal one")
     last = estimator.run_cost(planned[-1]) if planned else None
     device = last.setup.device.type if isinstance(last, RunCost) else "cpu"

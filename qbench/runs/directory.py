@@ -5,7 +5,9 @@ with a launcher. `result.json` is written last. Until then the directory contain
 can continue.
 """
 
+import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,12 +30,44 @@ PACKED_FILE = "network.qbench"
 """The packed file that `qbench export` writes into a run's directory by default."""
 
 
-def packed_bytes(path: Path) -> int | None:
-    """Return the size of the packed file in a run's directory, or None without a file that is as new as the result."""
+MAX_HEADER_BYTES = 2**24
+"""Largest size of a packed file's header that is read."""
+
+
+NOT_PACKED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error)
+"""Errors that occur when another file is read as a packed file."""
+
+
+def packed_bytes(path: Path, identity: str) -> int | None:
+    """Return the size of the packed file in a run's directory, or None without a valid one.
+
+    It must be a whole packed file of the run with this identity, and as new as the result.
+    """
     with suppress(OSError):
         file = (path / PACKED_FILE).stat()
-        if file.st_mtime_ns >= (path / "result.json").stat().st_mtime_ns:
+        fresh = file.st_mtime_ns >= (path / "result.json").stat().st_mtime_ns
+        if fresh and _packed_identity(path / PACKED_FILE, file.st_size) == identity:
             return file.st_size
+    return None
+
+
+def _packed_identity(file: Path, size: int) -> str | None:
+    """Return the identity of the run that a packed file was exported from, or None if it is not a whole packed file.
+
+    Only the two headers are read, not the weights: the safetensors header, and the tensor `header` (compressed JSON;
+    see `qbench.deploy.container`).
+    """
+    with file.open("rb") as data, suppress(*NOT_PACKED):
+        length = int.from_bytes(data.read(8), "little")
+        entries = json.loads(data.read(min(length, MAX_HEADER_BYTES)))
+        metadata = entries.pop("__metadata__")
+        start, end = entries["header"]["data_offsets"]
+        whole = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
+        if metadata["format"] != "qbench packed" or size != whole or not 0 <= end - start <= MAX_HEADER_BYTES:
+            return None
+        data.seek(8 + length + start)
+        header = json.loads(zlib.decompressobj().decompress(data.read(end - start), MAX_HEADER_BYTES))
+        return str(header["about"]["identity"])
     return None
 
 

@@ -159,7 +159,7 @@ def read_run(path: Path) -> RunRecord:
             return RunRecord(path=path, status="corrupt", reason=reason)
         return RunRecord(
             path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes,
-            file_bytes=packed_bytes(path),
+            file_bytes=packed_bytes(path, result.identity),
         )  # fmt: skip
     reasons = ["result.json is corrupt or of another version"] if has_result else []
     lines, damage = _metrics(path)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, Configure, tiered
+from helpers import write_packed
 from torch import nn
 
 from qbench.analysis import plan, step_cost
@@ -235,7 +236,8 @@ def test_a_plan_shows_the_measured_size_of_an_export(planned: Planned, untimed: 
     directory = Path(planned("method=lsq")[0].rows[-1][0])
     directory.mkdir(parents=True)
     (directory / "result.json").write_text("{}")
-    (directory / PACKED_FILE).write_bytes(b"x" * 1234)
+    (config,) = compose.configurations(["method=lsq"])
+    write_packed(directory, 1_234, planned_run(config).identity.digest)
     notes = planned("method=lsq")[0].notes
     assert f"{directory / PACKED_FILE}: 1,234 bytes, measured; the size above is the ideal one" in notes
     os.utime(directory / PACKED_FILE, (0, 0))  # older than the result, so of other weights

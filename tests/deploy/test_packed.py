@@ -40,6 +40,7 @@ from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
 from qbench.quant.policy import Policy
 from qbench.quant.quantizer import Grid, Quantizer
+from qbench.runs.reader import read_run
 from qbench.training.safetensors_file import load_safetensors
 
 METHODS = [name for name in groups.option_names("method") if name != "float"]
@@ -260,6 +261,7 @@ def test_export_and_evaluate_on_the_command_line(
     assert tables[0] == tables[1]
     assert cli(["export", str(finished)]) == 0
     assert (finished / "network.qbench").read_bytes() == file.read_bytes()
+    assert read_run(finished).file_bytes == file.stat().st_size
 
 
 def test_the_file_is_a_safetensors_file(finished: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Configure
 from filelock import FileLock
-from helpers import evaluation, plant
+from helpers import evaluation, plant, write_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +37,10 @@ from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.directory import PACKED_FILE
 from qbench.runs.reader import FROM_LOGS, RunRecord, dump_records, read, with_baselines
 from qbench.runs.result import BaselineResult, Result, with_checksum
+
+
+def identity_of(path: Path) -> str:
+    return str(json.loads((path / "result.json").read_text())["identity"])
 
 
 def tables(config: Config) -> list[Table]:
@@ -70,7 +74,7 @@ def test_the_measured_size_of_an_exported_file_is_next_to_the_ideal_one(configur
     path = plant(configure("method=dorefa"), 97.0, 98.0)
     (table,) = tables(configure())
     assert "file" not in table.head
-    (path / PACKED_FILE).write_bytes(b"x" * 7_654)
+    write_packed(path, 7_654, identity_of(path))
     (table,) = tables(configure())
     place = table.head.index("file")
     assert table.head[place - 1] == "size"
@@ -81,6 +85,25 @@ def test_the_measured_size_of_an_exported_file_is_next_to_the_ideal_one(configur
     record = path.parent / "record.json"
     record.write_text(dump_records(found))
     assert "file" not in compare(read([str(record)]))[0].head, "a record has no files"
+
+
+def test_only_a_whole_packed_file_of_the_run_is_measured(configure: Configure) -> None:
+    path = plant(configure("method=dorefa"), 97.0, 98.0)
+    file, own = path / PACKED_FILE, identity_of(path)
+
+    def measured() -> int | None:
+        return read([str(path)])[0].file_bytes
+
+    write_packed(path, 5_000, own)
+    assert measured() == 5_000
+    whole = file.read_bytes()
+    for other in (b"", b"x" * 7_654, whole[:-1], whole[:100], whole + b"x", b"\x02" + bytes(7) + b"[]", b"\xff" * 100):
+        file.write_bytes(other)
+        assert measured() is None
+    write_packed(path, 5_000, "0" * 64)
+    assert measured() is None, "the file of another run"
+    write_packed(path, 5_000, own, kind="integer")
+    assert measured() is None, "another form"
 
 
 def test_order_of_runs_and_failed_ones_never_change_an_accuracy(configure: Configure) -> None:
