@@ -2,13 +2,12 @@
 
 import inspect
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 
 from qbench.config.schema import did_you_mean
 from qbench.config.signature import Factory
-from qbench.config.users_modules import import_current
+from qbench.config.users_modules import import_current, search_working_directory
 from qbench.errors import ConfigError, QbenchError
 
 
@@ -20,8 +19,7 @@ def users_function(group: str, name: str) -> Factory:
         QbenchError: the module cannot be imported, because its code raises an error.
     """
     module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the user's file may be in the working directory
-        sys.path.insert(0, os.getcwd())
+    search_working_directory()  # the user's file may be there
     _check_name(group, module_name, attribute)
     try:
         module = import_current(module_name)

@@ -1,20 +1,50 @@
-"""Imports the user's modules, and reloads a module if its file has changed."""
+"""Imports modules of the user as a new process would: as their files are now, from the working directory as it is now.
+
+The content of a module's file is part of a run's identity. In a Python session, Python would keep the module as it was
+when it was first imported, and the identity would belong to other code.
+"""
 
 import hashlib
 import importlib
+import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
-_imported: dict[str, str] = {}
-"""Module -> sha256 of the file that was imported last."""
+_executed: dict[str, str] = {}
+"""Module -> sha256 of the file that was executed last."""
+
+_searched: list[str] = []
+"""The working directory that was added to `sys.path`. Empty if it was there already."""
+
+
+def search_working_directory() -> None:
+    """Put the working directory into `sys.path`, in place of the one that was added before.
+
+    Modules of that one are forgotten, unless a new process would find the same files.
+    """
+    here = os.getcwd()
+    importlib.invalidate_caches()
+    if _searched == [here] and here in sys.path:
+        return
+    left = _searched.copy()
+    sys.path[:] = [place for place in sys.path if place not in left]
+    _searched.clear()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+        _searched.append(here)
+    for folder in left:
+        loaded = [name for name, module in sys.modules.items() if _file(module).is_relative_to(folder)]
+        for name in {name.partition(".")[0] for name in loaded} - {"__main__"}:
+            if _found_file(name) != os.path.realpath(_file(sys.modules.get(name))):
+                _forget(name)
 
 
 def import_current(name: str) -> ModuleType:
-    """Return a module, imported from the current content of its file.
+    """Return a module as a new process would import it.
 
-    The content of the file is part of a run's identity. Python itself imports a module only once per session. If the
-    file were then changed, the identity would not belong to the code that runs.
+    A module that is imported again is a new module. Objects of the old one keep their code.
 
     Raises:
         ImportError: there is no such module, or it is the notebook or script itself, whose code has no file that
@@ -24,22 +54,51 @@ def import_current(name: str) -> ModuleType:
         raise ImportError(
             "a function in a notebook or script cannot be used by name; move it to a file, such as my_code.py"
         )
-    known = name in sys.modules
+    package = name.partition(".")[0]
+    file = _found_file(package)
+    if package in sys.modules and file and file != os.path.realpath(_file(sys.modules[package])):
+        _forget(package)
+    if name in sys.modules and _is_stale(name, sys.modules[name]):
+        _forget(name)
     module = importlib.import_module(name)
-    file = Path(getattr(module, "__file__", None) or "")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-    changed = _imported[name] != digest if name in _imported else known and _is_older(module, file)
-    if changed:
-        module = importlib.reload(module)
-    _imported[name] = digest
+    _executed[name] = _digest(module)
     return module
 
 
-def _is_older(module: ModuleType, file: Path) -> bool:
-    """Return whether a module that the user imported is older than its file, according to its bytecode file."""
-    cached = Path((module.__spec__ and module.__spec__.cached) or "")
-    if not file.is_file() or not cached.is_file():
-        return False
-    now, header = file.stat(), cached.read_bytes()[:16]  # magic number, flags, and time and size of the source
-    then = [int.from_bytes(header[at : at + 4], "little") for at in (8, 12)]
-    return not any(header[4:8]) and then != [int(now.st_mtime) & 0xFFFFFFFF, now.st_size & 0xFFFFFFFF]
+def _found_file(name: str) -> str | None:
+    """Return the file in which a new process would find a module or package, or None."""
+    specs = (finder.find_spec(name, None) for finder in sys.meta_path)
+    spec = next((spec for spec in specs if spec is not None), None)
+    return os.path.realpath(spec.origin or "") if spec is not None and spec.has_location else None
+
+
+def _is_stale(name: str, module: ModuleType) -> bool:
+    """Whether the file of an imported module has changed, or may have changed, since it was executed."""
+    if name in _executed:
+        return _executed[name] != _digest(module)
+    return _file(module).is_file() and _file(module).stat().st_ctime >= _process_start()  # imported by the user
+
+
+def _forget(name: str) -> None:
+    """Let Python import a module, or a package with all its modules, as if for the first time."""
+    for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
+        del sys.modules[known]
+        _executed.pop(known, None)
+
+
+def _file(module: ModuleType | None) -> Path:
+    return Path(getattr(module, "__file__", None) or "")
+
+
+def _digest(module: ModuleType) -> str:
+    file = _file(module)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def _process_start() -> float:
+    """Return the time at which this process started, in seconds since the epoch; 0 where there is no /proc."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0.0
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

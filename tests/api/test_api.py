@@ -316,6 +316,71 @@ def test_torch_with_other_defaults_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+NET = """from torch import nn
+
+WIDTH = {width}
+
+def build(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))
+"""
+
+
+def width_of(model: str) -> int:
+    """Return the width of a network of `NET`, as it is trained."""
+    words = ["runtime.tensorboard=false", "epochs=1", "pretrain.epochs=1", "method=float", "rerun=true"]
+    cost = qbench.run(*words, f"model={model}").cost
+    assert cost is not None
+    return (cost.params - 10) // (65 + 10)
+
+
+@pytest.mark.parametrize("bytecode", [True, False])
+def test_a_file_that_the_user_imported_first_is_read_as_it_is_now(
+    bytecode: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", not bytecode)
+    name = f"seen_{bytecode}".lower()
+    Path(f"{name}.py").write_text(NET.format(width=2))
+    theirs = import_module(name)
+    Path(f"{name}.py").write_text(NET.format(width=12))
+    assert width_of(f"{name}:build") == 12
+    assert theirs.build((1, 8, 8), 10)[1].out_features == 2
+
+
+def test_a_name_that_a_changed_file_no_longer_has_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path("renamed.py")
+    file.write_text(NET.format(width=3))
+    assert width_of("renamed:build") == 3
+    file.write_text(NET.format(width=3).replace("def build(", "def build2("))
+    with pytest.raises(ConfigError, match="build is not in module renamed"):
+        width_of("renamed:build")
+    assert width_of("renamed:build2") == 3
+    file.write_text(NET.format(width=3).replace("WIDTH = 3", ""))
+    with pytest.raises(NameError, match="name 'WIDTH' is not defined"):
+        width_of("renamed:build")
+
+
+def test_after_a_change_of_folder_its_files_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process, also for modules that the file imports, and for packages."""
+    for folder, width in (("a", 3), ("b", 5)):
+        (tmp_path / folder / "of_folder").mkdir(parents=True)
+        (tmp_path / folder / "of_folder/__init__.py").write_text("")
+        (tmp_path / folder / "of_folder/net.py").write_text(NET.format(width=width))
+        (tmp_path / folder / "in_folder.py").write_text(NET.format(width=width))
+        (tmp_path / folder / "width_of_folder.py").write_text(f"WIDTH = {width}")
+        same = NET.replace("WIDTH = {width}", "from width_of_folder import WIDTH")
+        (tmp_path / folder / "imports_another.py").write_text(same)
+    for folder, width in (("a", 3), ("b", 5), ("a", 3)):
+        monkeypatch.chdir(tmp_path / folder)
+        assert [width_of(f"{name}:build") for name in ("in_folder", "of_folder.net", "imports_another")] == [width] * 3
+    (tmp_path / "b/width_of_folder.py").unlink()
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ConfigError, match="No module named 'width_of_folder'"):
+        width_of("imports_another:build")
+
+
 @pytest.mark.parametrize("imported_by", ["qbench", "user"])
 def test_a_changed_file_is_another_run_with_other_code(
     imported_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -341,7 +406,7 @@ def test_a_changed_file_is_another_run_with_other_code(
         assert result.cost is not None
         widths.append((result.cost.params - 10) // (16 * 10))
     assert widths[1] > 3 * widths[0], widths
-    with pytest.raises(ConfigError, match="write it to a file"):
+    with pytest.raises(ConfigError, match="move it to a file"):
         qbench.run("model=__main__:build", "method=float")
 
 
