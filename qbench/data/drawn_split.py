@@ -138,9 +138,8 @@ def read_item(source: MapDataset, place: int, seed: int | None) -> tuple[Tensor,
 
 
 def _image(image: object, place: int) -> Tensor:
-    if not isinstance(image, Tensor) and hasattr(image, "getbands"):  # an image of PIL
-        array = np.array(image)
-        image = torch.from_numpy(array[:, :, None] if array.ndim == 2 else array).movedim(2, 0)
+    if not isinstance(image, Tensor) and hasattr(image, "getbands"):
+        image = _tensor_of_pil(image, place)
     if isinstance(image, Tensor) and image.dim() == 3 and (image.dtype == torch.uint8 or image.is_floating_point()):
         return image.detach() if image.dtype == torch.uint8 else image.detach().float()
     found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
@@ -148,6 +147,22 @@ def _image(image: object, place: int) -> Tensor:
         f"image {place} is {found}: must be a tensor (C, H, W), uint8 or float, or an image of PIL\n"
         "add torchvision's transforms.ToTensor() to the transform"
     )
+
+
+def _tensor_of_pil(image: Any, place: int) -> Tensor:
+    """Return an image of PIL as a tensor (C, H, W). Colours of 8 bits that are not RGB become RGB.
+
+    Pixels of a palette image are numbers of colours, which have no order.
+    """
+    array = np.array(image)
+    if array.dtype == np.uint8 and image.mode not in ("L", "LA", "RGB", "RGBA"):
+        from qbench.data.images import to_rgb  # imported late, because not all runs need PIL
+
+        try:
+            array = np.array(to_rgb(image))
+        except ValueError as error:
+            raise DataError(f"image {place}: {error}\nconvert it to RGB or L") from None
+    return torch.from_numpy(array[:, :, None] if array.ndim == 2 else array).movedim(2, 0)
 
 
 def _label(label: Any, place: int) -> int:

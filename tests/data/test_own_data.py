@@ -119,6 +119,23 @@ def test_float_images_reach_the_network_unchanged(form: str) -> None:
     torch.testing.assert_close(torch.tensor(high), FLOATS.amax((0, 2, 3)))
 
 
+@pytest.mark.parametrize("mode", ["P", "PA", "CMYK", "HSV", "YCbCr", "RGBX"])
+def test_images_of_pil_in_other_colours_are_those_in_rgb(mode: str) -> None:
+    """The pixels of a palette image are numbers of colours. Two colours survive every conversion."""
+    white = (IMAGES[:, :1].expand(-1, 3, -1, -1) > 127).to(torch.uint8) * 255
+    items = Items(lambda x: to_pil(x).convert("P" if mode == "PA" else mode).convert(mode), white)
+    data = as_dataset("mine:data", (items, items), 0.1)
+    assert isinstance(data.test, Split)
+    assert data.test.images.shape == white.shape
+    assert int((data.test.images.int() - white.int()).abs().max()) <= 2
+
+
+def test_an_image_that_has_no_conversion_to_rgb_is_refused() -> None:
+    items = Items(lambda x: Image.new("La", (6, 6)))
+    with pytest.raises(DataError, match=r"train: image 0: conversion .*\nconvert it to RGB or L"):
+        as_dataset("mine:data", (items, items), 0.1)
+
+
 def test_float_images_of_a_data_set_are_normalized_on_their_own_scale() -> None:
     split = Split(FLOATS, LABELS)
     data = Dataset(name="x", train=split, val=split, test=split, classes=4, mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 5.0))
