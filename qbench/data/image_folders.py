@@ -33,6 +33,9 @@ STATISTICS_IMAGES = 1000
 These images are evenly spaced in the training split.
 """
 
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
+"""Usual names of the folders of splits, in lower case."""
+
 FolderId = tuple[int, int]
 """Device and inode of a folder, which are the same on every path to it."""
 
@@ -78,10 +81,11 @@ def classes_of_one_folder(root: Path) -> list[str]:
         DataError: the folder does not exist, contains no folders, or is divided.
     """
     classes = classes_in(root, ".")
-    if "train" in classes and set(classes) <= {"train", "val", "test"}:
+    if splits := [name for name in classes if name.lower() in SPLIT_NAMES]:
+        alone = "train" if "train" in splits else splits[0]
         raise DataError(
-            f"{root} contains {_first_names([f'{name}/' for name in classes])}, which are splits and not classes\n"
-            f"type dataset.test=auto for these splits, or dataset.root={root / 'train'} for train/ alone"
+            f"{root} contains {_first_names([f'{name}/' for name in splits])}, which are splits and not classes\n"
+            f"type dataset.test=auto, or the name of the test split, or dataset.root={root / alone} for {alone}/ alone"
         )
     return classes
 

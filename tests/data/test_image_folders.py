@@ -361,6 +361,22 @@ def test_a_folder_that_cannot_be_divided_is_refused(
     assert len(str(raised.value).splitlines()) <= 3
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("train", "valid", "test"), ("train", "dev"), ("Train", "Test"), ("training", "validation"), ("a", "b", "eval")],
+)
+def test_folders_of_splits_are_not_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name / "cat").mkdir(parents=True)
+        for i in range(5):
+            picture(i, 20, 20).save(tmp_path / name / "cat" / f"{i}.png")
+    splits = ", ".join(f"{name}/" for name in sorted(names) if len(name) > 1)
+    with pytest.raises(
+        DataError, match=f"contains {splits}, which are splits and not classes\ntype dataset.test=auto, or"
+    ):
+        folder.build(root=str(tmp_path), test=0.2, size=16, resize=18)
+
+
 def test_a_share_or_a_name_can_be_typed(tmp_path: Path, configure: Configure) -> None:
     words = ["dataset=folder", f"dataset.root={one_folder(tmp_path / 'photos')}", "dataset.size=16"]
     data = build_dataset(configure(*words, "dataset.resize=18", "dataset.test=0.2").dataset)
