@@ -29,6 +29,29 @@ NOTED_SHARE = 0.01
 """Smallest number of values outside the parameters that is noted, as a fraction of the number of parameters."""
 
 
+def _matrix_vector_flops(matrix: torch.Size, *_: object, **__: object) -> int:
+    """Return the FLOPs of a product of a matrix or vector with a vector."""
+    return 2 * matrix.numel()
+
+
+def _added_matrix_vector_flops(_: torch.Size, matrix: torch.Size, *__: object, **___: object) -> int:
+    return 2 * matrix.numel()
+
+
+def _bilinear_flops(first: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """Return the FLOPs of `F.bilinear`, one MAC per weight and row of the inputs, as for a linear layer."""
+    return 2 * first[0] * weight.numel()
+
+
+UNCOUNTED_BY_TORCH = {
+    torch.ops.aten.mv: _matrix_vector_flops,
+    torch.ops.aten.dot: _matrix_vector_flops,
+    torch.ops.aten.addmv: _added_matrix_vector_flops,
+    torch.ops.aten._trilinear: _bilinear_flops,
+}
+"""Products that torch's counter does not know -> their FLOPs, from the shapes of their arguments."""
+
+
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Return the MACs of every layer with weights in a float network, for one image.
 
@@ -67,7 +90,7 @@ def _own_macs(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     try:
         with (
             eval_mode_keeping_rng(model), intercepted_calls(model, names, call), torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=UNCOUNTED_BY_TORCH) as counter,
         ):  # fmt: skip
             run()
     finally:

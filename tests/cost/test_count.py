@@ -59,6 +59,37 @@ class ReadsValues(Mixed):
         return super().forward(x)
 
 
+PRODUCTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
+    "bilinear": (lambda net, x: net.bilinear(x, x[:, :5]), 7 * 6 * 5),
+    "bilinear of rows": (
+        lambda net, x: net.bilinear(x.view(1, 1, 6).expand(1, 4, 6), x[:, :5].expand(1, 4, 5)),
+        4 * 210,
+    ),
+    "function": (lambda net, x: F.bilinear(x, x[:, :5], net.bilinear.weight), 7 * 6 * 5),
+    "matrix and vector": (lambda net, x: x @ net.vector, 6),
+    "added": (lambda net, x: torch.addmv(x[:, 0], x, net.vector), 6),
+    "vectors": (lambda net, x: x[0] @ net.vector, 6),
+    "vector and matrix": (lambda net, x: net.vector @ x.t(), 6),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products_that_the_counter_of_torch_does_not_know(case: str) -> None:
+    product, macs = PRODUCTS[case]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bilinear, self.vector = nn.Bilinear(6, 5, 7), nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(self, x.flatten(1))
+
+    counts = count_macs(Net(), (6, 1, 1))
+    assert sum(counts.values()) == macs
+    assert counts["bilinear"] == (macs if case.startswith("bilinear") else 0)
+
+
 def test_the_counts_are_the_same_for_a_network_that_reads_values() -> None:
     assert count_macs(ReadsValues(), SHAPE) == MACS
 
