@@ -37,9 +37,7 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
     small_decay = optim.weight_decay if optim.decay_norm_and_bias else 0.0
     rules: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
     for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        if "bias" in own and "weight" in own and own["weight"].dim() > 1:
-            rules[id(own["bias"])] = optim.bias_lr, small_decay
+        rules |= {id(bias): (optim.bias_lr, small_decay) for bias in _layer_biases(module)}
     for layer in (m for m in model.modules() if isinstance(m, QLayer)):
         for quantizer in (layer.weight_q, layer.input_q, layer.output_q):
             for module in quantizer.modules():
@@ -56,6 +54,21 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
         {"params": params, "lr_scale": lr_scale, "weight_decay": decay}
         for (lr_scale, decay), params in sorted(grouped.items(), key=lambda item: item[0])
     ]
+
+
+def _layer_biases(module: nn.Module) -> list[nn.Parameter]:
+    """Return the biases of a module if it is a layer: it has weights with two or more dimensions.
+
+    Its parameters may be parametrized, as by `nn.utils.parametrizations.weight_norm`, and several may be biases, such
+    as `bias_ih_l0` of a recurrent layer and `in_proj_bias` of attention.
+    """
+    own = list(module.named_parameters(recurse=False))
+    parametrized = getattr(module, "parametrizations", None)
+    if isinstance(parametrized, nn.ModuleDict):
+        own += [(name, p) for name, parts in parametrized.items() for p in parts.parameters(recurse=False)]
+    if not any(p.dim() > 1 for name, p in own if "bias" not in name):
+        return []
+    return [p for name, p in own if name == "bias" or ("bias" in name.split("_") and p.dim() == 1)]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, decay: bool = True) -> None:

@@ -56,6 +56,23 @@ def rules(model: nn.Module, **recipe: Any) -> dict[str, tuple[float, float]]:
     return {name: found[id(p)] for name, p in model.named_parameters()}  # type: ignore[misc]
 
 
+def test_biases_of_all_kinds_of_layers_have_the_learning_rate_of_biases() -> None:
+    norm = nn.utils.parametrizations
+    model = nn.ModuleDict({
+        "linear": nn.Linear(4, 4), "normed": norm.weight_norm(nn.Conv2d(2, 3, 3)),
+        "spectral": norm.spectral_norm(nn.Linear(4, 4)),
+        "orthogonal": norm.orthogonal(nn.Linear(4, 4)), "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        "lstm": nn.LSTM(4, 4, 2), "cell": nn.GRUCell(4, 4), "bilinear": nn.Bilinear(2, 2, 2),
+        "batch": nn.BatchNorm2d(3), "layer": nn.LayerNorm(4), "group": nn.GroupNorm(2, 4),
+    })  # fmt: skip
+    doubled = {name for name, (factor, _) in rules(model, bias_lr=2.0).items() if factor == 2}
+    assert doubled == {
+        "linear.bias", "normed.bias", "spectral.bias", "orthogonal.bias", "attention.in_proj_bias",
+        "attention.out_proj.bias", "lstm.bias_ih_l0", "lstm.bias_hh_l0", "lstm.bias_ih_l1", "lstm.bias_hh_l1",
+        "cell.bias_ih", "cell.bias_hh", "bilinear.bias",
+    }  # fmt: skip
+
+
 def test_norms_and_biases_decay_only_if_asked_and_quantizers_never() -> None:
     model = install(pact.build(w=2, a=2), mlp.build((1, 4, 4), 3, hidden=2, width=16))
     without, whole = rules(model, weight_decay=0.5), rules(model, weight_decay=0.5, decay_norm_and_bias=True)
