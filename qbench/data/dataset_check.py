@@ -139,18 +139,24 @@ def unseen_classes(data: Dataset) -> list[str]:
 
 
 def missing_classes(data: Dataset) -> list[str]:
-    """Return in words which classes are missing among the validation and test images."""
+    """Return in words which classes no image is of, and which are missing among the validation and test images."""
     shares = data.train.labels.bincount(minlength=data.classes) / len(data.train)
-    notes = []
+    seen = torch.cat([data.train.labels, data.val.labels, data.test.labels]).bincount(minlength=data.classes)
+    absent = (seen == 0).nonzero().flatten().tolist()
+    notes = [f"no image is of {_of_classes(absent, data)}"] if absent else []
     for part, split in (("val", data.val), ("test", data.test)):
         counts = split.labels.bincount(minlength=data.classes)
         missing = ((counts == 0) & (shares * len(split) >= EXPECTED)).nonzero().flatten().tolist()
         if len(split) > 1 and int(counts.max()) == len(split):
             notes.append(f"all {len(split):,} {part} images are of class {int(counts.argmax())}")
         elif missing:
-            named = ", ".join(map(str, missing[:MAX_NAMED])) + (", ..." if len(missing) > MAX_NAMED else "")
-            notes.append(f"no {part} image is of {len(missing)} of the {data.classes} classes ({named})")
+            notes.append(f"no {part} image is of {_of_classes(missing, data)}")
     return notes
+
+
+def _of_classes(missing: list[int], data: Dataset) -> str:
+    named = ", ".join(map(str, missing[:MAX_NAMED])) + (", ..." if len(missing) > MAX_NAMED else "")
+    return f"{len(missing)} of the {data.classes} classes ({named})"
 
 
 def other_scale(data: Dataset) -> list[str]:

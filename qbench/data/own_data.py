@@ -55,12 +55,21 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
     parts = {part: _split(part, value) for part, value in zip(names, returned, strict=True)}
     train, test = parts["train"], parts["test"]
     classes = int(train.labels.max()) + 1 if len(train) else 0
+    _check_first_label(parts)
     if "val" in parts:
         validation = parts["val"]
     else:
         train, validation = split_validation(train, val)
     mean, std = _normalization(train)
     return Dataset(name=name, train=train, val=validation, test=test, classes=classes, mean=mean, std=std)
+
+
+def _check_first_label(parts: Mapping[str, Split | DrawnSplit]) -> None:
+    """Refuse labels that start above 0: the network would have outputs for classes that do not exist."""
+    low = min((int(split.labels.min()) for split in parts.values() if len(split)), default=0)
+    if low > 0:
+        high = max(int(split.labels.max()) for split in parts.values() if len(split))
+        raise DataError(f"labels are {low} to {high}: must start at 0\nto start at 0: labels - {low}")
 
 
 def _split(part: str, value: object) -> Split | DrawnSplit:

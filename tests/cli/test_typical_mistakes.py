@@ -98,7 +98,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("dataset=sets:of_folder", 2, "give folder a default value: it then becomes the key dataset.folder"),
     ("dataset=photos", 2, "for a folder of images, type dataset=folder dataset.root=photos"),
     ("dataset=folder dataset.root=photos/train", 3, "dataset.test=0.2 for the folder that contains CLASS/*.jpg"),
-    ("dataset=folder dataset.root=photos dataset.test=0.2", 3, "type dataset.test=auto for these splits"),
+    ("dataset=folder dataset.root=photos dataset.test=0.2", 3, "type dataset.test=auto, or the name of the test split"),
     ("dataset=folder dataset.root=photo", 3, "expected in "),
     # files that are missing or something else
     ("dataset=cifar10", 3, "type dataset.download=true, or dataset.root=DIR"),

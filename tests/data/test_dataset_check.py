@@ -166,6 +166,18 @@ def test_test_and_validation_images_that_are_training_images_are_counted(tmp_pat
     ]
 
 
+def test_classes_without_any_image_are_named() -> None:
+    """As those of labels from 1, or of a class whose number was left out."""
+    for change, absent in ((lambda y: y + 1, "0"), (lambda y: y * 2, "1, 3, 5"), (lambda y: y, "")):
+        data = small()
+        for part in ("train", "val", "test"):
+            data = with_labels(part, change)(data)
+        data = replace(data, classes=int(data.train.labels.max()) + 1)
+        named = f"no image is of {len(absent.split(', '))} of the {data.classes} classes ({absent})"
+        assert missing_classes(data) == ([named] if absent else [])
+        assert not unseen_classes(data)
+
+
 def test_images_of_classes_without_training_images_are_counted() -> None:
     data = small()
     assert not unseen_classes(data)

@@ -243,6 +243,11 @@ WRONG: dict[str, tuple[Any, str, str]] = {
     ),
     "nan": (((FLOATS / 0, LABELS), (FLOATS, LABELS)), "train: the images contain inf or nan", ""),
     "two types": (((FLOATS, LABELS), PAIR), "test: images are torch.uint8, those of train are torch.float32", ""),
+    "all labels from 1": (((IMAGES, LABELS + 1),) * 2, "labels are 1 to 4: must start at 0", "labels - 1"),
+    "all labels from 5": (((IMAGES, LABELS + 5),) * 3, "labels are 5 to 8: must start at 0", "labels - 5"),
+    "items from 1": (
+        (torch.utils.data.TensorDataset(IMAGES, LABELS + 1),) * 2, "labels are 1 to 4: must start at 0", "labels - 1",
+    ),
     "labels from 1": (((IMAGES, LABELS), (IMAGES, LABELS + 1)), "test: labels are 1 to 4: must be 0", "labels - 1"),
 }  # fmt: skip
 
