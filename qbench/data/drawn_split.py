@@ -140,6 +140,10 @@ def read_item(source: MapDataset, place: int, seed: int | None) -> tuple[Tensor,
 def _image(image: object, place: int) -> Tensor:
     if not isinstance(image, Tensor) and hasattr(image, "getbands"):
         image = _tensor_of_pil(image, place)
+    elif isinstance(image, Tensor) and image.dim() == 3 and seem_channels_last(image.shape):
+        raise DataError(
+            f"image {place} is {tuple(image.shape)}: must be (C, H, W)\nto move the channels: image.permute(2, 0, 1)"
+        )
     if isinstance(image, Tensor) and image.dim() == 3 and (image.dtype == torch.uint8 or image.is_floating_point()):
         return image.detach() if image.dtype == torch.uint8 else image.detach().float()
     found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
@@ -147,6 +151,18 @@ def _image(image: object, place: int) -> Tensor:
         f"image {place} is {found}: must be a tensor (C, H, W), uint8 or float, or an image of PIL\n"
         "add torchvision's transforms.ToTensor() to the transform"
     )
+
+
+def seem_channels_last(shape: Sequence[int]) -> bool:
+    """Return whether the channels of an image of three dimensions are probably the last dimension.
+
+    They are if it is a usual number of channels and the first is not, or if only the first two dimensions are equal, as
+    height and width often are.
+    """
+    first, second, last = shape
+    if last in (1, 3, 4) and first not in (1, 3, 4):
+        return True
+    return first > 4 and (last == 2 or first == second != last)
 
 
 def _tensor_of_pil(image: Any, place: int) -> Tensor:

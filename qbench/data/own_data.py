@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qbench.data.dataset import Dataset, Split, split_validation
-from qbench.data.drawn_split import DrawnSplit, MapDataset, own_random_state, read_item, seed_cpu
+from qbench.data.drawn_split import DrawnSplit, MapDataset, own_random_state, read_item, seed_cpu, seem_channels_last
 from qbench.data.normalize import MeanAndStd, mean_and_std
 from qbench.errors import DataError
 
@@ -103,9 +103,12 @@ def _check_layout(images: Tensor) -> None:
     shape = tuple(images.shape)
     if images.dim() == 3:
         raise DataError(f"images are {shape}: must be (N, C, H, W)\nfor grey images: images[:, None]")
-    if images.dim() == 4 and shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+    if images.dim() == 4 and seem_channels_last(shape[1:]):
         fix = "images.permute(0, 3, 1, 2), in NumPy images.transpose(0, 3, 1, 2)"
-        raise DataError(f"images are {shape}: must be (N, C, H, W)\nto move the channels: {fix}")
+        raise DataError(
+            f"images are {shape}: must be (N, C, H, W)\n"
+            f"to move the channels: {fix}; if they are right, return a Dataset"
+        )
 
 
 def _read(source: MapDataset) -> Split | DrawnSplit:

@@ -227,6 +227,21 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         ((IMAGES.movedim(1, 3).numpy(), LABELS), PAIR), "train: images are (40, 6, 6, 3): must be (N, C, H, W)",
         "images.transpose(0, 3, 1, 2)",
     ),
+    "two channels last": (
+        ((IMAGES.movedim(1, 3)[..., :2], LABELS), PAIR), "train: images are (40, 6, 6, 2): must", "permute",
+    ),
+    "five channels last": (
+        ((torch.zeros(40, 6, 6, 5, dtype=torch.uint8), LABELS), PAIR), "images are (40, 6, 6, 5): must be", "permute",
+    ),
+    "many channels last": (
+        ((torch.zeros(40, 6, 6, 20), LABELS), PAIR), "images are (40, 6, 6, 20): must", "if they are right, return",
+    ),
+    "items with channels last": (
+        (Items(lambda x: x.movedim(0, 2)), PAIR), "image 0 is (6, 6, 3): must be (C, H, W)", "permute(2, 0, 1)",
+    ),
+    "items with two channels last": (
+        (Items(lambda x: x.movedim(0, 2)[..., :2]), PAIR), "image 0 is (6, 6, 2): must be (C, H, W)", "permute",
+    ),
     "int64 images": (((IMAGES.long(), LABELS), PAIR), "torch.int64 (40, 3, 6, 6): must be uint8 (N, C", "float()"),
     "float labels": (((IMAGES, LABELS.float()), PAIR), "labels of a split are torch.float32 (40,)", "labels.long()"),
     "one-hot labels": (((IMAGES, torch.eye(4)[LABELS].long()), PAIR), "int64 (40, 4): must be int64", "argmax(1)"),
@@ -250,6 +265,15 @@ WRONG: dict[str, tuple[Any, str, str]] = {
     ),
     "labels from 1": (((IMAGES, LABELS), (IMAGES, LABELS + 1)), "test: labels are 1 to 4: must be 0", "labels - 1"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 9), (1, 9, 2), (3, 3, 5), (2, 2, 9), (2, 9, 9), (8, 6, 6), (16, 4, 9), (9, 9, 9)]
+)
+def test_shapes_with_channels_first_are_taken(shape: tuple[int, ...]) -> None:
+    images = torch.rand(40, *shape)
+    data = as_dataset("mine:data", ((images, LABELS), torch.utils.data.TensorDataset(images, LABELS)), 0.1)
+    assert data.shape == data.test.shape == shape
 
 
 @pytest.mark.parametrize("case", WRONG)
