@@ -1,5 +1,6 @@
 """Turns the arguments of a Python call into the words of a command line."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
@@ -44,9 +45,15 @@ def as_typed(key: str, value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Path):
-        return "'" + str(value).replace("'", r"\'") + "'"
+        return "'" + re.sub(r"(\\*)('|\$\{|$)", _escaped, str(value)) + "'"
     if isinstance(value, Number):
         return str(value)
     if isinstance(value, list | tuple | range):
         return ",".join(as_typed(key, item) for item in value)
     raise ConfigError(f"{key}: its value is a {type(value).__name__}; must be a text, number, bool, None, Path or list")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """Return a quote, a `${` or the end of a path so that Hydra reads it, and backslashes before it, as characters."""
+    backslashes, found = match.groups()
+    return 2 * backslashes + (f"\\{found}" if found else "")

@@ -54,7 +54,7 @@ def _check_no_interpolation(value: object, path: str = "") -> None:
         for item in value:
             _check_no_interpolation(item, path)
     elif isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{path[:-1]}={value}: a stored configuration must contain values, not ${{...}}")
+        raise ConfigError(f"{path[:-1]}={value}: a configuration must contain values, not ${{...}}")
 
 
 def from_node(node: DictConfig) -> Config:
@@ -98,6 +98,8 @@ def _check_plain(value: object, path: str = "") -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _check_plain(item, path)
+    elif isinstance(value, str) and "${" in value:  # typed as \${: `from_dict` would refuse the stored configuration
+        raise ConfigError(f"{path[:-1]}={value}: a configuration must contain values, not ${{...}}")
     elif not isinstance(value, str | float | NoneType) and not (isinstance(value, int) and abs(value) < 2**63):
         raise ConfigError(f"{path[:-1]}={value}: must be text, a number up to 64 bits, true, false, null or a list")
 

@@ -16,10 +16,12 @@ import torch
 from conftest import ROOT
 
 import qbench
+from qbench.analysis.description import description
 from qbench.analysis.finished_run import load_finished_run
 from qbench.api.words import command_words
 from qbench.cli.compare import run_compare
 from qbench.cli.main import main as cli
+from qbench.config.compose import configurations
 from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment import session
 from qbench.report.tables.table import Table
@@ -95,16 +97,34 @@ def test_progress_is_shown_if_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
         ({"method": ["dorefa", "lsq"], "seed": range(3)}, ["method=dorefa,lsq", "seed=0,1,2"]),
         ({"optim.lr": np.float64(1e-5), "seed": np.int64(3)}, ["optim.lr=1e-05", "seed=3"]),
         ({"out": Path("it's, my=runs")}, [r"out='it\'s, my=runs'"]),
+        ({"out": Path("x${seed}")}, [r"out='x\${seed}'"]),
     ],
 )
 def test_keywords_are_words(keys: dict[str, object], words: list[str]) -> None:
     assert command_words("run", [], keys) == words  # type: ignore[arg-type]
 
 
-def test_any_directory_can_be_named(tmp_path: Path) -> None:
-    folder = tmp_path / "it's, my=runs [1]"
+@pytest.mark.parametrize("name", ["it's, my=runs [1]", r"b\'s", "b\\", r"b\y", "$seed", "{x}"])
+def test_any_directory_can_be_named(name: str, tmp_path: Path) -> None:
+    (config,) = configurations(command_words("run", SMOKE, {"out": tmp_path / name}))
+    assert Path(config.out) == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["x${seed}", r"b\${seed}", "${oc.env:HOME}"])
+def test_a_directory_that_looks_like_an_interpolation_is_refused(name: str, tmp_path: Path) -> None:
+    """Its run could not be loaded again, because a stored configuration may not read the environment."""
+    for out in (tmp_path / name, f"'{tmp_path}/x\\${{seed}}'"):
+        with pytest.raises(ConfigError, match=r"out=.*\$.*: a configuration must contain values, not \$\{\.\.\.\}"):
+            configurations(command_words("run", SMOKE, {"out": out}))
+
+
+def test_a_run_in_a_directory_with_a_special_name_can_be_used_again(tmp_path: Path) -> None:
+    folder = tmp_path / r"it's, my=runs [1] b\'s $seed"
     result = qbench.run(*SMOKE, "method=float", out=folder)
     assert Path(result.run).parents[1] == folder
+    assert qbench.run(*SMOKE, "method=float", out=folder) == result
+    qbench.load_model(result)
+    assert str(folder) in description(Path(result.run))
 
 
 @pytest.mark.parametrize(

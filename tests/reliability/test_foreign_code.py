@@ -86,7 +86,7 @@ def test_interpolations_of_a_stored_configuration_are_refused(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("SECRET", "the-password")
     values = to_dict(configure("method=dorefa")) | {key: value}
-    with pytest.raises(ConfigError, match="a stored configuration must contain values") as raised:
+    with pytest.raises(ConfigError, match="a configuration must contain values") as raised:
         from_dict(values)
     assert "the-password" not in str(raised.value)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
