@@ -26,8 +26,8 @@ MAX_MEMORY = 2**32
 STATISTICS_IMAGES = 1000
 """Number of images from which mean and standard deviation are computed, if the images are read in every epoch."""
 
-COMPARED = 8
-"""Number of images that are read twice with the same seeds."""
+COMPARED = 256
+"""Largest number of images that are read twice with the same seeds. A transform may change a few images only."""
 
 FORMS = "expected: a Dataset, or (train, test) or (train, val, test), each of them (images, labels) or a torch data set"
 
@@ -160,7 +160,8 @@ def _items(source: MapDataset, first: Tensor, *, seeded: bool) -> Iterator[tuple
 
 def _check_repeatable(source: MapDataset) -> None:
     """Refuse a transform with a random generator of its own, because no run could be repeated or continued."""
-    for place in range(min(len(source), COMPARED)):
+    count = min(len(source), COMPARED)
+    for place in (i * len(source) // count for i in range(count)):  # evenly spaced
         images = [read_item(source, place, place)[0] for _ in range(2)]
         if images[0].shape != images[1].shape or not bool(((images[0] == images[1]) | (images[0] != images[0])).all()):
             raise DataError(

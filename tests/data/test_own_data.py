@@ -179,6 +179,26 @@ def test_a_random_transform_is_drawn_in_every_epoch_from_the_seed(library: str) 
     assert changed.fingerprint() != data.fingerprint()
 
 
+class RarelyOwn:
+    """Inverts one image of `every`, by a count or a seeded generator of its own."""
+
+    def __init__(self, every: int, seed: int | None) -> None:
+        self.every, self.reads, self.rng = every, 0, None if seed is None else np.random.default_rng(seed)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.reads += 1
+        inverted = self.reads % self.every == 0 if self.rng is None else self.rng.random() < 1 / self.every
+        return 255 - image if inverted else image
+
+
+@pytest.mark.parametrize(("every", "seed"), [(25, None), (101, None), (50, 1), (50, 2)])
+def test_a_transform_that_rarely_draws_from_its_own_generator_is_refused(every: int, seed: int | None) -> None:
+    """In memory, each image would stay as it was first drawn."""
+    items = torch.utils.data.ConcatDataset([Items(RarelyOwn(every, seed))] * 25)
+    with pytest.raises(DataError, match="changes whenever it is read"):
+        as_dataset("mine:data", (items, PAIR), 0.1)
+
+
 def test_a_data_set_that_does_not_fit_into_memory_is_read_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = as_dataset("mine:data", (Items(to_pil), Items(to_pil)), 0.2)
     monkeypatch.setattr(own_data, "MAX_MEMORY", 100)
