@@ -17,7 +17,7 @@ SUMMARIES = {
     "check": "Check the properties that every method must have, at all widths.",
     "compare": "Compare runs in tables, and test their differences.",
     "completion": "Print the bash completion function.",
-    "describe": "Print a method card (formulas, choices, known deviations), or the description of a run.",
+    "describe": "Print a method card, or what a stored run was.",
     "evaluate": "Evaluate a run or an exported file on test or other data.",
     "export": "Write a finished run to one file, verified against the run.",
     "inspect": "Show each layer of a finished run: levels, SQNR, loss.",

@@ -35,7 +35,7 @@ def help_screen() -> str:
 qbench: papers on low-precision CNNs on one trainer and one protocol
 
   qbench method=dorefa bits.w=2                  train, quantize, print a row
-  qbench -m method=dorefa bits.w=1,2,4 seed=0,1  train all combinations that are not stored
+  qbench -m method=dorefa bits.w=1,2,4 seed=0,1  train all combinations
   qbench SUBCOMMAND --help                       the flags of a subcommand
 
 Subcommands:

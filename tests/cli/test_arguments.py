@@ -62,7 +62,7 @@ def test_the_screen_lists_subcommands_groups_and_statuses(capsys: pytest.Capture
 
 
 def test_the_screen_is_one_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for columns, lines in (("80", 65), ("110", 55)):
+    for columns, lines in (("80", 65), ("110", 57)):
         monkeypatch.setenv("COLUMNS", columns)
         main(["--help"])
         text = capsys.readouterr().out.splitlines()
@@ -124,14 +124,18 @@ def test_options_have_types_and_defaults(tmp_path: Path) -> None:
         (["--by="], "compare --by needs a value"),
         (["--margin", "-1"], "compare --margin -1: must be a number of points of top-1 above 0"),
         (["--published=no"], "compare --published: ignored explicit argument 'no'"),
-        ([], "compare needs a directory of runs, such as: qbench compare outputs"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        compare.parse([*words, *(["runs"] if words else [])] if words != ["--format"] else words)
+        compare.parse([*words, "runs"] if words != ["--format"] else words)
     assert str(error.value).startswith(message)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_compare_without_a_directory_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compare needs a directory of runs, such as: qbench compare outputs"):
+        compare.run_compare([])
 
 
 def test_published_tables_are_printed_in_a_format(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import transcriptions as paper
 from torch import Tensor, nn
 from transcriptions import Array, Layer, Pair, Site
 
+from qbench.config.schema import Optim
 from qbench.methods import bwn, dorefa, hwgq, inq, lsq, pact, ttq, twn, uniform, xnor
 from qbench.models import mlp
 from qbench.quant import fused_kernels as passes
@@ -388,7 +389,7 @@ def test_the_moving_range_of_uniform() -> None:
 def test_the_learned_scales_decay_and_stay_positive(name: str, decay: float) -> None:
     method = pact.build(initial=2.0, decay=decay) if name == "pact" else ttq.build(initial="one", decay=decay)
     model = install(method, perceptron("affine"))
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.5), lr=0.5, momentum=0.5)
+    optimizer = torch.optim.SGD(parameter_groups(model, Optim(weight_decay=0.5)), lr=0.5, momentum=0.5)
     scales = {n: p for n, p in model.named_parameters() if "_q" in n}
     assert scales
     assert method.step is not None

@@ -686,7 +686,7 @@ def test_fuzzed_command_lines(shard: int, count: int, quick: Path) -> None:
         assert not tree(quick)
 
     fuzz(check, shard, count, st.integers(0, len(lines()) + len(SUBCOMMAND_LINES) - 1), EDITS)
-    assert statuses[0] > count // 30, f"too few valid lines: only the parser is tested: {statuses}"
+    assert statuses[0] >= count // 40, f"too few valid lines: only the parser is tested: {statuses}"
     assert statuses[2] > count // 3, statuses
     if shard:
         counted(f"fuzzed command lines, shard {shard}: {count} and more; answers by status {statuses}")
@@ -779,7 +779,7 @@ def test_fuzzed_yaml(shard: int, count: int, quick: Path, stored_config: str) ->
 
     fuzz(check, shard, count, st.integers(0, 2 * len(texts()) - 1), YAML_EDITS, FEW_BYTES)
     assert statuses[0] > count // 20, statuses
-    assert statuses[2] > count // 5, statuses
+    assert statuses[2] >= count // 10, statuses
     if shard:
         counted(f"fuzzed YAML files, shard {shard}: {count} and more; answers by status {statuses}")
 
