@@ -252,7 +252,7 @@ def test_without_validation_accuracy_nothing_is_selected(tmp_path: Path) -> None
     table = only_table(tmp_path)
     assert [row[0] for row in table.rows] == ["float"]
     assert "none of 3 rates is selected" in table.notes[0]
-    assert "97" not in str(table.values)
+    assert "97.0" not in str(table.values)
 
 
 def test_runs_with_and_without_a_grid_are_in_two_tables(configure: Configure, tmp_path: Path) -> None:

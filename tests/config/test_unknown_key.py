@@ -49,13 +49,13 @@ GUESSES = {
     "smoothing": "optim.label_smoothing",
     "gpu": "runtime.device",
 }
-NO_GUESS = ["name", "recipe", "optim.warmup", "optim.betas", "model.dropout", "wd", "bits.x"]
+NO_GUESS = ["name", "recipe", "optim.lookahead", "optim.betas", "model.dropout", "wd", "bits.x"]
 
 
 @pytest.fixture(scope="module")
 def tree() -> dict[Any, Any]:
     """The composed configuration of `qbench method=dorefa`."""
-    (node,) = compose._composed(["method=dorefa"], sweep=False)
+    (node,) = compose.compose_nodes(["method=dorefa"], sweep=False)
     return dict(OmegaConf.to_container(node))  # type: ignore[arg-type]
 
 
@@ -72,7 +72,7 @@ def test_no_guess_is_better_than_a_wrong_one(typed: str, tree: dict[Any, Any]) -
 
 
 def test_the_keys_in_the_same_place_are_listed(tree: dict[Any, Any]) -> None:
-    allowed = unknown_key_message("optim.warmup", tree).partition("allowed: ")[2].split(", ")
+    allowed = unknown_key_message("optim.lookahead", tree).partition("allowed: ")[2].split(", ")
     assert {"optim.lr", "optim.schedule", "optim.batch_size", "+optim.momentum"} <= set(allowed)
     assert unknown_key_message("bits.x", tree).endswith("allowed: bits.w, bits.a, bits.g")
     top = unknown_key_message("recipe", tree).partition("allowed: ")[2].split(", ")
