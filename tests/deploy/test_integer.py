@@ -361,7 +361,7 @@ def test_export_and_evaluate_on_the_command_line(
         top1.append(row["top1"])
     assert top1[0] == top1[1]
     assert cli(["evaluate", str(file), "--runtime", "openvino"]) == 2
-    assert "integer files in NumPy" in capsys.readouterr().err
+    assert "integer files run in NumPy only" in capsys.readouterr().err
     assert cli(["export", str(finished), "--to", "integer", "--out", str(tmp_path / "n.onnx")]) == 2
     assert "must end in .qbench for --to integer" in capsys.readouterr().err
 
