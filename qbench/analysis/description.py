@@ -7,7 +7,7 @@ from typing import Any
 from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.command_line import command_line
-from qbench.config.schema import Config, Node, Optim, to_dict
+from qbench.config.schema import Node, Optim, to_dict
 from qbench.errors import ConfigError, QbenchError
 from qbench.report.tables.escape import printable
 from qbench.runs.reader import RunRecord, read_run
@@ -33,7 +33,8 @@ def description(path: Path) -> str:
     try:
         config = stored_config(path)
         values: Node | str = to_dict(config)
-        recipe = _recipe(config, record.result)
+        trained = config.pretrain if config.is_baseline else config
+        recipe = _recipe(trained.optim, trained.epochs, record.result)
     except (OSError, QbenchError) as error:
         values, recipe = str(error).partition("\n")[0], ""
     manifest = files.read_json(path / "manifest.json") or {}
@@ -114,13 +115,10 @@ def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
         yield "method", f"{title}{f' Options: {options}' if options else ''}"
 
 
-def _recipe(config: Config, result: Result | None) -> str:
+def _recipe(optim: Optim, epochs: int, result: Result | None) -> str:
     """Return the recipe that the run's own training used, in words."""
-    if result and result.final and result.final.epoch is None:
-        return "nothing was trained"
-    if config.is_baseline:
-        return recipe_text(config.pretrain.optim, config.pretrain.epochs)
-    return recipe_text(config.optim, config.epochs)
+    untrained = result is not None and result.final is not None and result.final.epoch is None
+    return "nothing was trained" if untrained else recipe_text(optim, epochs)
 
 
 def recipe_text(optim: Optim, epochs: int) -> str:

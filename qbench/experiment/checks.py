@@ -10,7 +10,7 @@ from torch import nn
 
 from qbench.bits import FLOAT
 from qbench.config.registry import defaults
-from qbench.config.schema import Config, Distill, Node, Optim, Runtime
+from qbench.config.schema import Distill, Node, Optim, Runtime
 from qbench.data.dataset import Dataset, batch_size_and_steps
 from qbench.errors import ConfigError
 from qbench.experiment.device import COMPILERS
@@ -61,15 +61,17 @@ def check_distill(distill: Distill, method: Method) -> None:
         raise Unsupported(f"a teacher has no effect, because {method.name} is not trained; add distill=none")
 
 
-def check_starts(config: Config) -> None:
-    """Refuse initial weights and teachers from runs with debug=true, unless the run itself is a debug run."""
-    named = {
-        "init": config.init if config.starts_from_file else None,
-        "distill.teacher": config.distill.teacher if config.distill.on and not config.distill.by_baseline else None,
-    }
-    for key, name in named.items():
+def check_starts(init: str | None, distill: Distill) -> None:
+    """Refuse initial weights and teachers from runs with debug=true. A debug run itself may use them.
+
+    Args:
+        init: the file or directory of the initial weights, or None without one.
+        distill: the node that names the teacher.
+    """
+    teacher = distill.teacher if distill.on and not distill.by_baseline else None
+    for key, name in {"init": init, "distill.teacher": teacher}.items():
         path = Path(name or "")
-        if name and not config.debug and has_debug_config(path if path.is_dir() else path.parent):
+        if name and has_debug_config(path if path.is_dir() else path.parent):
             raise ConfigError(
                 f"{key}={name}: the weights of a run with debug=true mean nothing\n"
                 "name a run without it, or add debug=true to this run"

@@ -303,7 +303,8 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
         Unsupported: the method does not support these options or this network.
     """
     runtime, optim, distill, layers = config.runtime, config.optim, config.distill, config.layers
-    check_starts(config)
+    if not config.debug:
+        check_starts(config.init if config.starts_from_file else None, config.distill)
     configure_torch(runtime)
     device = choose_device(runtime.device)
     data = (build_imageless_dataset(config.dataset) if planned else None) or build_dataset(config.dataset)

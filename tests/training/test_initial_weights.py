@@ -138,7 +138,7 @@ def test_damaged_safetensors_are_refused(weights: Weights, tmp_path: Path) -> No
             continue
         with pytest.raises(CheckpointError, match=r"bad\.safetensors") as caught:
             load_initial_weights(network(), tmp_path / "bad.safetensors")
-        assert len(str(caught.value).splitlines()) == 1, name
+        assert len(str(caught.value).splitlines()) <= 2, name
 
 
 def test_names_that_could_be_mixed_up_are_refused(weights: Weights, tmp_path: Path) -> None:
