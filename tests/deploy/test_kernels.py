@@ -204,6 +204,7 @@ print(len(compiled.buffer) > 0, network(torch.randn(64, 1, 8, 8)).tolist())
 """
 
 
+@pytest.mark.full
 def test_code_is_stored_and_agrees_with_that_of_other_processors(finished: Path, tmp_path: Path) -> None:
     """Processors with AVX2 or without it compute the same bits; a damaged or forbidden store is not used."""
     file = export(finished).path
@@ -238,6 +239,7 @@ for network in networks:
 """
 
 
+@pytest.mark.full
 def test_networks_that_other_processes_compiled_do_not_mix(configure: Configure, tmp_path: Path) -> None:
     """Stored functions of one network are not called by another: each file has its own values in every process."""
     files = []

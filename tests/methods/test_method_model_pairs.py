@@ -47,6 +47,8 @@ ROW_OF_A_TABLE = re.compile(r"_(w\d|levels|nearest|stochastic|s\d).*")
 """The end of a file's name in which rows of one published table differ, such as `_w1a2g4`."""
 FIRST_ROWS = {ROW_OF_A_TABLE.sub("", name): name for name in reversed(FILES)}.values()
 every_paper = pytest.mark.parametrize("paper", PAPERS)
+few_papers = pytest.mark.parametrize("paper", tiered(PAPERS, ["dorefa", "gupta", "hwgq", "inq", "lsq", "xnor"]))
+"""Papers whose networks are built in the fast tier. They cover the kinds of networks and methods."""
 rows = pytest.mark.parametrize("rows", tiered(["first", "all"], ["first"]))
 NARROW = {"width": 4, "width_mult": 0.05, "widen": 1}
 
@@ -195,7 +197,7 @@ def failures(configs: dict[str, Config]) -> list[str]:
     return errors
 
 
-@every_paper
+@few_papers
 @rows
 def test_the_thin_networks_train_with_their_methods(paper: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = registry.create
@@ -238,7 +240,7 @@ def test_the_networks_of_the_papers_sizes_train_with_their_methods(paper: str, m
     assert failures(configs) == []
 
 
-@every_paper
+@few_papers
 @rows
 def test_the_networks_of_the_papers_sizes_take_their_methods_on_the_meta_device(paper: str, rows: str) -> None:
     for name, config in pairs(paper, rows).items():

@@ -17,7 +17,7 @@ from typing import Any
 import faults
 import pytest
 import yaml
-from conftest import counted
+from conftest import counted, tiered
 from faults import Job, Server
 from helpers import processes_of, qbench
 
@@ -161,7 +161,7 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, no
 
 @pytest.mark.parametrize("count", tiers(1, None))
 @pytest.mark.parametrize("kind", ["kill_at", "half_at"])
-@pytest.mark.parametrize("tensorboard", ["true", "false"])
+@pytest.mark.parametrize("tensorboard", tiered(["true", "false"], ["true"]))
 def test_killed_at_a_point(
     server: Server, tmp_path: Path, tensorboard: str, kind: str, count: int | None, note: Note
 ) -> None:

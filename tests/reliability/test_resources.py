@@ -10,7 +10,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from conftest import counted
+from conftest import counted, tiered
 from helpers import finished_digests
 
 from qbench.training.checkpoint import unpack
@@ -34,7 +34,7 @@ def verify_checkpoints(out: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(0, marks=pytest.mark.full)], ids=["some", "all"])
-@pytest.mark.parametrize("tensorboard", [False, True], ids=["plain", "tensorboard"])
+@pytest.mark.parametrize("tensorboard", tiered([False, True], [True]), ids=["plain", "tensorboard"])
 def test_a_write_error_at_any_point(tmp_path: Path, count: int, tensorboard: bool) -> None:
     words = [*WORDS, f"runtime.tensorboard={str(tensorboard).lower()}"]
     with faults.server() as server:

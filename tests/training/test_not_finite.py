@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from torch import Tensor, nn
 
 from qbench.cli.main import main as cli
@@ -89,7 +89,7 @@ def words(place: str, value: str) -> list[str]:
     return ["experiment=smoke", "runtime.tensorboard=false", "init=scratch", "bits=w2a2", "epochs=2", *method]
 
 
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", tiered(VALUES, ["none"]))
 @pytest.mark.parametrize("place", PLACES)
 def test_the_run_stops_in_the_step_and_saves_nothing_of_it(configure: Configure, place: str, value: str) -> None:
     config = configure(*words(place, value))
