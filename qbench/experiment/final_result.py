@@ -125,11 +125,13 @@ def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
 def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
     """Return warnings on data and networks whose accuracy or size does not mean what a reader expects."""
     warnings = [*dataset_notes(setup.data)]
+    untrained = setup.float_model()
+    same_for_every_seed = _have_equal_weights(untrained, setup.float_model(seed=setup.seed + 1))
     if unsteady := unsteady_evaluation(model, images):
         warnings.append(unsteady)
     else:
-        warnings += _reload_warnings(setup, model, images)
-    if _same_for_every_seed(setup):
+        warnings += _reload_warnings(setup, model, untrained, images)
+    if same_for_every_seed:
         warnings.append(
             "the initial weights are the same for every seed (the network's function loads weights or sets a seed of "
             "its own), so seeds differ less than they should"
@@ -147,9 +149,12 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
     return warnings
 
 
-def _reload_warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
-    """Return a warning if a new network with the state_dict of the trained one computes other outputs."""
-    network = setup.install(setup.float_model()).to(setup.device)
+def _reload_warnings(setup: ExperimentSetup, model: nn.Module, untrained: nn.Module, images: Tensor) -> list[str]:
+    """Return a warning if a new network with the state_dict of the trained one computes other outputs.
+
+    The new network is made from the float network `untrained`, whose layers are replaced.
+    """
+    network = setup.install(untrained).to(setup.device)
     try:
         outside = state_outside(model, load_weights(network, {"model": model.state_dict()}, "last.pt"), images)
     except CheckpointError as error:
@@ -157,9 +162,9 @@ def _reload_warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -
     return [outside] if outside else []
 
 
-def _same_for_every_seed(setup: ExperimentSetup) -> bool:
-    """Return whether two seeds give a network the same initial weights. Constant tensors are not compared."""
-    pairs = zip(setup.float_model().parameters(), setup.float_model(seed=setup.seed + 1).parameters(), strict=True)
+def _have_equal_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Return whether two networks have the same weights. Constant tensors are not compared."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
     random = [(one, other) for one, other in pairs if one.dim() > 1 and one.min() < one.max()]
     return bool(random) and all(torch.equal(one, other) for one, other in random)
 
