@@ -17,6 +17,7 @@ import torch
 from conftest import Configure
 from helpers import epoch_line, plant, write_metrics
 
+from qbench.cli.compare import run_compare
 from qbench.errors import ConfigError
 from qbench.methods import dorefa
 from qbench.report.comparison.compare import compare
@@ -355,3 +356,11 @@ def test_forward_curves_are_those_of_qbench_plot() -> None:
     assert torch.equal(curves["weights"].y, weights.forward.y)
     assert torch.equal(curves["weights"].x, weights.forward.x)
     assert torch.equal(curves["inputs"].y, inputs.forward.y)
+
+
+def test_the_command_says_which_files_it_wrote(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "page.html"
+    table = run_compare([out, "--html", str(file)])
+    assert capsys.readouterr().err == f"wrote {file}\n"
+    assert file.is_file()
+    assert "wrote" not in table, "the table alone is on stdout"
