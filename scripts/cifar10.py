@@ -15,10 +15,11 @@ error). The protocol:
 - The seed determines the order of the images and the augmentation. All settings of one seed run before the next seed
   begins.
 
-The runs are done one after another in this process. Stored runs are not repeated, so a stopped run of the script
-continues if the command is repeated. KEY=VALUE overrides the protocol. After every run, the results are stored in
---record FILE, by default docs/records/cifar10.json. `scripts/tables.py --from-records cifar10` then writes
-docs/results.md. `--from FILE` prints the tables of stored results and runs nothing.
+The runs are done one after another in this process. Runs that are stored in --out or in --record are not repeated, so a
+stopped run of the script continues if the command is repeated, also without the folder --out. KEY=VALUE overrides the
+protocol. After every run, the results are stored in --record FILE, by default docs/records/cifar10.json.
+`scripts/tables.py --from-records cifar10` then writes docs/results.md. `--from FILE` prints the tables of stored
+results and runs nothing.
 
 Three methods are left out, because they need another network than the checkpoint's. HWGQ and Gupta's fixed point need
 another normalization, and XNOR-Net's activations need a network in which BN and activation come first.
@@ -167,15 +168,19 @@ def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> 
     Raises:
         Interrupted: a signal was received.
     """
-    records: list[RunRecord] = []
+    recorded = {run.path.name: run for run in stored_results(record)[0] if run.status == DONE}
+    records = list(recorded.values())
     with stop_on_signals() as stop:
         for number, run in enumerate(runs, 1):
+            if run.path.name in recorded:
+                continue
             if stop():
                 raise Interrupted(f"stopped by signal {stop()}; the same command continues")
             result = run_catching(run, stop)
             shown = f"{result.top1:.2f} %" if result.top1 is not None else f"{result.status}: {result.reason}"
             print(f"{number} of {len(runs)}  {run.path.name}  {shown}", file=sys.stderr, flush=True)
-            records = [found for each in runs if (found := outcome(each)).status != "not begun"]
+            begun = (outcome(each) for each in runs if each.path.name not in recorded)
+            records = [*recorded.values(), *(each for each in begun if each.status != "not begun")]
             store(record, records, folders)
     return records
 

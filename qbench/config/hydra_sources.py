@@ -9,12 +9,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import yaml
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from yaml import MarkedYAMLError
 
 from qbench.config import registry
@@ -23,6 +25,15 @@ from qbench.config.groups import option_file
 from qbench.config.schema import Node
 from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
+
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML's loader in C is absent from some builds
+
+
+class OwnYaml(SafeLoader):  # type: ignore[misc,valid-type]
+    """Reads the YAML files of `conf/` as OmegaConf does, in a tenth of the time: 1e-4 is a number, dates are text."""
+
+    yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
+
 
 LAUNCH = "type it on the command line: hydra/launcher=NAME, hydra.launcher.KEY=VALUE"
 
@@ -34,7 +45,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         """Return the content of a YAML file in a configuration directory."""
         file = Path(self.path) / self._normalize_file_name(config_path)
         if self.provider == "main":
-            result = super().load_config(config_path)
+            result = self._load_own(file)
             if config_path not in ("config", "config.yaml"):
                 _refuse_ignored(file, result.config)
             return result
@@ -47,6 +58,12 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         except Exception as error:  # OmegaConf and Hydra's header add rules to those of YAML
             why = error.problem if isinstance(error, MarkedYAMLError) else str(error).partition("\n")[0]
             raise ConfigError(f"{file}: {why}") from None
+
+    def _load_own(self, file: Path) -> ConfigResult:
+        text = file.read_text(encoding="utf-8")
+        config = OmegaConf.create(yaml.load(text, Loader=OwnYaml) or {})
+        header = self._get_header_dict(text[:512])
+        return ConfigResult(config=config, path=f"file://{self.path}", provider=self.provider, header=header)
 
 
 class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
