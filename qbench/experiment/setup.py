@@ -287,6 +287,12 @@ class ExperimentSetup:
                 f"{named} has {teacher.data.classes} classes of {teacher.data.shape} images, but this run has "
                 f"{data.classes} classes of {data.shape} images"
             )
+        if (teacher.data.mean, teacher.data.std) != (data.mean, data.std):
+            theirs, ours = (f"mean {d.mean}, deviation {d.std}" for d in (teacher.data, data))
+            raise ConfigError(
+                f"{named} was trained on images that are normalized with {theirs}\n"
+                f"this run normalizes with {ours}; use the same dataset.normalize for both"
+            )
         return load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
 
 

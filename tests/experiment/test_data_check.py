@@ -11,7 +11,7 @@ from helpers import plant, write_images
 
 from qbench.cli.main import main as cli
 from qbench.data import sources
-from qbench.errors import CheckpointError, Interrupted
+from qbench.errors import CheckpointError, ConfigError, Interrupted
 from qbench.experiment import builders
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
@@ -70,6 +70,10 @@ def test_every_use_of_a_run_with_other_images_is_refused(
     assert cli(words) == 0
     (path,) = tmp_path.glob("out/*/dorefa-*")
     row = command(words, capsys)[1]
+    taught = [*words[:-2], "distill=kd", f"distill.teacher={path}", "method=twn"]
+    status, _, error = command([*taught, "dataset.normalize=half"], capsys)
+    assert status == ConfigError.status
+    assert "use the same dataset.normalize for both" in error, "the teacher would read images on another scale"
     before = digests(tmp_path / "out")
     swap(tmp_path / "set")
     new = [*words[:-1], "bits=w3"]
@@ -80,7 +84,7 @@ def test_every_use_of_a_run_with_other_images_is_refused(
         "child": (new, "float-w32"),
         "evaluate": (["evaluate", str(path)], "dorefa-w2"),
         "inspect": (["inspect", str(path)], "dorefa-w2"),
-        "teacher": ([*words[:-2], "distill=kd", f"distill.teacher={path}", "method=twn"], "dorefa-w2"),
+        "teacher": (taught, "dorefa-w2"),
     }.values():
         status, out, error = command(typed, capsys)
         assert (status, OTHER in error, named in error) == (CheckpointError.status, True, True), (typed, error)
