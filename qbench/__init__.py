@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from qbench.api.results import Runs, Tables, compare, load, load_model
     from qbench.api.training import run, sweep
     from qbench.errors import QbenchError
+    from qbench.quant.fold import fold_quantized_weights as fold
     from qbench.quant.install import install
-    from qbench.quant.layers import fold_quantized_weights as fold
     from qbench.runs.reader import RunRecord
     from qbench.runs.result import Result
 else:
@@ -27,7 +27,7 @@ else:
         "Runs": "qbench.api.results",
         "Tables": "qbench.api.results",
         "compare": "qbench.api.results",
-        "fold": "qbench.quant.layers:fold_quantized_weights",
+        "fold": "qbench.quant.fold:fold_quantized_weights",
         "install": "qbench.quant.install",
         "load": "qbench.api.results",
         "load_model": "qbench.api.results",

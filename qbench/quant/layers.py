@@ -1,6 +1,5 @@
 """Defines quantized layers: convolutions and linear layers, each with three quantizers."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from qbench.bits import Bits
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.ops import named_transform, recompute_in_backward
-from qbench.quant.quantizer import IdentityQuantizer, Quantizer
+from qbench.quant.quantizer import Quantizer
 
 # Shapes: N batch, C channels, H height, W width.
 
@@ -256,26 +255,6 @@ def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
         if layer_report := {key: report for key, q in quantizers(layer).items() if (report := q.report())}:
             result[name] = layer_report
     return result
-
-
-def fold_quantized_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of the network with effective weights and without weight quantizers.
-
-    Layers that share their latent weights get weights of their own.
-
-    Raises:
-        ValueError: the weights of a layer are computed in every forward pass.
-    """
-    for name, layer in quantized_layers(model).items():
-        if remedy := computed_weight(layer):
-            raise ValueError(f"{name}: its weight is computed in every forward pass\nfirst {remedy}")
-    folded = copy.deepcopy(model)
-    layers = quantized_layers(folded).values()
-    # All effective weights are computed before the first latent weight is replaced.
-    for layer, weight in [(layer, effective_weight(layer).clone()) for layer in layers]:
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        layer.weight_q = IdentityQuantizer()
-    return folded
 
 
 def computed_weight(layer: nn.Module) -> str | None:

@@ -62,6 +62,17 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
     return {name: _verify_layer(name, layer, passed) for name, layer in layers.items()}
 
 
+def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
+    """Count the levels of the effective weights of a layer with quantized weights.
+
+    Raises:
+        NotQuantized: some weights are still float, or they are not on the grid of their quantizer.
+    """
+    if not layer.weight_q.complete:
+        raise NotQuantized(f"{name}: weights are still float")
+    return _count_levels(f"{name}: weights", layer.weight_q, layer.weight, weights)
+
+
 def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Return the fraction of negative inputs for each layer whose input levels are all at least 0.
 

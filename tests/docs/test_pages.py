@@ -20,8 +20,8 @@ from qbench.config import compose
 from qbench.config.identity import run_identity
 from qbench.methods import dorefa
 from qbench.models import imagenet_resnet, mlp
+from qbench.quant.fold import fold_quantized_weights
 from qbench.quant.install import install
-from qbench.quant.layers import fold_quantized_weights
 from qbench.runs.directory import directory_name
 from qbench.runs.result import SCHEMA, Result
 

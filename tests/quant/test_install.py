@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from qbench.methods import dorefa, lsq, ttq
+from qbench.methods import dorefa, gupta, inq, lsq, mlq, slq, ttq
+from qbench.quant.fold import fold_quantized_weights
 from qbench.quant.install import install
-from qbench.quant.layers import effective_weight, float_mode, fold_quantized_weights, quantized_layers
+from qbench.quant.layers import effective_weight, float_mode, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.policy import Policy
 from qbench.quant.verify import NotQuantized, verify
@@ -292,3 +294,11 @@ def test_a_module_under_two_names_is_not_a_shared_weight() -> None:
     net = Net(lambda net, h: net.again(net.mid(h)))
     net.again = net.mid
     assert list(quantized_layers(install(dorefa.build(w=2), net, example=X))) == ["mid"]
+
+
+@pytest.mark.parametrize("method", [inq, slq, mlq, gupta])
+def test_weights_that_a_loop_left_in_float_are_not_folded(method: ModuleType) -> None:
+    """These methods quantize weights between steps, in functions that an ordinary loop does not call."""
+    model = install(method.build(), Net(), example=X)
+    with pytest.raises(ValueError, match=r"mid: weights(.|\n)*train with qbench\.run"):
+        fold_quantized_weights(model)

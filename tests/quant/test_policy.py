@@ -9,6 +9,7 @@ from torch import nn
 from qbench.bits import Bits
 from qbench.methods import dorefa
 from qbench.models import mlp, resnet
+from qbench.quant.fold import fold_quantized_weights
 from qbench.quant.image import ImageQuantizer
 from qbench.quant.install import install
 from qbench.quant.layers import (
@@ -16,7 +17,6 @@ from qbench.quant.layers import (
     QConv2d,
     effective_weight,
     float_mode,
-    fold_quantized_weights,
     quantized_layers,
 )
 from qbench.quant.method import Unsupported

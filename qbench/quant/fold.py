@@ -1,0 +1,43 @@
+"""Turns a quantized network into a plain one, whose parameters are the quantized weights."""
+
+import copy
+
+from torch import nn
+
+from qbench.bits import FLOAT
+from qbench.quant.layers import computed_weight, effective_weight, quantized_layers
+from qbench.quant.quantizer import IdentityQuantizer
+from qbench.quant.verify import NotQuantized, verify_weights
+
+
+def fold_quantized_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of the network with effective weights and without weight quantizers.
+
+    Layers that share their latent weights get weights of their own.
+
+    Raises:
+        ValueError: the weights of a layer are computed in every forward pass, or they are not on the
+            levels of their quantizer. Some methods also quantize weights outside of the forward
+            pass, in `prepare`, `on_epoch` or `step` of `Method`, which your own training loop has to
+            call.
+    """
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        if remedy := computed_weight(layer):
+            raise ValueError(f"{name}: its weight is computed in every forward pass\nfirst {remedy}")
+    # All effective weights are computed before the first latent weight is replaced.
+    weights = {name: effective_weight(layer).clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if layer.bits.w < FLOAT:
+            try:
+                verify_weights(name, layer, weights[name])
+            except NotQuantized as error:
+                raise ValueError(
+                    f"{error}\nthe method quantizes them in its functions prepare, on_epoch or step\n"
+                    "call these functions in your training loop, or train with qbench.run"
+                ) from None
+    folded = copy.deepcopy(model)
+    for name, layer in quantized_layers(folded).items():
+        layer.weight = nn.Parameter(weights[name], requires_grad=layer.weight.requires_grad)
+        layer.weight_q = IdentityQuantizer()
+    return folded
