@@ -8,8 +8,8 @@ if the user allows it.
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from qbench.config.registry import GROUPS
-from qbench.errors import ConfigError, QbenchError
+from qbench.config.registry import GROUPS, source_digest, users_file
+from qbench.errors import CheckpointError, ConfigError, QbenchError
 from qbench.system import files
 
 
@@ -43,3 +43,24 @@ def refuse_foreign_code(run: Path, named: str, fix: str, known: Collection[str] 
         raise ConfigError(
             f"{named}: its config.yaml names code that is not part of qbench: {', '.join(foreign)}\n{fix}"
         )
+
+
+def refuse_edited_code(run: Path, values: Mapping[str, object]) -> None:
+    """Refuse a run if a user's file that its configuration names was edited after the run.
+
+    The edited code would compute something else from the same weights.
+
+    Args:
+        values: the run's configuration as plain values.
+
+    Raises:
+        CheckpointError: a file has another digest than the configuration.
+    """
+    nodes = [node for group in (*GROUPS, "activation") if isinstance(node := values.get(group), Mapping)]
+    for node in nodes:
+        file = users_file(str(node.get("name", "")))
+        if file and node.get("source") not in (None, source_digest(file)):
+            raise CheckpointError(
+                f"{file} was edited after the run {run}, whose weights belong to the code before\n"
+                "restore the file, or train with the new code: repeat the run's command"
+            )

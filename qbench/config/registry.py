@@ -206,11 +206,21 @@ def defaults(group: str, name: str) -> Node:
     if group == "dataset":
         node["recipe"] = dict(RECIPE)
         node |= {} if "val" in node else {"val": VAL, ADDED: {"val": VAL}}
-    if ":" in name:  # the content of the user's file also affects the result
-        spec = find_spec(name.partition(":")[0])
-        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-            node["source"] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
+    if file := users_file(name):  # the content of the user's file also affects the result
+        node["source"] = source_digest(file)
     return {"name": name} | node
+
+
+def users_file(name: str) -> Path | None:
+    """Return the file of the user's function `package.module:function`, or None if there is none."""
+    spec = find_spec(name.partition(":")[0]) if ":" in name else None
+    file = None if spec is None or spec.origin is None else Path(spec.origin)
+    return file if file is not None and file.is_file() else None
+
+
+def source_digest(file: Path) -> str:
+    """Return the digest of a user's file that is stored as `source` beside the function's name."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def _requirements(factory: Factory) -> dict[str, str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from qbench.config.schema import Config, Distill
+from qbench.config.foreign_code import refuse_edited_code
+from qbench.config.schema import Config, Distill, to_dict
 from qbench.errors import CheckpointError
 from qbench.runs.stored_config import stored_config
 from qbench.training.initial_weights import load_published
@@ -22,13 +23,15 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
         device: device to set in the configuration.
 
     Raises:
-        CheckpointError: a file of the run is missing, damaged or edited.
+        CheckpointError: a file of the run is missing, damaged or edited, or a user's file that the
+            run's configuration names was edited after the run.
     """
     try:
         state = load_published(run, f"{weights}.pt")
         config = stored_config(run, str(state.get("identity")))
     except OSError as error:
         raise CheckpointError(f"{named}: {error.filename}: {error.strerror}; the run may not be finished") from None
+    refuse_edited_code(run, to_dict(config))
     runtime = replace(config.runtime, device=device)
     return replace(config, init="scratch", distill=Distill("none"), runtime=runtime), state
 

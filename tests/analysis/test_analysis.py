@@ -19,6 +19,7 @@ from conftest import ROOT, Configure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import qbench
 from qbench.analysis.bit_allocation import (
     Budget,
     BudgetInfeasible,
@@ -382,6 +383,16 @@ def test_evaluate_notes_an_accuracy_that_the_weights_do_not_give(
     stored = json.loads((run / "result.json").read_text())["final"]["test"]["top1"]
     assert table["rows"][0]["top1"] < stored - 20
     assert any(f"result.json has {stored:.2f} %" in note for note in table["notes"])
+    (tmp_path / "remembering.py").write_text(REMEMBERING + "\n")
+    teacher = [*words[2:], "distill=kd", f"distill.teacher={run}", "distill.trust=true", f"out={tmp_path}"]
+    for typed in (["evaluate", str(run), "--trust"], ["inspect", str(run), "--trust"],
+                  ["export", str(run), "--trust", "--out", str(tmp_path / "x.qbench")],
+                  ["sensitivity", str(run), "--trust"], ["init=scratch", *teacher]):  # fmt: skip
+        capsys.readouterr()
+        assert cli(typed) == CheckpointError.status, typed
+        assert "remembering.py was edited after the run" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"remembering\.py was edited after the run"):
+        qbench.load_model(run, trust=True)
 
 
 def test_evaluate_repeats_the_runs_own_accuracy_and_predictions(
