@@ -189,6 +189,14 @@ class Recorder(TorchFunctionMode):
         self.operations.append(Operation(name, module, kind, reads, parameters))
         self._kept += [*read, *made]
         self._made_by |= {id(t): name for t in made}
+        # If the operation wrote into a tensor that it read, the tensor's base and its other views have changed too.
+        if written := {_storage(t) for t in made if any(t is other for other in read)}:
+            self._made_by |= {id(t): name for t in self._kept if _storage(t) in written}
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return a number that only tensors with the same memory share, also on the meta device."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def tensors(value: object) -> Iterator[Tensor]:

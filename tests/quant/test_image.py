@@ -30,6 +30,7 @@ class Front(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.bn, self.drop = nn.BatchNorm2d(3), nn.Dropout(0.5)
+        self.relu = nn.ReLU(inplace=True)
         self.first, self.front = first, front
         self.pool, self.last = nn.Flatten(), nn.LazyLinear(10)
         self(torch.zeros(1, 3, 8, 8))
@@ -76,10 +77,20 @@ def test_a_rearranged_image_is_rounded_over_the_range_of_each_channel(name: str)
     assert verify(model, X)["first"]["a"] == LevelCount(4, 4)
 
 
+def changed(x: Tensor, change: Callable[[Tensor], object]) -> Tensor:
+    """Return a copy of the images, in which `change` has changed the first channel through a view."""
+    copied = x.clone()
+    change(copied[:, :1])
+    return copied
+
+
 COMPUTED: dict[str, tuple[Callable[[Front, Tensor], Tensor], str]] = {
     "batch normalization": (lambda net, x: net.bn(x), "the result of BatchNorm2d bn"),
     "arithmetic": (lambda net, x: 2 * x - 1, "the result of sub"),
     "in place": (lambda net, x: x.clone().mul_(2), "the result of mul_"),
+    "in place through a view": (lambda net, x: changed(x, lambda part: part.mul_(5)), "the result of mul_"),
+    "written to a view": (lambda net, x: changed(x, lambda part: torch.mul(part, 5, out=part)), "the result of mul"),
+    "a module on a view": (lambda net, x: changed(x, net.relu), "the result of ReLU relu"),
     "padding": (lambda net, x: F.pad(x, (1, 1, 1, 1)), "the result of pad"),
     "pooling": (lambda net, x: F.avg_pool2d(x, 2), "the result of avg_pool2d"),
     "dropout": (lambda net, x: net.drop(x), "the result of Dropout drop"),
