@@ -1,44 +1,46 @@
-"""APoT: levels that are sums of powers of two, on normalized weights and with learned clipping levels.
+"""APoT: quantization levels are sums of powers of two, weights are normalized, and clipping levels are learned.
 
 Paper
     Li, Dong, Wang, "Additive Powers-of-Two Quantization: An Efficient Non-uniform Discretization
-    for Neural Networks", ICLR 2020, arXiv 1909.13144. The formulas are from the authors' code for
-    CIFAR, yhhhli/APoT_Quantization at commit 13204f1.
+    for Neural Networks", ICLR 2020, arXiv 1909.13144. The formulas are taken from the authors'
+    CIFAR code, yhhhli/APoT_Quantization at commit 13204f1.
 
 Idea
-    Weights and activations are bell-shaped, so levels should be dense near zero. Plain powers of
-    two leave gaps near the top. Sums of a few powers of two are dense near zero and leave no such
-    gaps. A product with such a sum still needs only shifts and additions. The weights are
-    normalized first, so that the same clipping level suits all of training.
+    The values of weights and activations have bell-shaped distributions, so levels should be dense
+    near zero. If levels are single powers of two, the gaps between the largest levels are wide.
+    Sums of a few powers of two are dense near zero and have no such wide gaps. A multiplication by
+    such a sum still needs only shifts and additions. The weights are normalized before they are
+    quantized, so that one clipping level suits the weights throughout training.
 
 Forward
-    The 2^B levels of B bits are all sums of one element from each set below, divided by the largest
-    sum. B = 2: {0, 1/2, 1/4, 1/8}. B = 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. B = 4: {0, 1/2, 1/8,
-    1/32} + {0, 1/4, 1/16, 1/64}. B = 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0, 1/32}.
-    The function project(v) returns the level nearest to v.
+    B bits have 2^B levels. A level is a sum of one element from each set below, divided by the
+    largest sum. B = 2: {0, 1/2, 1/4, 1/8}. B = 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. B = 4: {0, 1/2,
+    1/8, 1/32} + {0, 1/4, 1/16, 1/64}. B = 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0,
+    1/32}. The function project(v) returns the level nearest to v.
     Weights of b bits: w = (W - mean(W)) / std(W), w_hat = alpha sign(w) project(clip(|w| / alpha, 0,
     1)), with B = b - 1. With the sign, there are 2^b - 1 levels. With 2 bits, the levels are
-    -alpha, 0, alpha. The layer uses w_hat as it is; the following batch normalization takes care of
-    the scale.
+    -alpha, 0, alpha. The layer does not multiply w_hat by std(W), because the following batch
+    normalization removes the scale.
     Activations of b bits: x_hat = alpha project(clip(x / alpha, 0, 1)), with B = b.
     Weights of 8 bits, for the first and last layers: round(127 W / m) m / 127, m = max|W|.
 
 Backward
-    Weights: dL/dw = dL/dw_hat everywhere, also where clipped; mean and std are treated as
-    constants.
+    Weights: dL/dw = dL/dw_hat for all weights, including clipped weights. mean(W) and std(W) are
+    treated as constants.
     Activations: dL/dx = dL/dx_hat where 0 <= x <= alpha, else 0.
     Let v be the value divided by alpha. The derivative with respect to alpha is sign(v) where v is
     clipped, else project(v) - v.
 
 Schedule
     One phase, from a float network. The authors start each width from the trained network of the
-    next larger width; in qbench, use init=RUN for that.
+    next larger width. In qbench, type init=RUN, where RUN is the directory of the wider run.
 
 Sites
     weight, input.
 
 State
-    alpha (scalar): one clipping level for a layer's weights, one for its input.
+    alpha (scalar): the clipping level. A layer has one alpha for its weights and another alpha for
+    its input.
 
 Bits
     w 2-6, 8 or 32, a 2-5 or 32, g 32; by default w4a4g32.
@@ -51,23 +53,25 @@ Protocol
     best test accuracy.
 
 Choices
-    initial_weight, initial_input: initial values of alpha, 3 and 8 by default, as in the code for
-    CIFAR. In the authors' logs, the trained values are between 1 and 2.5.
-    decay: weight decay of alpha, 1e-4 as in the authors' script. The script also has separate
-    learning rates for alpha. Here alpha has the same learning rate as the weights.
-    edge_scale: `abs` (default) uses m = max|W|. `max` uses m = max(W), as in the authors' code; the
-    authors' checkpoints need it. With `max`, the codes in these checkpoints go down to -145, which
-    does not fit into 8 bits.
-    A value halfway between two levels goes to the lower one. In the authors' code, the result
-    depends on the order of a Python set.
+    initial_weight, initial_input: initial alpha of the weights (3 by default) and of the input (8
+    by default), as in the authors' CIFAR code. In the authors' logs, the trained alphas are between
+    1 and 2.5.
+    decay: weight decay of alpha, 1e-4 as in the authors' script. That script also has separate
+    learning rates for alpha. In qbench, alpha has the same learning rate as the weights.
+    edge_scale: the scale m of 8-bit weights. `abs` (default) uses m = max|W|. `max` uses m =
+    max(W), as in the authors' code. The authors' checkpoints need `max`. With `max`, the lowest
+    code in these checkpoints is -145, which does not fit into 8 bits.
+    A value halfway between two levels is rounded to the lower level. In the authors' code, the
+    rounding of such a value depends on the order of a Python set.
 
 Deviations
-    Inputs below 0 become 0 and get no gradient. The authors' code clips only at the top, because a
-    ReLU comes before it. Alpha is kept at 1e-3 or more. If the standard deviation of the weights is
-    0, they are not divided by it.
+    Inputs below 0 become 0 and get no gradient. The authors' code clips only large inputs, because
+    its networks have a ReLU in front of the quantizer. qbench keeps alpha at 1e-3 or more. If
+    std(W) is 0, qbench does not divide the weights by std(W).
 
 Results
-    docs/results.md (CIFAR-10). docs/guides/checkpoints.md evaluates the authors' checkpoints.
+    docs/results.md (CIFAR-10). docs/guides/checkpoints.md has the accuracy of the authors'
+    checkpoints.
 """
 
 from functools import lru_cache
@@ -84,7 +88,7 @@ from qbench.quant.ops import fused_quantizer, in_float32, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 EDGE_BITS = 8
-"""Width of the weights of the first and last layers, which have uniform levels."""
+"""Bits of the weights of the first and last layers. Their levels are equally spaced."""
 
 SETS: dict[int, tuple[tuple[float, ...], ...]] = {
     1: ((0, 1),),
@@ -93,24 +97,24 @@ SETS: dict[int, tuple[tuple[float, ...], ...]] = {
     4: ((0, 1 / 2, 1 / 8, 1 / 32), (0, 1 / 4, 1 / 16, 1 / 64)),
     5: ((0, 1 / 2, 1 / 8, 1 / 64), (0, 1 / 4, 1 / 16, 1 / 128), (0, 1 / 32)),
 }
-"""Maps B to the sets for B bits. A level is the sum of one element from each set. B = 1 is for ternary weights."""
+"""Maps B to the sets for B bits. A level is a sum of one element from each set. Ternary weights use B = 1."""
 
 
 @lru_cache
 def levels(code: int) -> tuple[float, ...]:
-    """Return the 2^B levels of B = `code` bits, ascending from 0 to 1. Section 2.2 of the paper."""
+    """Return the 2^B levels for B = `code` bits, in ascending order from 0 to 1. Section 2.2 of the paper."""
     sums = sorted({sum(terms) for terms in product(*SETS[code])})
     return tuple(value / sums[-1] for value in sums)
 
 
 def project(v: Tensor, code: int) -> Tensor:
-    """Return the nearest level for v (any shape); values above 1 become 1, values below 0 become 0. No gradient."""
+    """Round each value of v (any shape) to the nearest level; values outside [0, 1] are clipped first. No gradient."""
     points = torch.tensor(levels(code), dtype=v.dtype, device=v.device)
     return step_function(v, (points[1:] + points[:-1]) / 2, points[1:])
 
 
 def normalized(w: Tensor) -> Tensor:
-    """Return (w - mean) / std over the whole tensor; mean and std get no gradient."""
+    """Return (w - mean) / std. Mean and std are taken over the whole tensor and treated as constants."""
     fixed = w.detach()
     std = fixed.std() if fixed.numel() > 1 else torch.zeros_like(fixed.sum())
     return (w - fixed.mean()) / torch.where(std > 0, std, torch.ones_like(std))
@@ -118,7 +122,7 @@ def normalized(w: Tensor) -> Tensor:
 
 @in_float32
 def quantize_weight(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Normalize weights (any shape), and quantize them to 2^bits - 1 levels from -alpha to alpha.
+    """Normalize weights (any shape), then quantize the normalized weights to 2^bits - 1 levels from -alpha to alpha.
 
     `alpha` is a scalar above 0 and gets a gradient. With 32 bits, return w itself.
     """
@@ -134,7 +138,7 @@ def quantize_weight(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_edge_weight(w: Tensor, edge_scale: str = "abs") -> Tensor:
-    """Quantize the weights of a first or last layer to multiples of `_top` / 127, with the identity as gradient."""
+    """Quantize the weights of a first or last layer to multiples of `_top` / 127. The gradient passes unchanged."""
     top = _top(w, edge_scale)
     return straight_through(w, (w.detach() / top * 127).round() / 127 * top)
 
@@ -176,24 +180,24 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 
 class APoTWeight(LearnedClip):
-    """Quantizer of one layer's weights, which it normalizes first."""
+    """Quantizer of one layer's weights. It normalizes the weights before it rounds them."""
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the quantized weights, on the scale of normalized weights."""
+        """Return the quantized normalized weights. They are not multiplied by the standard deviation again."""
         return quantize_weight(w, self.alpha, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: the levels of both signs times alpha."""
+        """Return the allowed values, one group for the whole tensor: alpha times the positive and negative levels."""
         points = torch.tensor(levels(self.bits - 1), device=w.device, dtype=self.alpha.dtype)
         return Grid((torch.cat([-points[1:].flip(0), points]) * self.alpha).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of alpha."""
+        """Return the storage size of the codes and of alpha."""
         return Storage(w.numel(), self.bits, 4)
 
 
 class APoTEdgeWeight(Quantizer):
-    """Quantizer of the weights of a first or last layer: 8 bits, uniform levels."""
+    """Quantizer of the weights of a first or last layer, with 8 bits and equally spaced levels."""
 
     def __init__(self, edge_scale: str) -> None:
         super().__init__()
@@ -204,13 +208,13 @@ class APoTEdgeWeight(Quantizer):
         return quantize_edge_weight(w, self.edge_scale)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: 255 levels, and with edge_scale=max also the lower levels that weights need."""
+        """Return the 255 allowed values. With edge_scale=max, add the lower values that the weights need."""
         top = _top(w, self.edge_scale)
         lowest = min(-127, int((w.detach().min() / top * 127).round()))
         return Grid((torch.arange(lowest, 128, device=w.device) / 127 * top).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of the scale."""
+        """Return the storage size of the codes and of the scale."""
         return Storage(w.numel(), EDGE_BITS, 4)
 
 
@@ -222,7 +226,7 @@ class APoTActivation(LearnedClip):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: the levels times alpha."""
+        """Return the allowed values, one group for the whole tensor: the levels times alpha."""
         points = torch.tensor(levels(self.bits), device=x.device, dtype=self.alpha.dtype)
         return Grid((points * self.alpha).reshape(1, -1, 1))
 
@@ -236,10 +240,10 @@ def build(
     decay: float = 1e-4,
     edge_scale: str = "abs",
 ) -> Method:
-    """Return APoT.
+    """Return the `Method` for APoT.
 
     Args:
-        initial_weight, initial_input: initial clipping levels, of weights and of inputs.
+        initial_weight, initial_input: initial clipping level of weights, and of layer inputs.
         decay: weight decay of the clipping levels.
         edge_scale: scale of 8-bit weights, abs or max; see the method card.
     """

@@ -1,4 +1,4 @@
-"""Binary-Weight-Network: binary weights with one scale per filter, float activations.
+"""Binary-Weight-Network: weights are binary with one scale per filter, and activations are float.
 
 Paper
     Rastegari, Ordonez, Redmon, Farhadi, "XNOR-Net: ImageNet Classification Using Binary
@@ -6,14 +6,14 @@ Paper
     allenai/XNOR-Net (Torch).
 
 Idea
-    BWN uses XNOR-Net's binary weights, but keeps activations float. Convolutions then need no
-    multiplications, and weights take 32 times less memory.
+    BWN quantizes weights as XNOR-Net does, but its activations are float. Convolutions with binary
+    weights need no multiplications. Binary weights take 32 times less memory than float32 weights.
 
 Forward
-    Per output filter: w_hat = alpha sign(w), alpha = mean|w|, sign(0) = +1.
+    For each output filter: w_hat = alpha sign(w), with alpha = mean|w| and sign(0) = +1.
 
 Backward
-    As in xnor; the option `gradient` chooses the formula.
+    As in the method xnor. The option `gradient` chooses the formula of the gradient.
 
 Schedule
     One phase.
@@ -33,7 +33,7 @@ Protocol
     decay is 5e-4 up to epoch 29 and 0 afterwards. The first and last layers are float.
 
 Choices
-    gradient, center, clamp: as in xnor.
+    gradient, center, clamp: as in the method xnor.
 
 Deviations
     None known.
@@ -48,7 +48,7 @@ from qbench.quant.method import Method
 
 
 def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: bool = False) -> Method:
-    """Return BWN. The method card of XNOR-Net explains the options."""
+    """Return the `Method` for BWN. The method card of XNOR-Net explains the options."""
     check_gradient(gradient)
     changes_weights = center or clamp
     return Method(

@@ -5,21 +5,22 @@ Paper
     Gradients", arXiv 1606.06160 (2016). Authors' code: tensorpack, examples/DoReFa-Net.
 
 Idea
-    Weights, activations and gradients are mapped to [0, 1], rounded to k bits there, and mapped
-    back. The backward pass treats only the rounding as the identity (straight-through). A dot
-    product of two fixed-point vectors can be computed by counting bits, both in the forward and in
-    the backward pass.
+    DoReFa maps weights, activations and gradients to [0, 1], rounds them to k bits, and maps the
+    result back. In the backward pass, the derivative of the rounding is replaced by 1
+    (straight-through). A dot product of two fixed-point vectors can be computed by counting bits.
+    This is possible in the forward pass and in the backward pass.
 
 Forward
     Qk(x) = round(n x) / n, n = 2^k - 1, ties to even.
-    Weights, k >= 2: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1, with the maximum over the layer.
+    Weights, k >= 2: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1. The maximum is taken over all weights
+    of the layer.
     The levels are (2 i - n) / n, for i from 0 to n. Zero is not a level.
     Weights, k = 1: E sign(w), with E = mean|w| of the layer and sign(0) = +1.
     Activations: Qk(h(x)), with h(x) = clip(x, 0, 1).
 
 Backward
-    Weights, k >= 2: the gradient passes through tanh and through the maximum. Weights, k = 1: dL/dw
-    = dL/dw_hat.
+    Weights, k >= 2: the gradient includes the derivatives of tanh and of the maximum. Weights, k =
+    1: dL/dw = dL/dw_hat.
     Activations: dL/dx = h'(x) dL/dx_hat. For the clip, h'(x) is 1 where 0 <= x <= 1, and 0
     elsewhere.
     Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), with m = max|d| of the sample
@@ -30,8 +31,9 @@ Schedule
     One phase, from a float network.
 
 Sites
-    weight, input, output. The output site quantizes the gradient of a layer's output. The gradients
-    of the layer's weights and of its input are both computed from this gradient.
+    weight, input, output. The output quantizer quantizes the gradient of a layer's output. The
+    gradients of the layer's weights and of the layer's input are both computed from this quantized
+    gradient.
 
 State
     None.
@@ -42,28 +44,29 @@ Bits
 Protocol
     The paper uses Adam. The authors' code for SVHN trains from scratch for 200 epochs with batch
     size 128. The learning rate is 1e-3, and is halved every 100 epochs. The first and last layers
-    are float. The last layer's input is bounded but not quantized. All layers in between have batch
-    normalization.
+    are float. The last layer's input is clipped to [0, 1] but not quantized. Each layer between the
+    first and the last is followed by batch normalization.
 
 Choices
-    activation: the bounded function h. The paper does not fix h, and the authors' code has used
-    three functions over time. `clip` (default) is the function in today's code. `abs` is min(1,
-    |x|). The authors' SVHN script used `abs` until October 2018, and its results were measured with
-    `abs`. `tanh` is tanh(x) / 2, rounded on [-1/2, 1/2]. The authors' first published AlexNet used
-    `tanh`. `abs` and `tanh` need a network without a ReLU in front (`model.act=fused`). `clip`
-    works with or without a ReLU, because it already sets negative values to 0.
-    The network's ReLU is kept in front of every layer that stays float, and in front of the last
-    layer. In these places, the authors' code clips the activations instead.
+    activation: the bounded function h. The paper does not say which function h is. The authors'
+    code has used three functions. `clip` (default) is the function in today's code. `abs` is min(1,
+    |x|). The authors' SVHN script used `abs` until October 2018, and the results in that script
+    were measured with `abs`. `tanh` is tanh(x) / 2, rounded on [-1/2, 1/2]. The authors' first
+    published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU in front of the
+    quantizer (`model.act=fused`). `clip` works with or without a ReLU, because `clip` sets negative
+    values to 0 as ReLU does.
+    In front of the last layer, and of every layer that stays float, qbench keeps the network's
+    ReLU. The authors' code clips the activations there instead.
     Values are rounded to nearest with ties to even, as in torch and in today's TensorFlow. The
     authors' first code rounded ties up.
 
 Deviations
-    A sample whose gradient is zero stays zero, and a layer whose weights are all zero uses 1 as the
-    maximum. In both cases the formulas would give 0/0.
+    If the gradient of a sample is zero, its quantized gradient is zero. If all weights of a layer
+    are zero, the maximum is replaced by 1. The paper's formulas would give 0/0 in both cases.
 
 Results
-    docs/results.md (digits). The paper has no CIFAR-10 result. The published CIFAR-10 results of DoReFa-Net
-    come from third parties.
+    docs/results.md (digits). The paper has no CIFAR-10 result. Third parties published CIFAR-10
+    results of DoReFa-Net.
 """
 
 from collections.abc import Callable
@@ -91,8 +94,8 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
     """Quantize a layer's weights (any shape). With 32 bits, return w itself. Section 2.3, eq. 7-10.
 
-    The maximum, and for 1 bit the scale, are taken over the whole tensor. One bit gives +-mean|w|.
-    More bits give 2^bits levels in [-1, 1].
+    With 1 bit, there are two levels, -mean|w| and mean|w|. With more bits, there are 2^bits levels
+    in [-1, 1]. The mean and the maximum of the formulas are taken over the whole tensor.
     """
     if bits == FLOAT:
         return w
@@ -141,7 +144,7 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _cells_of_clip(n: float) -> Cells:
-    """Return the cells of Qk(clip(x, 0, 1)): one below the range, one per level, and one above the range."""
+    """Return the cells of Qk(clip(x, 0, 1)): one cell for each level, one cell below [0, 1] and one cell above."""
 
     def number(x: Tensor) -> Tensor:
         clipped = x.clamp(0, 1)
@@ -173,10 +176,11 @@ def quantize_activation_tanh(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = None) -> Tensor:
-    """Quantize a gradient (N, ...) stochastically, scaled by each sample's maximum. Eq. 12.
+    """Quantize a gradient (N, ...) with stochastic rounding, on a scale set by each sample's maximum. Eq. 12.
 
-    With 32 bits, return x itself. Noise is drawn for every element, from torch's global generator
-    unless `generator` is given. A sample that is all zero stays zero.
+    With 32 bits, return x itself. The noise of every element is drawn separately, from `generator`,
+    or from torch's global generator if `generator` is None. If all elements of a sample are zero,
+    they stay zero.
     """
     if bits == FLOAT:
         return x
@@ -191,7 +195,7 @@ def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = Non
 
 
 def _sample_max(x: Tensor) -> Tensor:
-    """Return the maximum max|x| of every sample, (N, 1, ..., 1), without gradient."""
+    """Return max|x| of every sample, as a tensor (N, 1, ..., 1) without gradient."""
     axes = tuple(range(1, x.dim()))
     return x.detach().abs().amax(dim=axes, keepdim=True) if axes else x.detach().abs()
 
@@ -208,17 +212,17 @@ class DoReFaWeight(Quantizer):
         return quantize_weight(w, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -E and E for one bit, else 2^bits levels in [-1, 1]."""
+        """Return the allowed values of the whole tensor: -E and E for one bit, else 2^bits levels in [-1, 1]."""
         levels = 2 * levels_k(self.bits, w) - 1
         return Grid((levels * w.abs().mean() if self.bits == 1 else levels).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and, for one bit, of the scale E."""
+        """Return the storage size of the codes and, for one bit, of the scale E."""
         return Storage(w.numel(), self.bits, 4 if self.bits == 1 else 0)
 
 
 class DoReFaActivation(Quantizer):
-    """Quantizer of one layer's input by `function`, whose levels extend from `low` to `low` + 1."""
+    """Quantizer of one layer's input. It applies `function`, whose levels are in the interval [`low`, `low` + 1]."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
         super().__init__()
@@ -229,7 +233,7 @@ class DoReFaActivation(Quantizer):
         return self.function(x, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: 2^bits equally spaced levels over an interval of length 1."""
+        """Return the allowed values of the whole tensor: 2^bits levels, equally spaced on an interval of length 1."""
         return Grid((levels_k(self.bits, x) + self.low).reshape(1, -1, 1))
 
 
@@ -241,11 +245,11 @@ class DoReFaGradient(Quantizer):
         self.bits = bits
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y. In the backward pass, the gradient of y is quantized."""
+        """Return y unchanged. The backward pass quantizes the gradient of y."""
         return on_backward(y, lambda d: quantize_gradient(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return a grid with one group per sample: 2^bits levels from -m to m, where m is the sample's maximum."""
+        """Return the allowed values, with one group per sample: 2^bits levels from -max|x| to max|x| of the sample."""
         m = _sample_max(grad).reshape(-1, 1)
         return Grid(((2 * levels_k(self.bits, grad) - 1) * m).unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
 
@@ -261,12 +265,12 @@ CLIP_TRAITS = ("monotone_input", "idempotent_input", "clipped_input", "cells_inp
 
 
 def build(*, w: int = 2, a: int = 32, g: int = 32, activation: str = "clip") -> Method:
-    """Return DoReFa at the given widths. `activation` names the bounded function h: clip, abs or tanh."""
+    """Return the `Method` for DoReFa. `activation` names the bounded function h: clip, abs or tanh."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation}: must be one of {', '.join(ACTIVATIONS)}")
     if activation != "clip" and a == FLOAT:
         raise Unsupported(
-            f"activation={activation} has no effect at bits.a={FLOAT}, because the network's ReLU is used"
+            f"activation={activation} has no effect at bits.a={FLOAT}, because float activations use the network's ReLU"
         )
     function, low = ACTIVATIONS[activation]
     widths = (*range(1, 17), FLOAT)

@@ -1,76 +1,83 @@
-"""Differentiable quantization: the weights stay fixed, the quantization points are trained.
+"""Differentiable quantization: the quantization points are trained, and the weights stay fixed.
 
 Paper
     Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018,
     arXiv 1802.05668, algorithm 2. Authors' code: antspy/quantized_distillation (PyTorch 0.3).
 
 Idea
-    The output of a quantized network depends smoothly on its quantization points. The points can
-    therefore be trained by gradient descent. Layers whose weights matter more get more points.
+    The output of a quantized network is a differentiable function of its quantization points. The
+    points can therefore be trained by gradient descent. A layer gets more points if the gradient of
+    its weights is larger.
 
 Forward
-    As in qd, the flattened tensor is cut into buckets of k elements. The weights of each bucket are
-    scaled to x in [0, 1] with the bucket's alpha and beta. All buckets of a layer share the layer's
-    points p_1 <= ... <= p_m. w_hat = alpha p_i + beta, where p_i is the point nearest to x. If two
-    points are equally near, the upper one is taken.
+    As in the method qd, the flattened tensor is cut into buckets of k elements. Each bucket has a
+    minimum beta and a range alpha (maximum minus minimum). A weight w of the bucket is scaled to x
+    = (w - beta) / alpha in [0, 1]. All buckets of a layer share the layer's points p_1 <= ... <=
+    p_m. w_hat = alpha p_i + beta, where p_i is the point nearest to x. If x is halfway between two
+    points, the upper point is taken.
 
 Backward
     dL/dp_i = sum over weights j assigned to p_i of alpha(bucket of j) dL/dw_hat_j. Weights get no
     gradient.
-    The gradient treats the assignments as constant. It ignores that the assignments change when a
-    point moves. With few points and wide buckets, a step can therefore raise the loss.
-    L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, with z_t the
-    logits of the float network and z_s those of the quantized network. The teacher is the float
-    baseline, which is the same network before quantization.
+    The gradient treats the assignment of weights to points as constant, although this assignment
+    changes when a point moves. With few points and buckets of large range, a step can therefore
+    increase the loss.
+    L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, where z_t are the
+    logits of the float network and z_s are the logits of the quantized network. The float network
+    is the teacher. By default it is the float baseline, which is the same network before
+    quantization.
 
 Schedule
     One phase, from a float network. Points are sorted after every step.
 
 Sites
-    weight. The option `distill` sets the loss; by default the teacher is the float baseline.
+    weight. The configuration group `distill` sets the loss and the teacher.
 
 State
-    points (4 2^b floats): the scaled points of a layer, ascending. Unused entries repeat the last
-    point.
+    points (4 2^b floats): the points of a layer on the scale of x, in ascending order. Unused
+    entries repeat the last point.
     count (integer scalar): the number of points in use.
 
 Bits
-    w 2-8 or 32, a and g 32; by default w4a32g32. b bits mean 2^b points per layer on average.
+    w 2-8 or 32, a and g 32; by default w4a32g32. With b bits, a layer has 2^b points on average.
 
 Protocol
     CIFAR-10, authors' code: training starts from the distilled float student. Only the points are
-    trained, by SGD with Nesterov momentum 0.9, learning rate 1e-6 and batch size 25. There are 10
-    epochs at 4 bits, and 20 epochs at 2 bits. CIFAR-100: learning rate 1e-4, 20 epochs. There is no
-    run with 8 bits.
+    trained, by SGD with Nesterov momentum 0.9, learning rate 1e-6 and batch size 25. Training takes
+    10 epochs with 4 bits, and 20 epochs with 2 bits. For CIFAR-100, the learning rate is 1e-4, and
+    training takes 20 epochs. The authors have no run with 8 bits.
 
 Choices
-    initial: the points at the start. `quantiles` takes the percentiles linspace(0, 100, m) of the
-    scaled weights. `uniform` spaces the points evenly, as in the paper's ablation.
-    allocation: `gradient` or `even`. `even` gives every layer 2^b points. `gradient` keeps the same
-    total, 2^b times the number of layers. Every layer keeps half of its 2^b points. The other
-    halves are pooled and distributed in proportion to the 2-norm of each layer's dL/dw in the float
-    network. If rounding leaves points over, they go one at a time to the layer that then has the
-    fewest points. If rounding gives out too many, they are taken back one at a time from the layer
-    that then has the most. (In the authors' code a single layer takes or gives all of these
-    points.) A layer has at most 4 2^b points. The authors set no bound. Points are distributed only
-    among layers with the same bits.w.
-    For the allocation, dL/dw is the gradient of the cross entropy over the probe in evaluation
-    mode. The authors average the gradients of five minibatches.
-    As in the authors' code, the optimizer's momentum is not sorted along with the points. When two
-    points change places, each continues with the momentum of the other.
-    Points use the learning rate of the recipe. The authors' small learning rates suit SGD, since
-    the gradient of a point is a sum over thousands of weights. Adam rescales these sums and does
-    not need such small rates. Points may leave [0, 1].
-    bucket: the number k, by default 256 as in the paper. 0 makes the whole tensor one bucket.
-    KL is averaged as in qd.
+    initial: the initial points. `quantiles` takes the percentiles linspace(0, 100, m) of the scaled
+    weights. `uniform` spaces the points evenly, as in the paper's ablation.
+    allocation: `gradient` or `even`. `even` gives every layer 2^b points. `gradient` distributes
+    the same total number of points, 2^b times the number of layers. First, every layer gets half of
+    2^b points. Then the remaining points are distributed in proportion to the 2-norm of each
+    layer's dL/dw in the float network. The number of points of each layer is rounded to an integer.
+    If the sum of these integers is below the total, the missing points are added one at a time,
+    each to the layer with the fewest points at that moment. If the sum is above the total, points
+    are removed one at a time, each from the layer with the most points at that moment. (The
+    authors' code adds or removes all of these points in a single layer.) In qbench, a layer has at
+    most 4 2^b points. The authors set no such limit. Points are distributed only among layers with
+    the same bits.w.
+    For the allocation, dL/dw is the gradient of the cross entropy on 256 training images (the
+    probe), in evaluation mode. The authors average the gradients of five minibatches.
+    The points are sorted after a step, but the optimizer's momentum is not, as in the authors'
+    code. If the sort swaps two points, each point therefore continues with the momentum of the
+    other point.
+    Points are trained at the learning rate of the recipe. The authors use small learning rates with
+    SGD, because the gradient of a point is a sum over thousands of weights. Adam rescales this sum
+    and does not need such small learning rates. A trained point may be outside [0, 1].
+    bucket: the number k, by default 256 as in the paper. With 0, the whole tensor is one bucket.
+    The KL divergence is averaged as in the method qd.
 
 Deviations
     Only the weights of convolutions and linear layers are quantized, as chosen by the layer policy.
     The authors quantize every parameter, including biases and batch normalization.
-    As in the authors' code, all parameters except those of the quantizers are frozen from the
-    start, while the running statistics of batch normalization are still updated.
+    As in the authors' code, only the points are trained. All other parameters are frozen from the
+    start, but the running statistics of batch normalization are still updated.
     Stored bytes include ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point.
-    The authors do not count the points.
+    The authors' sizes do not include the points.
 
 Results
     docs/results.md (digits).
@@ -96,15 +103,15 @@ CAPACITY = 4
 
 @in_float32
 def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256) -> Tensor:
-    """Quantize weights (any shape), scaled by bucket, to the nearest of `points` (m,).
+    """Quantize weights (any shape), scaled to [0, 1] in each bucket, to the nearest of `points` (m,).
 
     Only the points get a gradient.
 
     Args:
-        points: quantization points, ascending, on a scale on which the values of a bucket extend
-            from 0 to 1. A point may be infinite; it is then never chosen.
+        points: quantization points for the scaled weights, in ascending order. A point may be
+            infinite. Such a point is never chosen.
         bucket_size: number of consecutive elements of the flattened tensor that share a scale.
-            With 0 or None, all elements share one.
+            With 0 or None, all elements share one scale.
     """
     # scale each bucket to [0, 1]
     v_BK = in_buckets(w.detach(), bucket_size)
@@ -119,7 +126,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
 
 @in_float32
 def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial: str = "quantiles") -> Tensor:
-    """Return `count` points, ascending in [0, 1]: quantiles of the scaled weights, or even steps for `uniform`."""
+    """Return `count` ascending points in [0, 1]: quantiles of the scaled weights, or equally spaced (`uniform`)."""
     evenly = torch.linspace(0, 1, count, dtype=w.dtype, device=w.device)
     if initial == "uniform":
         return evenly
@@ -134,13 +141,13 @@ def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial
 
 
 def allocate_points(norms: Sequence[float], points: int, maximum: int | None = None) -> list[int]:
-    """Return the number of points of each layer, based on the norms of the layers' gradients.
+    """Return the number of points of each layer, computed from the gradient norms of the layers.
 
     Args:
-        norms: norm of the gradient of each layer's weights.
+        norms: 2-norm of the gradient of each layer's weights.
         points: average number of points per layer, 2 or more. Every layer gets half of this number.
             The remaining points are distributed in proportion to the norms.
-        maximum: largest number of points of a layer, at least `points`. None means no bound.
+        maximum: largest number of points of a layer, at least `points`. None means no limit.
     """
     total, base, sum_of_norms = points * len(norms), points // 2, sum(norms)
     if not sum_of_norms > 0:  # all zero, or NaN
@@ -156,7 +163,7 @@ def allocate_points(norms: Sequence[float], points: int, maximum: int | None = N
 
 
 class DQWeight(Quantizer):
-    """Quantizer of one layer's weights, which are frozen, to trained points."""
+    """Quantizer that maps one layer's frozen weights to trained points."""
 
     count: Tensor
 
@@ -176,7 +183,7 @@ class DQWeight(Quantizer):
 
     @torch.no_grad()
     def sort_points(self) -> None:
-        """Sort the points in use, and set the unused places to the largest point."""
+        """Sort the points in use, and set the unused entries to the largest point."""
         ordered = self._used_points().sort().values
         unused = ordered.isinf()
         self.points.copy_(torch.where(unused, ordered.masked_fill(unused, -torch.inf).max(), ordered))
@@ -186,11 +193,11 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per bucket. A group contains the layer's points, scaled to the bucket."""
+        """Return the allowed values, with one group per bucket. They are the layer's points, scaled to the bucket."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes, the points, and alpha and beta of every bucket."""
+        """Return the storage size of the codes, the points, and alpha and beta of every bucket."""
         count = int(self.count)
         return Storage(w.numel(), (count - 1).bit_length(), 4 * count + scale_bytes(w, self.bucket))
 
@@ -199,7 +206,7 @@ class DQWeight(Quantizer):
         return {"points": int(self.count)}
 
     def _used_points(self) -> Tensor:
-        """Return the points, with infinity in unused places, without synchronizing with a GPU."""
+        """Return the points, with infinity in unused entries. This does not wait for a GPU."""
         rank = torch.arange(len(self.points), device=self.points.device)
         return torch.where(rank < self.count, self.points, torch.inf)
 
@@ -210,7 +217,7 @@ def _sites(model: nn.Module) -> dict[str, tuple[QLayer, DQWeight]]:
 
 
 def allocate_and_freeze(model: nn.Module, probe: Probe, allocation: str) -> None:
-    """Set the points of every layer, and freeze all parameters except those of quantizers."""
+    """Set the initial points of every layer, and freeze all parameters except the points."""
     sites = _sites(model)
     if not sites:
         return
@@ -237,7 +244,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocation: str = "gradient") -> Method:
-    """Return differentiable quantization. The method card explains the options."""
+    """Return the `Method` for differentiable quantization. The method card explains the options."""
     check_bucket(bucket)
     if initial not in INITIALS:
         raise ValueError(f"initial={initial}: must be one of {', '.join(INITIALS)}")

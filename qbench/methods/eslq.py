@@ -1,22 +1,24 @@
-"""ESLQ: SLQ with centroids moved to powers of two.
+"""ESLQ: SLQ in which each centroid is replaced by the nearest power of two.
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
     Quantization", AAAI 2018, arXiv 1803.03289: the extended SLQ. The authors' released code does
-    not contain ESLQ. The statement that centroids become powers of two is from memory of the paper.
+    not contain ESLQ. That ESLQ replaces centroids by powers of two is remembered from the paper and
+    not verified.
 
 Idea
-    SLQ finds clusters that fit the weights. INQ uses powers of two, which replace multiplications
-    by shifts. ESLQ combines both ideas: all weights of a cluster take the power of two that is
-    nearest to the cluster's centroid.
+    SLQ clusters the weights. INQ uses powers of two as levels, so that shifts replace
+    multiplications. ESLQ combines both ideas: all weights of a cluster become the power of two that
+    is nearest to the cluster's centroid.
 
 Forward
-    As in SLQ, but the weights of a cluster do not get the value of its centroid c. They get the
-    value nearest to c among 0, +-2^n2, ..., +-2^n1. Ties go to the larger magnitude. n1 =
-    floor(log2(4 max|c| / 3)), n2 = n1 + 1 - 2^(b-1) / 2.
+    As in SLQ, but the weights of a cluster do not become its centroid c. They become the level
+    nearest to c. The levels are 0, +-2^n2, ..., +-2^n1. If c is halfway between two levels, the
+    level with the larger magnitude is taken. n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1 - 2^(b-1)
+    / 2.
 
 Backward
-    dL/dw for free weights; no gradient for frozen ones.
+    Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
     As in SLQ.
@@ -25,29 +27,28 @@ Sites
     weight.
 
 State
-    The state of SLQ. In addition, n1 (int scalar): the largest exponent, set by the first
-    clustering.
+    The state of SLQ, and n1 (int scalar): the largest exponent, set by the first clustering.
 
 Bits
-    w 2-8 or 32, a and g 32; by default w5a32g32. A width b gives at most 2^(b-1) + 1 levels.
+    w 2-8 or 32, a and g 32; by default w5a32g32. With b bits, there are at most 2^(b-1) + 1 levels.
 
 Protocol
     Only the protocol of SLQ is known.
 
 Choices
-    The sources do not state the range of exponents. Here INQ's formula is used, but with the
-    largest centroid in place of the largest weight. So there is always a level near the largest
-    centroid. With a range computed from max|w|, all centroids of a layer could move to 0 at 2 bits,
-    and all its weights would become 0.
-    Two centroids that move to the same level become one cluster. A layer therefore usually has
-    fewer levels than in INQ. Portions are fractions of the levels that the layer really has. A
-    cluster that moves to a level that is already frozen is frozen too. Losses and distances are
-    measured after the move to powers of two.
+    The sources do not state the range of exponents. qbench uses INQ's formula, but with the largest
+    centroid in place of the largest weight. A level is then always near the largest centroid. If
+    the range were computed from max|w|, 0 could be the nearest level of every centroid at 2 bits.
+    All weights of the layer would then become 0.
+    If two clusters have the same nearest level, they become one cluster. A layer therefore usually
+    has fewer levels than in INQ. Portions are fractions of the number of levels that the layer
+    uses. If the nearest level of a cluster is already frozen, the cluster is frozen too. Losses and
+    distances are measured with the levels, not with the centroids.
     partition, portions: as in SLQ.
 
 Deviations
-    The first and last layers stay float, following the layer policy. layers.first=same
-    layers.last=same quantizes both.
+    The first and last layers stay float, following the layer policy. To quantize both layers, type
+    layers.first=same layers.last=same.
 
 Results
     docs/results.md (digits).
@@ -74,16 +75,16 @@ class ESLQWeight(slq.SLQWeight):
         self.register_buffer("n1", torch.tensor(0))
 
     def shared_values(self, centroids: Tensor) -> Tensor:
-        """Return, for each centroid, the nearest power of two or 0. The first call sets the exponent."""
+        """Return the nearest level of each centroid: a power of two or 0. The first call sets the largest exponent."""
         if not self.settled.any():
             self.n1.fill_(largest_exponent(centroids))
         return round_to_levels(centroids, levels_from_exponent(int(self.n1), self.bits).to(centroids))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of one byte for the exponent."""
+        """Return the storage size of the codes and of one byte for the exponent."""
         return Storage(w.numel(), self.bits, 1)
 
 
 def build(*, w: int = 5, partition: str = "probe", portions: Sequence[float] = slq.PORTIONS) -> Method:
-    """Return ESLQ, which has the options of SLQ."""
+    """Return the `Method` for ESLQ, which has the options of SLQ."""
     return slq.build_incremental("eslq", ESLQWeight, w, partition, portions)

@@ -1,13 +1,14 @@
-"""Float: the network without quantization. It is the baseline of every other run, and a control.
+"""Float: the network without quantization. Quantized runs use this network as baseline or as control.
 
 Paper
-    None: this is the baseline that each paper compares itself with.
+    None. The float network is the baseline that papers compare their method with.
 
 Idea
-    A quantized network is judged by the difference between its accuracy and that of the float
-    network that it started from. `method=float` trains this float baseline by the recipe under
-    `pretrain`. With `init=float`, `method=float` trains the baseline further by the recipe of the
-    quantized runs. That run shows what fine-tuning alone gains.
+    A quantized network is judged by the difference between two accuracies: the accuracy of the
+    quantized network, and the accuracy of the float baseline from which its training started.
+    `method=float` trains this float baseline with the recipe under `pretrain`. `method=float
+    init=float` trains the float baseline further, with the recipe of the quantized runs. This
+    control shows how much accuracy fine-tuning gains without quantization.
 
 Forward
     The forward pass of the network is not changed.
@@ -38,7 +39,7 @@ Deviations
     None known.
 
 Results
-    See the column `float` of every table.
+    The column `float` of every table.
 """
 
 from qbench.bits import Bits
@@ -46,5 +47,5 @@ from qbench.quant.method import Method
 
 
 def build(*, w: int = 32, a: int = 32, g: int = 32) -> Method:
-    """Return the method that quantizes nothing."""
+    """Return the `Method` that quantizes nothing."""
     return Method(name="float", bits=Bits(w, a, g), supported_bits={})

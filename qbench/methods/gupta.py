@@ -1,4 +1,4 @@
-"""Gupta: fixed-point training with stochastic rounding; no float weights are kept.
+"""Gupta: training in fixed point with stochastic rounding, without a float copy of the weights.
 
 Paper
     Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical Precision",
@@ -7,72 +7,76 @@ Paper
 Idea
     All numbers are stored in fixed point, without a float copy of the weights. 16 bits are enough
     for training if rounding is unbiased. Rounding to nearest loses every update that is smaller
-    than half a step. Stochastic rounding keeps such updates on average. For example, it rounds an
-    update of a tenth of a step up to a whole step with probability 1/10.
+    than half a step. With stochastic rounding, the mean of the rounded update equals the exact
+    update. For example, an update of a tenth of a step is rounded up to a whole step with
+    probability 1/10, and to 0 otherwise.
 
 Forward
     A format <IL, FL> has WL = IL + FL bits: IL integer bits, including the sign, and FL fraction
     bits. The step is eps = 2^-FL. The range is [-2^(IL-1), 2^(IL-1) - eps].
-    Convert(x) moves values outside the range to the nearest end of the range (it never wraps), and
-    rounds values inside. Let f = floor(x / eps) eps. Nearest rounding returns f if x <= f + eps /
-    2, else f + eps. Stochastic rounding returns f + eps with probability (x - f) / eps, else f.
-    (Saturation and stochastic rounding are from a restatement of the paper; the ends of the range
-    and the rounding of ties are from memory.)
+    Convert(x) sets values outside the range to the nearest end of the range, without wrap-around.
+    It rounds values inside the range. Let f = floor(x / eps) eps. Nearest rounding returns f if x
+    <= f + eps / 2, else f + eps. Stochastic rounding returns f + eps with probability (x - f) /
+    eps, else f. (The source for saturation and stochastic rounding is a restatement of the paper.
+    The ends of the range and the rounding of ties are from memory.)
     A layer computes y = Convert(sum of w x, + bias). The products and the sum are computed in a
-    wider format, and only the sum is rounded. Weights are used as stored.
+    wider format. Only the sum is rounded to the format. Stored weights are on the grid already, so
+    the layer does not round them.
 
 Backward
-    The wide sum of the gradients that arrive from the next layers is rounded by Convert. The result
-    is the layer's error dL/dy, from which the gradients of its weights and input are computed. The
-    gradient of an activation passes through Convert unchanged where the activation is in range.
-    Elsewhere it is 0.
-    Update: W <- Convert(W + Convert(dW)), with dW the change that the optimizer makes. Biases are
-    updated in the same way.
+    The gradients that arrive from the next layers are summed in a wider format, and Convert rounds
+    this sum. The result is the error dL/dy of the layer. The gradients of the layer's weights and
+    input are computed from this error. The derivative of Convert for activations is 1 where the
+    activation is in range, and 0 elsewhere.
+    Update: W <- Convert(W + Convert(dW)), where dW is the optimizer's update. Biases are updated in
+    the same way.
 
 Schedule
-    One phase, from random weights rounded to nearest.
+    One phase. The initial weights are random and rounded to nearest.
 
 Sites
     weight (with the bias), input, output (activations forward, errors backward).
 
 State
-    None: the weights and biases themselves are on the fixed-point grid.
+    None. The weights and biases themselves are stored as values on the fixed-point grid.
 
 Bits
-    w, a and g each 8-20 or 32; by default w16a16g16. They are word lengths WL: w for weights,
-    biases, updates and momentum, a for inputs and outputs of layers, and g for errors. Below 8
-    bits, outputs at the default IL would have fewer than 2 fraction bits. 20 bits are the widest
-    format of the paper, as remembered. Above 20 bits, float32 is too coarse to show that a value is
-    off the grid.
+    w, a and g each 8-20 or 32; by default w16a16g16. The three widths are word lengths WL: w is for
+    weights, biases, updates and momentum, a is for inputs and outputs of layers, and g is for
+    errors. With fewer than 8 bits, outputs at the default IL would have fewer than 2 fraction bits.
+    20 bits are the widest format in the paper (from memory). With more than 20 bits, float32 is too
+    coarse to show whether a value is on the grid.
 
 Protocol
-    From memory, unverified: The data are MNIST and CIFAR-10. The networks are a perceptron and
-    small CNNs with ReLU, without batch normalization. Training uses SGD, with momentum 0.9 for the
-    CNNs. WL is 16. FL is varied for weights and updates; outputs are in <6,10> and <4,12>.
+    The protocol is from memory and not verified. The data are MNIST and CIFAR-10. The networks are
+    a perceptron and small CNNs with ReLU, without batch normalization. Training uses SGD, with
+    momentum 0.9 for the CNNs. WL is 16. Several FL are tried for weights and updates. The formats
+    of outputs are <6,10> and <4,12>.
 
 Choices
     rounding: `stochastic` or `nearest`, for all conversions in training. The paper compares the
-    two. Evaluation, including gradients in evaluation mode, rounds to nearest and draws no random
-    numbers.
+    two. In evaluation mode, values and gradients are rounded to nearest, and no random numbers are
+    drawn.
     integer_*: IL of each kind of tensor. FL is WL - IL. By default, IL is 2 for weights, biases and
-    updates, and 6 for activations, as remembered above. For errors it is -4, which gives a range of
-    +-1/32. This is enough for batches of 64 images. The loss is a mean over the batch, so errors at
-    the logits are then at most 1/64. Smaller batches need a larger range.
-    momentum: `float` or `fixed`. With `fixed`, SGD's buffer or Adam's first moment is rounded after
-    each step to a format with integer_momentum integer bits. The paper does not say which it uses.
-    Adam's second moment stays float, since squares do not fit such a format.
-    The gradient of saturated values is 0, as with a clip. The sources do not mention this case.
-    ReLU, pooling and sums between layers are computed in float, from values on the grid. The next
-    layer rounds the results when it quantizes its input.
+    updates, and 6 for activations, as remembered above. For errors, IL is -4, so their range is
+    +-1/32. This range is sufficient for batches of 64 images: the loss is a mean over the batch, so
+    errors at the logits are at most 1/64. Smaller batches need a larger range.
+    momentum: `float` or `fixed`. With `fixed`, SGD's momentum buffer or Adam's first moment is
+    rounded after each step, to a format with integer_momentum integer bits. The paper does not say
+    whether its momentum is float or fixed. Adam's second moment stays float, because squares of
+    gradients do not fit such a format.
+    The gradient of a saturated value is 0, as for a clipped value. The sources do not describe this
+    case. ReLU, pooling and sums between layers are computed in float, from values on the grid. The
+    input quantizer of the next layer rounds the results.
 
 Deviations
-    The first and last layers stay float, following the layer policy. In the paper everything is in
-    fixed point.
-    The wide sum is computed in float32, with 24 significant bits. Where the exact sum lies close to
-    a rounding threshold, the result may therefore be the neighbouring value. (On CUDA, torch's
+    The first and last layers stay float, following the layer policy. In the paper, all layers are
+    in fixed point.
+    The wide sum is computed in float32, with 24 significant bits. If the exact sum is close to a
+    rounding threshold, the result may therefore be the neighbouring grid value. (On CUDA, torch's
     default TF32 convolutions keep 11 bits of each factor.)
     dW is computed as the difference of the float32 values W + dW and W. For |W| < 2, a dW below
-    2^-24 is therefore lost. At WL 16, this is 1/1024 of a step.
+    2^-24 is therefore lost. With WL 16, 2^-24 is 1/1024 of a step.
 
 Results
     docs/results.md (digits).
@@ -106,14 +110,14 @@ def to_fixed(
     """Convert x (any shape) to fixed point <integer_bits, fraction_bits>: saturate, then round to the grid. Section 3.
 
     The grid has steps of 2^-fraction_bits. The range is -2^(integer_bits-1) to 2^(integer_bits-1) -
-    2^-fraction_bits. Gradients pass inside the range, including its ends.
+    2^-fraction_bits. The gradient is 1 inside the range, including both ends, and 0 outside.
 
     Args:
-        integer_bits, fraction_bits: IL and FL. One of the two may be negative. The sum is 1 to 24
-            (float64: 1 to 53).
+        integer_bits, fraction_bits: IL and FL. One of the two may be negative. IL + FL must be 1 to
+            24 for float32, and 1 to 53 for float64.
         rounding: `nearest`, with ties rounded down, or `stochastic`. Stochastic rounding draws one
-            random number per element. It rounds up with a probability equal to the distance from
-            the lower grid value in steps.
+            random number per element. The probability of rounding up is the distance from the lower
+            grid value, measured in steps.
         generator: source of the random numbers, by default torch's global generator.
     """
     if rounding not in ROUNDINGS:
@@ -149,7 +153,7 @@ def to_fixed(
 
 
 def _round_to_nearest(steps: Tensor, result: Tensor, half: Tensor, *scratch: Tensor) -> None:
-    """Round `steps` to integers in `result`, ties down. `steps` and `half` are overwritten."""
+    """Round `steps` to the nearest integers, with ties down, into `result`. Overwrites `steps` and `half`."""
     torch.add(torch.floor(steps, out=result), 0.5, out=half)
     result.add_(steps.gt_(half))
 
@@ -162,22 +166,22 @@ class FixedPointFormat(NamedTuple):
     rounding: str
 
     def convert(self, x: Tensor, training: bool = True) -> Tensor:
-        """Return x in this format. Outside training, rounding is to nearest."""
+        """Return x in this format. In evaluation mode, always round to nearest."""
         if self.integer + self.fraction == FLOAT:
             return x
         return to_fixed(x, self.integer, self.fraction, self.rounding if training else "nearest")
 
     def grid(self, like: Tensor) -> Grid:
-        """Return a grid with one group, all 2^WL values of the format."""
+        """Return the allowed values, one group for the whole tensor: all 2^WL values of the format."""
         half = 2 ** (self.integer + self.fraction - 1)
         codes = torch.arange(-half, half, device=like.device).to(like.dtype)
         return Grid((codes * 2.0**-self.fraction).reshape(1, -1, 1))
 
 
 class GuptaWeight(Quantizer):
-    """Quantizer of one layer's weights, which are on the grid after `prepare` and after each step.
+    """Quantizer of one layer's weights. `prepare` and each training step leave the weights on the grid.
 
-    The quantizer also contains the formats of biases, updates and momentum.
+    The quantizer also stores the fixed-point formats of biases, updates and momentum.
     """
 
     def __init__(
@@ -191,15 +195,15 @@ class GuptaWeight(Quantizer):
         self.weights, self.biases, self.updates, self.momentum = weights, biases, updates, momentum
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return w itself. Rounding here would turn w into a float copy of the weights."""
+        """Return w itself, which is on the grid. Rounding here would allow w to be a float copy of the weights."""
         return w
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group, all values of the weights' format."""
+        """Return the allowed values, one group for the whole tensor: all values of the weights' format."""
         return self.weights.grid(w)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes. The format is fixed, so it takes no storage."""
+        """Return the storage size of the codes. The fixed-point format is constant, so it is not stored."""
         return Storage(w.numel(), self.weights.integer + self.weights.fraction, 0)
 
 
@@ -215,30 +219,30 @@ class GuptaActivation(Quantizer):
         return self.activations.convert(x, self.training)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group, all values of the activations' format."""
+        """Return the allowed values, one group for the whole tensor: all values of the activations' format."""
         return self.activations.grid(x)
 
 
 class GuptaOutput(Quantizer):
-    """Quantizer that rounds one layer's output to the format of activations, and its gradient to that of errors."""
+    """Quantizer of one layer's output (in the format of activations) and of its gradient (in the format of errors)."""
 
     def __init__(self, activations: FixedPointFormat, errors: FixedPointFormat) -> None:
         super().__init__()
         self.activations, self.errors = activations, errors
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the rounded y. In the backward pass, the gradient of y is rounded."""
+        """Return the rounded y. The backward pass rounds the gradient of y."""
         training = self.training
         y = self.activations.convert(y, training)
         return on_backward(y, lambda d: self.errors.convert(d, training))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return a grid with one group, all values of the errors' format."""
+        """Return the allowed values, one group for the whole tensor: all values of the errors' format."""
         return self.errors.grid(grad)
 
 
 def fixed_point_parameters(model: nn.Module) -> Iterator[tuple[Tensor, FixedPointFormat, GuptaWeight]]:
-    """Yield every weight and bias tensor in fixed point, with the tensor's format and the layer's quantizer."""
+    """Yield, for each fixed-point weight or bias tensor: the tensor, its format, and the layer's weight quantizer."""
     for layer in quantized_layers(model).values():
         if isinstance(site := layer.weight_q, GuptaWeight):
             yield layer.weight, site.weights, site
@@ -255,7 +259,7 @@ def prepare(model: nn.Module, probe: object) -> None:
 
 @torch.no_grad()
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step the optimizer, and convert updates, updated parameters and momentum to fixed point."""
+    """Step the optimizer, then convert the updates, the updated parameters and the momentum to fixed point."""
     before = [(p, p.clone(), fixed_format, site) for p, fixed_format, site in fixed_point_parameters(model)]
     optimizer.step()
     for parameter, old, fixed_format, site in before:
@@ -280,7 +284,7 @@ def build(
     momentum: str = "float",
     integer_momentum: int = 2,
 ) -> Method:
-    """Return training in fixed point. The method card explains the options."""
+    """Return the `Method` for fixed-point training. The method card explains the options."""
     integers = {"weights": integer_weights, "biases": integer_biases, "activations": integer_activations}
     integers |= {"errors": integer_errors, "updates": integer_updates, "momentum": integer_momentum}
     for key, value, allowed in (("rounding", rounding, ROUNDINGS), ("momentum", momentum, MOMENTUMS)):
@@ -291,7 +295,7 @@ def build(
             raise ValueError(f"integer_{key}={integer}: must be {INTEGERS[0]} to {INTEGERS[-1]}")
     if momentum == "fixed" and w == FLOAT:
         raise Unsupported(
-            f"momentum=fixed has no effect at bits.w={FLOAT}, because momentum has the word length of weights"
+            f"momentum=fixed has no effect at bits.w={FLOAT}, because momentum has the same width as the weights"
         )
 
     def fixed_format(kind: str, bits: int) -> FixedPointFormat:

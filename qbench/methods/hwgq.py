@@ -5,22 +5,22 @@ Paper
     Quantization", CVPR 2017, arXiv 1702.00953. Authors' code: zhaoweicai/hwgq (Caffe).
 
 Idea
-    In every layer, batch normalization without scale and shift makes the input of the nonlinearity
-    close to N(0, 1). All layers can therefore use one set of levels, which is optimal for the
-    positive half of N(0, 1). The backward pass needs a surrogate for the derivative of the step
-    function. The choice of this surrogate decides whether deep networks can be trained.
+    In every layer, batch normalization without scale and shift brings the input of the nonlinearity
+    close to N(0, 1). All layers can therefore use the same levels, which are optimal for the
+    positive half of N(0, 1). The backward pass replaces the derivative of the step function by a
+    surrogate derivative. Whether deep networks can be trained depends on this surrogate.
 
 Forward
-    Activations: the positive levels are q_1 < ... < q_m, m = 2^b - 1. Q(x) is 0 for x <= 0, else
-    the q_i with t_i-1 < x <= t_i. Each threshold t_i is half way between q_i and q_i+1, but t_0 is
-    0 and t_m is infinite. The levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1).
+    Activations: the positive levels are q_1 < ... < q_m, m = 2^b - 1. Q(x) is 0 for x <= 0, and q_i
+    for t_i-1 < x <= t_i. The threshold t_0 is 0, t_m is infinite, and every other t_i is halfway
+    between q_i and q_i+1. The levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1).
     With uniform levels, q_i is i times a step.
-    Weights, per output filter: mean|w| sign(w), sign(0) = +1.
+    Weights, for each output filter: mean|w| sign(w), with sign(0) = +1.
 
 Backward
     Activations: the option `backward` sets the derivative. vanilla: 1{x > 0}. clipped: 1{0 < x <=
-    q_m}. log_tailed: as clipped up to q_m, and 1 / (x - (q_m - 1)) above q_m.
-    levels=sign: 1{|x| <= 1}.
+    q_m}. log_tailed: 1{x > 0} up to q_m, and 1 / (x - (q_m - 1)) above q_m.
+    With levels=sign, the derivative is 1{|x| <= 1}.
     Weights: dL/dw = dL/dw_hat, without clipping and without the factor alpha = mean|w|.
 
 Schedule
@@ -30,7 +30,7 @@ Sites
     weight, input.
 
 State
-    None: levels are constants.
+    None, because the levels are constants.
 
 Bits
     w 1 or 32, a 1-8 or 32, g 32; by default w1a2g32.
@@ -38,30 +38,32 @@ Bits
 Protocol
     The authors train VGG-small on CIFAR-10 by SGD with momentum 0.9, batch size 100 and weight
     decay 5e-4. The learning rate falls linearly from 0.01 to 0 over 200 epochs. Images are padded
-    by repeating their border pixels, and are then cropped at random. The first and last layers are
-    float, and the last layer's input is not quantized. The last layer's bias has twice the learning
-    rate and no weight decay. The running averages of batch normalization have momentum 0.05.
+    by repeating their border pixels, and then cropped at random positions. The first and last
+    layers are float, and the last layer's input is not quantized. The last layer's bias has twice
+    the learning rate and no weight decay. In the running averages of batch normalization, a new
+    batch has weight 0.05.
 
 Choices
-    levels: `uniform` (the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`. `sign`
-    is the paper's control. It replaces the half-wave quantizer by the one-bit function sign(x),
-    with the derivative of hard tanh.
-    constants: `exact` computes the optimum. `authors` uses rounded constants. For 2 bits they are
-    those of the authors' code: step 0.538, or the non-uniform levels 0.453 and 1.51 (three values
-    with 0). The authors' code has no constants for other widths. For 1, 3 and 4 bits, the steps
-    0.799, 0.3217 and 0.185 are those of EdMIPS, later code by the same first author.
-    threshold: `zero` is the paper's first threshold. `half_step` puts the first threshold at half a
-    step, as in round(x / step), and uses the step that is optimal for this threshold. EdMIPS also
-    has its first threshold at half a step. Its constants, however, are optimal for threshold 0.
-    A ReLU in front of the quantizer changes nothing, since the quantizer itself maps x <= 0 to 0.
-    Where the network allows it, the ReLU is removed.
-    The released code does not contain the offset of the log tail. The value q_m - 1 makes the
-    derivative continuous at q_m.
+    levels: `uniform` (as in the paper's networks), `optimal` (non-uniform, Lloyd-Max) or `sign`.
+    `sign` is a control experiment of the paper. It replaces the half-wave quantizer by the one-bit
+    function sign(x), with the derivative of hard tanh.
+    constants: `exact` computes the optimal levels. `authors` uses rounded constants. The constants
+    for 2 bits come from the authors' code: step 0.538, or the non-uniform levels 0.453 and 1.51
+    (three values with 0). The authors' code has no constants for other widths. The steps for 1, 3
+    and 4 bits (0.799, 0.3217 and 0.185) come from EdMIPS, later code by the same first author.
+    threshold: `zero` is the paper's first threshold. `half_step` sets the first threshold to half a
+    step, as in round(x / step), and uses the optimal step for this threshold. EdMIPS also has a
+    first threshold of half a step, but the steps in EdMIPS are optimal for the first threshold 0.
+    A ReLU in front of the quantizer changes nothing, because the quantizer maps x <= 0 to 0. qbench
+    removes the ReLU where the network allows it.
+    The released code does not contain the offset of log_tailed. qbench uses q_m - 1, because this
+    offset makes the derivative continuous at q_m.
 
 Deviations
-    In the authors' CIFAR-10 network, the last batch normalization, in front of ReLU and the linear
-    layer, has scale and shift. The networks vgg_small and hwgq_resnet follow the authors. In all
-    other networks of qbench, no batch normalization has scale and shift.
+    In the authors' CIFAR-10 network, the last batch normalization has scale and shift. It is
+    followed by ReLU and the linear layer. The networks vgg_small and hwgq_resnet follow the
+    authors. With this method, no batch normalization in any other network of qbench has scale and
+    shift.
 
 Results
     docs/results.md (digits, glyphs).
@@ -91,9 +93,10 @@ from qbench.quant.quantizer import Grid, Quantizer
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
 AUTHORS_STEPS = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
-"""Maps bits to a rounded step.
+"""Maps a width in bits to a rounded step.
 
-The step for 2 bits is from the authors' code. The others are from zhaoweicai/EdMIPS, models/quant_module.py.
+The step for 2 bits is from the authors' code. The other steps are from zhaoweicai/EdMIPS,
+models/quant_module.py.
 """
 AUTHORS_OPTIMAL = {2: (0.453, 1.51)}
 BACKWARD_TRAITS = {"vanilla": {"cells_input"}, "clipped": {"clipped_input", "cells_input"}, "log_tailed": set[str]()}
@@ -109,7 +112,7 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
 
     Args:
         bits: 1 to 8.
-        uniform: whether to return multiples of one step instead of Lloyd-Max levels.
+        uniform: true returns multiples of one step, false returns Lloyd-Max levels.
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits}: must be 1 to 8")
@@ -118,17 +121,17 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
 
 
 def half_step_levels(bits: int) -> Tensor:
-    """Return the optimal uniform levels for round(x / step), in which the first threshold is half a step."""
+    """Return the optimal equally spaced levels if the first threshold is half a step, as in round(x / step)."""
     m = 2**bits - 1
     return torch.tensor([i * _step(m, 0.5) for i in range(1, m + 1)])
 
 
 @in_float32
 def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
-    """Quantize activations (any shape) to 0 and the positive `levels` (m,), ascending.
+    """Quantize activations (any shape) to 0 and the positive `levels` (m,), which are in ascending order.
 
-    Thresholds are 0 and the midpoints between levels. A value that is equal to a threshold gets the
-    lower level.
+    The thresholds are 0 and the midpoints between positive levels. A value equal to a threshold
+    gets the lower level.
 
     Args:
         backward: vanilla, clipped or log_tailed; see the method card.
@@ -141,13 +144,13 @@ def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") ->
 
 @in_float32
 def quantize_activation_half_step(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
-    """Quantize activations to 0 and uniform positive `levels` (m,), with the first threshold at half a step."""
+    """Quantize activations to 0 and equally spaced positive `levels` (m,). The first threshold is half a step."""
     levels = levels.to(x)
     return _quantized(x, torch.cat([levels[:1] / 2, (levels[1:] + levels[:-1]) / 2]), levels, backward)
 
 
 def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> Tensor:
-    """Return levels[i] for the last i with x > thresholds[i], and 0 where there is no such i."""
+    """Return levels[i] for the largest i with x > thresholds[i]. If x is above no threshold, return 0."""
     top = levels[-1]  # q_m
 
     def plain(x: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells, with borders at the thresholds, at 0 and at the last level. The slope may change at borders."""
+    """Return the cells, with borders where value or slope can change: the thresholds, 0 and the largest level."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
@@ -179,13 +182,13 @@ def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
 
 @in_float32
 def binarize_weight(w: Tensor) -> Tensor:
-    """Binarize weights (O, ...) per output filter: mean|w| sign(w), with the identity as gradient. Section 3."""
+    """Binarize weights (O, ...) per output filter: mean|w| sign(w). The gradient passes unchanged. Section 3."""
     return straight_through(w, filter_scale(w) * sign(w))
 
 
 @in_float32
 def binarize_activation(x: Tensor) -> Tensor:
-    """Binarize activations (any shape): sign(x), where sign(0) = +1, with gradient 1 where |x| <= 1, else 0."""
+    """Return sign(x) for activations (any shape), with sign(0) = +1. The gradient is 1 where |x| <= 1, else 0."""
     return fused_quantizer(
         x,
         plain=lambda x: surrogate(x, sign(x), x.detach().abs() <= 1),
@@ -197,7 +200,7 @@ def binarize_activation(x: Tensor) -> Tensor:
 
 
 def _slope(x: Tensor, top: Tensor, backward: str) -> Tensor:
-    """Return the surrogate derivative at x, for the largest level `top`."""
+    """Return the surrogate derivative at x. `top` is the largest level."""
     if backward == "vanilla":
         return x > 0
     if backward == "clipped":
@@ -211,15 +214,15 @@ def _density(x: Tensor) -> Tensor:
 
 
 def _tail_probability(x: Tensor) -> Tensor:
-    """Return the probability that a value from N(0, 1) is above x, accurate in the tail."""
+    """Return the probability that a value from N(0, 1) is above x. The result is accurate for large x too."""
     return torch.erfc(x / math.sqrt(2)) / 2
 
 
 @lru_cache
 def _step(m: int, first: float) -> float:
-    """Return the optimal step of m uniform levels for thresholds at first, 1.5, 2.5, ... steps.
+    """Return the optimal step of m equally spaced levels whose thresholds are `first`, 1.5, 2.5, ... steps.
 
-    The step is the root of the derivative of the mean squared error, found by bisection.
+    Bisection finds the step at which the derivative of the mean squared error is 0.
     """
     i = torch.arange(1, m + 1, dtype=torch.float64)
 
@@ -242,9 +245,10 @@ def _step(m: int, first: float) -> float:
 
 @lru_cache
 def _lloyd_max(m: int) -> list[float]:
-    """Return m levels that are the centroids of their cells on the half line, by Newton's method.
+    """Return the m Lloyd-Max levels for the positive half of N(0, 1), computed by Newton's method.
 
-    Lloyd's iteration has the same fixed point but converges slowly for many levels.
+    Each level is the centroid of its cell. Lloyd's iteration gives the same levels, but converges
+    slowly if m is large.
     """
     # Start from the levels that are optimal in the limit of many levels. Their density is
     # proportional to the cube root of the Gaussian density (Panter and Dite 1951). This cube root
@@ -272,7 +276,7 @@ def _lloyd_max(m: int) -> list[float]:
 
 
 class HWGQWeight(BinaryWeight):
-    """Binary quantizer of one layer's weights, as in BWN, but with the identity as gradient."""
+    """Binary quantizer of one layer's weights. Values are as in BWN, but the gradient passes unchanged."""
 
     def __init__(self) -> None:
         super().__init__("identity")
@@ -283,7 +287,7 @@ class HWGQWeight(BinaryWeight):
 
 
 class SignActivation(BinaryActivation):
-    """Binary quantizer of one layer's input, the paper's control."""
+    """Binary quantizer of one layer's input, for the paper's control experiment."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the signs of the activations."""
@@ -305,12 +309,12 @@ class HWGQActivation(Quantizer):
         return quantize_activation(x, self.levels, self.backward)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: zero and the positive levels."""
+        """Return the allowed values, one group for the whole tensor: zero and the positive levels."""
         return Grid(torch.cat([self.levels.new_zeros(1), self.levels]).to(x.dtype).reshape(1, -1, 1))
 
 
 class HalfStepHWGQActivation(HWGQActivation):
-    """Half-wave Gaussian quantizer whose first threshold is half a step."""
+    """Half-wave Gaussian quantizer of one layer's input, with half a step as the first threshold."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized activations."""
@@ -318,7 +322,7 @@ class HalfStepHWGQActivation(HWGQActivation):
 
 
 def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
-    """Return the levels for the options `levels`, `constants` and `threshold`."""
+    """Return the positive levels that the options `levels`, `constants` and `threshold` select."""
     if constants == "authors":
         if kind == "uniform" and bits in AUTHORS_STEPS:
             return AUTHORS_STEPS[bits] * torch.arange(1, 2**bits, dtype=torch.float64).float()
@@ -329,7 +333,7 @@ def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
 
 
 def _sign_control(w: int, a: int) -> Method:
-    """Return the paper's control: binary activations, with the weights of HWGQ."""
+    """Return the `Method` of the paper's control experiment: binary activations, and weights as in HWGQ."""
     return Method(
         name="hwgq",
         bits=Bits(w, a),
@@ -350,7 +354,7 @@ def build(
     threshold: str = "zero",
     backward: str = "clipped",
 ) -> Method:
-    """Return HWGQ. The method card explains the options."""
+    """Return the `Method` for HWGQ. The method card explains the options."""
     allowed = {
         "levels": ("uniform", "optimal", "sign"),
         "constants": ("exact", "authors"),

@@ -1,4 +1,4 @@
-"""INQ: weights become powers of two, portion by portion; the free weights are trained to compensate.
+"""INQ: weights are rounded to powers of two, portion by portion. The free weights are trained to compensate the error.
 
 Paper
     Zhou, Yao, Guo, Xu, Chen, "Incremental Network Quantization: Towards Lossless CNNs with
@@ -6,59 +6,63 @@ Paper
     AojunZhou/Incremental-Network-Quantization (Caffe).
 
 Idea
-    The largest weights are quantized and frozen, and the other weights are trained further. These
-    steps are repeated until all weights are quantized. The weights that are still free make up for
-    the loss of accuracy. Since weights are powers of two, multiplications become shifts.
+    INQ quantizes and freezes the largest weights, and trains the other weights further. It repeats
+    these two steps until all weights are quantized. Training the free weights compensates the loss
+    of accuracy that the frozen weights cause. Because quantized weights are powers of two, shifts
+    replace multiplications.
 
 Forward
-    Per layer: levels +-2^n1, ..., +-2^n2 and 0, with s = max|w|, n1 = floor(log2(4 s / 3)), n2 = n1
-    + 1 - 2^(b-1) / 2.
+    The levels of a layer are +-2^n1, ..., +-2^n2 and 0, with s = max|w|, n1 = floor(log2(4 s / 3)),
+    n2 = n1 + 1 - 2^(b-1) / 2.
     Let l < h be the magnitudes of two neighbouring levels; the lowest magnitude is 0. A weight with
-    |w| in [(l + h) / 2, 3 h / 2) gets the magnitude h and keeps its sign. Frozen weights keep their
-    level; free weights are float.
+    |w| in [(l + h) / 2, 3 h / 2) gets the magnitude h and keeps its sign. A frozen weight keeps its
+    level. Free weights are float.
 
 Backward
-    dL/dw for free weights; no gradient for frozen weights.
+    Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
-    One phase per portion. All phases have equal length. Each phase restarts the learning-rate
-    schedule and clears momentum. In the last phase (portion 1), only batch normalization and biases
-    are trained. With variant=authors, the last phase is the last epoch. No parameter is trained in
-    it, but the running averages of batch normalization are still updated.
+    One phase per portion. All phases have equal length. At the start of each phase, the
+    learning-rate schedule restarts and momentum is set to zero. In the last phase (portion 1), only
+    batch normalization and biases are trained. With variant=authors, the last phase is only the
+    last epoch. In this epoch no parameter is trained, but the running averages of batch
+    normalization are still updated.
 
 Sites
     weight.
 
 State
-    frozen (bool, shape of the weights): the mask. value (float, shape of the weights): the frozen
-    values. n1 (int scalar): the largest exponent, set when the first portion is frozen.
+    frozen (bool, shape of the weights): which weights are frozen. value (float, shape of the
+    weights): the values of the frozen weights. n1 (int scalar): the largest exponent, set when the
+    first portion is frozen.
 
 Bits
-    w 2-8 or 32, a and g 32; by default w5a32g32. A width b gives 2^(b-1) + 1 levels, so 2 bits are
-    ternary.
+    w 2-8 or 32, a and g 32; by default w5a32g32. With b bits, there are 2^(b-1) + 1 levels. With 2
+    bits, weights are therefore ternary.
 
 Protocol
     ImageNet from published float networks: SGD with momentum 0.9 and weight decay 5e-4
-    (2e-4 for GoogLeNet). The accumulated portions depend on the network. For ResNets at 5 bits,
-    they are 0.5 0.75 0.875 1. At fewer bits, there are more and smaller portions. All layers are
+    (2e-4 for GoogLeNet). A portion is the fraction of a layer's weights that is frozen after a
+    phase. The portions depend on the network. For ResNets with 5 bits, they are 0.5, 0.75, 0.875
+    and 1. With fewer bits, the paper uses more portions with smaller differences. All layers are
     quantized, but biases and batch normalization are not. The paper does not state the learning
-    rate and the epochs of each portion.
+    rate and the number of epochs of each phase.
 
 Choices
-    portions: by default 0.5 0.75 0.875 1, as in the paper's ResNets.
+    portions: by default 0.5, 0.75, 0.875 and 1, as for the paper's ResNets.
     partition: `largest` freezes the largest weights first. `random` chooses the weights at random,
     as in the paper's ablation.
-    variant: `paper` (default) follows the paper. `authors` follows three details of the authors'
-    code. A weight half way between two levels goes to the lower magnitude. The number of weights in
-    a portion is rounded up. After the last portion is frozen, nothing is trained, because the
-    authors' last solver has max_iter: 1.
+    variant: `paper` (default) follows the paper. `authors` copies three details of the authors'
+    code. A weight halfway between two levels is rounded to the smaller magnitude. The number of
+    weights in a portion is rounded up. After the last portion is frozen, nothing is trained,
+    because the last solver file of the authors has max_iter: 1.
     n1 is computed for the first portion only. The authors' code computes n1 again for every
-    portion. From the first portion on, however, the largest weight is frozen. So n1 is the same in
-    both cases, unless a free weight becomes larger than this frozen one.
+    portion. The largest weight is frozen in the first portion. Both ways therefore give the same
+    n1, unless a free weight later becomes larger than this frozen weight.
 
 Deviations
     The first and last layers stay float, following the layer policy. The paper quantizes both
-    layers. layers.first=same layers.last=same quantizes both here.
+    layers. To quantize both layers in qbench, type layers.first=same layers.last=same.
 
 Results
     docs/results.md (digits).
@@ -82,7 +86,7 @@ VARIANTS = ("paper", "authors")
 
 
 def largest_exponent(w: Tensor) -> int:
-    """Return n1 = floor(log2(4 s / 3)), s = max|w|, of a layer's weights, or 0 if all weights are zero. Eq. 2."""
+    """Return a layer's largest exponent n1 = floor(log2(4 max|w| / 3)), or 0 if all weights are zero. Eq. 2."""
     s = w.detach().abs().max().item()
     if s == 0:
         return 0
@@ -92,12 +96,12 @@ def largest_exponent(w: Tensor) -> int:
 
 
 def power_of_two_levels(w: Tensor, bits: int) -> Tensor:
-    """Return the 2^(bits-1) + 1 levels of a layer's weights, ascending, with 0 in the middle. Eq. 1-3."""
+    """Return the 2^(bits-1) + 1 levels of a layer's weights, in ascending order, with 0 in the middle. Eq. 1-3."""
     return levels_from_exponent(largest_exponent(w), bits).to(w)
 
 
 def levels_from_exponent(n1: int, bits: int) -> Tensor:
-    """Return the levels +-2^n2, ..., +-2^n1 and 0 for a largest exponent n1, ascending. Eq. 1-3."""
+    """Return the levels 0 and +-2^n2, ..., +-2^n1 in ascending order, for the largest exponent n1. Eq. 1-3."""
     n2 = n1 + 1 - 2 ** (bits - 1) // 2
     powers = torch.tensor([2.0**n for n in range(n2, n1 + 1)])
     return torch.cat([-powers.flip(0), torch.zeros(1), powers])
@@ -105,14 +109,15 @@ def levels_from_exponent(n1: int, bits: int) -> Tensor:
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
-    """Quantize a layer's weights (any shape) to the levels for their maximum. Eq. 4. No gradient."""
+    """Quantize a layer's weights (any shape) to the levels that follow from max|w|. Eq. 4. No gradient."""
     return round_to_levels(w, power_of_two_levels(w, bits))
 
 
 def round_to_levels(w: Tensor, levels: Tensor, *, ties_up: bool = True) -> Tensor:
-    """Return the nearest of `levels` for each weight. Ties go to the larger magnitude if `ties_up`. No gradient.
+    """Round each weight to the nearest of `levels`. No gradient.
 
-    Weights beyond the largest level get the largest level.
+    A weight halfway between two levels gets the larger magnitude if `ties_up` is true, else the
+    smaller magnitude. A weight outside the range of the levels gets the nearest end of the range.
     """
     magnitudes = levels[levels.numel() // 2 :].to(w)  # 0 and the positive levels
     borders = (magnitudes[1:] + magnitudes[:-1]) / 2
@@ -121,7 +126,7 @@ def round_to_levels(w: Tensor, levels: Tensor, *, ties_up: bool = True) -> Tenso
 
 
 def select_largest(w: Tensor, portion: float, frozen: Tensor) -> Tensor:
-    """Extend the mask `frozen` by the largest free weights until it covers the fraction `portion` of the layer."""
+    """Add the largest free weights to the mask `frozen`, until the mask covers the fraction `portion` of the layer."""
     return extend_mask(frozen, w.abs(), portion)
 
 
@@ -147,15 +152,15 @@ class INQWeight(FrozenWeight):
         self.freeze(extend_mask(self.frozen, score, portion), self.level(effective))
 
     def level(self, w: Tensor) -> Tensor:
-        """Return the values that the weights would get if they were frozen."""
+        """Return the level of each weight: the value that the weight gets when it is frozen."""
         return round_to_levels(w, self._levels(w), ties_up=self.variant == "paper")
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: zero and the powers of two."""
+        """Return the allowed values, one group for the whole tensor: zero and the powers of two."""
         return Grid(self._levels(w).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of one byte for the exponent."""
+        """Return the storage size of the codes and of one byte for the exponent."""
         return Storage(w.numel(), self.bits, 1)
 
     def _levels(self, w: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ class INQWeight(FrozenWeight):
 
 
 def check_portions(portions: Sequence[float]) -> list[float]:
-    """Return accumulated portions as floats; raise `ValueError` unless they ascend from above 0 to 1."""
+    """Return the portions as floats. Raise `ValueError` unless they are ascending, above 0, and end with 1."""
     checked = [float(p) for p in portions]
     if not checked or checked != sorted(set(checked)) or checked[0] <= 0 or checked[-1] != 1:
         raise ValueError(f"portions={checked}: must be ascending numbers above 0 that end with 1")
@@ -171,7 +176,7 @@ def check_portions(portions: Sequence[float]) -> list[float]:
 
 
 def rounded_up(portion: float, count: int) -> float:
-    """Return the portion after its number of weights, portion times `count`, has been rounded up.
+    """Return `portion`, changed so that the number of weights, portion times `count`, is rounded up to an integer.
 
     The authors' code leaves int(rest * count) weights free, where rest is the decimal number
     1 - portion.
@@ -193,7 +198,7 @@ def build(
     partition: str = "largest",
     variant: str = "paper",
 ) -> Method:
-    """Return INQ. `portions` are accumulated fractions of a layer, in ascending order up to 1."""
+    """Return the `Method` for INQ. `portions` are the fractions of a layer that are frozen after each phase."""
     stages = check_portions(portions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")

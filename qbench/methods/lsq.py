@@ -1,13 +1,13 @@
-"""LSQ: uniform levels with a learned step, for weights and activations.
+"""LSQ: equally spaced levels with a learned step, for weights and activations.
 
 Paper
     Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020,
     arXiv 1902.08153.
 
 Idea
-    The step is trained by its gradient. All values contribute to this gradient: the rounded ones as
-    well as the clipped ones. The gradient is scaled so that steps and weights change at comparable
-    rates.
+    The step between levels is a parameter, trained by gradient descent. Both rounded and clipped
+    values contribute to its gradient. This gradient is scaled so that steps and weights change at
+    comparable rates.
 
 Forward
     v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.
@@ -15,9 +15,9 @@ Forward
 
 Backward
     dL/dv = dL/dv_hat where -Qn < v / s < Qp, else 0.
-    dv_hat/ds = round(v / s) - v / s inside this range, -Qn below it, and Qp above it. dL/ds is
-    scaled by 1 / sqrt(N Qp), where N is the number of weights of the layer, or the number of
-    activations of one sample.
+    dv_hat/ds = round(v / s) - v / s for -Qn < v / s < Qp, -Qn for smaller v, and Qp for larger v.
+    dL/ds is multiplied by 1 / sqrt(N Qp), where N is the number of weights of the layer, or the
+    number of activations of one sample.
 
 Schedule
     One phase, from a float network.
@@ -26,9 +26,10 @@ Sites
     weight, input.
 
 State
-    step (scalar): one for a layer's weights, one for its input. With channel=true, the weights have
-    one step per output channel, (O, 1, ...). signed (bool): whether the input's levels include
-    negative values. ready (bool): whether the input's step was set from data.
+    step (scalar): the step. A layer has one step for its weights and another step for its input.
+    With channel=true, the weights have one step per output channel, (O, 1, ...). signed (bool):
+    whether the levels of the input include negative values. ready (bool): whether the step of the
+    input has been set from data.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w2a2g32.
@@ -39,13 +40,13 @@ Protocol
 
 Choices
     channel: `false` (default) is the paper's one step per layer. `true` is one step per output
-    channel, as in many later papers and libraries. N is then the number of weights of the channel.
-    Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over the probe; the
-    paper uses the first batch. An input that has negative values in the probe gets levels of both
-    signs.
+    channel, as in many later papers and libraries. N is then the number of weights in one channel.
+    Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over 256 training images
+    (the probe). The paper uses the first batch. If the input of a layer has negative values on the
+    probe, its levels are positive and negative.
 
 Deviations
-    Steps are kept at 1e-8 or more.
+    qbench keeps steps at 1e-8 or more.
 
 Results
     docs/results.md (digits).
@@ -72,10 +73,10 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
 
 @in_float32
 def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """Quantize x (any shape) to `step` times an integer from -Qn to Qp; see `limits`. Eq. 1-3.
+    """Quantize x (any shape) to `step` times an integer from -Qn to Qp (see `limits`). Eq. 1-3.
 
-    `step` is above 0 and gets the gradient of eq. 3. It is a scalar, or has one element per index
-    of the first axis, as (O, 1, ..., 1). With 32 bits, return x itself.
+    `step` must be above 0 and gets the gradient of eq. 3. It is a scalar, or a tensor (O, 1, ...,
+    1) with one step per output channel. With 32 bits, return x itself.
     """
     if bits == FLOAT:
         return x
@@ -104,12 +105,12 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def _sum_to(values: Tensor, step: Tensor) -> Tensor:
-    """Return the sum of the values that share a step, in the step's shape."""
+    """Sum all values that share a step. The result has the shape of the step."""
     return values.sum() if step.dim() == 0 else values.sum(tuple(range(1, values.dim())), keepdim=True)
 
 
 def initial_step(x: Tensor, bits: int, signed: bool, channel: bool = False) -> Tensor:
-    """Return the initial step 2 mean|x| / sqrt(Qp), or 1 if x is all zero. With `channel`, one per index of axis 0."""
+    """Return the initial step 2 mean|x| / sqrt(Qp), or 1 if x is zero. `channel`: one step per index of axis 0."""
     magnitude = x.detach().abs()
     mean = magnitude.mean(tuple(range(1, x.dim())), keepdim=True) if channel else magnitude.mean()
     start = 2 * mean / max(limits(bits, signed)[1], 1) ** 0.5
@@ -117,18 +118,18 @@ def initial_step(x: Tensor, bits: int, signed: bool, channel: bool = False) -> T
 
 
 def scale_gradient(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
-    """Return the step unchanged. The backward pass multiplies its gradient by `gradient_scale`."""
+    """Return the step unchanged. The backward pass multiplies the gradient of the step by `gradient_scale`."""
     factor = gradient_scale(count, bits, signed)
     return on_backward(step, lambda grad: grad * factor)
 
 
 def gradient_scale(count: int, bits: int, signed: bool) -> float:
-    """Return the factor of a step's gradient: 1 / sqrt(count Qp). Section 2.2."""
+    """Return the factor on a step's gradient, 1 / sqrt(count Qp). Section 2.2."""
     return float((count * max(limits(bits, signed)[1], 1)) ** -0.5)
 
 
 def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
-    """Return a grid with one group per step: the step times every integer from -Qn to Qp."""
+    """Return the allowed values, with one group per step: the step times each integer from -Qn to Qp."""
     low, high = limits(bits, signed)
     points = (torch.arange(-low, high + 1, device=step.device) * step.reshape(-1, 1)).unsqueeze(2)
     return Grid(points) if step.dim() == 0 else Grid(points, lambda t: t.reshape(len(t), -1, 1))
@@ -150,15 +151,15 @@ class LSQWeight(Quantizer):
         return quantize(w, scale_gradient(self.step, count, self.bits, signed=True), self.bits, True)
 
     def gradient_factor(self, w: Tensor) -> float:
-        """Return the factor of the step's gradient."""
+        """Return the factor by which the step's gradient is multiplied."""
         return gradient_scale(w.numel() // self.step.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per step: the step times every integer from -Qn to Qp."""
+        """Return the allowed values, with one group per step: the step times each integer from -Qn to Qp."""
         return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of the steps."""
+        """Return the storage size of the codes and of the steps."""
         return Storage(w.numel(), self.bits, 4 * self.step.numel())
 
 
@@ -183,7 +184,7 @@ class LSQActivation(Quantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set `signed` and the step from inputs x of the layer."""
+        """Set `signed` and the initial step from x, inputs of the layer."""
         self.is_signed = bool((x < 0).any()) and self.bits > 1
         self.signed.fill_(self.is_signed)
         self.step.copy_(initial_step(x, self.bits, self.is_signed))
@@ -201,11 +202,11 @@ class LSQActivation(Quantizer):
         return quantize(x, step, self.bits, self.is_signed)
 
     def gradient_factor(self, x: Tensor) -> float:
-        """Return the factor of the step's gradient."""
+        """Return the factor by which the step's gradient is multiplied."""
         return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: the step times every integer from -Qn to Qp."""
+        """Return the allowed values, one group for the whole tensor: the step times every integer from -Qn to Qp."""
         return _grid(self.step, self.bits, bool(self.signed))
 
 
@@ -216,7 +217,7 @@ def _reset_sign(module: nn.Module, keys: object) -> None:
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:
-    """Set the step of every input quantizer from the layer's inputs, measured on the probe in the float network."""
+    """Set the step of every input quantizer from the layer's inputs in the float network, on the probe images."""
     for name, layer in quantized_layers(model).items():
         if isinstance(layer.input_q, LSQActivation):
             with float_mode(model):
@@ -231,7 +232,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, a: int = 2, channel: bool = False) -> Method:
-    """Return LSQ. The method card explains the option."""
+    """Return the `Method` for LSQ. The method card explains the option `channel`."""
     return Method(
         name="lsq",
         bits=Bits(w, a),

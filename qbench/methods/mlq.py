@@ -1,69 +1,74 @@
-"""MLQ: ternary weights; outer clusters are frozen before the middle one, and layers in the order of a measured loss.
+"""MLQ: weights become ternary in steps, outer clusters first. A measured loss sets the order of the layers.
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
     Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ. In that repository,
-    MLQ exists only in an editor's backup file, with the order of the layers written by hand.
+    the only code of MLQ is a backup file of a text editor. The order of the layers is a constant in
+    this file.
 
 Idea
-    With three clusters per layer, freezing a cluster leaves few free weights in the layer for
-    retraining. The layers are therefore not quantized all at once. The layers whose quantization
-    raises the loss most come first, and the layers that are still free compensate.
+    If a layer has only three clusters, few of its weights are still free after one cluster is
+    frozen. MLQ therefore does not quantize all layers at once. It starts with the layers whose
+    quantization raises the loss most. The layers that are still free are trained to compensate.
 
 Forward
-    One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer. A layer starts float. First
-    the weights of the boundary clusters (the outer ones) are frozen at their centroids, while the
-    zero cluster (the middle one) is trained further. Then all weights are clustered again with the
-    frozen centroids fixed, and the zero cluster is frozen too.
+    One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer. The boundary clusters are the
+    outer two clusters, and the zero cluster is the middle cluster. At the start, all weights of a
+    layer are free. First the weights of the boundary clusters are frozen at their centroids, and
+    the weights of the zero cluster are trained further. Then all weights are clustered again with
+    the frozen centroids fixed, and the zero cluster is frozen too.
 
 Backward
-    dL/dw for free weights; no gradient for frozen weights.
+    Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
     One phase for each group of clusters: first the boundary clusters, then the zero cluster. The
-    phases have equal length. In a step, a layer freezes its next clusters. In the first half of a
-    phase, the layers take their steps one after another. The steps are spread as evenly as the
-    number of epochs allows. In the second half, all free weights are trained further. The
-    learning-rate schedule restarts and momentum is cleared at the start of a phase, not at each
-    step.
-    Before steps are taken, the loss is measured once for each remaining layer. For this
-    measurement, the next clusters of this layer are frozen, but those of the other remaining layers
-    are not. The loss is the network's loss on the probe, a fixed part of the training images. The
-    layers with the largest loss take their step.
+    phases have equal length. A freezing step freezes the next group of clusters in one layer. The
+    freezing steps of all layers are spread over the first half of a phase, as evenly as the number
+    of epochs allows. In the second half of a phase, all free weights are trained further. At the
+    start of each phase, the learning-rate schedule restarts and momentum is set to zero. A freezing
+    step changes neither the schedule nor the momentum.
+    Before freezing steps, the loss of the network is measured once for each layer that has not
+    taken its step in this phase. During this measurement, the next clusters of this one layer are
+    replaced by their centroids. The loss is measured on 256 fixed training images (the probe). The
+    layers with the largest loss take their freezing step.
 
 Sites
     weight.
 
 State
     frozen, value, centroids, settled: as in SLQ.
-    turn (int, one per group of clusters): the position of this layer's step among all steps of all
-    layers, or 0 before the step.
-    loss (float64, one per group): the loss measured for this step, or NaN if no loss was measured.
+    turn (int, one per group of clusters): the position of the freezing step of this layer and group
+    among all freezing steps of the network, or 0 before this step.
+    loss (float64, one per group): the loss measured for this freezing step, or NaN if no loss was
+    measured.
 
 Bits
     w 2 (three values), 3 (five), 4 (nine) or 32; a and g 32; by default w2a32g32.
 
 Protocol
-    ResNet-20 on CIFAR-10, and ImageNet networks. There are at least 18 iterations, judging by the
-    authors' file names. The learning rates are unknown.
+    The authors train ResNet-20 on CIFAR-10, and ImageNet networks. The names of the authors' files
+    suggest at least 18 iterations of freezing and training. The learning rates are unknown.
 
 Choices
-    zero: `mean`, as in the authors' code, freezes the zero cluster at its mean. This mean is not
-    exactly 0, and the boundary clusters are then not symmetric. `pinned` keeps one centroid at
-    exactly 0.
-    All layers freeze their boundary clusters before any layer freezes its zero cluster. This is our
-    reading of "boundary before zero". The sources describe only the states of single layers. The
-    loss of the remaining layers is measured again whenever steps are due.
-    The order at 3 and 4 bits, with five and nine clusters, is entirely our reading. The outermost
-    two clusters are frozen first, then the next two inwards, and so on to the middle cluster.
-    depth: `false` is the ablation, in which all layers take their step at the start of a phase, and
-    no loss is measured.
+    zero: the value of the zero cluster. `mean` is the mean of its weights, as in the authors' code.
+    The mean is not exactly 0. `pinned` keeps this centroid at exactly 0.
+    In qbench, all layers freeze their boundary clusters before any layer freezes its zero cluster.
+    This is our interpretation of "boundary before zero", because the sources describe only single
+    layers. The loss of the remaining layers is measured again before every round of freezing steps.
+    With 3 bits there are five clusters, and with 4 bits there are nine. The sources do not state
+    the order for these widths. qbench freezes the outermost two clusters first, then the next two
+    inwards, and the middle cluster last.
+    depth: `true` (default) is the order described above.
+    `false` is an ablation: all layers take their freezing step at the start of a phase, and no loss
+    is measured.
 
 Deviations
-    k-means is exact here. The authors run ten Lloyd iterations that start from powers of two.
+    qbench finds the optimal k-means clusters. The authors run ten Lloyd iterations that start from
+    powers of two.
     The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer. It also quantizes the last layer, except in ResNet-18. layers.first=same
-    layers.last=same quantizes both here.
+    the first layer. It also quantizes the last layer, except in ResNet-18. To quantize both layers
+    in qbench, type layers.first=same layers.last=same.
 
 Results
     docs/results.md (digits).
@@ -87,14 +92,14 @@ CLUSTER_GROUPS = {
     3: ("outer", "inner", "zero"),
     4: ("outer", "second", "third", "inner", "zero"),
 }
-"""Weight width in bits -> the groups of clusters, in the order in which they are frozen."""
+"""Maps a width in bits to the names of the groups of clusters, in the order in which they are frozen."""
 PINNED: dict[str, tuple[float, ...]] = {"mean": (), "pinned": (0.0,)}
 ADVANCING_SHARE = 0.5
-"""Share of a phase in which layers take their step; in the rest, all free weights are trained further."""
+"""Fraction of a phase in which layers take their freezing steps. In the rest, all free weights are trained further."""
 
 
 class MLQWeight(slq.SLQWeight):
-    """Quantizer of one layer's weights. The boundary clusters are frozen first, then all others."""
+    """Quantizer of one layer's weights. The outermost clusters are frozen first, and the middle cluster last."""
 
     turn: Tensor
     loss: Tensor
@@ -110,10 +115,10 @@ class MLQWeight(slq.SLQWeight):
         return int((self.turn > 0).sum())
 
     def next_clusters(self, w: Tensor) -> tuple[Clusters, Tensor]:
-        """Return the current clustering, and the mask (m,) of the clusters that are frozen after the next step.
+        """Return the current clustering, and the mask (m,) of clusters that are frozen after the next freezing step.
 
-        The mask covers the clusters frozen so far, the lowest free cluster and the highest free
-        cluster. In the last step, it covers all clusters.
+        The mask is true for the clusters frozen so far, the lowest free cluster and the highest
+        free cluster. In the last step, the mask is true for all clusters.
         """
         clusters = self.clusters(w)
         frozen, free = clusters.settled.clone(), (~clusters.settled).nonzero().flatten()
@@ -125,7 +130,7 @@ class MLQWeight(slq.SLQWeight):
         return clusters, frozen
 
     def report(self) -> dict[str, float]:
-        """Return SLQ's report, with the turn and the measured loss of each group of clusters added."""
+        """Return SLQ's report and, for each group of clusters, the turn and the measured loss."""
         report = super().report()
         for name, turn, loss in zip(CLUSTER_GROUPS[self.bits], self.turn.tolist(), self.loss.tolist(), strict=True):
             report[f"turn_{name}"] = turn
@@ -135,7 +140,7 @@ class MLQWeight(slq.SLQWeight):
 
 
 def steps_due(epoch: int, epochs: int, layers: int, groups: int, depth: bool = True) -> int:
-    """Return how many of the `layers * groups` single-layer steps are done before an epoch is trained."""
+    """Return how many of the `layers * groups` freezing steps must be done before an epoch is trained."""
     current = stage(epoch, epochs, groups)
     if not depth:
         return (current + 1) * layers
@@ -147,10 +152,10 @@ def steps_due(epoch: int, epochs: int, layers: int, groups: int, depth: bool = T
 
 @torch.no_grad()
 def freeze_next(model: nn.Module, count: int, depth: bool, probe: Probe) -> None:
-    """Freeze the next clusters of one layer after another, until `count` single-layer steps are done.
+    """Freeze the next clusters of one layer after another, until `count` freezing steps are done.
 
-    The layers with the largest loss come first. A group of clusters is frozen in all layers before
-    the next group begins.
+    The layers with the largest measured loss come first. The next group of clusters begins when all
+    layers have frozen the current group.
     """
     sites = _sites(model)
     while (done := sum(site.frozen_groups for site, _ in sites)) < count:
@@ -171,7 +176,7 @@ def _sites(model: nn.Module) -> list[tuple[MLQWeight, Tensor]]:
 
 
 def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
-    """Return MLQ. The method card explains `depth` and `zero`."""
+    """Return the `Method` for MLQ. The method card explains `depth` and `zero`."""
     if zero not in PINNED:
         raise ValueError(f"zero={zero}: must be one of {', '.join(PINNED)}")
     groups = len(CLUSTER_GROUPS.get(w, CLUSTER_GROUPS[2]))

@@ -1,20 +1,22 @@
-"""PACT: activations clipped at a learned level, weights as in DoReFa-Net.
+"""PACT: activations are clipped at a learned level, and weights are quantized as in DoReFa-Net.
 
 Paper
     Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks",
     arXiv 1805.06085 (2018).
 
 Idea
-    Clipping activations at 1 does not suit every layer. In PACT, every layer learns its clipping
-    level. Weight decay pulls this level down. A lower level means a smaller range and finer steps.
+    DoReFa-Net clips activations at 1, which does not suit every layer. In PACT, every layer learns
+    a clipping level. Weight decay reduces this level. A lower clipping level means smaller steps
+    between the levels.
 
 Forward
-    y = 0.5 (|x| - |x - alpha| + alpha); that is, x clipped to [0, alpha]. x_hat = round(y n /
-    alpha) alpha / n, n = 2^k - 1. Weights: DoReFa-Net's function of the same width.
+    Activations: y = 0.5 (|x| - |x - alpha| + alpha), which is x clipped to [0, alpha]. x_hat =
+    round(y n / alpha) alpha / n, n = 2^k - 1.
+    Weights: DoReFa-Net's function for the same number of bits.
 
 Backward
-    dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha = the sum of dL/dx_hat over x >=
-    alpha; values below alpha contribute nothing.
+    dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha is the sum of dL/dx_hat over all x >=
+    alpha. Values below alpha do not contribute to dL/dalpha.
 
 Schedule
     One phase, from a float network.
@@ -31,16 +33,15 @@ Bits
 Protocol
     CIFAR-10 ResNet-20: SGD with momentum 0.9, 200 epochs, batch size 128, weight decay 2e-4. The
     learning rate starts at 0.1 and is divided by 10 at epochs 60 and 120. The first and last layers
-    have high precision.
+    keep a high precision.
 
 Choices
-    initial: the initial value of alpha. The default, 10, is remembered from the paper and not
-    verified.
-    decay: weight decay of alpha. The default, 2e-4, is the weight decay of the weights in the
-    paper's protocol. This option does not depend on the optimizer's own weight decay.
+    initial: the initial alpha. The default 10 is remembered from the paper and not verified.
+    decay: weight decay of alpha. The default 2e-4 equals the weight decay of the weights in the
+    paper's protocol. `optim.weight_decay` does not change this option.
 
 Deviations
-    Alpha is kept at 1e-3 or more.
+    qbench keeps alpha at 1e-3 or more.
 
 Results
     docs/results.md (digits).
@@ -92,7 +93,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 
 def _cells(alpha: Tensor, n: float) -> Cells:
-    """Return the cells: one below the range, one per level, and one for x >= alpha."""
+    """Return the cells: one cell for x below 0, one cell per level, and one cell for x >= alpha."""
 
     def number(x: Tensor) -> Tensor:
         code = x.clamp(min=0).clamp_(max=scalar(alpha)).mul_(n).div_(alpha).round_()
@@ -105,7 +106,7 @@ def _cells(alpha: Tensor, n: float) -> Cells:
 
 
 class LearnedClip(Quantizer):
-    """Base class of quantizers with a learned clipping level `alpha`, a scalar with its own weight decay."""
+    """Base class of quantizers with a learned scalar clipping level `alpha`. `decay` is the weight decay of alpha."""
 
     positive_parameters: tuple[str, ...] = ("alpha",)
 
@@ -123,7 +124,7 @@ class PACTActivation(LearnedClip):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: 2^bits levels from 0 to alpha."""
+        """Return the allowed values, one group for the whole tensor: 2^bits levels from 0 to alpha."""
         return Grid((levels_k(self.bits, x) * self.alpha).reshape(1, -1, 1))
 
 
@@ -134,7 +135,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4) -> Method:
-    """Return PACT. `initial` is the initial alpha, and `decay` is the weight decay of alpha."""
+    """Return the `Method` for PACT. `initial` is the initial alpha, and `decay` is the weight decay of alpha."""
     if initial <= SMALLEST:
         raise ValueError(f"initial={initial}: must be a number above {SMALLEST}")
     if not 0 <= decay < 1:

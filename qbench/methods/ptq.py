@@ -1,58 +1,66 @@
-"""PTQ: post-training quantization, the usual way to deploy int8 networks; a control that shows what training adds.
+"""PTQ: post-training quantization. It is the usual way to deploy int8 networks, and the control for quantized training.
 
 Paper
-    None of its own. PTQ is the practice described by Krishnamoorthi, "Quantizing deep convolutional
-    networks for efficient inference", arXiv 1806.08342: symmetric weights per channel, affine
-    activations, ranges from a few images.
+    PTQ has no paper of its own. It follows the practice that is described by Krishnamoorthi,
+    "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342. Weights have
+    symmetric levels with one scale per channel. Activations have affine levels. The ranges of
+    activations are measured on a few images.
 
 Idea
-    Each range is fitted to the weights of the float network, or to its activations on some training
-    images. Nothing is trained.
+    Nothing is trained. The range of a weight quantizer is fitted to the weights of the float
+    network. The range of an activation quantizer is fitted to the activations of the float network
+    on some training images.
 
 Forward
-    Weights: s round(w / s), clipped to +-s n, n = 2^(b-1) - 1, per output channel or per layer.
-    minmax: s = max|w| / n. mse: s is 1, 2, ... or 100 % of the minmax step, whichever has the least
-    squared error.
-    Activations: as in uniform, 2^b levels over a fixed range [l, h]. The range contains zero, and
-    zero is a level. After a ReLU, l = 0. minmax: l and h are the extremes. percentile: p % of all
-    values are at most h, and p % are at least l. mse: l and h are 1, 2, ... or 100 % of the
-    extremes, whichever has the least squared error.
+    Weights: s round(w / s), clipped to +-s n, n = 2^(b-1) - 1, with one step s per output channel
+    or per layer. With weights=minmax, s = max|w| / n. With weights=mse, s is 1, 2, ... or 100 % of
+    the minmax step. The percentage with the smallest squared error is taken.
+    Activations: 2^b levels over a fixed range [l, h], as in the method uniform. The range contains
+    zero, and zero is a level. After a ReLU, l = 0. With calibration=minmax, l and h are the minimum
+    and the maximum. With calibration=percentile, p % of all values are at most h, and p % are at
+    least l. With calibration=mse, l and h are the minimum and the maximum, times 1, 2, ... or 100
+    %. The percentage with the smallest squared error is taken.
 
 Backward
-    The backward pass is needed only if the network is trained further. As in uniform, the
-    derivative is 1 for weights. For activations, it is 1 where x is in range, else 0.
+    The backward pass is used only if the network is trained further. As in the method uniform, the
+    derivative of a quantized weight is 1. The derivative of a quantized activation is 1 where x is
+    in range, else 0.
 
 Schedule
-    No epochs. `prepare` first calibrates the weights. It then calibrates the activations on the
-    layers' inputs in the float network. Finally it adapts the statistics of batch normalization to
-    the quantizers (`reestimate`). shift: the statistics are measured on the probe, in the float
-    network and again with the quantizers in place. The running mean changes by the difference, and
-    the running variance by the ratio. replace: the statistics are measured with the quantizers in
-    place. They are the mean and variance of each batch of the probe, averaged over the batches with
-    equal weights. none: the statistics of the float network are kept.
+    There are no epochs. `prepare` works in three steps. First it fits the steps of the weights.
+    Then it fits the ranges of the activations to the layers' inputs in the float network. Finally
+    it adapts the running statistics of batch normalization to the quantizers, in one of three ways
+    (`reestimate`).
+    shift: mean and variance are measured twice on the probe (256 training images), without and with
+    the quantizers. The difference of the two means is added to the running mean. The running
+    variance is multiplied by the ratio of the two variances.
+    replace: mean and variance of each batch of the probe are measured with the quantizers. The
+    averages over the batches become the running statistics.
+    none: the running statistics of the float network are kept.
 
 Sites
     weight, input.
 
 State
-    scale, (O, 1, ...) or a scalar: step of the weights, which is the minmax step until `prepare`.
-    low, high (scalars): range of a layer's input, 0 and 1 until it is calibrated.
+    scale, (O, 1, ...) or a scalar: step of the weights. Before `prepare`, it is the minmax step.
+    low, high (scalars): ends of the range of a layer's input. Before `prepare`, they are 0 and 1.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
 
 Protocol
-    Our own: calibration on the probe, which is 256 training images.
+    PTQ uses qbench's protocol: calibration on the probe, which is 256 training images.
 
 Choices
-    By default the ranges of weights and activations are both fitted by mse, and the statistics of
-    batch normalization are shifted. At few bits the options give different results, and the control
-    should not be weaker than necessary. The statistics of 256 images are noisy. With replace, this
-    noise costs more than 8 bits do. With shift, it is the same in both measurements and cancels.
-    All activations are calibrated at once on the float network, as deployment tools do. They are
-    not calibrated layer by layer with the earlier layers quantized.
-    percentile and mse use at most 2^20 values of a layer's input, spread evenly over all values.
-    mse shrinks both ends of the range by the same factor.
+    By default, both weights and calibration are mse, and reestimate is shift. With few bits, the
+    options give different results. The defaults are chosen so that the control is as accurate as
+    possible. Statistics of 256 images are noisy. With reestimate=replace, this noise costs more
+    accuracy than rounding to 8 bits. With reestimate=shift, both measurements have the same noise,
+    so it cancels.
+    The ranges of all activations are measured at once in the float network, as
+    deployment tools do. They are not measured layer by layer with the earlier layers quantized.
+    calibration=percentile and calibration=mse use at most 2^20 values of a layer's input, evenly
+    sampled. calibration=mse multiplies both ends of the range by the same factor.
 
 Deviations
     None known.
@@ -85,22 +93,22 @@ MAX_VALUES = 2**20
 """Largest number of values of a layer's input that calibration uses."""
 
 Range = tuple[Tensor, Tensor]
-"""Lower and upper end of a range that contains zero, scalars."""
+"""Lower and upper end of a range that contains zero, as scalar tensors."""
 
 
 @in_float32
 def quantize_weight(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Quantize and clip weights (O, ...) to 2^bits - 1 multiples of `scale`, which is (O, 1, ...) or a scalar."""
+    """Round and clip weights (O, ...) to 2^bits - 1 multiples of `scale`, a scalar or a tensor (O, 1, ...)."""
     top, scale = 2 ** (bits - 1) - 1, scale.to(w.dtype)
     return straight_through(w, (w.detach() / scale).round().clamp(-top, top) * scale)
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool = True, criterion: str = "minmax") -> Tensor:
-    """Return the step for weights (O, ...): one per channel, (O, 1, ..., 1), with `channel`, else a scalar.
+    """Return the step for weights (O, ...). With `channel`, return one step per channel, (O, 1, ..., 1), else a scalar.
 
     Args:
-        criterion: minmax (the step covers the whole range) or mse (the step covers the fraction of
-            the range with the least squared error).
+        criterion: minmax (the levels cover the whole range) or mse (the levels cover the fraction
+            of the range that gives the smallest squared error).
     """
     full_scale = uniform.weight_scale(w, bits, channel)
     if criterion == "minmax":
@@ -115,13 +123,13 @@ def weight_scale(w: Tensor, bits: int, channel: bool = True, criterion: str = "m
 
 
 def minmax_range(x: Tensor) -> Range:
-    """Return the extremes of x, widened to contain zero."""
+    """Return (low, high), the minimum and maximum of x. The range is widened to contain zero."""
     low, high = x.aminmax()
     return low.clamp(max=0), high.clamp(min=0)
 
 
 def percentile_range(x: Tensor, percent: float) -> Range:
-    """Return (low, high), such that `percent` % (50-100) of x are at most high, and `percent` % at least low.
+    """Return (low, high). `percent` % (50 to 100) of all values are at most high, and `percent` % at least low.
 
     The range is widened to contain zero.
     """
@@ -131,9 +139,9 @@ def percentile_range(x: Tensor, percent: float) -> Range:
 
 
 def mse_range(x: Tensor, bits: int) -> Range:
-    """Return the extremes of x times one factor.
+    """Return (low, high), the minimum and maximum of x times a factor.
 
-    Of the factors 0.01, 0.02, ..., 1, the one with the least squared error is used.
+    Of the factors 0.01, 0.02, ..., 1, the factor with the smallest squared error is used.
     """
     low, high = minmax_range(x)
     errors = [
@@ -145,7 +153,7 @@ def mse_range(x: Tensor, bits: int) -> Range:
 
 
 class PTQWeight(Quantizer):
-    """Quantizer of one layer's weights to a fixed uniform grid."""
+    """Quantizer of one layer's weights, with fixed and equally spaced levels."""
 
     scale: Tensor
 
@@ -159,22 +167,22 @@ class PTQWeight(Quantizer):
         return quantize_weight(w, self.scale, self.bits)
 
     def calibrate(self, w: Tensor) -> None:
-        """Fit the step to the weights w."""
+        """Set the step to the one that fits the weights w."""
         self.scale.copy_(weight_scale(w.detach(), self.bits, self.channel, self.criterion))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per output channel, or one for the whole layer."""
+        """Return the allowed values, with one group per output channel, or one group for the whole layer."""
         top = 2 ** (self.bits - 1) - 1
         points = (torch.arange(-top, top + 1, device=w.device) * self.scale.reshape(-1, 1)).unsqueeze(-1)
         return Grid(points, lambda t: t.reshape(len(points), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of one scale per group."""
+        """Return the storage size of the codes and of one scale per group."""
         return Storage(w.numel(), self.bits, 4 * self.scale.numel())
 
 
 class PTQActivation(Quantizer):
-    """Quantizer of one layer's input to a uniform grid over a fixed range."""
+    """Quantizer of one layer's input, with equally spaced levels over a fixed range."""
 
     low: Tensor
     high: Tensor
@@ -190,12 +198,12 @@ class PTQActivation(Quantizer):
         return uniform.quantize_activation(x, self.low, self.high, self.bits)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Set the range over which the levels extend."""
+        """Set the range [low, high] of the levels."""
         self.low.copy_(low)
         self.high.copy_(high)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: 2^bits levels, including zero."""
+        """Return the allowed values, one group for the whole tensor: 2^bits levels, including zero."""
         step, zero = uniform.step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
@@ -207,9 +215,9 @@ def calibrate(
     """Fit the ranges of a network's activations to the layers' inputs in the float network.
 
     Args:
-        find_range: function that takes values (n,) and bits and returns the range.
-        extremes_only: whether to pass only the extremes of each batch to `find_range`, instead of a
-            sample of at most `MAX_VALUES` values.
+        find_range: function that takes values (n,) and the number of bits, and returns (low, high).
+        extremes_only: true passes only the minimum and maximum of each batch to `find_range`. False
+            passes a sample of at most `MAX_VALUES` values.
     """
     layers = quantized_layers(model)
     sites = {name: layer.input_q for name, layer in layers.items() if isinstance(layer.input_q, PTQActivation)}
@@ -228,10 +236,10 @@ def calibrate(
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Set the running statistics of batch normalization to averages over `batches`.
+    """Set the running statistics of batch normalization to the averages of the statistics of `batches`.
 
-    Variances are unbiased. During these passes, batch normalization uses the statistics of each
-    batch; all other modules are in evaluation mode.
+    Variances are unbiased. During the forward passes, batch normalization uses the statistics of
+    the current batch. All other modules are in evaluation mode.
     """
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -250,7 +258,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 @torch.no_grad()
 def shift_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Change the running statistics of batch normalization by what the quantizers change, measured on `batches`."""
+    """Change the running statistics of batch normalization as the quantizers change mean and variance on `batches`."""
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     with float_mode(model):
         before = _measured_statistics(model, norms, batches)
@@ -263,7 +271,7 @@ def shift_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 
 def _measured_statistics(model: nn.Module, norms: Sequence[nn.Module], batches: Sequence[Batch]) -> list[Range]:
-    """Return (mean, variance) per channel for each batch normalization, and leave its statistics unchanged."""
+    """Return (mean, variance) per channel for each batch normalization. The running statistics are left unchanged."""
     saved = [copy.deepcopy(norm.state_dict()) for norm in norms]
     reestimate_norms(model, batches)
     measured = [copy.deepcopy(norm.state_dict()) for norm in norms]
@@ -282,7 +290,7 @@ def build(
     percentile: float = 99.99,
     reestimate: str = "shift",
 ) -> Method:
-    """Return post-training quantization. The method card explains the options."""
+    """Return the `Method` for post-training quantization. The method card explains the options."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights}: must be one of {', '.join(WEIGHTS)}")
     if calibration not in CALIBRATIONS:

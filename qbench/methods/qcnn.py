@@ -1,25 +1,25 @@
-"""Q-CNN: product quantization, with codes fitted to the responses of the float network.
+"""Q-CNN: product quantization, with codes that are fitted to the layer outputs of the float network.
 
 Paper
     Wu, Leng, Wang, Hu, Cheng, "Quantized Convolutional Neural Networks for Mobile Devices", CVPR
     2016, arXiv 1512.06473. Authors' code: jiaxiang-wu/quantized-cnn (C++, forward pass only).
 
 Idea
-    One code represents several weights. A few learned codewords replace the groups of neighbouring
-    weights along the input channels. The responses of a layer are then sums of table look-ups.
-    Accuracy depends on the error of the responses, not on the error of the weights. The codes are
-    therefore fitted to the responses, layer by layer.
+    One code represents several weights. Each group of neighbouring weights along the input channels
+    is replaced by one of a few learned codewords. The responses (outputs) of a layer are then sums
+    of table look-ups. Accuracy depends on the error of the responses, not on the error of the
+    weights. The codes are therefore fitted to the responses, layer by layer.
 
 Forward
-    Input channels are divided into M subspaces of Cs' channels. If they do not divide evenly, zeros
-    are appended. Each subspace has a codebook of K codewords, found by k-means. All kernel
-    positions and groups of a convolution share this codebook. w_hat is decoded in each forward
-    pass.
+    Input channels are divided into M subspaces of Cs' channels. If Cs' does not divide the number
+    of channels, zero channels are appended. Each subspace has a codebook of K codewords, found by
+    k-means. All kernel positions and groups of a convolution share this codebook. w_hat is decoded
+    in each forward pass.
     Error correction fits the codewords D and the codes B to the responses T of the float network.
-    It minimizes sum_n |T_n - sum_m (D_m B_m)^T S_nm|^2, where B_m selects one codeword of subspace
-    m per output, and S is the layer's input with the earlier layers already quantized. The
-    subspaces are corrected one after another. In each, the codewords are fitted by least squares,
-    and then every output and kernel position gets the codeword that fits best.
+    It minimizes sum_n |T_n - sum_m (D_m B_m)^T S_nm|^2. B_m selects one codeword of subspace m for
+    each output. S is the layer's input, computed with the earlier layers already quantized. The
+    subspaces are corrected one after another. In each subspace, the codewords are first fitted by
+    least squares. Then every output and kernel position gets the codeword that fits best.
 
 Backward
     Quantized weights are fixed and get no gradient. The gradient of the inputs is computed with the
@@ -33,37 +33,39 @@ Sites
     weight.
 
 State
-    codebooks (M, K, Cs'): the codewords; NaN where there are fewer than K distinct sub-vectors.
-    codes, int16,
-    (Ct, kh, kw, M) or (Ct, M): the indices of the codewords. Both are zero until `prepare`.
+    codebooks (M, K, Cs'): the codewords. If there are fewer than K distinct sub-vectors, unused
+    codewords are NaN.
+    codes, int16, (Ct, kh, kw, M) or (Ct, M): the indices of the codewords.
+    Before `prepare`, codebooks and codes are zero.
 
 Bits
-    w 1-8 or 32, a and g 32; by default w1a32g32. The width w is log2(K) / Cs' rounded up, and a
-    code has at most 10 bits. The default is K = 16 for Cs' = 4. Codewords are reported as levels.
+    w 1-8 or 32, a and g 32; by default w1a32g32. The width w is log2(K) / Cs', rounded up. A code
+    has at most 10 bits. By default, K = 16 and Cs' = 4. The column `levels` counts codewords.
 
 Protocol
-    ImageNet networks: Cs'/K is 8/128 for convolutions (VGG-16 6/128), 3/32 or 4/32 for linear
-    layers, 1/16 for the last layer; biases are float. Convolutions are quantized first; then linear
-    layers are fine-tuned and quantized. Correction uses 250-500 images for convolutions and 25,000
-    for linear layers (according to an author). VGG-16's 6/128 is from memory, and agrees with the
-    reported speed-up.
+    ImageNet networks. Convolutions have Cs' = 8 and K = 128 (VGG-16: Cs' = 6 and K = 128). Linear
+    layers have Cs' = 3 or 4 and K = 32. The last layer has Cs' = 1 and K = 16. Biases are float.
+    Convolutions are quantized first. Then linear layers are fine-tuned and quantized. According to
+    an author, error correction uses 250 to 500 images for convolutions and 25,000 images for linear
+    layers. The values for VGG-16 are from memory. They agree with the reported speed-up.
 
 Choices
-    The paper does not state how k-means starts or how long it runs. Here k-means++ in float64 is
-    used, with up to 50 iterations. Its seed is fixed, so that the codes depend only on the weights.
-    For single weights (Cs' = 1), k-means is exact.
-    Correction makes 3 sweeps over the subspaces. It uses all outputs of linear layers, and about
-    4,096 output positions of convolutions, spread over the probe.
-    The formulas for operations and bytes are our derivation. For one speed-up they yield 4.16,
-    where the authors' README has 4.15. They reproduce the paper's other speed-ups, as far as these
-    are remembered.
+    The paper does not state the initial centroids of k-means or the number of iterations. qbench
+    uses k-means++ in float64, with up to 50 iterations. The random seed is fixed, so that the codes
+    depend only on the weights. For Cs' = 1, qbench finds the optimal clusters.
+    Error correction passes 3 times over the subspaces. It uses all outputs of linear layers on 256
+    training images (the probe). For convolutions, it uses about 4,096 output positions, spread over
+    these images.
+    We derived the formulas for operations and bytes ourselves. One speed-up is 4.16 by these
+    formulas and 4.15 in the authors' README. The formulas agree with the other speed-ups of the
+    paper that we remember.
 
 Deviations
-    The correction also penalizes |w_hat - w|^2, with weight 0.1 times the mean square of the
-    inputs. The reason is that the probe has only 256 images, while the paper used 25,000. Without
-    the penalty, the probe's inputs would not determine all weights.
-    All layers are quantized in one round, and the other parameters are trained afterwards. The
-    first and last layers stay float, following the layer policy.
+    The error correction also penalizes |w_hat - w|^2. The factor of this penalty is 0.1 times the
+    mean square of the inputs. The paper uses 25,000 images. qbench uses 256 images, and without the
+    penalty these images would not determine all weights.
+    qbench quantizes all layers first, and trains the other parameters afterwards. The first and
+    last layers stay float, following the layer policy.
 
 Results
     docs/results.md (digits).
@@ -89,27 +91,27 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 CODE_BITS = 10
 """Largest width of a code in bits."""
 MAX_RESPONSES = 4096
-"""Approximate number of responses of a layer that the correction uses."""
+"""Approximate number of responses of a layer that the error correction uses."""
 
 Sampler = Callable[[QLayer, Tensor, int], Tensor]
-"""(layer, recorded tensor, approximate number of rows) -> the sampled rows."""
+"""Function from (layer, recorded tensor, approximate number of rows) to the sampled rows."""
 
 
 @in_float32
 def product_quantize(w: Tensor, subspace: int, codewords: int) -> Tensor:
-    """Replace each run of `subspace` input channels of weights (Ct, Cs) or (Ct, Cs, kh, kw) by a codeword."""
+    """Replace every `subspace` consecutive input channels of weights (Ct, Cs) or (Ct, Cs, kh, kw) by a codeword."""
     return decode(*product_codes(w, subspace, codewords), w.shape[1])
 
 
 def fc_flops(inputs: int, outputs: int, subspace: int, codewords: int) -> int:
-    """Return the multiply-adds and look-ups of a linear layer: Cs K + Ct M."""
+    """Return the number of multiply-adds and look-ups in a linear layer: Cs K + Ct M."""
     return conv_flops(inputs, outputs, 1, 1, 1, subspace, codewords)
 
 
 def conv_flops(
     inputs: int, outputs: int, kernel: int, size_in: int, size_out: int, subspace: int, codewords: int, groups: int = 1
 ) -> int:
-    """Return the multiply-adds and look-ups of a convolution: ds^2 Cs K + dt^2 Ct dk^2 M.
+    """Return the number of multiply-adds and look-ups in a convolution: ds^2 Cs K + dt^2 Ct dk^2 M.
 
     Args:
         kernel: height and width dk of the kernel.
@@ -119,12 +121,12 @@ def conv_flops(
 
 
 def fc_bytes(inputs: int, outputs: int, subspace: int, codewords: int) -> float:
-    """Return the bytes of a linear layer without bias: 4 Cs K + Ct M log2(K) / 8."""
+    """Return the size in bytes of a linear layer without its bias: 4 Cs K + Ct M log2(K) / 8."""
     return conv_bytes(inputs, outputs, 1, subspace, codewords)
 
 
 def conv_bytes(inputs: int, outputs: int, kernel: int, subspace: int, codewords: int, groups: int = 1) -> float:
-    """Return the bytes of a convolution without bias: 4 Cs K + dk^2 Ct M log2(K) / 8, with Cs inputs per group."""
+    """Return the bytes of a convolution (Cs inputs per group) without bias: 4 Cs K + dk^2 Ct M log2(K) / 8."""
     codes = kernel**2 * outputs * -(-inputs // groups // subspace)
     return 4 * inputs // groups * codewords + codes * (codewords - 1).bit_length() / 8
 
@@ -143,7 +145,7 @@ class QCNNWeight(Quantizer):
         self.register_buffer("codes", weight.new_zeros(*outputs, subspaces, dtype=torch.int16))
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the decoded weights. The latent weights get no gradient."""
+        """Return the weights, decoded from codes and codebooks. The latent weights get no gradient."""
         return decode(self.codebooks, self.codes, w.shape[1]).to(w.dtype)
 
     def encode(self, w: Tensor) -> None:
@@ -159,20 +161,20 @@ class QCNNWeight(Quantizer):
         self.codes.copy_(codes)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per subspace. A group contains the codewords of its subspace."""
+        """Return the allowed values, with one group per subspace. They are the codewords of the subspace."""
         return Grid(self.codebooks, lambda t: subvectors(t, self.subspace).flatten(0, -3).transpose(0, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of codes and codebooks. A code encodes several weights."""
+        """Return the storage size of the codes and codebooks. One code represents several weights."""
         bits = max(1, (self.codebooks.shape[1] - 1).bit_length())
         return Storage(self.codes.numel(), bits, 4 * self.codebooks.numel())
 
 
 def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
-    """Return one patch of a layer's input x for each of about `limit` responses, of shape (N, G, P, Cs).
+    """Return the patches of a layer's input x, one patch for each of about `limit` responses: (N, G, P, Cs).
 
-    The sampled responses are spread evenly over all responses of the layer. The function
-    `responses` samples the same responses.
+    The patches are for evenly sampled responses of the layer. The function `responses` returns
+    these same responses.
     """
     if not isinstance(layer, nn.Conv2d):
         return _spread(x.flatten(0, -2), limit)[:, None, None]
@@ -193,22 +195,22 @@ def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
 
 
 def responses(layer: QLayer, y: Tensor, limit: int) -> Tensor:
-    """Return about `limit` responses of a layer's output y, without bias: (N, Ct)."""
+    """Return about `limit` evenly sampled responses of a layer's output y, without the bias: (N, Ct)."""
     rows = _spread((y.movedim(1, -1) if isinstance(layer, nn.Conv2d) else y).flatten(0, -2), limit)
     return rows if layer.bias is None else rows - layer.bias
 
 
 def _spread(rows: Tensor, limit: int) -> Tensor:
-    """Return at most `limit` of the rows, evenly spread."""
+    """Return at most `limit` of the rows, evenly sampled."""
     return rows[:: -(-len(rows) // limit) | 1]  # an odd step takes different columns from each image
 
 
 @torch.no_grad()
 def _sample_outputs(model: nn.Module, probe: Probe, layers: dict[str, QLayer], sample: Sampler) -> dict[str, Tensor]:
-    """Return samples of the outputs of modules over the probe, in the order in which the modules run.
+    """Return samples of the modules' outputs on the probe images, in the order in which the modules run.
 
     Args:
-        layers: name of a module -> the layer that is this module or contains it.
+        layers: maps the name of a module to a layer. The layer is this module or contains it.
     """
     outputs: dict[str, list[Tensor]] = {}
     limit = -(-MAX_RESPONSES // len(probe.batches))
@@ -222,7 +224,7 @@ def _sample_outputs(model: nn.Module, probe: Probe, layers: dict[str, QLayer], s
 
 
 def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
-    """Encode the weights of all layers. With `correct`, then fit the codes to the float network's responses."""
+    """Encode the weights of all layers. If `correct` is true, then fit the codes to the float network's responses."""
     layers: dict[str, QLayer] = {}
     sites: dict[str, QCNNWeight] = {}
     for name, layer in quantized_layers(model).items():
@@ -245,8 +247,8 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
     """Return the number of codewords K of a layer.
 
     Raises:
-        Unsupported: the codes would have more than `CODE_BITS` bits, or `codewords` does not agree
-            with the width.
+        Unsupported: a code would have more than `CODE_BITS` bits, or the number `codewords` does
+            not fit the width.
     """
     if not codewords and bits * subspace > CODE_BITS:
         raise Unsupported(
@@ -268,13 +270,14 @@ def build(
     fc_codewords: int = 0,
     error_correction: bool = True,
 ) -> Method:
-    """Return Q-CNN. The method card explains the options.
+    """Return the `Method` for Q-CNN. The method card explains the options.
 
     Args:
-        subspace, codewords: input channels per subspace (Cs') and codewords per codebook (K) of
-            convolutions. With 0, as many codewords are used as the width allows.
+        subspace, codewords: for convolutions, the number of input channels per subspace (Cs') and
+            of codewords per codebook (K). If `codewords` is 0, K is the largest number that the
+            width allows.
         fc_subspace, fc_codewords: the same for linear layers.
-        error_correction: whether to fit the codes to responses, instead of keeping those of k-means.
+        error_correction: true fits the codes to the responses. False keeps the codes of k-means.
     """
     options = {"subspace": subspace, "fc_subspace": fc_subspace, "codewords": codewords, "fc_codewords": fc_codewords}
     for key, value in options.items():

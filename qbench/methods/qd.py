@@ -1,65 +1,70 @@
-"""Quantized distillation: weights on uniform levels, scaled bucket by bucket, trained on a teacher's outputs.
+"""Quantized distillation: a network with quantized weights is trained on the outputs of a float teacher.
 
 Paper
     Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018,
     arXiv 1802.05668, algorithm 1. Authors' code: antspy/quantized_distillation (PyTorch 0.3).
 
 Idea
-    A small quantized network learns more from the outputs of a float teacher than from labels
-    alone. Weights are scaled in short groups (buckets), so that an outlier spoils the levels of its
-    own bucket only.
+    A small quantized network learns more from labels and the outputs of a float teacher than from
+    labels alone. Weights are scaled in short groups (buckets). An outlier then affects only the
+    levels of its own bucket.
 
 Forward
     The flattened tensor is cut into buckets of k elements, across channels. The last bucket is
     padded with its last element. A tensor shorter than k is one bucket. For each bucket v, beta =
-    min v, alpha = max v - min v (1 if below 1e-10) and x = (v - beta) / alpha. With s = 2^b levels
-    including both ends, w_hat = alpha round(x (s - 1)) / (s - 1) + beta. Stochastic rounding of y =
-    x (s - 1) returns floor(y) + 1 with probability y - floor(y), else floor(y).
+    min v, alpha = max v - min v (1 if the difference is below 1e-10) and x = (v - beta) / alpha.
+    There are s = 2^b levels, and 0 and 1 are two of them: w_hat = alpha round(x (s - 1)) / (s - 1)
+    + beta. Stochastic rounding of y = x (s - 1) returns floor(y) + 1 with probability y - floor(y),
+    else floor(y).
 
 Backward
     dL/dw = dL/dw_hat. L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2,
-    with z_t and z_s the logits of teacher and student.
+    where z_t are the logits of the teacher and z_s are the logits of the student.
 
 Schedule
     One phase.
 
 Sites
-    weight. The option `distill` sets the loss; by default the teacher is the float baseline.
+    weight. The configuration group `distill` sets the loss and the teacher. By default, the teacher
+    is the float baseline.
 
 State
     None.
 
 Bits
-    w 1-8 or 32, a and g 32; by default w4a32g32. b bits mean 2^b levels per bucket.
+    w 1-8 or 32, a and g 32; by default w4a32g32. With b bits, a bucket has 2^b levels.
 
 Protocol
-    CIFAR-10, authors' code: plain convolutional students are trained from random weights for 200
-    epochs. The optimizer is SGD with Nesterov momentum 0.9, weight decay 2.2e-4 and batch size 25.
-    The learning rate starts at 0.001 and is halved after 10 epochs without a better test error.
-    Widths are 2, 4 and 8 bits, k = 256, with deterministic rounding. CIFAR-100: wide ResNets; the
-    learning rate starts at 0.1 and is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
+    CIFAR-10, authors' code: the students are convolutional networks without shortcuts, trained from
+    random weights for 200 epochs. The optimizer is SGD with Nesterov momentum 0.9, weight decay
+    2.2e-4 and batch size 25. The learning rate starts at 0.001 and is halved after 10 epochs
+    without a lower test error. Weights have 2, 4 or 8 bits, k is 256, and rounding is
+    deterministic. For CIFAR-100, the networks are wide ResNets. The learning rate starts at 0.1 and
+    is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
 
 Choices
-    bucket: the number k, by default 256 as in the paper. 0 makes the whole tensor one bucket (the
-    paper's "no bucketing").
+    bucket: the number k, by default 256 as in the paper. With 0, the whole tensor is one bucket
+    (the paper's "no bucketing").
     stochastic: `false`, as in the authors' experiments, rounds to nearest. `true` rounds
     stochastically in training, and to nearest in evaluation.
-    trained: `false` (with distill=none) rounds the weights of the float baseline and trains
-    nothing. This is the paper's control.
+    trained: `true` (default) trains the network. `false` (with distill=none) rounds the weights of
+    the float baseline and trains nothing. `false` is the paper's control.
     Values are rounded to nearest with ties to even, as in the authors' code.
-    KL is summed over classes and averaged over the batch. The authors' code also averages over
-    classes, so there the weight of KL is 0.7 T^2 / classes; distill.average=classes does so here.
-    (From memory, this is the default of the authors' version of PyTorch.)
-    The authors' code has two options that its experiments do not use: a gradient through minimum
-    and maximum, and clipping of gradients at |w| > 1. They are left out here.
+    The KL divergence is summed over classes and averaged over the batch. The authors' code also
+    averages over classes, so its factor on KL is 0.7 T^2 / classes. To average as the authors do,
+    type distill.average=classes. (From memory: averaging over classes was the default in the
+    authors' version of PyTorch.)
+    qbench leaves out two options of the authors' code, because the authors' experiments do not use
+    them: a gradient through minimum and maximum, and clipping of gradients at |w| > 1.
 
 Deviations
     Only the weights of convolutions and linear layers are quantized, as chosen by the layer policy.
     The authors quantize every parameter, including biases and batch normalization.
-    Training starts from the float baseline. With init=scratch it starts from random weights, as the
-    authors do. The teacher is as large as the student unless `distill` names another run.
-    Stored bytes include the codes and two floats per bucket. The paper computes its sizes with
-    Huffman codes (`huffman_bits`).
+    By default, training starts from the float baseline. The authors start from random weights
+    (init=scratch). By default, the teacher is as large as the student. `distill.teacher` can name a
+    larger network.
+    Stored bytes include the codes and two floats per bucket. The sizes in the paper are for Huffman
+    codes (`huffman_bits`).
 
 Results
     docs/results.md (digits).
@@ -91,14 +96,14 @@ def quantize_bucketed(
     stochastic: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Quantize weights (any shape) to 2^bits uniform levels between the extremes of each bucket.
+    """Quantize weights (any shape) to 2^bits equally spaced levels between the minimum and maximum of each bucket.
 
     Args:
         bits: 1 or more.
         bucket_size: number of consecutive elements of the flattened tensor that share a scale.
-            With 0 or None, all elements share one.
-        stochastic: whether to round at random, so that the mean result is w. Otherwise values are
-            rounded to nearest, with ties to even.
+            With 0 or None, all elements share one scale.
+        stochastic: true rounds at random, so that the mean of the result is w. False rounds to
+            nearest, with ties to even.
         generator: source of the random numbers, by default torch's global generator.
     """
     if bits < 1:
@@ -113,7 +118,7 @@ def quantize_bucketed(
 
 
 def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
-    """Return the flattened tensor as rows (B, K). The last row is padded with the last element.
+    """Return the flattened tensor as rows (B, K), one bucket per row. The last row is padded with the last element.
 
     A tensor shorter than a bucket becomes a single row without padding.
     """
@@ -125,35 +130,35 @@ def in_buckets(w: Tensor, bucket_size: int | None) -> Tensor:
 
 
 def from_buckets(v_BK: Tensor, like: Tensor) -> Tensor:
-    """Return the rows (B, K) as a tensor of the shape of `like`, without the padding."""
+    """Return the rows (B, K) as a tensor with the shape of `like`, without the padding."""
     return v_BK.reshape(-1)[: like.numel()].view(like.shape)
 
 
 def bucket_scale(v_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each bucket's range alpha (1 for a constant bucket) and minimum beta, both of shape (B, 1)."""
+    """Return range alpha and minimum beta of each bucket, both (B, 1). Alpha of a constant bucket is 1."""
     beta, top = v_BK.aminmax(dim=1, keepdim=True)
     alpha = top - beta
     return torch.where(alpha < MIN_RANGE, torch.ones_like(alpha), alpha), beta
 
 
 def bucketed_grid(w: Tensor, points_L: Tensor, bucket_size: int | None) -> Grid:
-    """Return the grid with one group per bucket of w, the points (L,) scaled by the bucket's alpha and beta."""
+    """Return the allowed values, with one group per bucket of w: alpha times the points (L,), plus beta."""
     alpha, beta = bucket_scale(in_buckets(w.detach(), bucket_size))
     return Grid((points_L * alpha + beta).unsqueeze(-1), lambda t: in_buckets(t, bucket_size).unsqueeze(-1))
 
 
 def scale_bytes(w: Tensor, bucket_size: int | None) -> int:
-    """Return the bytes of alpha and beta of all buckets of w, 8 per bucket."""
+    """Return the number of bytes that alpha and beta of all buckets of w need: 8 per bucket."""
     return 8 * len(in_buckets(w, bucket_size))
 
 
 def compression_ratio(bits: int, bucket_size: int = 256, float_bits: int = 32) -> float:
-    """Return the size of float weights, divided by the size of codes and two floats per bucket: k f / (k b + 2 f)."""
+    """Return k f / (k b + 2 f), the size of k float weights divided by the size of k codes and two floats."""
     return bucket_size * float_bits / (bucket_size * bits + 2 * float_bits)
 
 
 def huffman_bits(counts: Iterable[int]) -> float:
-    """Return the mean length in bits of a Huffman code for symbols with these counts (0 for one symbol)."""
+    """Return the mean number of bits per symbol in a Huffman code for these counts, or 0 for a single symbol."""
     heap = [count for count in counts if count]
     total, bits = sum(heap), 0
     heapify(heap)
@@ -166,7 +171,7 @@ def huffman_bits(counts: Iterable[int]) -> float:
 
 
 class QDWeight(Quantizer):
-    """Quantizer of one layer's weights to uniform levels in buckets."""
+    """Quantizer of one layer's weights, with equally spaced levels in each bucket."""
 
     def __init__(self, bits: int, bucket: int, stochastic: bool) -> None:
         super().__init__()
@@ -177,11 +182,11 @@ class QDWeight(Quantizer):
         return quantize_bucketed(w, self.bits, self.bucket, self.stochastic and self.training)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per bucket."""
+        """Return the allowed values, with one group per bucket."""
         return bucketed_grid(w, levels_k(self.bits, w), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of alpha and beta of every bucket."""
+        """Return the storage size of the codes and of alpha and beta of every bucket."""
         return Storage(w.numel(), self.bits, scale_bytes(w, self.bucket))
 
 
@@ -192,7 +197,7 @@ def check_bucket(bucket: int) -> None:
 
 
 def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: bool = True) -> Method:
-    """Return quantized distillation. The method card explains the options."""
+    """Return the `Method` for quantized distillation. The method card explains the options."""
     check_bucket(bucket)
     return Method(
         name="qd",

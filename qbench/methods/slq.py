@@ -1,72 +1,74 @@
-"""SLQ: the weights of a cluster share a value; clusters are frozen step by step while the rest is trained.
+"""SLQ: all weights of a cluster share one value. Clusters are frozen phase by phase; free weights are trained.
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
-    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ (Caffe; first
-    iteration of AlexNet only).
+    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ (Caffe). It contains
+    only the first iteration for AlexNet.
 
 Idea
-    The levels come from the weights themselves, by k-means. The clusters that raise the loss most
-    are quantized first, while there are still free weights that can compensate. The clusters that
-    raise the loss least are quantized last, because no free weights are left then.
+    K-means on the weights finds the levels. The clusters whose quantization raises the loss most
+    are quantized first, because many free weights can still compensate. The clusters whose
+    quantization raises the loss least are quantized last, because no free weights are left then.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer, with one centroid pinned at 0.
-    Each frozen weight has the value of its cluster's centroid. Free weights are float.
+    A frozen weight is equal to the centroid of its cluster. Free weights are float.
 
 Backward
-    dL/dw for free weights; no gradient for frozen weights.
+    Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
     One phase per portion. The phases have equal length. At the start of a phase, all weights of
-    every layer are clustered again, while frozen centroids stay fixed. A free weight whose nearest
-    centroid is frozen is frozen at that centroid. Then the free clusters are ranked, and the first
-    ones in the ranking are frozen. The learning-rate schedule restarts, and momentum is cleared. In
-    the last phase only batch normalization and biases are trained.
+    every layer are clustered again, with frozen centroids fixed. If the nearest centroid of a free
+    weight is frozen, the weight is frozen at this centroid. Then the free clusters are ranked, and
+    the first clusters of the ranking are frozen. The learning-rate schedule restarts, and momentum
+    is set to zero. In the last phase, only batch normalization and biases are trained.
 
 Sites
     weight.
 
 State
-    frozen (bool, shape of the weights): the mask. value (float, shape of the weights): the frozen
-    values. centroids (k): centroids of the last clustering, ascending, padded with NaN. settled
-    (bool, k): which of the centroids are frozen.
+    frozen (bool, shape of the weights): which weights are frozen. value (float, shape of the
+    weights): the values of the frozen weights. centroids (k): centroids of the last clustering, in
+    ascending order, padded with NaN. settled (bool, k): which centroids are frozen.
 
 Bits
-    w 2-8 or 32, a and g 32; by default w5a32g32. A width b gives 2^(b-1) + 1 clusters.
+    w 2-8 or 32, a and g 32; by default w5a32g32. With b bits, there are 2^(b-1) + 1 clusters.
 
 Protocol
-    AlexNet at 5 bits, authors' code: after the five phases, 5, 9, 13, 15 and 17 of the 17 clusters
-    are frozen. Each phase uses SGD with momentum 0.9, weight decay 5e-4 and batch size 256, for at
-    most 90,000 iterations. The learning rate is 1e-4, and is divided by ten every 20,000
-    iterations. The learning rates for other networks are unknown.
+    AlexNet with 5 bits, authors' code: after phases 1 to 5, the number of frozen clusters is 5, 9,
+    13, 15 and 17 (all). Each phase uses SGD with momentum 0.9, weight decay 5e-4 and batch size
+    256, for at most 90,000 iterations. The learning rate is 1e-4, and is divided by ten every
+    20,000 iterations. The learning rates for other networks are unknown.
 
 Choices
-    partition: the order in which clusters are frozen. `probe` follows the paper's text as quoted by
-    second-hand sources. It measures the network's loss on the probe, which is a fixed part of the
-    training images. The loss is measured once per cluster, with only this cluster replaced by its
-    centroid. The cluster with the largest loss comes first. This takes one pass over the probe per
-    cluster and layer in every phase. `weight_error` follows the reviewers' understanding of the
-    paper. The error of a cluster is the sum of squared distances between its weights and its
-    centroid. The cluster with the largest error comes first. `magnitude` is the order in the
-    authors' released code, which measures nothing. The zero cluster comes first, then pairs of
-    clusters from the outermost inwards (in each pair, the positive one first). `random` is an
-    ablation.
-    portions: accumulated fractions of the clusters. The resulting counts are rounded down and are
-    at least one. The default yields the authors' counts. Portions with the same count share one
-    phase. Every phase freezes clusters in all layers. It is not known in what order the paper
-    treats the layers.
-    clustering: `exact` (default) finds the optimal clusters. `lloyd` follows the authors' code: ten
-    Lloyd iterations from the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|) and j = 0, 1,
-    and so on. A cluster without weights keeps its centroid. In later phases, the free centroids
-    start from their powers of two again.
-    A layer with fewer than k distinct weights has fewer clusters. Every phase still freezes at
-    least one of them.
+    partition: the order in which clusters are frozen.
+    `probe` (default) follows the paper's text as quoted by second-hand sources. For each cluster,
+    the network's loss is measured on 256 fixed training images (the probe), with only this cluster
+    replaced by its centroid. The cluster with the largest loss comes first. Every phase needs one
+    pass over the probe for each cluster of each layer.
+    `weight_error` follows the reviewers' understanding of the paper. The error of a cluster is the
+    sum of squared distances between its weights and its centroid. The cluster with the largest
+    error comes first.
+    `magnitude` is the order in the authors' released code, which needs no measurement. The zero
+    cluster comes first. Then come pairs of clusters from the outermost inwards, and in each pair
+    the positive cluster is first.
+    `random` is an ablation.
+    portions: the fraction of the clusters that is frozen after each phase. The resulting number of
+    clusters is rounded down, but is at least one. The default gives the authors' numbers. Portions
+    with the same number of clusters share one phase. Every phase freezes clusters in all layers.
+    The order in which the paper treats the layers is not known. clustering: `exact` (default) finds
+    the optimal clusters. `lloyd` follows the authors' code: ten Lloyd iterations that start from
+    the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|) and j = 0, 1, and so on. A cluster
+    without weights keeps its centroid. In later phases, the iterations of free centroids start from
+    these powers of two again.
+    A layer with fewer than k distinct weights has fewer than k clusters. Every phase still freezes
+    at least one cluster of the layer.
 
 Deviations
     The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer. It also quantizes the last layer, except in ResNet-18. layers.first=same
-    layers.last=same quantizes both here.
+    the first layer. It also quantizes the last layer, except in ResNet-18. To quantize both layers
+    in qbench, type layers.first=same layers.last=same.
 
 Results
     docs/results.md (digits).
@@ -95,7 +97,7 @@ LLOYD_STEPS = 10
 
 
 def cluster_count(bits: int) -> int:
-    """Return k = 2^(bits-1) + 1, the number of clusters."""
+    """Return the number of clusters, k = 2^(bits-1) + 1."""
     return int(2 ** (bits - 1)) + 1
 
 
@@ -103,19 +105,19 @@ def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None =
     """Cluster weights (any shape) by globally optimal k-means.
 
     Args:
-        k: largest number of clusters. There are fewer if there are fewer distinct weights.
-        pinned: centroids that are fixed, whatever the weights are. k includes them.
+        k: number of clusters. If there are fewer than k distinct weights, there are fewer clusters.
+        pinned: values of fixed centroids. They are counted in k.
 
     Returns:
-        Centroids (m,), ascending and distinct, with the dtype of w, and labels (int64, with the
-        shape of w). A label is the index of a weight's centroid.
+        Centroids (m,), distinct and in ascending order, with the dtype of w, and labels (int64,
+        with the shape of w). The label of a weight is the index of its centroid.
     """
     clustering = kmeans(w, k, torch.as_tensor(() if pinned is None else pinned, dtype=w.dtype))
     return clustering.centroids, clustering.labels
 
 
 def power_of_two_starts(w: Tensor, k: int) -> Tensor:
-    """Return the centroids from which the authors' code starts: (k,), ascending, with 0 in the middle."""
+    """Return the initial centroids of the authors' code: 0 and powers of two, (k,), in ascending order."""
     largest = torch.floor(torch.log2(w.detach().abs().max().clamp(min=torch.finfo(w.dtype).tiny)))
     powers = torch.exp2(largest - torch.arange(k // 2, device=w.device)).to(w.dtype)
     return torch.cat([-powers, w.new_zeros(1), powers.flip(0)])
@@ -125,12 +127,12 @@ def lloyd(w: Tensor, starts: Tensor, fixed: Tensor, steps: int = LLOYD_STEPS) ->
     """Move centroids to the means of their clusters, `steps` times, as in the authors' code.
 
     Args:
-        starts: the initial centroids (k,), ascending.
-        fixed: whether each centroid stays where it is (k, bool).
+        starts: the initial centroids (k,), in ascending order.
+        fixed: true for centroids that do not move (k, bool).
 
     Returns:
-        Centroids (k,), ascending, and labels (int64, with the shape of w). A weight half way
-        between two centroids belongs to the lower one.
+        Centroids (k,) in ascending order, and labels (int64, with the shape of w). A weight halfway
+        between two centroids belongs to the lower centroid.
     """
     values, centroids = w.detach().flatten().double(), starts.double()
     for _ in range(steps):
@@ -143,21 +145,22 @@ def lloyd(w: Tensor, starts: Tensor, fixed: Tensor, steps: int = LLOYD_STEPS) ->
 
 
 def merge_equal(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct `values` (k,), ascending, and the labels as indices of the distinct values."""
+    """Return the distinct `values` (of k) in ascending order, and the labels as indices of the distinct values."""
     distinct, index = torch.unique(values, return_inverse=True)
     return distinct, index[labels]
 
 
 def weight_errors(w: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
-    """Return each cluster's sum of squared distances between weights and centroid: (m,), float64."""
+    """Return, for each cluster, the sum of squared distances between its weights and its centroid: (m,), float64."""
     squares = (w.detach().double() - centroids.double()[labels]) ** 2
     return torch.stack([squares[labels == c].sum() for c in range(centroids.numel())])
 
 
 def magnitude_order(centroids: Tensor) -> Tensor:
-    """Return scores (m,), float, that decrease in the authors' order.
+    """Return scores (m,), float. The cluster that the authors freeze first has the highest score.
 
-    The order is 0, then pairs of centroids from the outside in, the positive one of a pair first.
+    The order is the zero cluster, then pairs of clusters from the outermost inwards. In a pair, the
+    positive cluster is first.
     """
     index = torch.arange(centroids.numel(), device=centroids.device)
     pair = torch.where(centroids > 0, centroids.numel() - 1 - index, index)
@@ -165,7 +168,7 @@ def magnitude_order(centroids: Tensor) -> Tensor:
 
 
 class Clusters(NamedTuple):
-    """A clustering of a layer's weights."""
+    """Centroids and labels of a layer's weights."""
 
     centroids: Tensor  #: (m,), ascending
     labels: Tensor  #: the cluster of each weight, of the weights' shape
@@ -173,7 +176,7 @@ class Clusters(NamedTuple):
 
 
 class SLQWeight(FrozenWeight):
-    """Quantizer of one layer's weights. Frozen weights are centroids."""
+    """Quantizer of one layer's weights. A frozen weight is equal to its centroid."""
 
     centroids: Tensor
     settled: Tensor
@@ -185,12 +188,12 @@ class SLQWeight(FrozenWeight):
         self.register_buffer("settled", torch.zeros_like(self.centroids, dtype=torch.bool))
 
     def shared_values(self, centroids: Tensor) -> Tensor:
-        """Return the value that the weights of each cluster share, which is the centroid."""
+        """Return the value that all weights of a cluster share, for each cluster. For SLQ, it is the centroid."""
         return centroids
 
     @torch.no_grad()
     def clusters(self, w: Tensor) -> Clusters:
-        """Return a new clustering of the weights, with the frozen centroids fixed, without freezing anything."""
+        """Cluster the weights again with the frozen centroids fixed, and return the result. Nothing is frozen."""
         frozen_centroids = self.centroids[self.settled]
         if self.clustering == "lloyd":
             starts = power_of_two_starts(w, self.centroids.numel())
@@ -205,17 +208,17 @@ class SLQWeight(FrozenWeight):
 
     @torch.no_grad()
     def freeze_clusters(self, clusters: Clusters, settled: Tensor) -> None:
-        """Store a clustering, and freeze the weights of the clusters where `settled` (m,) is true."""
+        """Store a clustering, and freeze all weights of the clusters for which `settled` (m,) is true."""
         self.centroids.fill_(torch.nan)[: clusters.centroids.numel()] = clusters.centroids
         self.settled.zero_()[: settled.numel()] = settled
         self.freeze(settled[clusters.labels], clusters.centroids[clusters.labels])
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group, the centroids."""
+        """Return the allowed values, one group for the whole tensor: the centroids."""
         return Grid((self.centroids[self.settled] if self.complete else self.centroids).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of the centroids."""
+        """Return the storage size of the codes and of the centroids."""
         return Storage(w.numel(), self.bits, 4 * self.centroids.numel())
 
     def report(self) -> dict[str, float]:
@@ -225,13 +228,13 @@ class SLQWeight(FrozenWeight):
 
 
 def loss_when_frozen(model: nn.Module, probe: Probe, site: FrozenWeight, clusters: Clusters, chosen: Tensor) -> float:
-    """Return the network's loss on the probe when the clusters `chosen` (m, bool) are frozen too."""
+    """Return the network's loss on the probe images if the clusters `chosen` (m, bool) are also frozen."""
     with site.frozen_for_now(chosen[clusters.labels], clusters.centroids[clusters.labels]):
         return probe.loss(model)
 
 
 def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters: Clusters, partition: str) -> Tensor:
-    """Return a score per cluster (m,). The highest is frozen first. Scores of settled clusters mean nothing."""
+    """Return a score for each cluster (m,). The highest is frozen first. Scores of frozen clusters are not used."""
     if partition == "magnitude":
         return magnitude_order(clusters.centroids)
     if partition == "weight_error":
@@ -247,7 +250,7 @@ def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters:
 
 @torch.no_grad()
 def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) -> None:
-    """Freeze at least one more cluster of every layer, until the fraction `portion` of its clusters is frozen."""
+    """In every layer, freeze at least one more cluster, until the fraction `portion` of the clusters is frozen."""
     layers = [(layer.weight_q, layer.weight) for layer in quantized_layers(model).values()]
     unfinished = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, SLQWeight) and not s.complete]
     # before any measurement, freeze in all layers the free weights whose nearest centroid is frozen
@@ -260,14 +263,14 @@ def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) 
 
 
 def _portion_count(portion: float, clusters: int) -> int:
-    """Return the number of clusters in a portion of `clusters`, rounded down but at least one."""
+    """Return `portion` times `clusters`, rounded down, but at least one cluster."""
     return max(1, int(portion * clusters + 1e-9))  # in floats, 0.29 * 100 is 28.999...
 
 
 def build(
     *, w: int = 5, partition: str = "probe", portions: Sequence[float] = PORTIONS, clustering: str = "exact"
 ) -> Method:
-    """Return SLQ. `portions` are accumulated fractions of the clusters, in ascending order up to 1."""
+    """Return the `Method` for SLQ. `portions` are the fractions of the clusters that are frozen after each phase."""
     if clustering not in CLUSTERINGS:
         raise ValueError(f"clustering={clustering}: must be one of {', '.join(CLUSTERINGS)}")
     return build_incremental("slq", partial(SLQWeight, clustering=clustering), w, partition, portions)
@@ -276,7 +279,7 @@ def build(
 def build_incremental(
     name: str, quantizer: Callable[[Tensor, int], SLQWeight], w: int, partition: str, portions: Sequence[float]
 ) -> Method:
-    """Return a method that freezes clusters portion by portion. `quantizer` creates the weight quantizers."""
+    """Return a `Method` that freezes clusters portion by portion. `quantizer` is the class of its weight quantizers."""
     accumulated = check_portions(portions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition}: must be one of {', '.join(PARTITIONS)}")

@@ -1,24 +1,26 @@
-"""Trained Ternary Quantization: weights of three values, with two learned scales per layer.
+"""Trained Ternary Quantization: weights have three values per layer, and two of the values are learned.
 
 Paper
     Zhu, Han, Mao, Dally, "Trained Ternary Quantization", ICLR 2017, arXiv 1612.01064. Authors'
     code: czhu95/ternarynet (tensorpack).
 
 Idea
-    Latent weights decide which weights are positive, zero or negative. Each layer has two trained
-    scales, one for the positive weights and one for the negative weights.
+    The latent weights determine which quantized weights are positive, zero or negative. Each layer
+    has two trained scales: the value of its positive weights, and the magnitude of its negative
+    weights.
 
 Forward
     w_hat = Wp where w > delta, -Wn where w < -delta, else 0.
-    threshold=max: delta = t max|w|. threshold=sparsity: delta is the value below which the fraction
-    t of the layer's |w| lies. No gradient passes through delta.
+    threshold=max: delta = t max|w|. threshold=sparsity: delta is the quantile t of the layer's |w|,
+    so the fraction t of the weights becomes zero. No gradient passes through delta.
 
 Backward
     dL/dWp = sum of dL/dw_hat over w > delta. dL/dWn = minus the sum of dL/dw_hat over w < -delta.
-    The authors' code has this minus sign. The paper's eq. 7 and ports of the code leave it out.
-    Both gradients are sums, not means.
-    Latent weights: dL/dw = dL/dw_hat times Wp, 1 or Wn in the positive, zero and negative zone. So
-    weights in the zero zone get a gradient too, and can leave the zone.
+    The authors' code has this minus sign. Eq. 7 of the paper and ports of the code leave out the
+    minus sign. Both gradients are sums, not means.
+    Latent weights: dL/dw is Wp dL/dw_hat where w > delta, Wn dL/dw_hat where w < -delta, and
+    dL/dw_hat between the thresholds. Weights between the thresholds therefore get a gradient too,
+    and can become nonzero.
 
 Schedule
     One phase, from a float network.
@@ -33,24 +35,24 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, weight decay 2e-4 (on the scales
-    too). The learning rate is 0.0002 in the first epoch, then 0.1, 0.01 from epoch 83, 0.001 from
-    epoch 124 and 0.0002 from epoch 301. The networks are
+    CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, weight decay 2e-4, which also applies
+    to the scales. The learning rate is 0.0002 in the first epoch, then 0.1, 0.01 from epoch 83,
+    0.001 from epoch 124 and 0.0002 from epoch 301. The networks are
     pre-activation ResNets with 20 to 56 layers. Their first layer is float.
 
 Choices
-    t: 0.05 by default, as in the paper.
-    initial: `mean` (default) starts each scale at the mean magnitude of the weights in the scale's
-    zone. `one` starts both scales at 1, as the authors do. In networks without batch normalization,
-    activations then explode.
+    t: the number t of the threshold, 0.05 by default, as in the paper.
+    initial: the initial scales. With `mean` (default), Wp starts at the mean of |w| over w > delta,
+    and Wn at the mean of |w| over w < -delta. With `one`, both scales start at 1, as in the
+    authors' code. In networks without batch normalization, activations explode with `one`.
     decay: weight decay of the scales, 0 by default. The authors decay the scales like the weights.
-    As in the authors' code, weights are not divided by max|w| first.
+    As in the authors' code, weights are not divided by max|w| before they are quantized.
 
 Deviations
-    The scales are kept at 1e-8 or more. If a scale became negative, the weights of both zones would
-    have the same sign. In runs where this happened, accuracy dropped.
-    The last layer stays float, following the layer policy. This agrees with the paper, but in the
-    authors' CIFAR code the last layer is ternary.
+    qbench keeps the scales at 1e-8 or more. If one scale became negative, all nonzero weights would
+    have the same sign. Accuracy dropped in runs in which this happened.
+    The last layer stays float, following the layer policy. In the paper, the last layer is float
+    too. In the authors' CIFAR code, the last layer is ternary.
 
 Results
     docs/results.md (digits).
@@ -71,7 +73,7 @@ THRESHOLDS, INITIALS = ("max", "sparsity"), ("mean", "one")
 
 @in_float32
 def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor | float) -> Tensor:
-    """Ternarize a layer's weights: `positive` above `threshold`, -`negative` below -`threshold`, else 0.
+    """Ternarize a layer's weights: `positive` where w > `threshold`, -`negative` where w < -`threshold`, else 0.
 
     Args:
         positive, negative: the scales Wp and Wn, scalars above 0. Both get gradients.
@@ -89,7 +91,7 @@ def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: T
 
 
 def mean_within(zone: Tensor, w: Tensor) -> Tensor:
-    """Return the mean of |w| where the mask `zone` is true, or 1 if the zone is empty (a scalar)."""
+    """Return the mean of |w| where the mask `zone` is true, or 1 if it is true nowhere. The result is a scalar."""
     mean = (w.abs() * zone).sum() / zone.sum()
     return torch.where(zone.any(), mean, torch.ones_like(mean))
 
@@ -120,11 +122,11 @@ class TTQWeight(Quantizer):
         return ternarize_weight(w, self.positive, self.negative, self.delta(w))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -Wn, 0 and Wp."""
+        """Return the allowed values, one group for the whole tensor: -Wn, 0 and Wp."""
         return Grid(torch.stack([-self.negative, torch.zeros_like(self.positive), self.positive]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of two bits per weight and of both scales."""
+        """Return the storage size of two bits per weight and of both scales."""
         return Storage(w.numel(), 2, 8)
 
 
@@ -135,7 +137,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
-    """Return TTQ. `t` is the fraction of max|w| (threshold=max) or of zero weights (threshold=sparsity)."""
+    """Return the `Method` for TTQ. The method card explains the options."""
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold}: must be one of {', '.join(THRESHOLDS)}")
     if initial not in INITIALS:

@@ -1,16 +1,16 @@
-"""Ternary Weight Networks: three weight values, with scale and threshold computed from the weights.
+"""Ternary Weight Networks: weights have three values, and scale and threshold are computed from the weights.
 
 Paper
     Li, Zhang, Liu, "Ternary Weight Networks", arXiv 1605.04711 (2016).
 
 Idea
-    Of all tensors with the values -alpha, 0 and alpha, TWN takes the one nearest to W in the mean
-    square. The best threshold has no closed form, but 0.7 of the mean magnitude is close to the
-    optimum for Gaussian and for uniform weights.
+    TWN approximates W by a tensor with the values -alpha, 0 and alpha, so that the mean squared
+    error is small. The optimal threshold has no closed form. For Gaussian weights and for uniformly
+    distributed weights, 0.7 mean|W| is close to the optimum.
 
 Forward
-    Per layer: delta = 0.7 mean|w|; w_hat = alpha sign(w) where |w| > delta, else 0; alpha is the
-    mean of the |w| above delta.
+    For each layer, delta = 0.7 mean|w|, and alpha is the mean of |w| over all weights with |w| >
+    delta. w_hat = alpha sign(w) where |w| > delta, else 0.
 
 Backward
     dL/dw = dL/dw_hat.
@@ -28,13 +28,14 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    The paper's recipe is not recorded here. The unified recipe (`optim=unified`) is used.
+    The unified recipe (`optim=unified`). The paper's recipe is not in qbench.
 
 Choices
     None.
 
 Deviations
-    None known. A layer whose weights are all zero stays zero, although the formula gives 0/0.
+    None known. If all weights of a layer are zero, they stay zero. The paper's formula would give
+    0/0 in this case.
 
 Results
     docs/results.md (digits).
@@ -59,7 +60,7 @@ def threshold_and_scale(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @in_float32
 def ternarize_weight(w: Tensor) -> Tensor:
-    """Ternarize a layer's weights (any shape) to -alpha, 0 and alpha, with the identity as gradient."""
+    """Ternarize a layer's weights (any shape) to -alpha, 0 and alpha. The gradient passes unchanged."""
     delta, alpha = threshold_and_scale(w)
     return straight_through(w, alpha * sign(w) * (w.detach().abs() > delta))
 
@@ -72,17 +73,17 @@ class TWNWeight(Quantizer):
         return ternarize_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group: -alpha, 0 and alpha."""
+        """Return the allowed values, one group for the whole tensor: -alpha, 0 and alpha."""
         _, alpha = threshold_and_scale(w)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of two bits per weight and of the scale."""
+        """Return the storage size of two bits per weight and of the scale."""
         return Storage(w.numel(), 2, 4)
 
 
 def build(*, w: int = 2) -> Method:
-    """Return TWN."""
+    """Return the `Method` for TWN."""
     return Method(
         name="twn",
         bits=Bits(w),

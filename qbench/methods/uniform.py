@@ -1,20 +1,20 @@
-"""Uniform: min-max fake quantization, the control that every paper is compared with.
+"""Uniform: min-max fake quantization. It is the control for all other methods.
 
 Paper
-    None of its own. This is the scheme of Jacob et al., "Quantization and Training of Neural
-    Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv 1712.05877, with
-    symmetric weights.
+    Uniform has no paper of its own. Its formulas are those of Jacob et al., "Quantization and
+    Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv
+    1712.05877, with symmetric weights.
 
 Idea
-    The levels are equally spaced over the range of the values. The gain of every other method is
-    measured relative to this control.
+    The levels are equally spaced over the range of the values. A comparison with this control shows
+    how much accuracy another method gains.
 
 Forward
-    Weights: s round(w / s), s = max|w| / (2^(b-1) - 1), per output channel or per layer. There are
-    2^b - 1 levels, including zero.
+    Weights: s round(w / s), with one step s = max|w| / (2^(b-1) - 1) per output channel or per
+    layer. There are 2^b - 1 levels, including zero.
     Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). l and h are moving
-    averages of the minima and maxima of the batches. [l, h] is widened to contain zero, and zero is
-    a level.
+    averages of each batch's minimum and maximum. The range [l, h] is widened to contain zero, and
+    zero is a level.
 
 Backward
     Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat if x rounds to a level,
@@ -27,7 +27,8 @@ Sites
     weight, input.
 
 State
-    low, high (scalars): the range of a layer's input. seen (bool): whether a batch has been seen.
+    low, high (scalars): ends of the range of a layer's input. seen (bool): whether the range has
+    been set from a batch.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
@@ -36,7 +37,8 @@ Protocol
     The unified recipe, which is the same for all methods (`optim=unified`).
 
 Choices
-    channel: whether weights have one scale per output channel (default) or one per layer.
+    channel: `true` (default) means one step per output channel of the weights. `false` means one
+    step per layer.
     momentum: the weight of a new batch in the moving averages, 0.1 by default.
 
 Deviations
@@ -58,13 +60,13 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def quantize_weight(w: Tensor, bits: int, channel: bool = True) -> Tensor:
-    """Quantize weights (O, ...) to 2^bits - 1 symmetric levels within +-max|w| of each channel or of the layer."""
+    """Quantize weights (O, ...) to 2^bits - 1 levels from -max|w| to max|w|, per channel or per layer."""
     scale = weight_scale(w, bits, channel)
     return straight_through(w, (w.detach() / scale).round() * scale)
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
-    """Return the step, (O, 1, ..., 1) with `channel`, else a scalar. The step is 1 where all weights are zero."""
+    """Return the step, (O, 1, ..., 1) with `channel`, else a scalar. If all its weights are zero, a step is 1."""
     magnitude = w.detach().abs()
     top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.max()
     scale = top / (2 ** (bits - 1) - 1)
@@ -100,7 +102,7 @@ def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 
 class UniformWeight(Quantizer):
-    """Quantizer of one layer's weights to a uniform grid."""
+    """Quantizer of one layer's weights, with equally spaced levels."""
 
     def __init__(self, bits: int, channel: bool) -> None:
         super().__init__()
@@ -111,19 +113,19 @@ class UniformWeight(Quantizer):
         return quantize_weight(w, self.bits, self.channel)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per output channel, or one for the whole layer."""
+        """Return the allowed values, with one group per output channel, or one group for the whole layer."""
         top = 2 ** (self.bits - 1) - 1
         scale = weight_scale(w, self.bits, self.channel).reshape(-1, 1)
         points = (torch.arange(-top, top + 1, device=w.device) * scale).unsqueeze(-1)
         return Grid(points, lambda t: t.reshape(len(points), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the codes and of one scale per group."""
+        """Return the storage size of the codes and of one scale per group."""
         return Storage(w.numel(), self.bits, 4 * (len(w) if self.channel else 1))
 
 
 class UniformActivation(Quantizer):
-    """Quantizer of one layer's input to a uniform grid over a moving range."""
+    """Quantizer of one layer's input, with equally spaced levels over a range that follows the batches."""
 
     low: Tensor
     high: Tensor
@@ -144,7 +146,7 @@ class UniformActivation(Quantizer):
 
     @torch.no_grad()
     def update_range(self, x: Tensor) -> None:
-        """Move the range towards that of the batch x. The first batch sets the range."""
+        """Move the range towards the minimum and maximum of the batch x. The first batch sets the range."""
         low, high = (end.to(self.low.dtype) for end in (x.amin().clamp(max=0), x.amax().clamp(min=0)))
         weight = torch.where(self.seen, self.momentum, 1.0).to(low.dtype)
         self.low.lerp_(low, weight)
@@ -152,13 +154,13 @@ class UniformActivation(Quantizer):
         self.seen.fill_(True)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: 2^bits levels, including zero."""
+        """Return the allowed values, one group for the whole tensor: 2^bits levels, including zero."""
         step, zero = step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
 
 def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
-    """Return the min-max control. `momentum` is the weight of a new batch in the activations' range."""
+    """Return the `Method` for min-max quantization. `momentum` is the weight of a new batch in the range."""
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
     return Method(

@@ -1,4 +1,4 @@
-"""XNOR-Net: binary weights and activations, with one scale per filter.
+"""XNOR-Net: weights and activations are binary, and weights have one scale per filter.
 
 Paper
     Rastegari, Ordonez, Redmon, Farhadi, "XNOR-Net: ImageNet Classification Using Binary
@@ -6,31 +6,31 @@ Paper
     (Torch).
 
 Idea
-    Of all scaled binary filters alpha B, the one with alpha = mean|W| and B = sign(W) is nearest to
-    W in the mean square. If activations are binary too, a convolution consists of XNOR operations
-    and bit counts.
+    A filter W is approximated by alpha B, where B is binary. The mean squared error is smallest for
+    alpha = mean|W| and B = sign(W). If activations are binary too, a convolution consists of XNOR
+    operations and bit counts.
 
 Forward
-    Weights, per output filter of n weights: alpha sign(w), alpha = mean|w|, sign(0) = +1.
+    Weights, for each output filter of n weights: alpha sign(w), with alpha = mean|w| and sign(0) = +1.
     Activations: sign(x).
     With scale=K the output is multiplied by K = A * k, where * is a convolution with the layer's
-    stride and padding. A is the mean of |x| over channels, and k is a box filter (a mean) of the
-    kernel's size. For a linear layer, K is mean|x|.
+    stride and padding. A is the mean of |x| over channels. k is a box filter of the kernel's size,
+    which computes a mean. For a linear layer, K is mean|x|.
 
 Backward
     Weights, gradient=paper: dL/dw = (1 / n + alpha 1{|w| <= 1}) dL/dw_hat.
-    Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) dL/dw_hat, with c the
-    number of the filter's input channels. Before each step, SGD's gradient of these weights is
-    multiplied by n, and all of Adam's gradients by 1e9.
-    Weights, gradient=jiecaoyu: dL/dw = (alpha 1{|w| <= 1} g + sign(w) s / n) (1 - 1 / c) n, with g
-    = dL/dw_hat and s the sum of g sign(w) over the filter.
+    Weights, gradient=authors: dL/dw = (alpha 1{|w| < 1} + 1 / n) (1 - 1 / c) dL/dw_hat, where c is
+    the filter's number of input channels. Before each step of SGD, the gradients of binary weights
+    are multiplied by n. Before each step of Adam, all gradients are multiplied by 1e9.
+    Weights, gradient=jiecaoyu: dL/dw = (alpha 1{|w| <= 1} g + sign(w) s / n) (1 - 1 / c) n, where g
+    = dL/dw_hat, and s is the sum of g sign(w) over the filter.
     Activations: dL/dx = 1{|x| < 1} dL/dx_hat. No gradient passes through K.
 
 Schedule
     One phase.
 
 Sites
-    weight, input; with scale=K also output.
+    weight, input. With scale=K, also output.
 
 State
     None.
@@ -41,25 +41,26 @@ Bits
 Protocol
     The authors' code: Adam, batch size 800, 55 epochs. The learning rate is 1e-3, then 5e-4 from
     epoch 19, 1e-4 from epoch 30, 5e-5 from epoch 44 and 1e-5 from epoch 53. Weight decay is 5e-4 up
-    to epoch 29 and 0 afterwards. The first and last layers are float. Blocks are ordered batch
-    normalization, sign, convolution, pooling.
+    to epoch 29 and 0 afterwards. The first and last layers are float. The order of layers in a
+    block is batch normalization, sign, convolution, pooling.
 
 Choices
-    scale: `K` multiplies by K, as in the paper. `none` (default) leaves out K, as in the authors'
-    code. The authors say that K improves accuracy by less than one point.
-    gradient: `paper` (default) is the paper's formula as it is commonly read. The paper prints r
-    1{|r| <= 1} as the derivative of sign. qbench takes the factor r for a misprint. `authors` is
-    the formula of the authors' code. Its factor 1e9 makes Adam's epsilon and weight decay
-    negligible. `jiecaoyu` is the formula of jiecaoyu/XNOR-Net-PyTorch (its CIFAR-10 code). It adds
-    the derivative of alpha with respect to every weight of the filter, which the paper's formula
-    leaves out.
-    center, clamp: before every step, the authors' code centers the latent weights (subtracts the
-    mean over input channels) and clamps them to [-1, 1]. The paper mentions neither. Both options
-    are off by default.
+    scale: `K` multiplies the output by K, as in the paper. `none` (default) does not multiply by K,
+    as in the authors' code. The authors write that K improves accuracy by less than one point.
+    gradient: the formula of the weights' gradient.
+    `paper` (default) is the paper's formula as it is commonly understood. The paper prints r 1{|r|
+    <= 1} as the derivative of sign. We assume that the factor r is a misprint.
+    `authors` is the formula of the authors' code. The factor 1e9 makes Adam's epsilon and weight
+    decay negligible. `jiecaoyu` is the formula of the CIFAR-10 code in jiecaoyu/XNOR-Net-PyTorch.
+    This formula includes the derivative of alpha with respect to every weight of the filter. The
+    paper's formula leaves out this derivative.
+    center, clamp: `center` subtracts the mean over input channels from the latent weights, and
+    `clamp` clamps the latent weights to [-1, 1]. The authors' code does both before every step. The
+    paper mentions neither. Both options are off by default.
 
 Deviations
-    Inputs are padded with zeros, as in the authors' code, although binary activations are never
-    zero.
+    Convolutions pad their input with zeros, as in the authors' code, although binary activations
+    are never zero.
 
 Results
     docs/results.md (digits, glyphs).
@@ -80,7 +81,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 GRADIENTS = ("paper", "authors", "jiecaoyu")
 ADAM_FACTOR = 1e9
-"""Factor of all gradients before a step of Adam, in the authors' code."""
+"""Factor by which the authors' code multiplies all gradients before a step of Adam."""
 SCALES = ("none", "K")
 SIGN_TRAITS = {"monotone_input", "idempotent_input", "clipped_input", "cells_input"}
 
@@ -98,7 +99,7 @@ def filter_scale(w: Tensor) -> Tensor:
 
 @in_float32
 def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
-    """Binarize weights (O, ...) per output filter: mean|w| sign(w), with sign(0) = +1. Section 3.1.
+    """Binarize weights (O, ...) to mean|w| sign(w) for each output filter, with sign(0) = +1. Section 3.1.
 
     Args:
         gradient: paper or authors; see the method card.
@@ -122,7 +123,7 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
 
 @in_float32
 def binarize_activation(x: Tensor) -> Tensor:
-    """Binarize activations (any shape): sign(x), where sign(0) = +1, with gradient 1 where |x| < 1, else 0."""
+    """Return sign(x) for activations (any shape), with sign(0) = +1. The gradient is 1 where |x| < 1, else 0."""
     return fused_quantizer(
         x,
         plain=lambda x: surrogate(x, sign(x), x.detach().abs() < 1),
@@ -145,12 +146,12 @@ class BinaryWeight(Quantizer):
         return binarize_weight(w, gradient=self.gradient)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per output filter: -alpha and alpha."""
+        """Return the allowed values, with one group per output filter: -alpha and alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of one bit per weight and of one scale per filter."""
+        """Return the storage size of one bit per weight and of one scale per filter."""
         return Storage(w.numel(), 1, 4 * len(w))
 
 
@@ -162,15 +163,15 @@ class BinaryActivation(Quantizer):
         return binarize_activation(x)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group: -1 and 1."""
+        """Return the allowed values, one group for the whole tensor: -1 and 1."""
         return Grid(x.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
 
 class InputScale(Quantizer):
     """Quantizer that multiplies each output by K, the mean magnitude of the inputs to that output. Section 3.2.
 
-    K replaces the magnitudes that sign(x) removes from the products of weights and inputs.
-    Therefore the layer's bias is not multiplied.
+    K restores the magnitudes that sign(x) removes from the products of weights and inputs. The
+    layer's bias contains no such product, so the bias is not multiplied.
     """
 
     def __init__(self, layer: FloatLayer) -> None:
@@ -189,7 +190,7 @@ class InputScale(Quantizer):
         return y * k + layer.bias.reshape(-1, *[1] * (y.dim() - 2)) * (1 - k)
 
     def _k(self, layer: nn.Conv2d | nn.Linear, magnitude: Tensor) -> Tensor:
-        """Return K, in a shape that can be broadcast to the layer's output."""
+        """Return K with a shape that can be broadcast to the layer's output."""
         if not isinstance(layer, nn.Conv2d):
             return magnitude.mean(-1, keepdim=True)
         kernel = (layer.kernel_size[0], layer.kernel_size[1])
@@ -202,7 +203,7 @@ class InputScale(Quantizer):
 
 
 def _input_scale(name: str, layer: QLayer) -> InputScale | None:
-    """Return `InputScale` for a layer with binary input, or None if the input is the image or float."""
+    """Return an `InputScale` for a layer with binary input. If the input is the image or float, return None."""
     if not isinstance(layer.input_q, BinaryActivation):
         return None
     check_kind("xnor with scale=K", name, layer)
@@ -213,17 +214,17 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """Return a layer's weight quantizer.
 
     Raises:
-        Unsupported: the filters have one input channel. The gradients with the factor 1 - 1 / c
-            are then 0, and `center` would set all weights to 0.
+        Unsupported: the filters have one input channel, and the options need more. The factor 1 - 1
+            / c of the gradients would be 0, and `center` would set all weights to 0.
     """
     if layer.weight.shape[1] == 1 and (gradient != "paper" or center):
         what = "center=true" if gradient == "paper" else f"gradient={gradient}"
-        raise Unsupported(f"{what} cannot train filters with one input channel; leave these layers in float")
+        raise Unsupported(f"{what} cannot train filters with one input channel; keep these layers in float")
     return BinaryWeight(gradient)
 
 
 def center_and_clamp(model: nn.Module, *, center: bool, clamp: bool) -> None:
-    """Center the latent weights over input channels and clamp them to [-1, 1], in place, as in the authors' code."""
+    """Center latent weights over input channels and clamp them to [-1, 1], both in place, as in the authors' code."""
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             if isinstance(layer.weight_q, BinaryWeight):
@@ -241,7 +242,7 @@ def multiply_gradients(model: nn.Module, factor: float) -> None:
 
 
 def scale_as_authors(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Multiply SGD's gradients of binary weights by n, or all gradients of Adam by 1e9, as in the authors' code."""
+    """Multiply gradients as the authors' code does: for SGD, of binary weights by n; for Adam, all by 1e9."""
     if isinstance(optimizer, torch.optim.Adam):
         multiply_gradients(model, ADAM_FACTOR)
         return
@@ -261,7 +262,7 @@ def optimizer_step(
 
 
 def step_function(w: int, gradient: str, center: bool, clamp: bool) -> Step | None:
-    """Return the function `Method.step`, or None if the optimizer's own step is sufficient for the options."""
+    """Return the function for `Method.step`, or None if the options do not change the optimizer's step."""
     if w == FLOAT or not (gradient == "authors" or center or clamp):
         return None
     return partial(optimizer_step, gradient=gradient, center=center, clamp=clamp)
@@ -270,7 +271,7 @@ def step_function(w: int, gradient: str, center: bool, clamp: bool) -> Step | No
 def build(
     *, w: int = 1, a: int = 1, gradient: str = "paper", scale: str = "none", center: bool = False, clamp: bool = False
 ) -> Method:
-    """Return XNOR-Net. The method card explains the options."""
+    """Return the `Method` for XNOR-Net. The method card explains the options."""
     check_gradient(gradient)
     if scale not in SCALES:
         raise ValueError(f"scale={scale}: must be one of {', '.join(SCALES)}")
