@@ -1,20 +1,20 @@
 """AlexNet as DoReFa-Net's authors train it (Zhou et al. 2016, arXiv 1606.06160; tensorpack's alexnet-dorefa.py).
 
-We verified the network in that script, which is not the paper's own code. With 1000 classes and
-affine BN, the network has 60,985,416 parameters. TTQ's authors train the same network from scratch
-(czhu95/ternarynet). It is not known whether the network of TTQ's authors also has biases in conv0
-and fc0. The layers are:
+The layers were checked against that script, which is not the paper's original code. With 1000
+classes and affine batch normalization (BN), the network has 60,985,416 parameters. TTQ's authors
+train the same network from scratch (czhu95/ternarynet). We do not know whether their network also
+has biases in conv0 and fc0. The layers are:
 
 conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN
 - MP - Q - conv3 384 in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096
-(bias) - BN - Q - FC 4096 - BN - last_act - FC. Q is the activation that an input quantizer replaces.
-MP is max pooling of 3x3 at stride 2, and it is between BN and Q. There is no dropout. BN has eps
-1e-4. The first two poolings pad as TensorFlow's SAME does. If the size is even, SAME pads only at
-the right and bottom.
+(bias) - BN - Q - FC 4096 - BN - last_act - FC. "conv12x12/4 96" means 96 filters of 12x12 at stride
+4. Q is the activation that an input quantizer replaces. MP is max pooling of 3x3 at stride 2. There
+is no dropout. BN has eps 1e-4. The first two poolings pad as TensorFlow's SAME does. For even
+sizes, SAME pads only at the right and bottom.
 
-`last_act` is the activation in front of the last layer. In the script, this activation depends on
-whether activations are quantized. If they are, the activation clips to [0, 1] and does not round.
-If they are not, the activation is a ReLU.
+`last_act` is the activation in front of the last layer. In the script, it depends on the width of
+activations. With quantized activations, it clips to [0, 1] without rounding. With float
+activations, it is a ReLU.
 """
 
 from collections import OrderedDict
@@ -27,7 +27,7 @@ from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((96, 12, 1), (256, 5, 2), (384, 3, 1), (384, 3, 2), (256, 3, 2))
-"""Each entry: number of channels, kernel size and number of groups of one of `conv0` to `conv4`."""
+"""Number of channels, kernel size and number of groups of each layer from `conv0` to `conv4`."""
 
 
 class SamePool(nn.Module):
@@ -46,7 +46,8 @@ class SamePool(nn.Module):
 class DoReFaAlexNet(nn.Sequential):
     """AlexNet with the layers `conv0` to `conv4`, `fc0`, `fc1` and `fct`.
 
-    A module `bn`, `pool` or `act` has the same ending in its name as the layer that it follows.
+    The names of modules `bn`, `pool` and `act` end like the name of the layer in front of them,
+    such as `bn1` after `conv1`.
     """
 
     feeds: Feeds
@@ -85,7 +86,7 @@ def build(
 ) -> nn.Module:
     """Return an AlexNet for images of `shape` (C, H, W), which must be 44x44 or larger.
 
-    The network is `width_mult` times as wide as DoReFa's.
+    Each layer has `width_mult` times as many channels as in DoReFa's network.
     """
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
@@ -101,12 +102,12 @@ def build(
 
 
 def _scaled(channels: int, factor: float) -> int:
-    """Return `channels` times `factor`, rounded to an even number because some layers have two groups."""
+    """Return `channels` times `factor`, rounded to an even number, because some convolutions have two groups."""
     return max(2, 2 * round(channels * factor / 2))
 
 
 def _output_size(size: int) -> int:
-    """Return the height or width after the last pooling."""
+    """Return the height or width of the last pooling's output."""
     size = (size - 12) // 4 + 1
     for _ in (1, 2):
         size = (size + 1) // 2

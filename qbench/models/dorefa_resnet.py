@@ -1,14 +1,18 @@
 """ResNet-18 of DoReFa-Net's authors (Zhou et al. 2016, arXiv 1606.06160; tensorpack's resnet-dorefa.py).
 
-We verified the network in that script. The script evaluates a trained network, and it is not known
-how this network was trained. The layers are conv7/2 64 (bias) - MP - blocks - BN - last_act -
-average times 49 - FC. Before conv1, three rows and columns are padded at the top and left, two at
-the bottom and right. Before MP, the border is repeated once. A block is BN - Q - conv3 - BN - Q -
-conv3, plus a shortcut. The shortcut is the block's input. In the first block, and in blocks that
-change the shape, it is a 1x1 convolution that reads the output of the block's first Q. A block with
-stride averages its input over 2x2 pixels before its first BN, and its convolutions have stride 1.
-The script calls the convolution in the first block's shortcut and the factor 49 bugs of the trained
-network. BN has eps 1e-4. Q is the activation that an input quantizer replaces.
+The layers were checked against that script. The script evaluates a trained network, and we do not
+know how this network was trained. The layers are conv7x7/2 64 (bias) - MP - blocks - BN - last_act
+- average times 49 - FC. BN is batch normalization with eps 1e-4. MP is max pooling. Q is the
+activation that an input quantizer replaces. The image is padded with three rows and columns at the
+top and left, and with two at the bottom and right. In front of MP, the border pixels are repeated
+once.
+
+A block adds a shortcut to the branch BN - Q - conv3x3 - BN - Q - conv3x3. In most blocks, the
+shortcut is the block's input. In the first block, and in blocks that change the shape, the shortcut
+is a 1x1 convolution that reads the output of the block's first Q. A block that halves the
+resolution averages its input over 2x2 pixels in front of its first BN, and its convolutions have
+stride 1. The script says that two details are bugs of the trained network: the convolution in the
+first block's shortcut, and the factor 49.
 
 `last_act` is the activation in front of the average. The script clips to [0, 1] there.
 """
@@ -21,11 +25,11 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds, ResidualBlock, feeds_of_blocks
 
 AVERAGE_FACTOR = 49
-"""Factor after the average over positions. It is the number of positions for images of 224x224."""
+"""Factor by which the average over positions is multiplied: the number of positions for images of 224x224."""
 
 
 class DoReFaBlock(ResidualBlock):
-    """Pre-activation block. If `projected`, its shortcut is a 1x1 convolution."""
+    """Pre-activation block. If `projected` is true, its shortcut is a 1x1 convolution."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, projected: bool, norm: str) -> None:
         super().__init__()
@@ -39,7 +43,7 @@ class DoReFaBlock(ResidualBlock):
         self.downsample = nn.Conv2d(in_channels, channels, 1, bias=bias) if projected else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of branch and shortcut."""
+        """Return the sum of the branch and the shortcut."""
         x = self.pool(x)
         y: Tensor = self.act1(self.bn1(x))
         shortcut = x if self.downsample is None else self.downsample(y)
@@ -47,7 +51,7 @@ class DoReFaBlock(ResidualBlock):
         return y + shortcut
 
     def local_feeds(self) -> Feeds:
-        """Return the feeds of both activations. The first activation also feeds the shortcut's convolution."""
+        """Return which layers each activation feeds. The first activation also feeds the shortcut's convolution."""
         extra = ("downsample",) if self.downsample is not None else ()
         return {"act1": ("conv1", *extra), "act2": ("conv2",)}
 

@@ -1,23 +1,23 @@
 """DoReFa-Net's networks for SVHN, models A to D (Zhou et al. 2016, arXiv 1606.06160).
 
-We verified the network in the authors' script, tensorpack's svhn-digit-dorefa.py. We conclude from the paper's 80 MFLOP
-that the network of this script is model A. It takes images of 40x40. Its seven convolutions have 3, 4, 4, 8, 8, 8 and
-32 times `width` channels, where `width` is 16. The widths 8, 4 and 2 of models B, C and D are remembered from the paper
-and not verified. By our own count, model A has 2,082,378 parameters with affine BN, and 41.7 M multiply-adds. The
-layers are:
+The layers were checked against the authors' script, tensorpack's svhn-digit-dorefa.py. The paper states 80 MFLOP for
+model A, which fits the network of this script. The images are 40x40. The seven convolutions have 3, 4, 4, 8, 8, 8 and
+32 times `width` channels. `width` is 16 in model A. The values 8, 4 and 2 for models B, C and D are remembered from the
+paper and not verified. By our own count, model A has 2,082,378 parameters with affine batch normalization (BN), and
+41.7 M multiply-adds. The layers are:
 
 conv5 (bias) - MP2 - Q - conv3 - BN - Q - conv3 - BN - MP2 - Q - conv3 valid - BN - Q - conv3 - BN -
-Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - last_act - FC. Q is the activation that an input
-quantizer replaces. There is no BN after the first layer. Max pooling follows BN and precedes Q. BN
-has eps 1e-4.
+Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - last_act - FC. Q is the activation that an
+input quantizer replaces. MP2 is max pooling of 2x2. The first layer has no BN. BN has eps 1e-4.
 
-`last_act` is the activation in front of the last layer. In the script, this activation depends on
-whether activations are quantized. If they are, the activation clips to [0, 1] and does not round
-(until 2018 it was min(1, |x|)). If they are not, the activation is a ReLU.
+`last_act` is the activation in front of the last layer. In the script, it depends on the width of
+activations. With quantized activations, it clips to [0, 1] without rounding (until 2018 it was
+min(1, |x|)). With float activations, it is a ReLU.
 
-The script applies dropout after Q. In qbench, Q is inside the next layer, so dropout comes before
-Q. This dropout does not rescale its output. Instead, the output of the next layer is rescaled. This
-is possible because that layer has no bias. Both orders give the same result if Q(0) = 0.
+The script applies dropout after Q. In qbench, Q is a part of the next layer, so dropout comes
+before Q. This dropout does not divide its output by 1 - p. Instead, the output of the next layer is
+divided by 1 - p, which is correct because the next layer has no bias. Both orders give the same
+result if Q(0) = 0.
 """
 
 from collections import OrderedDict
@@ -31,10 +31,10 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((3, 5, 0), (4, 3, 1), (4, 3, 1), (8, 3, 0), (8, 3, 1), (8, 3, 0), (32, 5, 0))
-"""Each entry: channels as a multiple of the width, kernel size and padding of one of `conv0` to `conv6`."""
+"""Channels as a multiple of `width`, kernel size and padding of each layer from `conv0` to `conv6`."""
 
 POOLED = (0, 2)
-"""Numbers of the convolutions that are followed by max pooling of 2x2."""
+"""Numbers of the convolutions in front of a max pooling of 2x2."""
 
 
 class ClippedMagnitude(nn.Module):
@@ -60,7 +60,7 @@ def check_last_act(last_act: str) -> None:
 
 
 class UnscaledDropout(nn.Module):
-    """Set values to zero with probability p in training, without rescaling the others."""
+    """Set values to zero with probability p in training, without dividing the other values by 1 - p."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class UnscaledDropout(nn.Module):
 
 
 class DropoutScale(nn.Module):
-    """Divide by 1 - p in training.
+    """Divide the input by 1 - p in training.
 
-    This module follows a layer without bias whose input comes from `UnscaledDropout`.
+    Use this module after a layer without bias if the layer's input comes from `UnscaledDropout`.
     """
 
     def __init__(self, p: float) -> None:
@@ -82,7 +82,7 @@ class DropoutScale(nn.Module):
         self.p = p
 
     def forward(self, y: Tensor) -> Tensor:
-        """Return the rescaled y."""
+        """Return y divided by 1 - p in training, else y."""
         return y / (1 - self.p) if self.training and self.p else y
 
 
@@ -97,7 +97,7 @@ def init_as_tensorpack(model: nn.Module) -> None:
 class SVHNNet(nn.Sequential):
     """Network with the layers `conv0` to `conv6` and `fc1`.
 
-    Modules `bn`, `pool` and `act` are numbered like the layer that they follow.
+    Modules `bn`, `pool` and `act` have the number of the layer in front of them.
     """
 
     feeds: Feeds

@@ -1,14 +1,16 @@
-"""The networks of Gupta et al. 2015, "Deep Learning with Limited Numerical Precision" (arXiv 1502.02551), in one class.
+"""One class for the networks of Gupta et al. 2015, "Deep Learning with Limited Numerical Precision" (arXiv 1502.02551).
 
-The following is remembered from the paper, and nothing is verified. The MNIST perceptron has two
-hidden layers of 1000 units. The MNIST CNN is conv5 8 - ReLU - MP2 - conv5 16 - ReLU - MP2 - FC 128
-- ReLU - FC. The CIFAR-10 CNN is three times conv5 64 - ReLU - MP of 3x3/2, then FC. There is no
-batch normalization, and every layer has a bias. Initial weights are Gaussian with standard
-deviation 0.01, and initial biases are 0. This initialization is remembered for the perceptron only.
+This paragraph is remembered from the paper and not verified. The MNIST perceptron has two hidden
+layers of 1000 units. The MNIST CNN is conv5x5 8 - ReLU - MP2x2 - conv5x5 16 - ReLU - MP2x2 - FC 128
+- ReLU - FC. The CIFAR-10 CNN has three times conv5x5 64 - ReLU - MP3x3/2, then FC. MP is max
+pooling. There is no batch normalization. Every layer has a bias. Initial weights are Gaussian with
+standard deviation 0.01, and initial biases are 0. We remember this initialization for the
+perceptron only.
 
-The paper's padding and rounding of sizes are not known. In qbench, the MNIST CNN does not pad, and
-the CIFAR CNN pads by 2. Max pooling rounds sizes up. Images of 28x28 (MNIST) and 32x32 (CIFAR)
-therefore both shrink to 4x4 in front of the first linear layer.
+We do not know how the paper pads convolutions, or whether its max pooling rounds sizes up or down.
+In qbench, the MNIST CNN does not pad, the CIFAR CNN pads by 2, and max pooling rounds sizes up.
+With these choices, the input of the first linear layer is 4x4, both for MNIST (28x28) and for CIFAR
+(32x32).
 """
 
 from collections import OrderedDict
@@ -22,7 +24,8 @@ from qbench.models.residual_blocks import Feeds
 class GuptaNet(nn.Sequential):
     """Network with the layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ....
 
-    The activations `act1`, `act2`, ... are numbered over all these layers.
+    The activations `act1`, `act2`, ... are numbered consecutively over convolutions and linear
+    layers.
     """
 
     feeds: Feeds
@@ -96,6 +99,6 @@ def build(
 
 
 def _output_size(size: int, pad: int, pool: int) -> int:
-    """Return the height or width after a 5x5 convolution and max pooling that rounds up, or 0 if no pixel is left."""
+    """Return the height or width after a 5x5 convolution and max pooling (rounded up), or 0 if no pixel is left."""
     size += 2 * pad - 4
     return (size - pool + 1) // 2 + 1 if size > 0 else 0

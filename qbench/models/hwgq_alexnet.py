@@ -1,17 +1,18 @@
 """AlexNet as HWGQ's authors train it (Cai et al. 2017, arXiv 1702.00953).
 
-We verified the network in their prototxt (zhaoweicai/hwgq, alex-hwgq-3ne-clip-poly-320k). The
-layers are:
+The layers were checked against the authors' prototxt (zhaoweicai/hwgq,
+alex-hwgq-3ne-clip-poly-320k). They are:
 
 conv11/4 96 - MP - BN - Q - conv5 256 - MP - BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q -
-conv3 256 - MP - BN - Q - FC 4096 - BN - Q - FC 4096 - BN - ReLU - FC. Q is the activation that an
-input quantizer replaces. MP is max pooling of 3x3 at stride 2, and it precedes BN. There are no
-groups and no dropout, and only the last layer has a bias. The authors use `norm=no_affine`, also
-after fc7. With `norm=no_affine` and 1000 classes, the network has 62,368,776 parameters.
+conv3 256 - MP - BN - Q - FC 4096 - BN - Q - FC 4096 - BN - ReLU - FC. BN is batch normalization. Q
+is the activation that an input quantizer replaces. MP is max pooling of 3x3 at stride 2. There are
+no groups and no dropout, and only the last layer has a bias. The authors use `norm=no_affine` for
+every BN, including the BN after fc7. With `norm=no_affine` and 1000 classes, the network has
+62,368,776 parameters.
 
 The authors' images are 227x227. Initial weights are Gaussian with standard deviation 0.005 in fc6
-and fc7, and 0.01 in the other layers. The authors' BN has momentum 0.05 for the running averages
-(`bn_momentum=0.05`).
+and fc7, and 0.01 in the other layers. In the running averages of the authors' BN, a new batch has
+weight 0.05 (`bn_momentum=0.05`).
 """
 
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm, set_bn_m
 from qbench.models.residual_blocks import Feeds
 
 CONVS = ((96, 11, 0), (256, 5, 2), (384, 3, 1), (384, 3, 1), (256, 3, 1))
-"""Each entry: number of channels, kernel size and padding of one of `conv1` to `conv5`."""
+"""Number of channels, kernel size and padding of each layer from `conv1` to `conv5`."""
 
 POOLED = (1, 2, 5)
 """Numbers of the convolutions that are directly followed by max pooling."""
@@ -31,7 +32,7 @@ POOLED = (1, 2, 5)
 class HWGQAlexNet(nn.Sequential):
     """AlexNet with the layers `conv1` to `conv5` and `fc6` to `fc8`.
 
-    Modules `pool`, `bn` and `act` are numbered like the layer that they follow.
+    Modules `pool`, `bn` and `act` have the number of the layer in front of them.
     """
 
     feeds: Feeds
@@ -73,7 +74,7 @@ def build(
 ) -> nn.Module:
     """Return an AlexNet for images of `shape` (C, H, W), which must be 39x39 or larger.
 
-    The network is `width_mult` times as wide as HWGQ's.
+    Each layer has `width_mult` times as many channels as in HWGQ's network.
     """
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
@@ -90,5 +91,5 @@ def build(
 
 
 def _pooled_size(size: int) -> int:
-    """Return the height or width after max pooling of 3x3/2 that rounds up."""
+    """Return the height or width after max pooling of 3x3 at stride 2, rounded up."""
     return (size - 2) // 2 + 1

@@ -1,19 +1,20 @@
 """ResNet-18, 34 and 50 as HWGQ's authors train them (Cai et al. 2017, arXiv 1702.00953).
 
-We verified the networks in the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of
-zhaoweicai/hwgq. The stem is conv7/2 64 (bias) - MP - BN. Then come blocks, ReLU, average pooling and
-FC. A block repeats BN - Q - conv two or three times. One more BN with scale and shift follows, in
-front of the sum. Q is the activation that an input quantizer replaces.
+The layers were checked against the prototxts res18-, res34- and res50-hwgq-3ne-clip-poly of
+zhaoweicai/hwgq. The stem is conv7x7/2 64 (bias) - MP - BN. Then come blocks, ReLU, average pooling
+and FC. BN is batch normalization, MP is max pooling, and Q is the activation that an input
+quantizer replaces. The branch of a block repeats BN - Q - conv two or three times, and ends with a
+BN that has scale and shift. The shortcut is added to the output of this BN.
 
 If a block changes the shape, its shortcut is a 1x1 convolution that reads the output of the block's
 first Q. A BN with scale and shift follows this convolution. In the other blocks, the shortcut is
 the block's input, which is never quantized. The first block does not begin with a BN, because the
-stem's BN comes right before it. The identity shortcut of the first block therefore carries
-normalized values. In a bottleneck, the first 1x1 convolution has the block's stride. Max pooling
-rounds sizes up, as Caffe does.
+stem ends with a BN. The identity shortcut of the first block therefore carries normalized values.
+In a bottleneck, the first 1x1 convolution has the block's stride. Max pooling rounds sizes up, as
+Caffe does.
 
-`norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine`, so
-their BNs have neither. The authors' BN has momentum 0.05 for the running averages
+`norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine` (neither
+scale nor shift). In the running averages of the authors' BN, a new batch has weight 0.05
 (`bn_momentum=0.05`).
 """
 

@@ -1,26 +1,26 @@
 """ResNet-18, 34 and 50 for ImageNet, of any width, in post- and pre-activation form, with torchvision's layer names.
 
-`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385) is also torchvision's ResNet, so
-torchvision's checkpoints load. The stem is a 7x7 convolution at stride 2, BN, ReLU and max pooling
-of 3x3 at stride 2. Four stages of blocks follow. A block is convolution, BN, ReLU, ...,
-convolution, BN, sum, ReLU. A shortcut that changes the shape is a 1x1 convolution with BN. In a
-bottleneck block the 3x3 convolution has the stride. The ReLU after a sum also feeds the next
-shortcut. A quantizer must not change a shortcut, so a quantizer can replace only the ReLUs within
-blocks.
+`post` (He et al. 2016, Deep residual learning, arXiv 1512.03385) is torchvision's ResNet, so
+torchvision's checkpoints can be loaded. The stem is a 7x7 convolution at stride 2, batch
+normalization (BN), ReLU and max pooling of 3x3 at stride 2. Four stages of blocks follow. A block
+is convolution, BN, ReLU, ..., convolution, BN, sum, ReLU. A shortcut that changes the shape is a
+1x1 convolution with BN. In a bottleneck block, the 3x3 convolution has the stride. The ReLU after a
+sum also feeds the next shortcut. Because a quantizer must not change a shortcut, it can replace
+only the other ReLUs of a block.
 
 `pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, ReLU, convolution.
-BN and ReLU follow once more after the last block. A shortcut that changes the shape is a 1x1
-convolution of the activated input. The stem is followed by BN and max pooling, and the first ReLU
-is in the first block. The first block does not begin with a BN, since the stem's BN comes right
-before it. If the shortcut of the first block is the identity, it carries the stem's output before
-the ReLU. As far as remembered (not verified), LSQ and PACT use this form.
+The last block is followed by one more BN and ReLU. A shortcut that changes the shape is a 1x1
+convolution that reads the output of the block's first ReLU. The stem is a convolution, BN and max
+pooling. The first block begins with a ReLU instead of a BN, because the stem has a BN already. If
+the shortcut of the first block is the identity, it carries the stem's output from before this ReLU.
+LSQ and PACT use the form `pre` (from memory, not verified).
 
-`width` is the number of channels of the stem and of the first stage. In the original ResNet it is
-64. With `width` 96, ResNet-18 becomes the ResNet-18B of TWN and TTQ. The blocks of ResNet-18B have
-1.5 times the filters, which is remembered and not verified. It is not known whether its stem is
-wider too. In qbench the stem is wider, as in Polino's ResNet-18 with k times the filters (verified
-in antspy/quantized_distillation, cnn_models/resnet_kfilters.py). The factors k = 1.5 and k = 2
-correspond to `width` 96 and 128.
+`width` is the number of channels of the stem and of the first stage. The original ResNet has
+`width` 64. With `width` 96, ResNet-18 becomes the ResNet-18B of TWN and TTQ, whose blocks have 1.5
+times as many filters (from memory, not verified). We do not know whether the stem of ResNet-18B is
+wider too. In qbench the stem is wider, as in Polino's ResNet-18 with k times as many filters
+(verified in antspy/quantized_distillation, cnn_models/resnet_kfilters.py). `width` 96 means k =
+1.5, and `width` 128 means k = 2.
 """
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from qbench.models.normalization import NORMS_2D, check_norm
 from qbench.models.residual_blocks import ConvSpec, Feeds, PostBlock, PreBlock, ResidualBlock, feeds_of_blocks
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-"""Maps a depth to the number of blocks per stage. From depth 50 on, blocks are bottlenecks."""
+"""Maps a depth to the number of blocks in each stage. Networks of depth 50 have bottleneck blocks."""
 
 FORMS = ("pre", "post")
 
@@ -101,7 +101,7 @@ def build(
     Args:
         shape: shape (C, H, W) of an image.
         classes: number of classes.
-        depth: number of weighted layers as in the network's name, 18, 34 or 50.
+        depth: number of layers with weights, as in the network's name: 18, 34 or 50.
         width: number of channels of the stem and the first stage.
         form: order of the layers in a block, `pre` (activation first) or `post` (activation last).
         norm: kind of batch normalization, one of affine, no_affine and none.

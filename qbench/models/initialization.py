@@ -4,7 +4,7 @@ from torch import nn
 
 
 def init_fan_out(model: nn.Module) -> None:
-    """Draw the weights of all convolutions from He's Gaussian scaled by fan-out, as torchvision's ResNets do.
+    """Draw the weights of all convolutions from He's Gaussian, scaled by fan-out, as torchvision's ResNets do.
 
     Linear layers keep torch's default. Source: He et al. 2015, arXiv 1502.01852.
     """

@@ -1,6 +1,6 @@
 """Multilayer perceptron with hidden layers of equal width.
 
-A hidden layer is a linear layer, followed by batch normalization and an activation.
+A hidden layer consists of a linear layer, batch normalization and an activation.
 """
 
 import math

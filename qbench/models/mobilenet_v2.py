@@ -1,9 +1,9 @@
 """MobileNetV2 for small images (Sandler et al. 2018, arXiv 1801.04381, table 2), with torchvision's layer names.
 
-Unlike in the paper, the stem and the second stage keep the resolution, so that images of 32x32
-shrink only to 4x4. Everything else follows the paper. With 1000 classes the network has 3,504,872
-parameters, as many as the paper's network. For ImageNet use `model=torchvision
-model.net=mobilenet_v2`.
+Unlike in the paper, the stem and the second stage do not halve the resolution. The feature maps of
+a 32x32 image are therefore not smaller than 4x4. Everything else follows the paper. With 1000
+classes the network has 3,504,872 parameters, as many as the paper's network. For ImageNet use
+`model=torchvision model.net=mobilenet_v2`.
 """
 
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-"""Each entry describes one stage: expansion t, channels c, number of blocks n, and stride s of the first block."""
+"""One entry per stage: expansion factor t, channels c, number of blocks n, and stride s of the first block."""
 
 
 def _conv_unit(
@@ -35,7 +35,8 @@ def _conv_unit(
 class InvertedResidual(ResidualBlock):
     """Block of a 1x1 expansion, a 3x3 depthwise convolution and a 1x1 projection without activation.
 
-    With t = 1 there is no expansion. If input and output have the same shape, the input is added.
+    With t = 1 there is no expansion. If input and output have the same shape, the input is added to
+    the output.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, norm: str) -> None:
@@ -51,12 +52,12 @@ class InvertedResidual(ResidualBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the branch, plus x if both have the same shape."""
+        """Return the branch's output. If the output has the shape of x, add x."""
         y: Tensor = self.conv(x)
         return x + y if self.residual else y
 
     def local_feeds(self) -> Feeds:
-        """Return the feeds of both activations, or of the only activation if the block has no expansion."""
+        """Return which layers each activation feeds. A block without expansion has only one activation."""
         if self.expands:
             return {"conv.0.2": ("conv.1.0",), "conv.1.2": ("conv.2",)}
         return {"conv.0.2": ("conv.1",)}
@@ -96,9 +97,9 @@ class MobileNetV2(nn.Module):
 
 
 def multiple_of_8(channels: float) -> int:
-    """Return the nearest multiple of 8, at least 8.
+    """Return the multiple of 8 that is nearest to `channels`, but at least 8.
 
-    If the nearest multiple is more than a tenth below `channels`, return the next higher one.
+    If the nearest multiple is more than 10 % below `channels`, return the next higher multiple.
     """
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
@@ -107,7 +108,7 @@ def multiple_of_8(channels: float) -> int:
 def build(
     shape: tuple[int, int, int], classes: int, *, width_mult: float = 1.0, dropout: float = 0.2, norm: str = "affine"
 ) -> nn.Module:
-    """Return a MobileNetV2 for images of `shape` (C, H, W), `width_mult` times as wide as the paper's."""
+    """Return a MobileNetV2 for images of `shape` (C, H, W), with `width_mult` times the paper's channels."""
     if width_mult <= 0:
         raise ValueError(f"width_mult={width_mult}: must be a factor above 0")
     if not 0 <= dropout < 1:

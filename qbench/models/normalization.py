@@ -1,4 +1,4 @@
-"""Kinds of batch normalization that a network can have: affine, without scale and shift, or none."""
+"""Kinds of batch normalization in a network: affine, no_affine (without scale and shift), none."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ NORMS_2D: dict[str, Norm] = {
     "no_affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
     "none": lambda channels: nn.Identity(),
 }
-"""Maps each value of `model.norm` to the normalization after a convolution."""
+"""Maps each value of `model.norm` to a function that makes the normalization after a convolution."""
 
 NORMS_1D: dict[str, Norm] = {
     "affine": nn.BatchNorm1d,
     "no_affine": lambda features: nn.BatchNorm1d(features, affine=False),
     "none": lambda features: nn.Identity(),
 }
-"""Maps each value of `model.norm` to the normalization after a linear layer."""
+"""Maps each value of `model.norm` to a function that makes the normalization after a linear layer."""
 
 
 def check_norm(norm: str) -> None:
@@ -29,7 +29,7 @@ def check_norm(norm: str) -> None:
 
 
 def remove_scale_and_shift(model: nn.Module) -> None:
-    """Remove the parameters of all batch normalizations of a network, in place."""
+    """Remove scale and shift from all batch normalizations of a network, in place."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
             module.affine = False
@@ -38,10 +38,10 @@ def remove_scale_and_shift(model: nn.Module) -> None:
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """Set the momentum of the running averages of all batch normalizations of a network.
+    """Set the momentum of the running averages of all batch normalizations in a network.
 
     Raises:
-        ValueError: `momentum`, the weight of the newest batch, is not above 0 and below 1.
+        ValueError: `momentum` is not above 0 and below 1. It is the weight of the newest batch.
     """
     if not 0 < momentum < 1:
         raise ValueError(f"bn_momentum={momentum}: must be above 0 and below 1")

@@ -1,19 +1,19 @@
 """The teacher and the students of Polino et al. 2018 (arXiv 1802.05668): convolutional networks for
 CIFAR-10 without shortcuts.
 
-We verified the networks in the authors' code (antspy/quantized_distillation,
-cnn_models/conv_forward_model.py and cifar10_test.py). Each convolution is followed by ReLU and BN,
-in this order. Some convolutions are also followed by 2x2 max pooling and dropout of whole channels.
-Each hidden linear layer is followed by ReLU, BN and dropout. The output layer is followed by a ReLU
-too. Every layer has a bias. Convolutions keep the height and width. Initial weights are drawn from
-Glorot's uniform distribution.
+The layers were checked against the authors' code (antspy/quantized_distillation,
+cnn_models/conv_forward_model.py and cifar10_test.py). Each convolution is followed by ReLU and
+batch normalization (BN), in this order. After some convolutions, 2x2 max pooling and dropout of
+whole channels come next. Each hidden linear layer is followed by ReLU, BN and dropout. Even the
+output layer is followed by a ReLU. Every layer has a bias. Convolutions do not change height and
+width. Initial weights are drawn from Glorot's uniform distribution.
 
-By our own count, the teacher has 5.346 M parameters, the students S0, S1, S2 have 1.000, 0.318 and
-0.112 M, and the deeper student has 5.83 M. Distilled students train without dropout, which is
-`dropout: []` in qbench.
+By our own count, the teacher has 5.346 M parameters, student S0 has 1.000 M, S1 has 0.318 M, S2 has
+0.112 M, and the deeper student has 5.83 M. Distilled students are trained without dropout
+(`dropout: []` in qbench).
 
-In these networks, a BN is between each activation and the next layer. An input quantizer therefore
-cannot replace an activation of these networks.
+In these networks, a BN is between each activation and the next layer. Input quantizers therefore
+cannot replace the activations.
 """
 
 from collections import OrderedDict
@@ -27,7 +27,8 @@ from qbench.models.normalization import NORMS_1D, NORMS_2D, check_norm
 class PolinoNet(nn.Sequential):
     """Network with the layers `conv1`, `conv2`, ..., then `fc1`, `fc2`, ....
 
-    The modules `act`, `bn`, `pool` and `drop` are numbered over all these layers.
+    The modules `act`, `bn`, `pool` and `drop` are numbered consecutively over convolutions and
+    linear layers.
     """
 
     def __init__(
@@ -81,15 +82,15 @@ def build(
     dropout: Sequence[float] = (0.2, 0.3, 0.4),
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a network. The default values describe student S0.
+    """Return a teacher or student. The default values describe student S0.
 
     Args:
         shape: shape (C, H, W) of an image.
         classes: number of classes.
         convs: number of channels of each convolution.
         kernel: kernel size of the convolutions, an odd number.
-        pools: numbers of the convolutions that are followed by 2x2 max pooling, counted from 1.
-        hidden: number of units of each hidden linear layer.
+        pools: numbers of the convolutions in front of a 2x2 max pooling. The first convolution is
+        number 1. hidden: number of units of each hidden linear layer.
         dropout: one dropout rate for each max pooling and each hidden layer. An empty list means
             no dropout.
         norm: kind of batch normalization, one of affine, no_affine and none.
@@ -105,8 +106,8 @@ def build(
     rates = list(dropout) or [0.0] * (len(pools) + len(hidden))
     if len(rates) != len(pools) + len(hidden) or not all(0 <= rate < 1 for rate in rates):
         raise ValueError(
-            f"dropout={list(dropout)}: must be {len(pools) + len(hidden)} rates from 0 to below 1 (one per entry "
-            f"of pools and hidden), or empty"
+            f"dropout={list(dropout)}: must be {len(pools) + len(hidden)} rates, each at least 0 and below 1 "
+            f"(one per entry of pools and hidden), or empty"
         )
     check_norm(norm)
     if min(size >> len(pools) for size in shape[1:]) < 1:

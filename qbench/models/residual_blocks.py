@@ -1,7 +1,8 @@
 """Residual blocks in pre- and post-activation form, and `feeds`, the map from activations to the layers they feed.
 
-`feeds` maps the name of an activation module to the names of the layers that read the activation's output. It contains
-only activations whose output nothing else reads. An input quantizer may replace only these activations.
+`feeds` maps the name of an activation module to the names of the layers that read its output. If anything else also
+reads the output, such as a shortcut, the activation is left out of `feeds`. An input quantizer may replace only
+activations that are in `feeds`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from qbench.models.normalization import NORMS_2D
 # Shapes: N batch, C channels, H height, W width.
 
 Feeds = dict[str, tuple[str, ...]]
-"""Maps the name of an activation to the names of the layers that read its output. Nothing else reads this output."""
+"""Maps the name of an activation to the names of all layers that read its output."""
 
 ConvSpec = tuple[int, int, int]
 """Number of output channels, kernel size and stride of one convolution of a block."""
@@ -23,17 +24,19 @@ ConvSpec = tuple[int, int, int]
 SHORTCUTS = ("A", "A_stride", "B")
 """Kinds of shortcut in blocks that change the shape.
 
-A averages over 2x2 pixels, and A_stride takes every second pixel. Both add channels of zeros. B is a 1x1 convolution.
+A averages over 2x2 pixels, and A_stride takes every second pixel. Both then add channels of zeros.
+B is a 1x1
+convolution.
 """
 
 
 class PadShortcut(nn.Module):
-    """Shortcut A or A_stride, which reduces the number of pixels and then adds channels of zeros. It has no parameters.
+    """Shortcut A or A_stride: reduce height and width, then add channels of zeros. It has no parameters.
 
     Args:
         new_channels: number of channels that are added.
         stride: factor by which height and width are reduced.
-        average: whether the shortcut averages over 2x2 pixels. Otherwise it takes every second pixel.
+        average: true averages over 2x2 pixels (A). False takes every second pixel (A_stride).
     """
 
     def __init__(self, new_channels: int, stride: int, *, average: bool) -> None:
@@ -53,17 +56,17 @@ class PadShortcut(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """A block that adds a shortcut to its branch."""
+    """Base class of blocks whose output is the sum of a branch and a shortcut."""
 
     pad: nn.Module | None
     downsample: nn.Module | None
 
     def local_feeds(self) -> Feeds:
-        """Return which layers each activation of the block feeds, with names relative to the block."""
+        """Return which layers each activation of the block feeds. Names are relative to the block."""
         raise NotImplementedError
 
     def add_shortcut(self, in_channels: int, out_channels: int, stride: int, kind: str, norm: str) -> None:
-        """Create the module `pad` (kinds A and A_stride) or `downsample` (kind B) if the block changes the shape."""
+        """If the block changes the shape, create the module `pad` (shortcut A or A_stride) or `downsample` (B)."""
         self.pad = self.downsample = None
         if stride == 1 and in_channels == out_channels:
             return
@@ -75,15 +78,17 @@ class ResidualBlock(nn.Module):
 
 
 class PreBlock(ResidualBlock):
-    """Pre-activation block, whose branch repeats BN, activation, convolution.
+    """Pre-activation block. Its branch repeats batch normalization (BN), activation, convolution.
 
-    Shortcut B is a 1x1 convolution of the activated input. Shortcut A pads the raw input.
+    Shortcut B is a 1x1 convolution that reads the output of the first activation. Shortcut A reads
+    the block's input.
 
     Args:
         convs: the convolutions of the branch.
-        first_bn: whether the block begins with a BN.
-        ending: kind of normalization after the last convolution and after the shortcut's convolution. It is `none` in
-            the papers that use this form.
+        first_bn: true if the block begins with a BN.
+        ending: kind of normalization after the branch's last convolution and after the shortcut's
+            convolution. The
+            papers that use pre-activation have no normalization there (`none`).
     """
 
     def __init__(
@@ -129,7 +134,7 @@ class PreBlock(ResidualBlock):
 
 
 class PostBlock(ResidualBlock):
-    """Post-activation block, whose branch repeats convolution, BN, activation. The last activation follows the sum.
+    """Post-activation block. Its branch repeats convolution, BN, activation. The last activation follows the sum.
 
     Shortcut B is a 1x1 convolution with BN.
 
@@ -149,7 +154,7 @@ class PostBlock(ResidualBlock):
         self.add_shortcut(in_channels, channels, stride, shortcut, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activated sum of branch and shortcut."""
+        """Return the last activation of the sum of branch and shortcut."""
         y = x
         for i in range(1, self.count + 1):
             y = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(y))
@@ -164,7 +169,7 @@ class PostBlock(ResidualBlock):
         return activated
 
     def local_feeds(self) -> Feeds:
-        """Return which layers the activations within the branch feed.
+        """Return which layers the activations in front of the sum feed.
 
         The last activation is not included, because it also feeds the next block's shortcut.
         """
@@ -172,7 +177,7 @@ class PostBlock(ResidualBlock):
 
 
 def feeds_of_blocks(model: nn.Module) -> Feeds:
-    """Return the `feeds` of all blocks of a network, with names relative to the network."""
+    """Return the `feeds` of all blocks in a network, with names relative to the network."""
     return {
         f"{name}.{act}": tuple(f"{name}.{layer}" for layer in layers)
         for name, block in model.named_modules()

@@ -1,24 +1,24 @@
 """Residual networks for small images, in pre-activation and post-activation form.
 
-The depth is 6 n + 2. A 3x3 stem is followed by three stages of n basic blocks. The stages have `width`,
-2 `width` and 4 `width` channels at full, half and quarter resolution. A global average and one
-linear layer follow. Layers are named as in torchvision's ResNet.
+A network of depth 6 n + 2 has three stages of n basic blocks. The stem is a 3x3 convolution. The
+stages have `width`, 2 `width` and 4 `width` channels, at full, half and quarter resolution. A
+global average and one linear layer follow. Layers have the same names as in torchvision's ResNet.
 
-`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, activation,
-convolution. BN and activation follow once more after the last block. Every activation in a block
-feeds only convolutions, so a quantizer can replace it. The two kinds of shortcut differ in blocks
-that change the shape. Shortcut A has no parameters, as in the code of TTQ's authors, and adds the
-block's raw input to the branch. Shortcut B adds a 1x1 convolution of the activated input.
+`pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats batch normalization
+(BN), activation, convolution. The last block is followed by one more BN and activation. Every
+activation in a block feeds only convolutions, so a quantizer can replace it. In blocks that change
+the shape, shortcut A reads the block's input and has no parameters, as in the code of TTQ's
+authors. Shortcut B is a 1x1 convolution that reads the output of the block's first activation.
 
 `post` (He et al. 2016, Deep residual learning, arXiv 1512.03385): a block repeats convolution, BN,
-activation, and its second activation follows the sum. That second activation also feeds the next
-shortcut, so a quantizer can replace only the first activation of a block. Shortcut B is a 1x1
-convolution with BN.
+activation. The second activation follows the sum of branch and shortcut. This activation also feeds
+the next block's shortcut, so a quantizer can replace only the first activation of a block. Shortcut
+B is a 1x1 convolution with BN.
 
 In both forms, shortcut A averages over 2x2 pixels, as TTQ's authors do. Shortcut A_stride takes every
 second pixel, as in the paper of the post form (section 4.2). Both shortcuts add half of the zero
-channels before the input's channels and half after them. With form=post and shortcut=A_stride, the
-checkpoints of akamaster/pytorch_resnet_cifar10 have the test error that its README states.
+channels before the input's channels, and half after them. With form=post and shortcut=A_stride, the
+checkpoints of akamaster/pytorch_resnet_cifar10 have the test errors that their README states.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
 """torchvision's classification networks by name, with random initial weights: `model=torchvision model.net=vgg16_bn`.
 
-The networks are torchvision's own modules, so torchvision's checkpoints load. AlexNet and VGG are chains of layers, so
-they have the attribute `feeds`. The feeds of the other networks are found by running them, if a method needs them. The
-normalization of each network is fixed. Methods that require another normalization cannot be used. For ResNets
-use qbench/models/imagenet_resnet.py, which has torchvision's layer names. For HWGQ use the networks of its authors,
+The networks are torchvision's own modules, so torchvision's checkpoints can be loaded. AlexNet and VGG are chains of
+layers, so qbench gives them the attribute `feeds` (which layers read each activation's output). If a method needs the
+feeds of another network, qbench runs the network to find them. The normalization of each network is fixed, so methods
+that require another normalization cannot be used. For ResNets with other normalization, use
+qbench/models/imagenet_resnet.py, which has torchvision's layer names. For HWGQ, use the networks of HWGQ's authors,
 hwgq_alexnet and hwgq_resnet.
 """
 
@@ -22,7 +23,8 @@ OPTIONS: dict[str, dict[str, bool]] = {
 }
 """Maps a network to its arguments for torchvision.
 
-The networks are built without auxiliary heads, because no loss in qbench uses the outputs of these heads. torchvision
+The networks are built without auxiliary heads, because no loss in qbench uses the outputs of these
+heads. torchvision
 warns if `init_weights` is not set.
 """
 
@@ -50,7 +52,7 @@ def build(shape: tuple[int, int, int], classes: int, *, net: str = "resnet18") -
 
 
 def _shape_error(model: nn.Module, shape: tuple[int, int, int]) -> str | None:
-    """Return torch's error for images of this shape, or None if the network supports them. Nothing is computed."""
+    """Return torch's error for images of this shape, or None if the network supports them. No values are computed."""
     try:
         _run_on_meta(model, shape)
     except (RuntimeError, AssertionError) as error:
@@ -59,7 +61,7 @@ def _shape_error(model: nn.Module, shape: tuple[int, int, int]) -> str | None:
 
 
 def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-    """Return the output of a module for one image of a shape, on the meta device."""
+    """Return a module's output for one image of this shape, on the meta device."""
     state = {name: tensor.to("meta") for name, tensor in chain(module.named_parameters(), module.named_buffers())}
     module.eval()
     try:
@@ -71,11 +73,11 @@ def _run_on_meta(module: nn.Module, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
-    """Return the feeds of AlexNet or VGG, or an empty map for another network.
+    """Return which layers each activation of AlexNet or VGG feeds, or an empty map for another network.
 
-    An activation is included even if there are other modules between it and the next layer, as long as these modules
-    commute with ReLU. Such modules are max pooling, dropout, and average pooling whose input already has the output's
-    size.
+    Other modules may be between an activation and the next layer, if they commute with ReLU. Such
+    modules are max
+    pooling, dropout, and average pooling that does not change the size.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}

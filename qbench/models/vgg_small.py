@@ -3,11 +3,11 @@
 The layers are:
 
 128C3 - BN - Q - 128C3 - MP2 - BN - Q - 256C3 - BN - Q - 256C3 - MP2 - BN - Q - 512C3 - BN - Q -
-512C3 - BN - Scale - ReLU - MP2 - FC. Q is the activation that an input quantizer replaces. Pooling
-precedes BN, except that the last max pooling follows the last activation. Convolutions are 3x3,
-padded by 1, without bias. The authors use `norm=no_affine`. With `norm=no_affine` and ten classes,
-the network has 4,657,546 parameters. The authors' BN has momentum 0.05 for the running averages
-(`bn_momentum=0.05`).
+512C3 - BN - Scale - ReLU - MP2 - FC. 128C3 is a 3x3 convolution with 128 filters, padded by 1,
+without bias. MP2 is max pooling of 2x2. BN is batch normalization. Q is the activation that an
+input quantizer replaces. The authors use `norm=no_affine`. With `norm=no_affine` and ten classes,
+the network has 4,657,546 parameters. In the running averages of the authors' BN, a new batch has
+weight 0.05 (`bn_momentum=0.05`).
 """
 
 from collections import OrderedDict
@@ -27,8 +27,8 @@ After the sixth convolution, max pooling follows the activation.
 class VGGSmall(nn.Sequential):
     """VGG-small with the layers `conv1` to `conv6` and `fc`.
 
-    Each convolution is followed by a `bn` and an `act` of the same number. `norm` applies to the BNs in front of
-    quantizers. The last BN always has scale and shift, but it is left out if `norm` is none.
+    Each convolution is followed by a `bn` and an `act` of the same number. `norm` sets the kind of the BNs in front of
+    quantizers. The last BN has scale and shift for every `norm` except none. If `norm` is none, there is no BN.
     """
 
     feeds: Feeds

@@ -1,18 +1,18 @@
 """Wide residual networks (Zagoruyko and Komodakis 2016, arXiv 1605.07146) as Polino et al. 2018 train them.
 
-We verified the networks in the code of Polino et al. (antspy/quantized_distillation,
-cnn_models/wide_resnet.py). The networks have the pre-activation form and depth 6 n + 4. A stem of
-16 channels is followed by three stages of n blocks, with 16, 32 and 64 times `widen` channels. A
-block is BN - ReLU - conv3 - dropout - BN - ReLU - conv3. These networks differ from the original
-paper in three ways: the second convolution of a block has the stride, every convolution has a bias,
-and a shortcut that changes the shape is a 1x1 convolution of the block's raw input. No activation
-therefore feeds the shortcut's convolution. Methods that replace activations must leave this
-convolution in float (`layers.downsample=float`).
+The layers were checked against the code of Polino et al. (antspy/quantized_distillation,
+cnn_models/wide_resnet.py). A network of depth 6 n + 4 has a stem with 16 channels, and three stages
+of n pre-activation blocks. The stages have 16, 32 and 64 times `widen` channels. The branch of a
+block is BN - ReLU - conv3x3 - dropout - BN - ReLU - conv3x3. These networks differ from the
+original paper in three ways: the second convolution of a block has the stride, every convolution
+has a bias, and a shortcut that changes the shape is a 1x1 convolution that reads the block's input.
+This input has no activation that a quantizer could replace. Methods that replace activations must
+therefore keep the shortcut's convolution in float (`layers.downsample=float`).
 
-The last block is followed by one more BN and ReLU. This BN has a momentum of 0.9 in torch's sense,
-so its running averages are nearly the statistics of the last batch. Initial weights of convolutions
-are drawn from Glorot's uniform distribution, made sqrt(2) times as wide. By our own count, WRN-28-20
-has 145.8 M parameters and WRN-16-22 has 82.7 M, both for ten classes.
+The last block is followed by one more BN and ReLU. This BN has a momentum of 0.9 in torch's
+definition, so its running averages are nearly the statistics of the last batch. Initial weights of
+convolutions are drawn from Glorot's uniform distribution with the gain sqrt(2). By our own count,
+for ten classes, WRN-28-20 has 145.8 M parameters and WRN-16-22 has 82.7 M.
 """
 
 import math
@@ -46,7 +46,7 @@ class WideBlock(ResidualBlock):
         return y + shortcut
 
     def local_feeds(self) -> Feeds:
-        """Return the feeds of both activations. The shortcut reads neither activation."""
+        """Return which layers each activation feeds. The shortcut reads the output of neither activation."""
         return {"act1": ("conv1",), "act2": ("conv2",)}
 
 
