@@ -60,12 +60,12 @@ PREFACE = """\
 
 This page tests claims of the papers with runs. `{command}` trained the runs
 and wrote this page. Each row of the table is one comparison from a file in `conf/experiment/claims/`. A comparison has
-two arms, which are the settings that are compared.
+two arms, which are the two settings that are compared.
 
-The effect is the test top-1 of the first arm minus that of the second arm, after the last epoch, in points. Runs are
-paired by seed. For gradient mismatch, the effect is a difference in cosine. The column `95 % interval` has the
-confidence interval of the effect. It treats both seeds and test images as samples (two-way,
-`qbench/report/statistics`).
+The effect is the test top-1 of the first arm minus the test top-1 of the second arm, after the last epoch, in points.
+For claims on gradient mismatch, the effect is a difference between two cosines. Runs are paired by seed. The column
+`95 % interval` contains the confidence interval of the effect. The interval treats both seeds and test images as
+samples (two-way, `qbench/report/statistics`).
 
 Each comparison is tested two-sided at the 5 % level. The p-values are adjusted for all {family} comparisons together
 (Holm), but the intervals are not. A comparison can therefore be undecided although its interval does not contain the
@@ -73,22 +73,23 @@ threshold. The outcomes are:
 
 - `holds`: the data support the claim.
 - `does not hold`: the data support the opposite of the claim.
-- `not separable at n`: n seeds do not decide the comparison. The column `n needed` has the number of seeds that would
-  give 80 % power if the true effect were the observed one.
+- `not separable at n`: n seeds do not decide the comparison. The column `n needed` contains the number of seeds that
+  would give 80 % power if the true effect were equal to the observed effect.
 
-A comparison has no outcome if some of its runs failed, diverged or are unsupported, because the remaining runs are not
-a fair sample. The table then states the reason.
+If some runs of a comparison failed, diverged or are unsupported, the comparison has no outcome, because the remaining
+runs are not a fair sample. The table then states the reason.
 
-The column `arms` has the form `first - second > threshold`. `unchanged` is the experiment file without changes. The
-sections below the table give the mean of each arm and the commands.
+The column `arms` has the form `first - second > threshold`. `unchanged` means the experiment file without changes. The
+sections below the table give the mean accuracy of each arm, and the commands.
 
-The data are digits (1,797 real 8x8 images, 450 for test) and glyphs (characters rendered from fonts, with separate
-fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and schedules are
-short. Such runs can show whether an effect exists under one protocol, and how large it is there. They do not reproduce
-the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here may still hold in the paper's setting,
-because depth, width, number of classes and length of training differ. The interval of each row shows which effects the
-data can decide. Differences at 8 or 5 bits may be too small to see. "From memory" marks claims that are stated from
-memory and not quoted from the paper.
+There are two data sets: digits (1,797 real 8x8 images, 450 of them for test) and glyphs (characters rendered from
+fonts, with separate fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and
+training is short. Such runs can show whether an effect exists under one protocol, and how large the effect is under
+this protocol. They do not reproduce the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here
+may still hold in the paper's experiments, because depth, width, number of classes and length of training differ. The
+width of an interval shows how large an effect must be to be detected with these data. Differences between networks with
+8 or 5 bits may be too small to detect. "From memory" marks claims that are stated from memory and not quoted from the
+paper.
 """
 
 

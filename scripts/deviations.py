@@ -207,17 +207,17 @@ def document(table: Table, commands: Sequence[str], runs: Sequence[RunRecord], m
     return f"""\
 # What does a bug cost?
 
-Public code of some methods deviates from the papers. This page measures how much accuracy each known deviation costs.
-`method.deviation=NAME` trains the method with the deviation. The result is compared, seed by seed, with the method
-without the deviation, at the same widths. Everything else is the same, except that with `affine_norm` the float
-baseline has scale and shift too.
+The public code of some methods deviates from the papers. This page shows how much accuracy each known deviation costs.
+`method.deviation=NAME` trains the method with the deviation. Each run with a deviation is compared with the run of the
+same method, widths and seed without the deviation. All other keys are the same. (With `affine_norm`, the batch
+normalization of the float baseline also has scale and shift.)
 
 The column `points lost` is the test top-1 without the deviation minus the test top-1 with the deviation, in percentage
-points after the last epoch. If it is negative, the deviation gives a higher accuracy here than the paper's formula. The
-column `95 % CI` is Student's confidence interval for paired differences. It is not adjusted for the number of rows. The
-null hypothesis of `p (Holm)` is that the deviation costs nothing. This p-value is two-sided and adjusted for the number
-of rows. Failed and diverged runs are counted and never replaced, so the points are over the other seeds. On another
-data set or with another recipe, the cost may be different.
+points after the last epoch. If `points lost` is negative, the deviation gives a higher accuracy than the paper's
+formula. The column `95 % CI` is Student's confidence interval for paired differences. The interval is not adjusted for
+the number of rows. The null hypothesis of `p (Holm)` is that the deviation costs nothing. This p-value is two-sided and
+adjusted for the number of rows. Failed and diverged runs are counted but not repeated, so `points lost` is a mean over
+the other seeds. With another data set or another recipe, the cost of a deviation may be different.
 
 `scripts/deviations.py` wrote this page from {len(results)} runs, float baselines included.
 The runs took {seconds:.0f} s of work, with one thread per run ({machine}):
