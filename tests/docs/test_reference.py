@@ -83,7 +83,7 @@ def test_defaults_and_ranges_are_those_of_a_run() -> None:
     assert "| `optim.batch_size` | int | 1 or more | `64` |" in KEYS
     assert "| `epochs` | int | 0 or more | that of `dataset.recipe.finetune` |" in KEYS
     assert "| `lr_grid.factors` | list of float |" in KEYS
-    assert "| `dataset.pad` | int | `1` | largest random shift in pixels |" in KEYS
+    assert "| `dataset.pad` | int | `1` | largest random shift of an image, in pixels |" in KEYS
     assert "| `model.depth` | int | resnet110 `110`, resnet20 `20`," in KEYS
     assert "| `optim.schedule` | `exponential` | `exponential` | `cosine` | `step` | `cosine` | `step` |" in KEYS
 
