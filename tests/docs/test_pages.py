@@ -148,7 +148,8 @@ def test_speed_in_words_is_that_of_the_table() -> None:
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \(.*?\) \| ([\d.]+) ", one_thread, re.MULTILINE)
     ratios = {name: figures for name, *figures in rows}
     in_words = re.findall(
-        r"takes (\S+)x the float step time.*? takes (\S+)x the time.*? a step takes (\S+)x the time ", " ".join(page.split())
+        r"takes (\S+)x the float step time.*? takes (\S+)x the time.*? a step takes (\S+)x the time ",
+        " ".join(page.split()),
     )
     assert in_words == [(*ratios["dorefa w2a2"], ratios["peer: DoReFa W2A2 as everybody writes it"][0])]
 
