@@ -74,8 +74,8 @@ Choices
 Deviations
     Only the weights of convolutions and linear layers are quantized, as chosen by the layer policy.
     The authors quantize every parameter, including biases and batch normalization.
-    As in the authors' code, only the points are trained. All other parameters are frozen from the
-    start, but the running statistics of batch normalization are still updated.
+    As in the authors' code, only the parameters of quantizers are trained. All other parameters are
+    frozen from the start, but the running statistics of batch normalization are still updated.
     Stored bytes include ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point.
     The authors' sizes do not include the points.
 
@@ -217,7 +217,7 @@ def _sites(model: nn.Module) -> dict[str, tuple[QLayer, DQWeight]]:
 
 
 def allocate_and_freeze(model: nn.Module, probe: Probe, allocation: str) -> None:
-    """Set the initial points of every layer, and freeze all parameters except the points."""
+    """Set the initial points of every layer, and freeze all parameters except those of the quantizers."""
     sites = _sites(model)
     if not sites:
         return
