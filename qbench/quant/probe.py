@@ -39,13 +39,21 @@ class Probe:
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
     def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's inputs and outputs for all images of the probe. They have no gradient."""
+        """Return a layer's inputs and outputs for all images of the probe. They have no gradient.
+
+        If the network calls the layer with tensors of several sizes, the results are vectors of all values.
+        """
         with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
             for images, _ in self.batches:
                 model(images)
-        return torch.cat([call.input for call in calls]), torch.cat([call.output for call in calls])
+        return _joined([call.input for call in calls]), _joined([call.output for call in calls])
 
     def _mean_loss(self, model: nn.Module) -> Tensor:
         count = sum(len(labels) for _, labels in self.batches)
         parts = [self._loss(model(images), labels) * len(labels) for images, labels in self.batches]
         return torch.stack(parts).sum() / count
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    one_size = len({batch.shape[1:] for batch in batches}) == 1
+    return torch.cat(batches if one_size else [batch.flatten() for batch in batches])

@@ -281,6 +281,22 @@ def test_the_probe_changes_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), random_before)
 
 
+def test_the_responses_of_a_layer_that_is_called_with_two_sizes_are_vectors() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x).mean((1, 2, 3)) + self.conv(F.avg_pool2d(x, 2)).mean((1, 2, 3))
+            return y
+
+    images = torch.randn(6, 1, 8, 8)
+    inputs, outputs = Probe([(images, torch.zeros(6))], F.cross_entropy).responses(Pyramid(), "conv")
+    assert torch.equal(inputs, torch.cat([images.flatten(), F.avg_pool2d(images, 2).flatten()]))
+    assert outputs.shape == (2 * inputs.numel(),)
+
+
 def test_precision_and_compilation_are_part_of_the_identity_and_memory_saving_is_not(smoke: Configure) -> None:
     usual = smoke("method=dorefa", "bits=w2a2")
     assert run_identity(usual).keys["runtime"] == {"threads": 1, "deterministic": True}
