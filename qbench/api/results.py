@@ -139,7 +139,7 @@ def compare(
     records = [run for place in places if not isinstance(place, str | Path) for run in place]
     flags = {"by": by, "sort": sort, "columns": columns, "margin": margin, "html": html, "plot": plot}
     for flag, value in flags.items():
-        if value not in (None, "", ()):
+        if value not in (None, "", (), []):
             typed = value if isinstance(value, str | Path | float | int) else ",".join(value or ())
             words.append(f"--{flag}={typed}")
     options = parse([*words, *(["--published"] if published else [])])
