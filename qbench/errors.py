@@ -3,6 +3,8 @@
 A message has at most three lines: what was found, what is allowed, what to type instead.
 """
 
+from pathlib import Path
+
 
 class QbenchError(Exception):
     """An error with a message for the user; `status` is the process's exit status."""
@@ -48,6 +50,21 @@ class Interrupted(QbenchError):
     """A signal stopped the run, or one of its processes was lost; the same command continues it."""
 
     status = 75
+
+
+class Busy(Interrupted):
+    """Another process works on the run, or on its float baseline. A sweep puts the run off.
+
+    Args:
+        path: the directory that the other process has locked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"another process is working on {path}")
+        self.path = path
+
+    def __reduce__(self) -> tuple[type["Busy"], tuple[Path]]:
+        return Busy, (self.path,)
 
 
 class ProcessLost(Interrupted):

@@ -237,6 +237,15 @@ class Config:
         """Return whether the run trains a float network from scratch with the recipe `pretrain`."""
         return self.method_name == "float" and self.init == "scratch"
 
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether the run needs a trained float baseline: for initial weights, for comparison, or as a teacher.
+
+        A debug run needs none. Its network and its teacher then have random weights.
+        """
+        by_baseline = self.distill.by_baseline and not self.starts_from_file
+        return not self.debug and (self.init in ("float", "method") or by_baseline)
+
 
 def to_dict(config: Config) -> Node:
     """Return a configuration as plain dictionaries."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qbench.distributed.group import Group
-from qbench.errors import Interrupted
+from qbench.errors import Busy, Interrupted
 from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 
@@ -27,11 +27,13 @@ class RunContext:
         reporter: shows progress and messages.
         stop: function that returns the number of the signal that asks this process to stop, or 0.
         group: the processes of the run. They call the methods of their contexts in the same order.
+        waits: whether to wait for a run that another process works on. Otherwise `Busy` is raised.
     """
 
     reporter: ProgressReporter = field(default_factory=ProgressReporter)
     stop: Callable[[], int] = lambda: 0
     group: Group = field(default_factory=Group)
+    waits: bool = True
 
     @property
     def writes(self) -> bool:
@@ -90,13 +92,15 @@ class RunContext:
     def waiting(self, path: Path) -> Callable[[], None]:
         """Return the function to call while another process has locked a run's directory.
 
-        The function reports the wait once. It raises `Interrupted` if a signal asks the run to
-        stop.
+        The function reports the wait once. It raises `Interrupted` if a signal asks the run to stop, and `Busy` if
+        this process does not wait for runs.
         """
         announced = False
 
         def wait() -> None:
             nonlocal announced
+            if not self.waits:
+                raise Busy(path)
             if not announced:
                 self.reporter.say(f"waiting: another process is working on {path}")
                 announced = True

@@ -2,21 +2,30 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from qbench.config.validate import from_node
-from qbench.errors import CheckpointError, DataError, Interrupted, QbenchError, ResourceError
+from qbench.distributed.group import Group
+from qbench.errors import Busy, CheckpointError, DataError, Interrupted, QbenchError, ResourceError
 from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.runs.reader import RunRecord, read_run
 from qbench.runs.result import Result, load_result
 from qbench.system.signals import stop_on_signals
 
 
-def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
+def run_catching(
+    planned: PlannedRun, stop: Callable[[], int], group: Group | None = None, *, waits: bool = True
+) -> Result:
     """Execute a run and return its result. If the run fails, the result has the status `failed`.
 
+    Args:
+        group: the processes that share the run. None means that there is only one.
+        waits: whether to wait while another process works on the run or on its float baseline.
+
     Raises:
+        Busy: another process works on the run or on its float baseline, and `waits` is false.
         Interrupted: a signal asked the run to stop. The same command continues the run later.
     """
     from qbench.experiment.context import RunContext
@@ -24,7 +33,7 @@ def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
     from qbench.runs.progress import ProgressReporter
 
     try:
-        return run(planned, RunContext(ProgressReporter(quiet=True), stop))
+        return run(planned, RunContext(ProgressReporter(quiet=True), stop, group or Group(), waits))
     except (Interrupted, KeyboardInterrupt):
         raise
     except BaseException as error:  # sys.exit or a lack of memory in one run must not end other runs
@@ -33,13 +42,19 @@ def run_catching(planned: PlannedRun, stop: Callable[[], int]) -> Result:
         return stored if stored and stored.status != "done" else planned.directory.new_result("failed", reason)
 
 
-def work(planned: PlannedRun) -> None:
-    """Execute a run in a worker process. The outcome is written to the run's directory."""
+def work(planned: PlannedRun) -> Path | None:
+    """Execute a run in a worker process. The outcome is written to the run's directory.
+
+    Return None or, if another process works on the run or on its float baseline, the directory of that work.
+    """
     with stop_on_signals() as stop:
         try:
-            run_catching(planned, stop)
+            run_catching(planned, stop, waits=False)
+        except Busy as busy:
+            return busy.path
         except Interrupted:
-            return
+            pass
+    return None
 
 
 def work_on(node: DictConfig) -> None:

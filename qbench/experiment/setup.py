@@ -144,14 +144,8 @@ class ExperimentSetup:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the run needs a trained float baseline: for initial weights, for comparison, or as a teacher.
-
-        A debug run needs none. Its network and its teacher then have random weights.
-        """
-        if self.config.debug:
-            return False
-        by_baseline = self.config.distill.by_baseline and not self.config.starts_from_file
-        return self.config.init in ("float", "method") or by_baseline
+        """Whether the run needs a trained float baseline."""
+        return self.config.needs_baseline
 
     @property
     def starts_from_baseline(self) -> bool:

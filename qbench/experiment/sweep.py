@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
-from qbench.errors import ConfigError, Interrupted, QbenchError
+from qbench.errors import Busy, ConfigError, Interrupted, QbenchError
 from qbench.experiment.jobs import check, outcome, run_catching, work_on
 from qbench.experiment.planned_run import PlannedRun
+from qbench.experiment.run_queue import RunQueue
 from qbench.experiment.sweep_progress import show_progress
 from qbench.experiment.workers import run_in_processes, worker_count
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import load_result
+from qbench.system.sharing import announced
 
 LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
 """Maps a launcher to the key that limits parallel runs. Hydra's plugin starts submitit."""
@@ -23,10 +25,14 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bo
     """Execute the runs one after the other. Return their outcomes."""
     check(runs)
     failed: dict[Path, RunRecord] = {}
-    with show_progress(runs, 1) if progress else nullcontext():
-        for planned in runs:
+    with announced(_folders(runs)) as began, show_progress(runs, 1) if progress else nullcontext():
+        queue = RunQueue(runs, began)
+        while planned := queue.next_run(stop):
             try:
-                result = run_catching(planned, stop)
+                result = run_catching(planned, stop, waits=False)
+            except Busy as busy:
+                queue.put_off(planned, busy.path)
+                continue
             except Interrupted:
                 break
             if load_result(planned.path) is None:  # the run failed before it had a directory
@@ -58,11 +64,16 @@ def launch_all(
     workers = worker_count(threads, limits[-1] if limits else "")
     with show_progress(runs, workers) if progress else nullcontext():
         if name == "joblib":
-            run_in_processes(runs, workers, stop)
+            with announced(_folders(runs)) as began:
+                run_in_processes(runs, workers, stop, began)
         else:
             limit = [f"{key}={workers}"] if key else []
             _launch_by_hydra([a for a in arguments if not key or not a.startswith(f"{key}=")] + limit, runs)
     return [outcome(planned) for planned in runs]
+
+
+def _folders(runs: Sequence[PlannedRun]) -> list[str]:
+    return [planned.config.out for planned in runs]
 
 
 def _launch_by_hydra(arguments: list[str], runs: Sequence[PlannedRun]) -> None:

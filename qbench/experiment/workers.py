@@ -4,16 +4,17 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import active_children
+from pathlib import Path
 
-from qbench.config.identity import run_identity
-from qbench.config.schema import baseline_config
 from qbench.experiment.jobs import check, work
 from qbench.experiment.planned_run import PlannedRun
+from qbench.experiment.run_queue import RunQueue, baselines_first
 from qbench.experiment.sweep_progress import POLL_SECONDS
 from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progress
 from qbench.system.streams import keep_running_without_reader
@@ -33,13 +34,18 @@ def worker_count(threads: int, limit: str = "") -> int:
     return min(int(limit) if limit.isdecimal() else most, most) or most
 
 
-def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[], int]) -> None:
+def run_in_processes(
+    runs: Sequence[PlannedRun], workers: int, stop: Callable[[], int], began: int | None = None
+) -> None:
     """Execute the runs in joblib's processes.
 
     If a process is killed, the runs in progress are repeated at the end, one after the other, each in a separate
     process. A run that kills its process again therefore does not affect other runs.
+
+    Args:
+        began: when the sweep began; see `RunQueue`.
     """
-    waiting, suspects = baselines_first(runs), list[PlannedRun]()
+    waiting, suspects = RunQueue(baselines_first(runs), began), list[PlannedRun]()
     checks = CHECKS
     while waiting and not stop():
         with _pool(workers) as pool:
@@ -54,7 +60,7 @@ def run_in_processes(runs: Sequence[PlannedRun], workers: int, stop: Callable[[]
                 )
                 suspects += interrupted
     for planned in suspects:
-        left = [planned]
+        left = RunQueue([planned], began)
         with _pool(1) as pool:
             if _finish(pool, left, 1, stop) or (left and not stop()):
                 print(f"warning: the process of {planned.path} was killed again", file=sys.stderr)
@@ -105,38 +111,43 @@ def _checked(pool: Executor, runs: Sequence[PlannedRun], stop: Callable[[], int]
         return False
 
 
-def _finish(pool: Executor, waiting: list[PlannedRun], workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
+def _finish(pool: Executor, waiting: RunQueue, workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
     """Execute the waiting runs in a pool. If a process was killed, return the runs that were in progress.
 
     The runs that had not begun then remain in `waiting`.
     """
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
-    working: dict[Future[None], PlannedRun] = {}
+    working: dict[Future[Path | None], PlannedRun] = {}
     with step_in_progress():  # each worker ends in time by itself
         while working or (waiting and not stop()):
-            try:
-                while waiting and len(working) < workers and not stop():
-                    working[pool.submit(work, waiting[0])] = waiting[0]
-                    del waiting[0]
-            except BrokenProcessPool:  # a process was killed between two runs
-                return [planned for job, planned in working.items() if not job.done() or job.exception()]
+            while len(working) < workers and not stop() and (planned := waiting.take()):
+                try:
+                    working[pool.submit(work, planned)] = planned
+                except BrokenProcessPool:  # a process was killed between two runs
+                    waiting.put_back(planned)
+                    return _interrupted(working, waiting)
+            if not working:  # other processes work on all runs
+                time.sleep(POLL_SECONDS if waiting else 0)
+                continue
             ended, _ = wait(working, POLL_SECONDS, FIRST_COMPLETED)
             if any(isinstance(job.exception(), BrokenProcessPool) for job in ended):
-                return [planned for job, planned in working.items() if not job.done() or job.exception()]
+                return _interrupted(working, waiting)
             for job in ended:
-                job.result()
-                del working[job]
+                busy, planned = job.result(), working.pop(job)
+                if busy:
+                    waiting.put_off(planned, busy)
             for process in active_children() if stop() else ():
                 process.terminate()  # the process first saves its run
     return []
 
 
-def baselines_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs in a new order: first one run per float baseline, then the others.
-
-    Parallel processes then train different baselines, instead of waiting for the same one.
-    """
-    baselines = [run_identity(baseline_config(planned.config)).digest for planned in runs]
-    order = sorted(range(len(runs)), key=lambda i: baselines.index(baselines[i]) != i)
-    return [runs[i] for i in order]
+def _interrupted(working: Mapping[Future[Path | None], PlannedRun], waiting: RunQueue) -> list[PlannedRun]:
+    """Return the runs whose process was killed. Runs that another process works on return to the queue."""
+    found = []
+    for job, planned in working.items():
+        if not job.done() or job.exception():
+            found.append(planned)
+        elif busy := job.result():
+            waiting.put_off(planned, busy)
+    return found

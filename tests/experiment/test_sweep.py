@@ -14,7 +14,7 @@ from conftest import ROOT, tiered
 from helpers import processes_of, qbench, results, semaphores
 
 from qbench.config import groups
-from qbench.experiment import workers
+from qbench.experiment import run_queue, workers
 
 SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false"]
 SABOTAGE = """
@@ -117,7 +117,7 @@ def test_the_first_runs_need_different_baselines() -> None:
 
     words = ["-m", "method=dorefa,ttq", "bits.w=2", "seed=0,1,2", "optim.lr=1e-3,1e-4"]
     runs = planned_runs(compose.configurations(words))
-    ordered = workers.baselines_first(runs)
+    ordered = run_queue.baselines_first(runs)
     assert [run.identity.seed for run in ordered[:3]] == [0, 1, 2]
     assert [run.identity.method for run in ordered] == ["dorefa"] * 6 + ["ttq"] * 6
     assert sorted(map(repr, ordered)) == sorted(map(repr, runs))
