@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qbench.cli.errors import SWEEP_WITH_FAILURES
 from qbench.distributed.group import Group
-from qbench.distributed.launch import launch
+from qbench.distributed.launch import launch, refuse_processes
 from qbench.errors import ConfigError, Interrupted
 from qbench.system.signals import stop_on_signals
 
@@ -30,7 +30,12 @@ def train(arguments: list[str]) -> int:
         if not runs:  # with a flag such as --cfg job, Hydra only prints something
             return 0
         many = "-m" if sweep else "lr_search=grid" if len(runs) > 1 else ""
-        refuse_processes(group.size, runs[0].config.batch_shards, many)
+        if group.size > 1 and many:
+            raise ConfigError(
+                f"{many}: {group.size} processes share a single run\n"
+                "for a sweep, start one process, with hydra/launcher=joblib or submitit_local"
+            )
+        refuse_processes(group.size, runs[0].config.batch_shards)
         return train_all(arguments, runs, stop) if many else train_one(runs[0], stop, group)
 
 
@@ -44,26 +49,6 @@ def joined_group() -> Iterator[Group]:
 
         with torch_group.joined_group() as group:
             yield group
-
-
-def refuse_processes(size: int, shards: int, many: str) -> None:
-    """Refuse several processes that do not share the shards of a batch, or that would each do many runs.
-
-    Args:
-        size: number of processes.
-        shards: number of shards of a batch.
-        many: what makes several runs of the command line, or "" if it is one run.
-    """
-    if size > 1 and many:
-        raise ConfigError(
-            f"{many}: {size} processes share a single run\nfor a sweep, start one process, with hydra/launcher=joblib"
-        )
-    if shards % size:
-        enough = 1 << (size - 1).bit_length()
-        raise ConfigError(
-            f"batch_shards={shards} cannot be shared by {size} processes, which must divide it\n"
-            f"type batch_shards={enough} and start {enough} processes, or fewer"
-        )
 
 
 def runs_of(arguments: list[str]) -> "list[PlannedRun]":

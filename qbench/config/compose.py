@@ -21,7 +21,7 @@ from qbench.config.groups import conf_directory
 from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
 from qbench.config.overrides import MOST_COMBINATIONS, check_overrides, refuse_deletions
-from qbench.config.schema import Config, did_you_mean, to_dict
+from qbench.config.schema import Config, Node, did_you_mean
 from qbench.config.typed_words import as_key_value
 from qbench.config.validate import from_node
 from qbench.errors import ConfigError, QbenchError
@@ -136,17 +136,27 @@ def launcher(arguments: Iterable[str]) -> str | None:
     return chosen[-1] if chosen and chosen[-1] != "basic" else None
 
 
-def dispatch(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
-    """Let Hydra's launcher call `job` with the node of every run. The launcher starts the processes.
+def launcher_keys(arguments: Iterable[str], *defaults: str) -> Node:
+    """Return the keys of the launcher that a command line names, and their values.
 
-    All runs of a learning-rate grid are executed one after the other in one process.
+    Args:
+        defaults: `hydra.launcher.KEY=VALUE` words that apply unless the command line has the same key.
+
+    Raises:
+        ConfigError: the launcher does not exist or does not accept a key or value.
     """
-
-    def each(node: DictConfig) -> None:
-        for run in lr_grid.runs(from_node(node)):
-            job(OmegaConf.create(to_dict(run)))
-
-    _hydra(arguments, each)
+    words = [a for a in arguments if a.startswith(LAUNCHER_KEYS)]
+    register_sources()
+    try:
+        with _instead_of_users_hydra(), hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            overrides = ["hydra.job.name=qbench", *defaults, *words]
+            node = hydra.compose("config", overrides, return_hydra_config=True).hydra.launcher
+        return {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}
+    except QbenchError:
+        raise
+    except Exception as error:  # Hydra's and OmegaConf's own errors
+        why = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ConfigError(f"{' '.join(words)}: {why}\nqbench --info config {words[0]} shows its keys") from None
 
 
 def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:

@@ -39,8 +39,8 @@ def option_file(group: str, name: str) -> Path:
 
 
 def group_names() -> list[str]:
-    """Return the names of the configuration's groups."""
-    return sorted(path.name for path in conf_directory().iterdir() if path.is_dir())
+    """Return the names of the configuration's groups. The folder `hydra` has the settings of launchers."""
+    return sorted(path.name for path in conf_directory().iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def format_names(option_names: Iterable[str]) -> str:

@@ -167,6 +167,13 @@ class Distill:
         return self.on and self.teacher == "baseline"
 
 
+def _share_of_gpus(value: object) -> bool:
+    """Whether a value is a whole number above 0, or 1 divided by one, to two digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= 64:
+        return False
+    return abs(value - round(value)) < 1e-9 if value >= 1 else abs(1 / round(1 / value) - value) < 0.005
+
+
 @dataclass
 class Runtime:
     """Settings of the execution of a run.
@@ -186,6 +193,7 @@ class Runtime:
     log_every: int = within(10, 1, free=True)
     checkpoint_seconds: float = within(30.0, 0, free=True)
     num_workers: int = within(2, 0, 64, free=True)
+    gpus_per_run: float = marked(1.0, _share_of_gpus, "1, 2, 3, ... or 1/2, 1/3, ... such as 0.5", free=True)
 
 
 def _power_of_two(value: object) -> bool:

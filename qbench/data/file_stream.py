@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from qbench.data.augment import Augment
+from qbench.system.cores import own_cores
 from qbench.system.signals import STOP_SIGNALS
 
 START_METHOD = "forkserver"
@@ -122,7 +123,8 @@ def decoded_batches(
         draws: uniform random numbers of the augmentation, of shape (N, k), with k numbers per image of the split. None
             means centre crops.
         augment: the augmentation.
-        workers: number of worker processes, at most one per core. If it is 0, this process decodes the images.
+        workers: number of worker processes, at most one per core of this process's share. If it is 0, this process
+            decodes the images.
         device: the device of the batches.
 
     Raises:
@@ -149,7 +151,7 @@ def _decode_with_fallback(
 
     If a worker is killed, this process decodes the remaining batches. The results are the same.
     """
-    done, workers = 0, min(workers, _cores(), len(indices))
+    done, workers = 0, min(workers, own_cores(), len(indices))
     while True:
         jobs = (DecodeJob(split.paths(i), None if draws is None else draws[i].tolist()) for i in indices[done:])
         try:
@@ -220,7 +222,3 @@ def _exit_after(process: int) -> None:
     """Wait until the process with the given handle ends, then end this process."""
     wait([process])
     os._exit(0)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from qbench.errors import ConfigError
+
 STATUS_FOLDER = "QBENCH_STATUS_FOLDER"
 """Environment variable: a folder in which each process writes its exit status, in a file named by its rank."""
 
@@ -35,6 +37,21 @@ def launch() -> Launch | None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     return Launch(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+
+def refuse_processes(size: int, shards: int) -> None:
+    """Refuse a number of processes that cannot share the shards of a batch.
+
+    Args:
+        size: number of processes.
+        shards: number of shards of a batch.
+    """
+    if shards % size:
+        enough = 1 << (size - 1).bit_length()
+        raise ConfigError(
+            f"batch_shards={shards} cannot be shared by {size} processes, which must divide it\n"
+            f"type batch_shards={enough} and start {enough} processes, or fewer"
+        )
 
 
 def passed_on(status: int) -> int:

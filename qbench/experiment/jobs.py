@@ -4,12 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from qbench.config.validate import from_node
 from qbench.distributed.group import Group
 from qbench.errors import Busy, CheckpointError, DataError, Interrupted, QbenchError, ResourceError
-from qbench.experiment.planned_run import PlannedRun, planned_run
+from qbench.experiment.planned_run import PlannedRun
 from qbench.runs.reader import RunRecord, read_run
 from qbench.runs.result import Result, load_result
 from qbench.system.signals import stop_on_signals
@@ -55,11 +52,6 @@ def work(planned: PlannedRun) -> Path | None:
         except Interrupted:
             pass
     return None
-
-
-def work_on(node: DictConfig) -> None:
-    """Execute a run in a process started by Hydra's launcher, which passes the configuration."""
-    work(planned_run(from_node(node)))
 
 
 def outcome(planned: PlannedRun) -> RunRecord:

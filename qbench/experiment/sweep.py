@@ -1,24 +1,31 @@
 """Checks a sweep, then executes the runs one after the other or with a launcher."""
 
+import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
-from qbench.errors import Busy, ConfigError, Interrupted, QbenchError
-from qbench.experiment.jobs import check, outcome, run_catching, work_on
+from qbench.errors import Busy, ConfigError, Interrupted
+from qbench.experiment.jobs import check, outcome, run_catching
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.run_queue import RunQueue
 from qbench.experiment.sweep_progress import show_progress
 from qbench.experiment.workers import run_in_processes, worker_count
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import load_result
+from qbench.system.gpus import visible_gpus
 from qbench.system.sharing import announced
 
-LAUNCHERS = {"joblib": "hydra.launcher.n_jobs", "submitit_local": "hydra.sweeper.max_batch_size", "submitit_slurm": ""}
-"""Maps a launcher to the key that limits parallel runs. Hydra's plugin starts submitit."""
+LAUNCHERS = {
+    "joblib": "hydra.launcher.n_jobs",
+    "submitit_local": "hydra.sweeper.max_batch_size",
+    "submitit_slurm": "",
+    "slurm_gpu": "",
+    "slurm_nodes": "",
+}
+"""Maps a launcher to the key that limits parallel runs, or to nothing if a cluster limits them."""
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bool = True) -> list[RunRecord]:
@@ -60,35 +67,59 @@ def launch_all(
                 f"{word}: not a key of the launcher joblib\n"
                 f"allowed: {key}=N for N runs at a time, or -1 for one run per core"
             )
-    threads = max(planned.config.runtime.threads for planned in runs)
-    workers = worker_count(threads, limits[-1] if limits else "")
+    workers = worker_count(runs, limits[-1:]) if key else len(runs)
     with show_progress(runs, workers) if progress else nullcontext():
         if name == "joblib":
-            with announced(_folders(runs)) as began:
-                run_in_processes(runs, workers, stop, began)
+            _run_by_joblib(runs, limits, stop)
         else:
-            limit = [f"{key}={workers}"] if key else []
-            _launch_by_hydra([a for a in arguments if not key or not a.startswith(f"{key}=")] + limit, runs)
+            _run_by_submitit(arguments, runs, name, limits, stop)
     return [outcome(planned) for planned in runs]
 
 
-def _folders(runs: Sequence[PlannedRun]) -> list[str]:
-    return [planned.config.out for planned in runs]
+def _run_by_joblib(runs: Sequence[PlannedRun], limits: Sequence[str], stop: Callable[[], int]) -> None:
+    gpus = gpus_of(runs)
+    workers = worker_count(runs, limits[-1:], gpus=gpus)
+    if several := [planned for planned in runs if planned.config.runtime.gpus_per_run > 1]:
+        raise ConfigError(
+            f"runtime.gpus_per_run={several[0].config.runtime.gpus_per_run:g}: joblib gives a run one process\n"
+            "for a process on each GPU, type hydra/launcher=submitit_local"
+        )
+    with announced(_folders(runs)) as began:
+        run_in_processes(runs, workers, stop, began, gpus)
 
 
-def _launch_by_hydra(arguments: list[str], runs: Sequence[PlannedRun]) -> None:
-    from qbench.config import compose
-
+def _run_by_submitit(
+    arguments: list[str], runs: Sequence[PlannedRun], name: str, limits: Sequence[str], stop: Callable[[], int]
+) -> None:
     try:
         installed = find_spec("hydra_plugins.hydra_submitit_launcher") is not None
     except ModuleNotFoundError:
         installed = False
     if not installed:
-        raise ConfigError("hydra/launcher=submitit_... is not installed\nin a clone: pip install -e '.[slurm]'")
+        raise ConfigError(f"hydra/launcher={name} is not installed\nin a clone: pip install -e '.[slurm]'")
+    from qbench.config.compose import launcher_keys
+    from qbench.experiment import submitted_jobs as jobs
+
+    local = name == "submitit_local"
+    folder = os.path.abspath(os.path.join(runs[0].config.out, jobs.FOLDER))
+    unlimited = [f"hydra.launcher.timeout_min={jobs.YEAR_MINUTES}"] if local else []
+    keys = launcher_keys(arguments, f"hydra.launcher.submitit_folder='{folder}'", *unlimited)
+    settings = jobs.job_settings("local" if local else "slurm", keys, runs)
     check(runs)
-    try:
-        compose.dispatch(arguments, work_on)
-    except QbenchError:
-        raise
-    except Exception as error:  # a worker was killed; its run is unfinished
-        print(f"warning: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+    with announced(_folders(runs)) as began:
+        if settings.cluster == "slurm":
+            jobs.run_on_cluster(runs, settings, stop)
+        else:
+            gpus = gpus_of(runs)
+            workers = worker_count(runs, limits[-1:], gpus=gpus, processes=settings.processes)
+            jobs.run_in_local_jobs(runs, settings, workers, gpus, stop, began)
+
+
+def gpus_of(runs: Sequence[PlannedRun]) -> list[str]:
+    """Return the names of the GPUs to share among some runs. The list is empty if a run names its own device."""
+    typed = {planned.config.runtime.device for planned in runs}
+    return visible_gpus() if typed <= {"auto", "cuda"} else []
+
+
+def _folders(runs: Sequence[PlannedRun]) -> list[str]:
+    return [planned.config.out for planned in runs]

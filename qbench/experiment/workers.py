@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from multiprocessing import active_children
 from pathlib import Path
@@ -16,27 +17,40 @@ from qbench.experiment.jobs import check, work
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.run_queue import RunQueue, baselines_first
 from qbench.experiment.sweep_progress import POLL_SECONDS
+from qbench.system.cores import SHARING
+from qbench.system.gpus import TakenGpus, most_runs, pin_process
 from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progress
 from qbench.system.streams import keep_running_without_reader
 
+_taken: TakenGpus | None = None
+"""The GPUs of this worker process, which keeps their locks until it ends."""
 CHECKS = 3
 """Number of times that the check of a sweep is repeated if its process is killed."""
 
 
-def worker_count(threads: int, limit: str = "") -> int:
-    """Return the number of worker processes: at most `limit`, and with no more threads than cores.
+def worker_count(
+    runs: Sequence[PlannedRun], limit: Sequence[str] = (), *, gpus: Sequence[str] = (), processes: int = 1
+) -> int:
+    """Return the number of runs at a time: no more threads than cores, and no more runs than fit on the GPUs.
 
     Args:
-        threads: number of threads per process.
-        limit: the largest number of processes, as typed. 0 or a text that is not a number means no limit.
+        runs: the runs, which say how many threads and GPUs they need.
+        limit: the largest number as typed, or nothing. 0 or a text that is not a number means no limit.
+        gpus: names of the GPUs that are shared among the runs, or nothing if the runs use no GPU.
+        processes: number of processes of a run.
     """
-    most = max(1, (os.cpu_count() or 1) // threads)
-    return min(int(limit) if limit.isdecimal() else most, most) or most
+    threads = max(planned.config.runtime.threads for planned in runs)
+    most = max(1, (os.cpu_count() or 1) // (threads * processes))
+    if gpus:
+        most = max(1, min(most, min(most_runs(gpus, planned.config.runtime.gpus_per_run) for planned in runs)))
+    typed = "".join(limit)
+    return min(int(typed) if typed.isdecimal() else most, most) or most
 
 
 def run_in_processes(
-    runs: Sequence[PlannedRun], workers: int, stop: Callable[[], int], began: int | None = None
-) -> None:
+    runs: Sequence[PlannedRun], workers: int, stop: Callable[[], int], began: int | None = None,
+    gpus: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Execute the runs in joblib's processes.
 
     If a process is killed, the runs in progress are repeated at the end, one after the other, each in a separate
@@ -44,11 +58,14 @@ def run_in_processes(
 
     Args:
         began: when the sweep began; see `RunQueue`.
+        gpus: names of the GPUs, of which each process takes its own. Without them, the processes see all GPUs.
     """
+    per_run = max(planned.config.runtime.gpus_per_run for planned in runs)
+    pool_of = partial(_pool, gpus=tuple(gpus), per_run=per_run)
     waiting, suspects = RunQueue(baselines_first(runs), began), list[PlannedRun]()
     checks = CHECKS
     while waiting and not stop():
-        with _pool(workers) as pool:
+        with pool_of(workers) as pool:
             if checks and not _checked(pool, runs, stop):
                 checks -= 1
                 continue
@@ -61,25 +78,33 @@ def run_in_processes(
                 suspects += interrupted
     for planned in suspects:
         left = RunQueue([planned], began)
-        with _pool(1) as pool:
+        with pool_of(1) as pool:
             if _finish(pool, left, 1, stop) or (left and not stop()):
                 print(f"warning: the process of {planned.path} was killed again", file=sys.stderr)
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
+def _pool(workers: int, gpus: Sequence[str], per_run: float) -> Iterator[Executor]:
     from joblib.externals.loky.process_executor import ProcessPoolExecutor
 
-    pool = ProcessPoolExecutor(workers, initializer=_prepare_worker, initargs=(os.getpid(),))
+    settings = (os.getpid(), workers, gpus, per_run)
+    pool = ProcessPoolExecutor(workers, initializer=_prepare_worker, initargs=settings)
     try:
         yield pool
     finally:
         pool.shutdown(kill_workers=True)
 
 
-def _prepare_worker(parent: int) -> None:
-    """Import the modules that every run needs. Ignore signals between runs. End this process with its parent."""
+def _prepare_worker(parent: int, workers: int, gpus: Sequence[str], per_run: float) -> None:
+    """Import the modules that every run needs. Ignore signals between runs. End this process with its parent.
+
+    Take GPUs first, because CUDA sees those that are visible when torch is imported.
+    """
+    global _taken
     end_with_parent(parent)
+    os.environ[SHARING] = str(workers)
+    if gpus:
+        _taken = pin_process(gpus, per_run)
     keep_running_without_reader()
     for kind in STOP_SIGNALS:
         signal.signal(kind, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from qbench.errors import Interrupted
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """SIGUSR1 and SIGUSR2 are the warnings of SLURM and submitit before a job is preempted."""
 GRACE_SECONDS = 10.0
-"""Maximum seconds from a signal to the end of the process. A step in progress is finished before the time begins."""
+"""Default of the maximum seconds from a signal to the end of the process, after the step in progress."""
 
 _step = threading.RLock()
 
@@ -26,10 +26,10 @@ def step_in_progress() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], int]]:
+def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
     """Yield a function that returns the last signal received, or 0.
 
-    The process is expected to stop soon after a signal. If it is still inside the `with` block 10 s
+    The process is expected to stop soon after a signal. If it is still inside the `with` block `grace` seconds
     after the current step, it is ended at once. A SIGINT after an earlier signal also ends it at
     once. This is safe, because files are written atomically, and locks are released when the process
     ends. If SIGHUP is ignored, as under nohup, it has no effect.
@@ -40,7 +40,7 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
     def end_late() -> None:
         with _step:
             pass
-        if not left.wait(GRACE_SECONDS):
+        if not left.wait(GRACE_SECONDS if grace is None else grace):
             message = f"qbench: stopped by signal {number}; the same command continues from the last checkpoint\n"
             with suppress(OSError):
                 os.write(2, message.encode())

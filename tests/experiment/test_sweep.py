@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiered
+from conftest import ROOT, Configure, tiered
 from helpers import processes_of, qbench, results, semaphores
 
 from qbench.config import groups
 from qbench.experiment import run_queue, workers
+from qbench.experiment.planned_run import planned_run
 
 SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false"]
 SABOTAGE = """
@@ -105,10 +106,20 @@ def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(launcher: str, tmp_
     assert {p.name for p in tmp_path.iterdir()} == {"alone", launcher}
 
 
-def test_workers_times_threads_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_times_threads_never_exceed_the_cores(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for typed, threads, expected in (("", 1, 8), ("", 3, 2), ("99", 2, 4), ("3", 2, 3), ("-1", 1, 8), ("", 99, 1)):
-        assert workers.worker_count(threads, typed) == expected, (typed, threads)
+        runs = [planned_run(configure(f"runtime.threads={threads}"))]
+        assert workers.worker_count(runs, [typed]) == expected, (typed, threads)
+        assert workers.worker_count(runs, [typed], processes=2) == max(1, min(expected, 8 // (2 * threads)))
+
+
+def test_runs_at_a_time_fit_on_the_gpus(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for per_run, expected in (("1", 4), ("2", 2), ("3", 1), ("0.5", 8), ("0.25", 16), ("8", 1)):
+        runs = [planned_run(configure(f"runtime.gpus_per_run={per_run}"))]
+        assert workers.worker_count(runs, gpus=["0", "1", "2", "3"]) == expected, per_run
+        assert workers.worker_count(runs, ["2"], gpus=["0", "1", "2", "3"]) == min(2, expected)
 
 
 def test_the_first_runs_need_different_baselines() -> None:

@@ -43,7 +43,7 @@ def test_locks_that_exclude_are_accepted(tmp_path: Path) -> None:
     with another_process(tmp_path, "locks"):
         with announced([tmp_path]) as began:
             assert len(list((tmp_path / FOLDER).glob("*.lock"))) == 2
-        assert 0 < began
+        assert began > 0
         assert len(list((tmp_path / FOLDER).glob("*.lock"))) == 1
 
 
