@@ -27,6 +27,8 @@ ADDED = "added"
 """The key of a YAML node that maps added keys to their default values."""
 WHERE = {"root", "download"}
 """Keys of the published data sets for the location and the download of the files."""
+CACHE = "cache"
+"""Key of the data sets of image files for the folder of decoded images, which are the same as those in the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,8 @@ def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
     users_own = ":" in dataset["name"]
     if not users_own and set(dataset) >= WHERE:  # the location of published files does not affect the result
         keys["dataset"] = {key: value for key, value in dataset.items() if key not in WHERE}
+    if not users_own:
+        keys["dataset"] = {key: value for key, value in keys["dataset"].items() if key != CACHE}
     if config.starts_from_file:
         keys["init"] = recorded.get("init") or file_sha256("init", config.init)
     if config.distill.teacher != "baseline":

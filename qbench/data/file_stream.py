@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
@@ -26,6 +26,9 @@ from torch.utils.data import DataLoader
 from qbench.data.augment import Augment
 from qbench.system.cores import own_cores
 from qbench.system.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from qbench.data.image_cache import ImageCache
 
 START_METHOD = "forkserver"
 
@@ -39,12 +42,16 @@ class FileSplit:
         names: names of the files relative to `root`.
         labels: the labels.
         side: size in pixels to which the shorter side of an image is resized before a crop of fixed size.
+        cache: decoded images of the files, or None.
+        rows: the rows of the images in the cache, int64 (N,).
     """
 
     root: str
     names: tuple[str, ...]
     labels: Tensor
     side: int
+    cache: "ImageCache | None" = None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,7 +72,17 @@ class FileSplit:
 
     def take(self, index: Tensor) -> Self:
         """Return the split of the images that an index tensor (n,) selects."""
-        return replace(self, names=tuple(self.names[i] for i in index.tolist()), labels=self.labels[index])
+        names, rows = tuple(self.names[i] for i in index.tolist()), self.rows
+        return replace(self, names=names, labels=self.labels[index], rows=None if rows is None else rows[index])
+
+    def cached(self, cache: "ImageCache", first: int) -> Self:
+        """Return the split with its images in a cache, from row `first` on."""
+        return replace(self, cache=cache, rows=torch.arange(first, first + len(self)))
+
+    def job(self, index: Tensor, draws: Tensor | None) -> "DecodeJob":
+        """Return the job that decodes the images that an index tensor (n,) selects."""
+        rows = None if self.rows is None else self.rows[index].tolist()
+        return DecodeJob(self.paths(index), rows, None if draws is None else draws[index].tolist())
 
     def paths(self, index: Tensor) -> list[str]:
         """Return the paths of the images that an index tensor (n,) selects."""
@@ -73,12 +90,13 @@ class FileSplit:
 
 
 class DecodeJob(NamedTuple):
-    """The paths of the images of a batch, and one row of random numbers per image.
+    """The paths of the images of a batch, their rows in the cache, and one row of random numbers per image.
 
-    If the random numbers are None, the images get centre crops.
+    If the random numbers are None, the images get centre crops. Without a cache, the rows are None.
     """
 
     paths: list[str]
+    rows: list[int] | None
     draws: list[list[float]] | None
 
 
@@ -95,17 +113,21 @@ class Decoder:
     The DataLoader uses the object as its dataset, so each worker gets a copy.
     """
 
-    def __init__(self, side: int, augment: Augment) -> None:
-        self.side, self.augment = side, augment
+    def __init__(self, side: int, augment: Augment, cache: "ImageCache | None" = None) -> None:
+        self.side, self.augment, self.cache = side, augment, cache
 
     def __getitem__(self, job: DecodeJob) -> DecodedBatch:
-        from qbench.data.images import describe_error, load_crop  # imported late, because not all runs need PIL
+        from qbench.data.images import crop_of_pixels, describe_error, load_crop  # late: not all runs need PIL
 
         size = self.augment.size
         images, bad = torch.zeros(len(job.paths), size, size, 3, dtype=torch.uint8), []
         for i, path in enumerate(job.paths):
             try:
-                images[i] = load_crop(path, self.side, self.augment, job.draws[i] if job.draws else None)
+                draws = job.draws[i] if job.draws else None
+                if self.cache and job.rows:
+                    images[i] = crop_of_pixels(self.cache.pixels(job.rows[i]), self.side, self.augment, draws)
+                else:
+                    images[i] = load_crop(path, self.side, self.augment, draws)
             except Exception as error:  # PIL raises many kinds of errors for damaged files
                 bad.append((path, describe_error(error)))
         return DecodedBatch(images, bad)
@@ -132,7 +154,9 @@ def decoded_batches(
             still read, and the message names all bad files.
     """
     bad: list[tuple[str, str]] = []
-    for batch in _decode_with_fallback(split, indices, draws, Decoder(split.side, augment), workers, device):
+    for batch in _decode_with_fallback(
+        split, indices, draws, Decoder(split.side, augment, split.cache), workers, device
+    ):
         bad += batch.bad
         if not bad:
             yield batch.images.to(device, non_blocking=True).movedim(3, 1)
@@ -153,7 +177,7 @@ def _decode_with_fallback(
     """
     done, workers = 0, min(workers, own_cores(), len(indices))
     while True:
-        jobs = (DecodeJob(split.paths(i), None if draws is None else draws[i].tolist()) for i in indices[done:])
+        jobs = (split.job(i, draws) for i in indices[done:])
         try:
             for batch in _data_loader(decoder, jobs, workers, device):
                 done += 1

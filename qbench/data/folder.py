@@ -40,6 +40,7 @@ MIN_AREA = {"plain": 0.0, "inception": 0.08}
 def build(
     *,
     root: str = "data",
+    cache: str = "",
     test: str | float = "auto",
     val: float = 0.1,
     size: int = 224,
@@ -53,6 +54,7 @@ def build(
     """Return the data set of a folder.
 
     Args:
+        cache: folder for decoded images, or nothing.
         test: folder of the test images, or the share of test images in one folder of classes.
         val: share of the training images in the validation split.
     """
@@ -66,7 +68,7 @@ def build(
         train, test_images = hold_out_test(find_images(top, ".", classes), test)
     return dataset_from_files(
         "folder", top, train, test_images, classes=len(classes), val=val, side=resize,
-        augment=photo_augment(augment, size, pad, flip, jitter), normalize=normalize,
+        augment=photo_augment(augment, size, pad, flip, jitter), normalize=normalize, cache=cache,
     )  # fmt: skip
 
 

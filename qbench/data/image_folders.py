@@ -17,6 +17,7 @@ from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split, split_validation, stratified_share
 from qbench.data.file_check import THREADS, FileCheck, check_files
 from qbench.data.file_stream import FileSplit
+from qbench.data.image_cache import ImageCache, open_cache
 from qbench.data.images import Pixels, damaged_files_error, decode_image, describe_error
 from qbench.data.normalize import Normalize, normalization
 from qbench.errors import DataError, ResourceError
@@ -170,7 +171,7 @@ def hold_out_test(files: ImageFiles, share: float) -> tuple[ImageFiles, ImageFil
 
 def dataset_from_files(
     name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: int, val: float, side: int,
-    augment: Augment, normalize: Normalize, shape: tuple[int, int] | None = None,
+    augment: Augment, normalize: Normalize, shape: tuple[int, int] | None = None, cache: str = "",
 ) -> Dataset:  # fmt: skip
     """Return a data set of image files.
 
@@ -180,6 +181,8 @@ def dataset_from_files(
         side: size in pixels to which the shorter side of each image is resized.
         shape: (H, W) that all images must have, or None. If it is given, images are always kept in
             memory.
+        cache: folder of decoded images (`qbench.data.image_cache`), or nothing. Images keep their size in it if crops
+            have a random area.
 
     Raises:
         DataError: some files are not complete images. The message names them.
@@ -192,12 +195,19 @@ def dataset_from_files(
     check = check_files(str(root), [*train.names, *test.names])
     memory_shape = shape or _common_shape(check, side, augment)
 
-    def load(images: ImageFiles) -> Split | FileSplit:
-        if memory_shape:
-            return _decode_all(root, images, side, memory_shape)
-        return FileSplit(str(root), images.names, torch.tensor(images.labels), side)
+    decoded = None
+    if cache:
+        stored_side = 0 if augment.area else side
+        top = Path(os.path.abspath(os.path.expanduser(cache)))
+        decoded = open_cache(top, check.sha256, root, [*train.names, *test.names], stored_side)
 
-    all_train, test_split = load(train), load(test)
+    def load(images: ImageFiles, first: int) -> Split | FileSplit:
+        if memory_shape:
+            return _decode_all(root, images, side, memory_shape, decoded, first)
+        split = FileSplit(str(root), images.names, torch.tensor(images.labels), side)
+        return split.cached(decoded, first) if decoded else split
+
+    all_train, test_split = load(train, 0), load(test, len(train.names))
     train_split, val_split = split_validation(all_train, val)
     sample = _statistics_images(train_split) if normalize == "own" else torch.empty(0, 3, 1, 1)
     mean, std = normalization(normalize, sample)
@@ -231,17 +241,24 @@ def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, i
     return (side, long) if height <= width else (long, side)
 
 
-def _decode_all(root: Path, files: ImageFiles, side: int, shape: tuple[int, int]) -> Split:
-    """Return a split in memory with all images. Each image must have the shape (H, W) after resizing."""
+def _decode_all(
+    root: Path, files: ImageFiles, side: int, shape: tuple[int, int], cache: ImageCache | None, first: int
+) -> Split:
+    """Return a split in memory with all images. Each image must have the shape (H, W) after resizing.
+
+    Args:
+        cache: decoded images of all files, or None. The images of the split begin at row `first`.
+    """
     images = torch.empty(len(files.names), *shape, 3, dtype=torch.uint8)
+    pixels = images.numpy()
 
     def read(i: int) -> tuple[str, str] | None:
         try:
-            image = decode_image(root / files.names[i], side)
+            image = cache.pixels(first + i) if cache else decode_image(root / files.names[i], side)
             if image.shape[:2] != shape:
                 height, width = image.shape[:2]
                 return files.names[i], f"{height}x{width} pixels, expected {shape[0]}x{shape[1]}"
-            images[i] = torch.from_numpy(image)
+            pixels[i] = image
         except Exception as error:  # PIL raises many kinds of errors for damaged files
             return files.names[i], describe_error(error)
         return None

@@ -29,6 +29,7 @@ def build(
     *,
     root: str = "data/imagenet",
     download: bool = False,
+    cache: str = "",
     val: float = 0.01,
     size: int = 224,
     resize: int = 256,
@@ -37,7 +38,12 @@ def build(
     jitter: float = 0.0,
     normalize: Normalize = "imagenet",
 ) -> Dataset:
-    """Return ImageNet; `val` is the share of the training images in the validation split."""
+    """Return ImageNet.
+
+    Args:
+        cache: folder for decoded images, or nothing.
+        val: share of the training images in the validation split.
+    """
     if download:
         raise ValueError("download=true: must be false, because image-net.org requires registration for ImageNet")
     top = absolute_root(root)
@@ -50,5 +56,5 @@ def build(
     train = find_images(top, "train", classes)
     return dataset_from_files(
         "imagenet", top, train, find_images(top, "val", classes, train), classes=CLASSES, val=val, side=resize,
-        augment=photo_augment(augment, size, 0, flip, jitter), normalize=normalize,
+        augment=photo_augment(augment, size, 0, flip, jitter), normalize=normalize, cache=cache,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from qbench.data.augment import Augment, center_crop, crop_and_flip, random_box
+from qbench.data.augment import Augment, random_box
 from qbench.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
@@ -50,6 +50,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode == "RGB":  # a conversion would copy the pixels
+        image.load()
+        return image
     return image.convert("RGB")
 
 
@@ -84,20 +87,60 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
     Args:
         path: the path of the file.
         side: size in pixels to which the shorter side is resized before a crop of fixed size.
-        augment: the augmentation. Its `size` must be above 0.
+        augment: the augmentation. Its `size` must be above 0, and its padding is black.
         draws: the image's uniform random numbers in [0, 1), or None for the centre crop.
     """
+    with Image.open(path) as image:
+        whole = to_rgb(image)
+    return crop_of(whole, side, augment, draws)
+
+
+def crop_of(whole: Image.Image, side: int, augment: Augment, draws: Sequence[float] | None) -> Tensor:
+    """Return a crop of an RGB image as uint8 (size, size, 3); see `load_crop`.
+
+    PIL copies only the pixels of the crop. The crop is the same as that of `crop_and_flip` in memory.
+    """
     if draws is not None and augment.area:
-        with Image.open(path) as image:
-            whole = to_rgb(image)
+        size = augment.size
         top, left, rows, columns = random_box(whole.height, whole.width, draws, augment.area)
         box = whole.crop((left, top, left + columns, top + rows))
-        crop = torch.from_numpy(np.array(box.resize((augment.size, augment.size), Image.Resampling.BILINEAR)))
-        return crop.flip(1) if augment.flip and draws[2] < 0.5 else crop
-    whole_image = torch.from_numpy(decode_image(path, side)).movedim(2, 0)[None]
+        crop = box.resize((size, size), Image.Resampling.BILINEAR)
+    else:
+        resized = resize_shorter_side(whole, side)
+        crop = resized.crop(fixed_crop(resized.height, resized.width, augment, draws))
+    if draws is not None and augment.flip and draws[2] < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(crop))
+
+
+def crop_of_pixels(pixels: Pixels, side: int, augment: Augment, draws: Sequence[float] | None) -> Tensor:
+    """Return the same as `crop_of`, from pixels uint8 (H, W, 3). If they need no resizing, only the crop is read."""
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = fixed_crop(height, width, augment, draws)
+    inside = min(left, top) >= 0 and right <= width and bottom <= height
+    if (draws is not None and augment.area) or min(height, width) != side or not inside:
+        return crop_of(Image.fromarray(pixels), side, augment, draws)
+    crop = pixels[top:bottom, left:right]
+    mirrored = draws is not None and augment.flip and draws[2] < 0.5
+    return torch.from_numpy(np.ascontiguousarray(crop[:, ::-1] if mirrored else crop))
+
+
+def fixed_crop(height: int, width: int, augment: Augment, draws: Sequence[float] | None) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of a crop of fixed size. Pixels outside the image are black.
+
+    Args:
+        height, width: size in pixels of the image after resizing.
+        draws: see `load_crop`.
+    """
+    size, pad = augment.size, augment.pad
     if draws is None:
-        return center_crop(whole_image, augment.size)[0].movedim(0, 2)
-    return crop_and_flip(whole_image, torch.tensor([draws]), augment)[0].movedim(0, 2)
+        top, left = round((height - size) / 2), round((width - size) / 2)
+    else:  # multiplied in float32, as in `crop_and_flip`
+        top, left = (
+            int(np.float32(u) * np.float32(length + 2 * pad - size + 1)) - pad
+            for u, length in zip(draws, (height, width), strict=False)
+        )
+    return left, top, left + size, top + size
 
 
 def describe_error(error: Exception) -> str:

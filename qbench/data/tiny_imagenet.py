@@ -25,13 +25,19 @@ def build(
     *,
     root: str = "data/tiny-imagenet-200",
     download: bool = False,
+    cache: str = "",
     val: float = 0.1,
     pad: int = 8,
     flip: bool = True,
     replicate: bool = False,
     normalize: Normalize = "own",
 ) -> Dataset:
-    """Return Tiny ImageNet; `val` is the share of the training images in the validation split."""
+    """Return Tiny ImageNet.
+
+    Args:
+        cache: folder for decoded images, or nothing.
+        val: share of the training images in the validation split.
+    """
     if download:
         raise ValueError(
             "download=true: must be false; download tiny-imagenet-200.zip from cs231n.stanford.edu by hand"
@@ -49,6 +55,7 @@ def build(
     return dataset_from_files(
         "tiny_imagenet", top, train, test, classes=CLASSES, val=val, side=SIDE,
         augment=Augment(pad, flip, replicate, size=SIDE), normalize=normalize, shape=(SIDE, SIDE),
+        cache=cache,
     )  # fmt: skip
 
 
