@@ -42,12 +42,13 @@ def as_bf16_network(model: nn.Module) -> nn.Module:
 
 
 def configure_torch(runtime: Runtime) -> None:
-    """Set the number of threads, determinism and memory allocation of this process."""
+    """Set the number of threads, determinism, float32 precision and memory allocation of this process."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
         # cuBLAS is deterministic only with a fixed workspace. CUDA reads this variable when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = runtime.tf32  # cuDNN's default is true
     tune_malloc()
 
 
