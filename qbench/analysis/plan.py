@@ -11,6 +11,7 @@ from qbench.analysis.export_forms import export_lines, refused_forms
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
 from qbench.bits import FLOAT
 from qbench.cost.count import coverage, idle_layers
+from qbench.cost.gpu_speed import SHARES, training_seconds
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batch_size_and_steps
@@ -21,6 +22,8 @@ from qbench.report.tables.table import Table
 from qbench.report.tables.units import si_format
 from qbench.runs.directory import PACKED_FILE, packed_bytes
 
+LONG_SECONDS = 86_400
+"""Total time on the CPU above which times on GPUs are estimated too."""
 HEAD = ("run", "state", "epochs", "steps", "params", "size", "BitOps", "memory", "time")
 LAYERS_HEAD = (
     "layer", "shape", "W", "A", "G", "levels", "scales", "levels a", "quantizers", "params", "MACs", "BitOps",
@@ -47,12 +50,25 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
         f"about {format_duration(total)} in total on this machine's {device}, one run at a time; evaluation and "
         f"preparation before training are not included"
     )
+    if device == "cpu" and total > LONG_SECONDS:
+        table.notes.append(_on_gpus(table, planned[-1]))
     table.notes.append("memory: weights, gradients, optimizer state, and tensors kept for the backward pass")
     if estimator.estimated:
         table.notes.append(f"the time of {estimator.estimated} of these networks is estimated from MACs, not measured")
     if len(planned) > 1 or not isinstance(last, RunCost):
         return [table]
     return [table, _layers_table(planned[-1], last)]
+
+
+def _on_gpus(table: Table, planned: PlannedRun) -> str:
+    """Return a note on the time of all runs without a result on one GPU, from published speeds."""
+    runtime = planned.config.runtime
+    precision = runtime.precision if runtime.precision != "fp32" else "tf32" if runtime.tf32 else "fp32"
+    macs = sum(values["images"] * values["macs"] for values in table.values if values["seconds"])
+    times = training_seconds(macs, precision)
+    listed = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in times.items())
+    share = f"{SHARES[precision]:.0%}".replace("%", " %")
+    return f"on one GPU, not measured: {listed}, from MACs and {share} of the published {precision} speed"
 
 
 def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[PlannedRun]:
@@ -84,6 +100,7 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
     )  # fmt: skip
     table.rows.append((path, "stored" if state == "done" else state, str(epochs), str(steps), *cells))
     values = {"run": path, "state": state, "epochs": epochs, "steps": steps, "seconds": seconds, "memory": memory}
+    values["images"] = steps * batch_size
     table.values.append(values | asdict(cost.cost))
     return seconds
 

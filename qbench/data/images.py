@@ -120,9 +120,8 @@ def crop_of_pixels(pixels: Pixels, side: int, augment: Augment, draws: Sequence[
     inside = min(left, top) >= 0 and right <= width and bottom <= height
     if (draws is not None and augment.area) or min(height, width) != side or not inside:
         return crop_of(Image.fromarray(pixels), side, augment, draws)
-    crop = pixels[top:bottom, left:right]
-    mirrored = draws is not None and augment.flip and draws[2] < 0.5
-    return torch.from_numpy(np.ascontiguousarray(crop[:, ::-1] if mirrored else crop))
+    crop = torch.from_numpy(np.array(pixels[top:bottom, left:right]))
+    return crop.flip(1) if draws is not None and augment.flip and draws[2] < 0.5 else crop
 
 
 def fixed_crop(height: int, width: int, augment: Augment, draws: Sequence[float] | None) -> tuple[int, int, int, int]:

@@ -296,3 +296,19 @@ def test_dataset_specs_equal_the_loaded_data_sets(configure: Configure) -> None:
         assert known is not None
         assert (known.shape, known.classes, known.synthetic) == (read.shape, read.classes, read.synthetic)
         assert (len(known.train) + len(known.val), len(known.test)) == (len(read.train) + len(read.val), len(read.test))
+
+
+def test_a_long_plan_estimates_times_on_gpus(configure: Configure) -> None:
+    """ResNet-18 has 1.83 GMACs: 3 passes of 2 operations for each, at half of an A100's 19.5e12 operations/s."""
+    config = configure("dataset=imagenet", "model=dorefa_resnet18", "method=dorefa", "init=scratch", "epochs=30")
+    table = plan.plan([planned_run(config)])[0]
+    (note,) = (note for note in table.notes if note.startswith("on one GPU, not measured"))
+    images = 30 * (1_268_355 // 64) * 64
+    hours = 6 * table.values[0]["macs"] * images / (0.5 * 19.5e12) / 3600
+    assert 11 < hours < 13
+    assert f"A100 {int(hours)} h" in note
+    assert "50 % of the published fp32 speed" in note
+    low = configure("dataset=imagenet", "model=dorefa_resnet18", "method=dorefa", "runtime.precision=bf16")
+    (note,) = (note for note in plan.plan([planned_run(low)])[0].notes if note.startswith("on one GPU, not measured"))
+    assert "V100" not in note
+    assert "20 % of the published bf16 speed" in note
