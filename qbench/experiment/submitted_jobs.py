@@ -182,7 +182,8 @@ def _outcome(job: Any, planned: PlannedRun) -> tuple[Path | None, bool]:
 def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Callable[[], int]) -> None:
     """Execute the runs in jobs of SLURM. Each missing float baseline has a job, for which the jobs of its runs wait.
 
-    After a signal to this process, the jobs stay in the queue.
+    A job that ends without a result is submitted once more, unless it was cancelled. After a signal to this process,
+    the jobs stay in the queue.
     """
     jobs, missing = _ClusterJobs(settings), [planned for planned in runs if not planned.directory.stored()]
     dependents: dict[Path, list[PlannedRun]] = {}
@@ -195,14 +196,20 @@ def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Call
     for path, waiting in dependents.items():
         jobs.submit(waiting, after=jobs.jobs[path])
     jobs.submit([planned for planned in missing if planned.path not in baselines])
-    left = {planned.path: planned for planned in missing}
+    left, repeated = {planned.path: planned for planned in missing}, set[Path]()
     while left and not stop():
         time.sleep(CLUSTER_POLL_SECONDS)
         for path in [path for path in left if jobs.jobs[path].done()]:
-            _, killed = _outcome(jobs.jobs[path], left[path])
+            job = jobs.jobs[path]
+            _, killed = _outcome(job, left[path])
             if killed:
-                print(f"warning: the job {jobs.jobs[path].job_id} of {path} has ended early", file=sys.stderr)
-            del left[path]
+                print(f"warning: the job {job.job_id} of {path} has ended early: {job.state}", file=sys.stderr)
+            if killed and path not in repeated and not job.state.startswith("CANCELLED"):
+                repeated.add(path)
+                del jobs.jobs[path]
+                jobs.submit([left[path]])
+            else:
+                del left[path]
     if left:
         numbers = " ".join(sorted({jobs.jobs[path].job_id for path in left}))
         print(f"qbench: {len(left)} jobs stay in the queue; to end them, type: scancel {numbers}", file=sys.stderr)

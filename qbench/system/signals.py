@@ -11,7 +11,8 @@ from types import FrameType
 from qbench.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""SIGUSR1 and SIGUSR2 are the warnings of SLURM and submitit before a job is preempted."""
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals of SLURM and submitit before a job is preempted. They outrank the other signals."""
 GRACE_SECONDS = 10.0
 """Default of the maximum seconds from a signal to the end of the process, after the step in progress."""
 
@@ -27,7 +28,7 @@ def step_in_progress() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the last signal received, or 0.
+    """Yield a function that returns the last signal received, or 0. A signal of `WARNINGS` outranks the others.
 
     The process is expected to stop soon after a signal. If it is still inside the `with` block `grace` seconds
     after the current step, it is ended at once. A SIGINT after an earlier signal also ends it at
@@ -52,7 +53,8 @@ def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
             os._exit(Interrupted.status)
         if not number:
             threading.Thread(target=end_late, daemon=True).start()
-        number = received
+        if number not in WARNINGS:  # at a preemption, SIGTERM may come together with a warning, in any order
+            number = received
 
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     kinds = [kind for kind in STOP_SIGNALS if kind != signal.SIGHUP or not ignored]
