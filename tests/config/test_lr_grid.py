@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +12,7 @@ from qbench.cli.main import main
 from qbench.config import compose
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config, baseline_config, to_dict
-from qbench.config.validate import from_dict, from_node
+from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.setting import Setting
@@ -111,13 +110,6 @@ def test_a_stored_run_of_the_grid_comes_back_as_itself(tmp_path: Path) -> None:
         again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))
         assert again == config
         assert directory_name(run_identity(again)) == directory_name(run_identity(config))
-
-
-@pytest.mark.parametrize("words", [["-m", "method=dorefa,ptq", "seed=0,1"], ["-m", "method=ttq"]])
-def test_launchers_of_hydra_get_the_same_runs(tmp_path: Path, words: list[str]) -> None:
-    got: list[Any] = []
-    compose.dispatch(["lr_search=grid", f"out={tmp_path}", *words], got.append)
-    assert [from_node(node) for node in got] == tuned(tmp_path, *words)
 
 
 REFUSED = {
