@@ -13,8 +13,9 @@ pixels instead of being black.
 """
 
 from qbench.data.augment import Augment
+from qbench.data.cifar_files import CIFAR10, read_cifar
 from qbench.data.dataset import Dataset
-from qbench.data.dataset_files import dataset_from_splits, read_cifar
+from qbench.data.dataset_files import dataset_from_splits
 from qbench.data.normalize import Normalize
 
 
@@ -29,7 +30,7 @@ def build(
     normalize: Normalize = "own",
 ) -> Dataset:
     """Return CIFAR-10; `val` is the share of the training images in the validation split."""
-    train, test = read_cifar("CIFAR10", root, download)
+    train, test = read_cifar(CIFAR10, root, download)
     return dataset_from_splits(
         "cifar10", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),
         normalize=normalize,

@@ -7,8 +7,9 @@ version: train, test and meta. The augmentation is that of CIFAR-10.
 """
 
 from qbench.data.augment import Augment
+from qbench.data.cifar_files import CIFAR100, read_cifar
 from qbench.data.dataset import Dataset
-from qbench.data.dataset_files import dataset_from_splits, read_cifar
+from qbench.data.dataset_files import dataset_from_splits
 from qbench.data.normalize import Normalize
 
 
@@ -23,7 +24,7 @@ def build(
     normalize: Normalize = "own",
 ) -> Dataset:
     """Return CIFAR-100; `val` is the share of the training images in the validation split."""
-    train, test = read_cifar("CIFAR100", root, download)
+    train, test = read_cifar(CIFAR100, root, download)
     return dataset_from_splits(
         "cifar100", train, test, classes=100, val=val, augment=Augment(pad, flip, replicate),
         normalize=normalize,

@@ -27,6 +27,9 @@ from qbench.errors import DataError
 MAX_EVALUATION_PIXELS = 2**23
 """Maximum number of pixels in an evaluation batch: 500 images of 129x129, or 167 of 224x224."""
 
+HASHED = MOVED = 1000
+"""Number of images that are hashed, or moved in memory, at once."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -68,6 +71,21 @@ class Split:
     def take(self, index: Tensor) -> Self:
         """Return the split of the images that an index tensor (n,) selects."""
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def divide_(self, first: Tensor, second: Tensor) -> tuple["Split", "Split"]:
+        """Reorder the images in their memory, and return two splits that share this memory.
+
+        Args:
+            first, second: indices (n,) in ascending order. Together they contain each index once.
+        """
+        labels = self.labels[torch.cat([first, second])]
+        moved = self.images[second]
+        start = 0
+        for index in first.split(MOVED):  # images only move forward, so none is overwritten before it has moved
+            self.images[start : start + len(index)] = self.images[index]
+            start += len(index)
+        self.images[start:] = moved
+        return Split(self.images[:start], labels[:start]), Split(self.images[start:], labels[start:])
 
 
 def _check_tensor(name: str, value: object, dtypes: Collection[torch.dtype], dims: int, conversions: str) -> None:
@@ -174,7 +192,8 @@ def _sha256(split: StoredSplit) -> str:
         digest.update(b"".join(split.digests))
     for tensor in (split.images, split.labels) if isinstance(split, Split) else (split.labels,):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data)
+        for part in tensor.split(HASHED):  # images in channels_last are copied into the order (N, C, H, W)
+            digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -191,7 +210,7 @@ def few_images(data: Dataset, train: int, others: int) -> Dataset:
     return replace(data, train=few(data.train, train), val=few(data.val, others), test=few(data.test, others))
 
 
-def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
+def split_validation(split: AnySplit, val: float, *, in_place: bool = False) -> tuple[AnySplit, AnySplit]:
     """Divide a training split into (train, val), stratified by class.
 
     The division is deterministic, so equal arguments give equal results.
@@ -199,6 +218,7 @@ def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     Args:
         split: the training split.
         val: fraction of the images that form the validation split, 0 <= val < 1.
+        in_place: whether images in memory are reordered instead of copied. The given split must not be used afterwards.
 
     Raises:
         ValueError: the training split would be empty, or the validation split would be empty although val is not 0.
@@ -210,6 +230,8 @@ def split_validation(split: AnySplit, val: float) -> tuple[AnySplit, AnySplit]:
     if not len(train_index) or (val and not len(val_index)):
         where = "to train on" if not len(train_index) else "to validate on"
         raise ValueError(f"val={val} leaves no images {where} out of {len(split)}; try val={0.1 if val != 0.1 else 0}")
+    if in_place and isinstance(split, Split):
+        return split.divide_(train_index, val_index)
     return split.take(train_index), split.take(val_index)  # type: ignore[return-value]  # of the same kind
 
 

@@ -26,6 +26,9 @@ SAMPLED, MIN_SAMPLED = 256, 8
 MAX_SHIFT, STANDARD_ERRORS = 0.25, 5.0
 """Limits on the difference in grey values between splits, in standard deviations of train and in standard errors."""
 
+CHECKED = 1000
+"""Number of images whose lowest and highest value are computed at once."""
+
 MAX_READ_BYTES = 2**32
 """Maximum size in bytes of the files of a split that are read to compare its images."""
 
@@ -84,7 +87,9 @@ def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
 
 
 def _value_problems(images: Tensor) -> Iterator[str]:
-    low, high = images.min().item(), images.max().item()
+    # torch may copy what it reduces, so only a part of the images is reduced at once
+    ends = torch.stack([torch.stack(part.aminmax()) for part in images.split(CHECKED)])
+    low, high = ends[:, 0].min().item(), ends[:, 1].max().item()
     if images.dtype == torch.uint8:
         if high <= 1:
             yield f"no value of the images is above {high}: must be 0 to 255\nfor images from 0 to 1: 255 * images"

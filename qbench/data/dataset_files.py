@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import os
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,34 +55,19 @@ def dataset_from_splits(
 ) -> Dataset:
     """Return the data set. The share `val` of the training images forms the validation split.
 
+    The memory of `train` is reordered and becomes that of both splits, so that the images are not copied.
+
     Raises:
         ValueError: `val`, `normalize` or the augmentation's `pad` is out of range.
     """
     side = min(train.images.shape[2:])
     if not 0 <= augment.pad < side:
         raise ValueError(f"pad={augment.pad}: must be 0 to {side - 1} pixels")
-    train_split, val_split = split_validation(train, val)
+    train_split, val_split = split_validation(train, val, in_place=True)
     mean, std = normalization(normalize, train_split.images)
     return Dataset(
         name=name, train=train_split, val=val_split, test=test, classes=classes, mean=mean, std=std, augment=augment
     )  # fmt: skip
-
-
-def read_cifar(kind: str, root: str, download: bool) -> tuple[Split, Split]:
-    """Return (train, test) of torchvision's class `kind`, CIFAR10 or CIFAR100 with its fine labels.
-
-    The files are Python pickles. torchvision unpickles a file only if its md5 is that of the published file.
-    """
-    source = getattr(torchvision().datasets, kind)
-    top = absolute_root(root)
-    listed = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
-    files: dict[Path, str | None] = {top / source.base_folder / name: md5 for name, md5 in listed}
-    ensure_files(files, top, download, lambda: source(top, download=True))
-    with report_damaged(files), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4 warns about pickles of this age
-        parts = [source(top, train=part) for part in (True, False)]
-    train, test = (join_arrays([x.data.transpose(0, 3, 1, 2)], [x.targets], list(files)) for x in parts)
-    return train, test
 
 
 def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
@@ -233,8 +217,13 @@ def join_arrays(
 
 
 def _damaged_files(files: ExpectedFiles) -> list[Path]:
-    is_intact = torchvision().datasets.utils.check_integrity
-    return [path for path, md5 in files.items() if not is_intact(path, md5)]
+    """Return the files that are missing or have another md5 than expected."""
+    return [path for path, md5 in files.items() if not path.is_file() or (md5 and _file_md5(path) != md5)]
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _missing_message(files: ExpectedFiles, missing: Sequence[Path], root: Path) -> str:

@@ -25,6 +25,9 @@ FIXED: dict[str, MeanAndStd] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+COUNTED = 1000
+"""Number of images whose grey values are counted at once."""
+
 
 def normalization(normalize: Normalize, images_NCHW: Tensor) -> MeanAndStd:
     """Return (mean, std) per channel for a value of `normalize`. One number stands for all channels.
@@ -69,7 +72,9 @@ def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:
     They are computed from the histogram of grey values. This is exact for any number of images and needs no float copy
     of the images.
     """
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images_NCHW.unbind(1)])
+    counts = torch.zeros(images_NCHW.shape[1], 256, dtype=torch.int64)
+    for images in images_NCHW.split(COUNTED):
+        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (weights * values).sum(1)

@@ -5,6 +5,7 @@ import hashlib
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ BUILDS: dict[str, Build] = {
     "fashion_mnist": fashion_mnist.build,
     "svhn": svhn.build,
 }
+BUILD_MODULES = {"cifar10": cifar10, "cifar100": cifar100}
 LABELS = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "svhn": 10}
 
 
@@ -90,27 +92,29 @@ def _pickle(value: object) -> bytes:
     return b"K" + bytes([value]) if isinstance(value, int) else pickled_text(str(value))
 
 
-def write_cifar(root: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, count: int = 40) -> dict[str, np.ndarray]:
-    """Write the files of torchvision's class `kind`, `count` images each, and make their md5 the
-    expected ones.
+def write_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch, count: int = 40) -> dict[str, np.ndarray]:
+    """Write the files of cifar10 or cifar100, `count` images each, and make their md5 the expected
+    ones. torchvision's lists are changed too.
     """
-    folder = root / kind.base_folder
+    module = BUILD_MODULES[name]
+    published = getattr(module, name.upper())
+    kind = getattr(torchvision().datasets, name.upper())
+    folder = root / published.folder
     folder.mkdir(parents=True)
-    hundred = kind.__name__ == "CIFAR100"
-    classes, written = 100 if hundred else 10, {}
-    for key in ("train_list", "test_list"):
-        listed = []
-        for i, (name, _) in enumerate(getattr(kind, key)):
-            pixels = written[name] = random_bytes(count, 3072, seed=i + 10 * (key == "test_list"))
+    classes, written, digests = LABELS[name], {}, {}
+    for part in ("train", "test"):
+        for i, file in enumerate(getattr(published, part)):
+            pixels = written[file] = random_bytes(count, 3072, seed=i + 10 * (part == "test"))
             labels = [j % classes for j in range(count)]
             fine: dict[str, object] = {"fine_labels": labels, "coarse_labels": [0] * count}
-            content = {"batch_label": name, "data": pixels} | (fine if hundred else {"labels": labels})
-            (folder / name).write_bytes(b"\x80\x02" + _pickle(content) + b".")
-            listed.append([name, md5(folder / name)])
-        monkeypatch.setattr(kind, key, listed)
-    meta = folder / kind.meta["filename"]
+            content = {"batch_label": file, "data": pixels} | (fine if name == "cifar100" else {"labels": labels})
+            (folder / file).write_bytes(b"\x80\x02" + _pickle(content) + b".")
+        digests[part] = {file: md5(folder / file) for file in getattr(published, part)}
+        monkeypatch.setattr(kind, f"{part}_list", [[file, digest] for file, digest in digests[part].items()])
+    (meta,) = (folder / file for file in published.names)
     meta.write_bytes(b"\x80\x02" + _pickle({kind.meta["key"]: [f"class {i}" for i in range(classes)]}) + b".")
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(meta)})
+    monkeypatch.setattr(module, name.upper(), replace(published, **digests, names={meta.name: md5(meta)}))
     return written
 
 
@@ -154,7 +158,7 @@ def write_svhn(
 def write(name: str, root: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a small version of any of the data sets."""
     if name.startswith("cifar"):
-        write_cifar(root, getattr(datasets, name.upper()), monkeypatch, count=200 if name == "cifar100" else 40)
+        write_cifar(root, name, monkeypatch, count=200 if name == "cifar100" else 40)
     elif name == "svhn":
         write_svhn(root, datasets.SVHN, monkeypatch, train=40, test=20)
     else:

@@ -89,6 +89,32 @@ def test_validation_split_is_stratified_and_never_empty() -> None:
             split_validation(split, val)
 
 
+def test_a_split_is_divided_in_its_memory_as_by_copying() -> None:
+    for images in (random_images(3001, 3, 2, 2), random_images(3001, 3, 2, 2).to(memory_format=torch.channels_last)):
+        copied, moved = (Split(images.clone(), torch.arange(3001) % 7) for _ in range(2))
+        memory = moved.images.data_ptr()
+        for theirs, ours in zip(
+            split_validation(copied, 0.3), split_validation(moved, 0.3, in_place=True), strict=True
+        ):
+            assert torch.equal(theirs.images, ours.images)
+            assert torch.equal(theirs.labels, ours.labels)
+        assert moved.images.data_ptr() == memory
+        train, val = split_validation(Split(images.clone(), moved.labels), 0.0, in_place=True)
+        assert torch.equal(train.images, images)
+        assert not len(val)
+
+
+def test_the_fingerprint_does_not_depend_on_the_layout_in_memory() -> None:
+    images = random_images(2500, 3, 4, 4)
+    first, second = (
+        dataset_of(x, Augment()).fingerprint() for x in (images, images.to(memory_format=torch.channels_last))
+    )
+    assert first == second
+    whole = hashlib.sha256(f"torch.uint8{(2500, 3, 4, 4)}".encode() + images.numpy().tobytes())
+    whole.update(f"torch.int64{(2500,)}".encode() + torch.arange(2500).numpy().tobytes())
+    assert first["train_sha256"] == whole.hexdigest()
+
+
 def test_order_and_augmentation_depend_on_seed_epoch_and_position() -> None:
     data = Dataset(**{**vars(small_dataset()), "augment": Augment(pad=2, flip=True)})
     loader = Loader(data, 16, 3, CPU)

@@ -5,6 +5,7 @@ import http.server
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -98,10 +99,8 @@ def test_errors_name_damaged_files(
     assert "dataset.download=true" in rest[1]
 
 
-def test_a_pickle_with_another_md5_is_not_unpickled(
-    tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_cifar(tmp_path, datasets.CIFAR10, monkeypatch)
+def test_a_pickle_with_another_md5_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, "cifar10", monkeypatch)
     trap = tmp_path / "opened"
     path = tmp_path / "cifar-10-batches-py" / "test_batch"
     path.write_bytes(
@@ -110,6 +109,15 @@ def test_a_pickle_with_another_md5_is_not_unpickled(
     with pytest.raises(DataError, match="md5"):
         cifar10.build(root=str(tmp_path))
     assert not trap.exists()
+
+
+def test_error_of_a_cifar_file_whose_images_have_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, "cifar10", monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(path.read_bytes().replace(b"labels(K\x00", b"labels(", 1))
+    monkeypatch.setattr(cifar10, "CIFAR10", replace(cifar10.CIFAR10, test={"test_batch": md5(path)}))
+    with pytest.raises(DataError, match="40 images, 39 labels"):
+        cifar10.build(root=str(tmp_path))
 
 
 def test_errors_of_inconsistent_mnist_files(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 access.
 """
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,8 @@ from qbench.config import groups
 from qbench.config.registry import create
 from qbench.data import cifar10, fashion_mnist, mnist, svhn
 from qbench.data.augment import Augment
+from qbench.data.cifar_files import CIFAR10, CIFAR100, CifarFiles
+from qbench.data.dataset import Loader, Split
 from qbench.errors import DataError
 
 offline = published_files.offline
@@ -35,7 +39,9 @@ def test_every_loader_returns_three_splits(
     assert data.shape == ((1, 28, 28) if "mnist" in name else (3, 32, 32))
     for split in (data.train, data.val, data.test, whole.train, whole.val):
         assert split.images.dtype == torch.uint8
-        assert split.images.is_contiguous()
+        assert split.images.is_contiguous(
+            memory_format=torch.channels_last if "cifar" in name else torch.contiguous_format
+        )
         assert split.labels.dtype == torch.int64
         assert len(split.images) == len(split.labels)
     assert len(data.train) == len(data.val) == len(whole.train) / 2
@@ -78,19 +84,61 @@ def test_default_augmentation(tmp_path: Path, datasets: ModuleType, monkeypatch:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_pixels_stay_in_order(
-    name: str, tmp_path: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar_pixels_stay_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files hold an image as 1024 red, 1024 green, 1024 blue values, row by row."""
-    kind = getattr(datasets, name.upper())
-    written = write_cifar(tmp_path, kind, monkeypatch, count=100)
+    written = write_cifar(tmp_path, name, monkeypatch, count=100)
+    *train_files, test_file = written
     data = BUILDS[name](root=str(tmp_path), val=0.0)
-    rows = np.concatenate([written[file] for file, _ in kind.train_list])
+    rows = np.concatenate([written[file] for file in train_files])
     assert len(data.train) == len(rows) == (500 if name == "cifar10" else 100)
     for i, c, y, x in ((0, 0, 0, 0), (7, 0, 0, 31), (len(rows) - 1, 1, 5, 2), (50, 2, 31, 30)):
         assert data.train.images[i, c, y, x] == rows[i, 1024 * c + 32 * y + x]
-    assert torch.equal(data.test.images, torch.from_numpy(written[kind.test_list[0][0]]).reshape(-1, 3, 32, 32))
+    assert torch.equal(data.test.images, torch.from_numpy(written[test_file]).reshape(-1, 3, 32, 32))
     assert data.test.labels.tolist() == [j % LABELS[name] for j in range(100)]
+
+
+@pytest.mark.parametrize("published", [CIFAR10, CIFAR100], ids=lambda published: published.kind)
+def test_md5_and_names_of_cifar_files_are_those_of_torchvision(published: CifarFiles, datasets: ModuleType) -> None:
+    theirs = getattr(datasets, published.kind)
+    assert published.folder == theirs.base_folder
+    assert dict(published.train) == dict(theirs.train_list)
+    assert dict(published.test) == dict(theirs.test_list)
+    assert dict(published.names) == {theirs.meta["filename"]: theirs.meta["md5"]}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_images_are_in_memory_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train and validation share the memory of the images that were read, and the loader uses it too."""
+    write_cifar(tmp_path, name, monkeypatch, count=200)
+    data = BUILDS[name](root=str(tmp_path), val=0.5)
+    storages = {split.images.untyped_storage().data_ptr() for split in (data.train, data.val)}
+    assert len(storages) == 1
+    loader = Loader(data, 8, 0, torch.device("cpu"))
+    for part, split in (("train", data.train), ("val", data.val), ("test", data.test)):
+        loaded = loader.splits[part]
+        assert isinstance(loaded, Split)
+        assert loaded.images.data_ptr() == split.images.data_ptr()
+
+
+@pytest.mark.full
+def test_peak_memory_of_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data of the published size take 176 MiB. Reading, dividing and checking them adds less than half of that."""
+    write_cifar(tmp_path, "cifar10", monkeypatch, count=10_000)
+    code = f"""
+from dataclasses import replace
+from resource import RUSAGE_SELF, getrusage
+from qbench.data import cifar10
+from qbench.data.dataset_check import check_dataset
+cifar10.CIFAR10 = replace(cifar10.CIFAR10, train={cifar10.CIFAR10.train}, test={cifar10.CIFAR10.test},
+                          names={cifar10.CIFAR10.names})
+before = getrusage(RUSAGE_SELF).ru_maxrss
+data = cifar10.build(root={str(tmp_path)!r})
+check_dataset(data, "cifar10")
+data.fingerprint()
+print((getrusage(RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 176 <= int(done.stdout) <= 264
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["ubyte", "gz"])
