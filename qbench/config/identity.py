@@ -176,15 +176,35 @@ def digest(values: Mapping[str, Json]) -> str:
 
     The order of the keys does not matter, and 1.0 is the same as 1.
     """
-    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return text_digest(canonical_json(values))
+
+
+def text_digest(canonical: str) -> str:
+    """Return the digest of values from their text in the form of `canonical_json`."""
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def canonical_json(values: Json) -> str:
+    """Return the JSON of plain values with sorted keys, in ASCII. Whole floats are written as integers."""
+    return _CANONICAL.encode(_plain(values))
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+_UNCHANGED = frozenset({str, int, bool, type(None)})
+"""Types of values whose JSON is the same in every form."""
 
 
 def _plain(value: Any) -> Any:
     """Return a value with whole floats as integers, so that 1.0 and 1 give the same digest."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+    kind = type(value)  # comparing types is several times faster than isinstance with an abstract class
+    if kind in _UNCHANGED:
+        return value
+    if kind is float:
+        return int(value) if value.is_integer() else value
+    if kind is dict or isinstance(value, Mapping):
+        return {key: item if type(item) in _UNCHANGED else _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [item if type(item) in _UNCHANGED else _plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -81,7 +81,7 @@ class Split:
         labels = self.labels[torch.cat([first, second])]
         moved = self.images[second]
         start = 0
-        for index in first.split(MOVED):  # images only move forward, so none is overwritten before it has moved
+        for index in torch.split(first, MOVED):  # images only move forward, so none is overwritten before it has moved
             self.images[start : start + len(index)] = self.images[index]
             start += len(index)
         self.images[start:] = moved
@@ -192,7 +192,7 @@ def _sha256(split: StoredSplit) -> str:
         digest.update(b"".join(split.digests))
     for tensor in (split.images, split.labels) if isinstance(split, Split) else (split.labels,):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        for part in tensor.split(HASHED):  # images in channels_last are copied into the order (N, C, H, W)
+        for part in torch.split(tensor, HASHED):  # images in channels_last are copied into the order (N, C, H, W)
             digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -231,7 +231,7 @@ def split_validation(split: AnySplit, val: float, *, in_place: bool = False) -> 
         where = "to train on" if not len(train_index) else "to validate on"
         raise ValueError(f"val={val} leaves no images {where} out of {len(split)}; try val={0.1 if val != 0.1 else 0}")
     if in_place and isinstance(split, Split):
-        return split.divide_(train_index, val_index)
+        return split.divide_(train_index, val_index)  # type: ignore[return-value]  # of the same kind
     return split.take(train_index), split.take(val_index)  # type: ignore[return-value]  # of the same kind
 
 

@@ -88,7 +88,7 @@ def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
 
 def _value_problems(images: Tensor) -> Iterator[str]:
     # torch may copy what it reduces, so only a part of the images is reduced at once
-    ends = torch.stack([torch.stack(part.aminmax()) for part in images.split(CHECKED)])
+    ends = torch.stack([torch.stack(part.aminmax()) for part in torch.split(images, CHECKED)])
     low, high = ends[:, 0].min().item(), ends[:, 1].max().item()
     if images.dtype == torch.uint8:
         if high <= 1:

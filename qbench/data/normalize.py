@@ -73,7 +73,7 @@ def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:
     of the images.
     """
     counts = torch.zeros(images_NCHW.shape[1], 256, dtype=torch.int64)
-    for images in images_NCHW.split(COUNTED):
+    for images in torch.split(images_NCHW, COUNTED):
         counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
     weights = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
     values = torch.arange(256, dtype=torch.float64) / 255

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qbench.errors import ConfigError
 from qbench.runs import event_files
 from qbench.runs.directory import packed_bytes
 from qbench.runs.hits import Hits, load_hits, pack_hits, unpack_hits
+from qbench.runs.index import RunIndex
 from qbench.runs.result import Evaluation, Protocol, Result, load_result, parse_result
 from qbench.system import files
 from qbench.system.locks import is_locked
@@ -24,6 +26,13 @@ DONE = "done"
 FROM_LOGS = "from the logs"
 LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
 """Fields of a result that `dump_records` omits, because they are large or describe the machine and its files."""
+
+NAMED = re.compile(r".*-([0-9a-f]{8})")
+"""The name of a run's directory, which ends with the first digits of the run's identity."""
+
+RUN_FILES = frozenset({"result.json", "config.yaml", "metrics.jsonl"})
+EVENT_FILES = "events.out.tfevents."
+"""Names, and the beginning of a name, of the files that show that a directory contains a run."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -61,17 +70,25 @@ def read(names: Iterable[str]) -> list[RunRecord]:
     Raises:
         ConfigError: a name does not exist, or a file was not written by `dump_records`.
     """
-    paths: set[Path] = set()
+    found: dict[Path, RunRecord] = {}
     recorded: dict[Path, RunRecord] = {}
     for name in names:  # os.path does not raise an error for a name that is empty or too long
         if os.path.isfile(name):
             recorded |= {run.path: run for run in load_records(Path(name))}
         elif os.path.isdir(name):
-            paths |= set(_run_directories(Path(name)))
+            found |= _read_directory(Path(name))
         else:
             raise ConfigError(f"{name}: no such directory or file\ntype a directory of runs, such as outputs")
-    runs = [run for path in sorted(paths) if not _is_debug(run := read_run(path))]
-    return sorted([*runs, *recorded.values()], key=lambda run: run.path) if recorded else runs
+    runs = [run for run in found.values() if not _is_debug(run)]
+    return sorted([*runs, *recorded.values()], key=lambda run: run.path.parts)
+
+
+def _read_directory(root: Path) -> dict[Path, RunRecord]:
+    """Return the runs below a directory. Their results are indexed if there are many."""
+    index = RunIndex(root)
+    runs = {path: read_run(path, index.load) for path in _run_directories(root)}
+    index.save()
+    return runs
 
 
 def _is_debug(run: RunRecord) -> bool:
@@ -148,12 +165,15 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
     return run
 
 
-def read_run(path: Path) -> RunRecord:
-    """Return the run in one directory. If there is no intact result, read the logs."""
-    if is_locked(path / ".lock"):
+def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) -> RunRecord:
+    """Return the run in one directory. If there is no intact result, read the logs.
+
+    Args:
+        load: function that returns the intact result in the directory, or None.
+    """
+    if is_locked(f"{path}/.lock"):
         return RunRecord(path=path, status="running", reason=_progress(_metrics(path)[0]))
-    has_result = (path / "result.json").exists()
-    if has_result and (result := load_result(path)):
+    if result := load(path):
         if not _is_named(path, result.identity):
             reason = f"result.json belongs to another run: {result.method} {result.widths}, seed {result.seed}"
             return RunRecord(path=path, status="corrupt", reason=reason)
@@ -161,7 +181,7 @@ def read_run(path: Path) -> RunRecord:
             path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes,
             file_bytes=packed_bytes(path, result.identity),
         )  # fmt: skip
-    reasons = ["result.json is corrupt or of another version"] if has_result else []
+    reasons = ["result.json is corrupt or of another version"] if (path / "result.json").exists() else []
     lines, damage = _metrics(path)
     unread = [f"metrics.jsonl: {damage}"] if damage else []
     readers: list[Callable[[], Result | None]]
@@ -180,14 +200,24 @@ def read_run(path: Path) -> RunRecord:
 
 def _is_named(path: Path, identity: str) -> bool:
     """Whether a directory's name fits an identity: it ends with the identity's first digits, or with no digits."""
-    named = re.fullmatch(r".*-([0-9a-f]{8})", path.name)
+    named = NAMED.fullmatch(path.name)
     return not named or not identity or identity.startswith(named[1])
 
 
 def _run_directories(root: Path) -> Iterator[Path]:
-    marks = ("result.json", "config.yaml", "metrics.jsonl", "events.out.tfevents.*")
-    for path in [root, *(p for p in root.rglob("*") if p.is_dir())]:
-        if any(next(path.glob(mark), None) for mark in marks):
+    """Yield the directories that contain a run's files. Links to directories are not searched further."""
+    waiting = [(root, True)]
+    while waiting:
+        path, search = waiting.pop()
+        is_run = False
+        with suppress(PermissionError), os.scandir(path) as entries:
+            for entry in entries:
+                name = entry.name
+                if name in RUN_FILES or name.startswith(EVENT_FILES):
+                    is_run = True
+                elif search and entry.is_dir():
+                    waiting.append((path / name, not entry.is_symlink()))
+        if is_run:
             yield path
 
 

@@ -178,7 +178,7 @@ def parse_result(values: dict[str, Any]) -> Result:
     if unknown := set(values) - {f.name for f in fields(Result)}:
         raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
     text = json.dumps(values, ensure_ascii=False)
-    if "\\u0000" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+    if "\\u0000" in text or not _is_unicode(text):
         raise ValueError("a text contains NUL or half a surrogate pair, which file names and pages cannot contain")
     try:
         result = msgspec.convert(values, Result)
@@ -195,6 +195,15 @@ def parse_result(values: dict[str, Any]) -> Result:
     if result.status == "done" and result.final is None:
         raise ValueError("status is done, but there is no accuracy")
     return result
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def short_commit(commit: str) -> str:

@@ -50,7 +50,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         lock.release()
 
 
-def is_locked(path: Path) -> bool:
+def is_locked(path: str | Path) -> bool:
     """Whether another process has locked a file. False if the file is missing or its lock cannot be tested.
 
     The file is opened for reading only, because the file system may be read-only.

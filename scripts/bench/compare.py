@@ -1,22 +1,28 @@
-"""Times `qbench compare` over many results, step by step and as a whole command.
+"""Measures the processor time and memory of `qbench compare` over many results, step by step and as a whole command.
 
-    .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0]
+    .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0] [--folder DIR]
 
-The results are synthetic. They belong to 20 methods at 5 widths and 5 seeds under 20 protocols, and
-have no logs. With --predictions N, each run also has predictions for N test images. The command then
-reads these predictions.
+The results are synthetic. They belong to 20 methods at 5 widths and 5 seeds, under as many protocols as are needed,
+and have no logs. With --predictions N, each run also has predictions for N test images. The command then reads these
+predictions. With --folder, the results are written to DIR and stay there. Results in DIR are used again.
+
+Times are processor times, because other programs may use the machine. The first reading has no index file.
 """
 
 import argparse
+import gc
 import io
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import islice, product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from measure import machine, markdown
@@ -29,6 +35,7 @@ from qbench.experiment.planned_run import planned_run
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.pairs import conclude
 from qbench.report.tables.table import as_json, text
+from qbench.runs.index import INDEX
 from qbench.runs.reader import read
 from qbench.runs.result import (
     Accuracy,
@@ -37,8 +44,21 @@ from qbench.runs.result import (
     Protocol,
     Result,
     TrainingSpeed,
-    store_result,
+    with_checksum,
 )
+
+T = TypeVar("T")
+
+COMMAND = """
+import sys, time
+from pathlib import Path
+from qbench.cli.main import main
+status = main(sys.argv[1:])
+peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+print(time.process_time(), peak, file=sys.stderr)
+sys.exit(status)
+"""
+"""Runs a command of qbench, and prints its processor time in seconds and its peak memory in MiB."""
 
 METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 
@@ -51,11 +71,16 @@ def plant(folder: Path, runs: int, images: int) -> None:
     labels = rng.integers(0, 10, images)
     settings = product(range(1, -(-runs // (METHODS * len(WIDTHS) * len(SEEDS))) + 1), range(METHODS), WIDTHS, SEEDS)
     for epochs, method, (w, a), seed in islice(settings, runs):
-        path = folder / "digits-resnet8" / f"m{method}-w{w}a{a}g32-s{seed}-{epochs:08x}"
+        identity = digest({"epochs": epochs, "method": method, "bits": [w, a], "seed": seed})
+        path = folder / "digits-resnet8" / f"m{method}-w{w}a{a}g32-s{seed}-{identity[:8]}"
         path.mkdir(parents=True)
         hits = rng.random(images) < 0.9 + method / 400
         top1 = 100 * float(hits.mean()) if images else 90 + method / 4 + float(rng.normal())
-        store_result(path, _result(template, f"m{method}", {"w": w, "a": a, "g": 32}, seed, epochs, top1))
+        (path / ".lock").touch()
+        bits = {"w": w, "a": a, "g": 32}
+        values = asdict(replace(_result(template, f"m{method}", bits, seed, epochs, top1), identity=identity))
+        del values["run"]
+        (path / "result.json").write_text(json.dumps(with_checksum(values), indent=2))  # `store_result` would sync
         if images:
             buffer = io.BytesIO()
             np.save(buffer, np.stack([labels, np.where(hits, labels, (labels + 1) % 10)], 1).astype(np.int16))
@@ -72,7 +97,7 @@ def _result(template: Result, method: str, bits: dict[str, int], seed: int, epoc
         template, method=method, options={}, bits=bits, seed=seed, final=evaluation, best=evaluation,
         baseline=BaselineResult(run=f"float-s{seed}-{epochs}", final=Evaluation(test=float_accuracy)),
         protocol=Protocol(hash=digest(keys), keys=keys),
-        identity=f"{method}{bits}{seed}{epochs}", levels=4, wall_seconds=3.0,
+        levels=4, wall_seconds=3.0,
         verified={f"layer{i}.conv{j}": layer for i in range(1, 4) for j in (1, 2)},
         cost=NetworkCost(
             params=19000, macs=189000, bitops=5780000, bytes_float=76300, bytes_ideal=7180, bytes_packed=7200,
@@ -83,28 +108,30 @@ def _result(template: Result, method: str, bits: dict[str, int], seed: int, epoc
 
 
 def timed(folder: Path) -> dict[str, float]:
-    """Return the seconds that each step takes, and the seconds that the whole command takes in its own process."""
+    """Return the processor time of each step and of the whole command in seconds, and the command's peak memory."""
     times: dict[str, float] = {}
-    clock = time.perf_counter
+    clock = time.process_time
 
-    def step(name: str, began: float) -> float:
+    def step(name: str, work: Callable[[], T]) -> T:
+        gc.collect()
+        began = clock()
+        result = work()
         times[name] = clock() - began
-        return clock()
+        return result
 
-    began = clock()
-    runs = read([str(folder)])
-    began = step("reading", began)
-    tables = compare(runs)
-    began = step("grouping", began)
-    conclude(tables)
-    began = step("statistics", began)
-    text(tables)
-    began = step("as text", began)
-    as_json(tables)
-    step("as JSON", began)
-    began = clock()
-    subprocess.run([sys.executable, "-m", "qbench", "compare", str(folder)], stdout=subprocess.DEVNULL, check=True)
-    step("the whole command", began)
+    (folder / INDEX).unlink(missing_ok=True)
+    step("first reading", lambda: read([str(folder)]))
+    runs = step("second reading", lambda: read([str(folder)]))
+    tables = step("grouping", lambda: compare(runs))
+    tables = step("conclusions", lambda: conclude(tables))
+    step("as text", lambda: text(tables))
+    step("as JSON", lambda: as_json(tables))
+    command = [sys.executable, "-c", COMMAND, "compare", str(folder)]
+    for name in ("the whole command, without an index file", "the whole command"):
+        if name.endswith("file"):
+            (folder / INDEX).unlink(missing_ok=True)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+        times[name], times[f"{name}: peak memory"] = map(float, done.stderr.split())
     return times
 
 
@@ -114,17 +141,22 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--predictions", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        plant(Path(folder), options.runs, options.predictions)
-        rounds = [timed(Path(folder)) for _ in range(options.rounds)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not any(folder.glob("*/*/result.json")):
+            plant(folder, options.runs, options.predictions)
+        rounds = [timed(folder) for _ in range(options.rounds)]
     rows = []
     for name in rounds[0]:
-        times = sorted(one[name] for one in rounds)
-        rows.append((name, f"{statistics.median(times):.2f} s ({times[0]:.2f}-{times[-1]:.2f})"))
+        values = sorted(one[name] for one in rounds)
+        digits, unit = (0, "MiB") if name.endswith("memory") else (2, "s")
+        middle, low, high = (f"{v:.{digits}f}" for v in (statistics.median(values), values[0], values[-1]))
+        rows.append((name, f"{middle} {unit} ({low}-{high})"))
     predictions = f", predictions for {options.predictions:,} test images each" if options.predictions else ""
     print(f"{machine()}, {options.runs:,} results{predictions}, {options.rounds} rounds\n")
-    print(markdown(("step", "median (min-max)"), rows))
+    print(markdown(("processor time of a step", "median (min-max)"), rows))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[floa
     grouped: dict[int, list[float]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         grouped[run.seed].append(value)
-    return [mean(seed_values) for seed_values in grouped.values()]
+    return [mean(values) if len(values) > 1 else values[0] for values in grouped.values()]  # `mean` is exact and slow
 
 
 def _mean_cost(results: Sequence[Result]) -> NetworkCost | None:
@@ -170,7 +170,8 @@ def _warnings(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def _verified_levels(results: Sequence[Result]) -> VerifiedLevels | None:
-    known = [r.verified for r in results if r.verified is not None]
+    # runs usually share one object, which is counted once
+    known = list({id(r.verified): r.verified for r in results if r.verified is not None}.values())
     if not known:
         return None
     counts: dict[str, list[LevelCount]] = defaultdict(list)

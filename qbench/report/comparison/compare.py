@@ -1,8 +1,9 @@
 """Groups runs into settings, and settings into tables by data set, network and protocol."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from qbench.bits import FLOAT
@@ -43,7 +44,7 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
         baselines={_directory_name(r.run): r for r in results if naming.is_baseline(r)},
         labels=naming.labels(results),
         from_logs={str(run.path) for run in runs if FROM_LOGS in run.notes},
-        failed=[r.result for r in runs if r.status != DONE and r.result],
+        failed=_by_setting(r.result for r in runs if r.status != DONE and r.result),
         file_bytes={str(run.path): run.file_bytes for run in runs if run.file_bytes is not None},
     )
     blocks = _blocks(results)
@@ -68,17 +69,24 @@ class _Context:
 
     Args:
         baselines: results of float baselines by directory name.
-        labels: map from `naming.method_identity` to the label of the method.
+        labels: map from the id of a result to the label of its method.
         from_logs: paths of the runs that were read from logs.
-        failed: results of runs that did not finish.
+        failed: results of runs that did not finish, by `naming.setting_key`.
         file_bytes: sizes of exported packed files, by path of the run.
     """
 
     baselines: Mapping[str, Result]
-    labels: Mapping[str, str]
+    labels: Mapping[int, str]
     from_logs: set[str]
     file_bytes: Mapping[str, int]
-    failed: Sequence[Result]
+    failed: Mapping[tuple[str, ...], Sequence[Result]]
+
+
+def _by_setting(results: Iterable[Result]) -> dict[tuple[str, ...], list[Result]]:
+    grouped: dict[tuple[str, ...], list[Result]] = defaultdict(list)
+    for result in results:
+        grouped[naming.setting_key(result)].append(result)
+    return dict(grouped)
 
 
 def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
@@ -125,9 +133,9 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
 
     for label, baselines in _baselines(results, context):
         add(label, baselines)
-    labels = {id(r): context.labels[naming.method_identity(r)] for r in results}
+    labels = {id(r): context.labels[id(r)] for r in results}
     for label, members in _members(results, labels):
-        failed = [r for r in context.failed if naming.setting_key(r) == naming.setting_key(members[0])]
+        failed = context.failed.get(naming.setting_key(members[0]), ()) if context.failed else ()
         if not is_candidate(members[0]):
             add(label, members)
             notes += _diverged_notes(settings[-1], failed)
@@ -273,6 +281,7 @@ def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
     )
 
 
+@lru_cache(2**17)  # a comparison asks several times for the name of each run
 def _directory_name(run: str) -> str:
     """Return the name of a run's directory, which stays the same when a parent folder is moved."""
     return Path(run).name

@@ -19,9 +19,15 @@ def separate_data_versions(results: Sequence[Result]) -> list[Result]:
     files were changed, the runs get different protocols. They then share no table and are not compared.
     """
     versions: dict[str, set[str]] = defaultdict(set)
+    by_object: dict[tuple[str, int], str] = {}  # runs usually share the keys of their protocol
+    keys = []
     for result in results:
-        versions[_dataset_keys(result)] |= {result.data_sha256} if result.data_sha256 else set()
-    return [_marked(result) if len(versions[_dataset_keys(result)]) > 1 else result for result in results]
+        shared = result.dataset, id(result.protocol.keys)
+        if shared not in by_object:
+            by_object[shared] = _dataset_keys(result)
+        keys.append(by_object[shared])
+        versions[keys[-1]] |= {result.data_sha256} if result.data_sha256 else set()
+    return [_marked(r) if len(versions[key]) > 1 else r for r, key in zip(results, keys, strict=True)]
 
 
 def _dataset_keys(result: Result) -> str:

@@ -81,11 +81,13 @@ def run_keys(run: Result) -> dict[str, str]:
     return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(keys)
 
 
-def labels(results: Iterable[Result]) -> dict[str, str]:
-    """Return a map from `method_identity` to a label: the method, and the options that differ between runs."""
+def labels(results: Sequence[Result]) -> dict[int, str]:
+    """Return a map from the id of a result to a label: the method, and the options that differ between runs."""
     by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
-    for result in results:
-        by_method[result.method].setdefault(method_identity(result), variant(result))
+    identities = [method_identity(result) for result in results]
+    for identity, result in zip(identities, results, strict=True):
+        if identity not in by_method[result.method]:
+            by_method[result.method][identity] = variant(result)
     named = {}
     for method, variants in by_method.items():
         keys = sorted(set().union(*variants.values()))
@@ -93,7 +95,7 @@ def labels(results: Iterable[Result]) -> dict[str, str]:
         for identity, used in variants.items():
             typed = [f"{k}={used[k]}" for k in keys if k in used and (k in differing or k.endswith("deviation"))]
             named[identity] = " ".join([method, *typed])
-    return named
+    return {id(result): named[identity] for identity, result in zip(identities, results, strict=True)}
 
 
 def method_identity(result: Result) -> str:

@@ -72,7 +72,8 @@ def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, 
         table_pairs = [next(remaining) for _ in pairs]
         settings = _with_conclusions(settings_of(table), table_pairs, margin, hits)
         by_old = dict(zip(map(id, settings_of(table)), settings, strict=True))
-        table_pairs = [replace(pair, first=by_old[id(pair.first)]) for pair in table_pairs]
+        # only the sentences on leading pairs need the conclusion of the first setting
+        table_pairs = [replace(p, first=by_old[id(p.first)]) if p.leading else p for p in table_pairs]
         notes = [*sample_notes(settings), *pair_notes(table_pairs, margin, family)]
         concluded.append(replace(table, values=settings, notes=[*table.notes, *notes]))
     return concluded
@@ -136,35 +137,40 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
     pairs = []
     for same_widths in by_widths.values():
         ranked = sorted(same_widths, key=lambda s: (-s.top1.mean, s.label))
-        for first, second in combinations(ranked, 2):
-            pairs.append(replace(_pair(first, second, cache), leading=first is ranked[0]))
+        accuracies = [_accuracies(setting, cache) for setting in ranked]
+        for i, j in combinations(range(len(ranked)), 2):
+            pair = partial(SettingPair, first=ranked[i], second=ranked[j], leading=i == 0)
+            pairs.append(_compared(pair, accuracies[i], accuracies[j]))
     return pairs
 
 
-def _pair(first: Setting, second: Setting, cache: dict[str, RunAccuracy]) -> SettingPair:
+Accuracies = dict[int, Callable[[], RunAccuracy]]
+"""Maps a seed to a function that returns the accuracy of the seed's runs. It may read predictions."""
+
+
+def _compared(pair: Callable[..., SettingPair], first: Accuracies, second: Accuracies) -> SettingPair:
     """Return a pair with its difference, or with McNemar's p-value.
 
     With two or more common seeds, the difference is paired by seed. Otherwise it is Welch's unpaired difference. If one
     setting has a single seed, and the other has it too, McNemar's test is used.
     """
-    groups = [_accuracies(setting, cache) for setting in (first, second)]
-    seeds = sorted(set(groups[0]) & set(groups[1]))
-    pair = SettingPair(first=first, second=second)
+    groups = [first, second]
+    seeds = sorted(first.keys() & second.keys())
     if len(seeds) > 1:
         runs = [[group[seed]() for seed in seeds] for group in groups]
         d = with_seed_dof(paired_difference(*runs))
-        return replace(pair, difference=d, paired_by="seed and test image" if d.items else "seed")
+        return pair(difference=d, paired_by="seed and test image" if d.items else "seed")
     if min(map(len, groups)) > 1:
         top1 = [[run().top1 for run in group.values()] for group in groups]
-        return replace(pair, difference=unpaired(*top1))
+        return pair(difference=unpaired(*top1))
     if seeds:
         one, other = (group[seeds[0]]() for group in groups)
         if same_test_images([one, other]) and one.hits is not None and other.hits is not None:
-            return replace(pair, p_mcnemar=mcnemar(one.hits, other.hits))
-    return pair
+            return pair(p_mcnemar=mcnemar(one.hits, other.hits))
+    return pair()
 
 
-def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> dict[int, Callable[[], RunAccuracy]]:
+def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> Accuracies:
     """Return a map from seed to a function that returns the accuracy of the seed's run.
 
     If a seed has several runs, the function returns the mean accuracy.

@@ -53,11 +53,10 @@ class SettingPair:
     def conclusion(self, margin: float) -> PairConclusion:
         """Return the conclusion about the first setting relative to the second."""
         d, first, second = self.difference, self.first, self.second
-        common = {run.seed for run in first.runs} & {run.seed for run in second.runs}
         return PairConclusion(
             other=second.label,
             paired_by=self.paired_by,
-            n=d.n if d else len(common),
+            n=d.n if d else len({run.seed for run in first.runs} & {run.seed for run in second.runs}),
             same_baselines=set(first.baselines) == set(second.baselines),
             difference=d.mean if d else first.top1.mean - second.top1.mean,
             ci95=(d.low, d.high) if d and isfinite(d.standard_error) else None,

@@ -188,13 +188,18 @@ def one_sided_p(d: Difference, border: float) -> float:
     If all seeds have the same difference, t is infinite. The sign-flip test is used instead: p is
     2^-n for a difference above the border, otherwise 1. With one seed p is 1.
     """
+    return _upper_tail(d.mean - border, d.standard_error, d.dof, d.n)
+
+
+def _upper_tail(distance: float, error: float, dof: float, n: int) -> float:
+    """Return the p-value of a mean that is `distance` above the border; see `one_sided_p`."""
     from scipy import special
 
-    if math.isinf(d.standard_error):
+    if math.isinf(error):
         return 1.0
-    if d.standard_error == 0:
-        return 0.5**d.n if d.mean > border else 1.0
-    return float(special.stdtr(d.dof, (border - d.mean) / d.standard_error))
+    if error == 0:
+        return 0.5**n if distance > 0 else 1.0
+    return float(special.stdtr(dof, -distance / error))
 
 
 def swapped(d: Difference) -> Difference:
@@ -211,9 +216,8 @@ def _difference(
     error = math.sqrt(seed_variance + item_variance)
     half = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, dof) * error
     low, high = mean - half, mean + half
-    one_sided = Difference(mean, low, high, n, 1.0, error, dof, seed_variance, item_variance, items)
     # the two-sided p-value is twice the smaller of both one-sided p-values
-    p = min(1.0, 2 * min(one_sided_p(one_sided, 0.0), one_sided_p(swapped(one_sided), 0.0)))
+    p = min(1.0, 2 * _upper_tail(abs(mean), error, dof, n))
     return Difference(mean, low, high, n, p, error, dof, seed_variance, item_variance, items)
 
 

@@ -39,27 +39,32 @@ class Table:
 
 def text(tables: Sequence[Table]) -> str:
     """Return tables as text for a terminal. Long rows are not wrapped."""
-    from rich.console import Console
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=1000, highlight=False, color_system=None, soft_wrap=True)
+    lines: list[str] = []
     for i, table in enumerate(tables):
-        if i:
-            console.print()
-        if table.title:
-            console.print(Text(escape.printable(table.title)))
-        if table.rows:
-            grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            for name, numeric in zip(table.head, numeric_columns(table), strict=True):
-                grid.add_column(Text(escape.printable(name)), justify="right" if numeric else "left", no_wrap=True)
-            for row in table.rows:
-                grid.add_row(*(Text(escape.printable(cell)) for cell in row))
-            console.print(grid)
-        for note in table.notes:
-            console.print(Text(escape.printable(note)))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        lines += [""] if i else []
+        lines += [escape.printable(table.title)] if table.title else []
+        lines += _aligned(table) if table.rows else []
+        lines += map(escape.printable, table.notes)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _aligned(table: Table) -> list[str]:
+    """Return the head and the rows of a table as lines. Columns are aligned and separated by two spaces."""
+    columns = [[escape.printable(cell) for cell in column] for column in zip(table.head, *table.rows, strict=True)]
+    padded = []
+    for cells, numeric in zip(columns, numeric_columns(table), strict=True):
+        widths = [len(cell) if cell.isascii() else _cell_width(cell) for cell in cells]
+        spaces = [" " * (max(*widths, 1) - width) for width in widths]
+        pairs = zip(cells, spaces, strict=True)
+        padded.append([space + cell if numeric else cell + space for cell, space in pairs])
+    return ["  ".join(row) for row in zip(*padded, strict=True)]
+
+
+def _cell_width(text: str) -> int:
+    """Return the width of a text in a terminal. Wide characters, such as Chinese ones, take two cells."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def markdown(tables: Sequence[Table], *, links: bool = False) -> str:
