@@ -4,12 +4,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qbench.deploy.kernel_layers import Strides, Window
+from qbench.deploy.kernel_addresses import Strides, Window
 from qbench.deploy.kernel_parameters import LANES, whole
 from qbench.deploy.kernel_vectors import BYTES
 
+Pair = tuple[int, int]
+
 HALF = LANES // 8
 """Bytes of the codes of one vector of channels, in one plane."""
+
+
+class Part(NamedTuple):
+    """The windows of a convolution, and the number of consecutive bytes in each of their parts."""
+
+    window: Window
+    bytes: int
 
 
 class Map(NamedTuple):
@@ -36,9 +45,23 @@ class Map(NamedTuple):
         """Whether the map has floats without padded channels."""
         return self.strides.pixel == 4 * self.channels != 4 * whole(self.channels)
 
-    def window(self, rows: int, stride: tuple[int, int]) -> Window:
-        """Return the windows of a kernel with this number of rows."""
-        return Window(rows, self.strides.row, stride[0] * self.strides.row, stride[1] * self.strides.pixel)
+    def windows(self, kernel: Pair, stride: Pair) -> Window:
+        """Return the windows of a kernel of this size, with each of its pixels as a part."""
+        row, pixel = self.strides.row, self.strides.pixel
+        return Window(kernel[0], row, kernel[1], pixel, stride[0] * row, stride[1] * pixel)
+
+    def parts(self, kernel: Pair, stride: Pair, dilation: Pair, groups: int, outputs: int) -> Part:
+        """Return the windows of a convolution. The pixels of a row are one part if they are consecutive."""
+        window = self.windows(kernel, stride)
+        window = window._replace(row=dilation[0] * window.row, column=dilation[1] * window.column)
+        vectors, pixel = whole(outputs) // LANES, self.strides.pixel
+        if groups > 1:
+            size = self.channels // groups * self.strides.vector // LANES
+            return Part(window._replace(vectors=vectors // groups, group=size), size)
+        window = window._replace(vectors=vectors)
+        if dilation[1] == 1:
+            return Part(window._replace(columns=1, column=0), kernel[1] * pixel)
+        return Part(window, pixel)
 
     def start(self, padding: tuple[int, int]) -> int:
         """Return the address of the first window."""
@@ -53,7 +76,8 @@ class Memory:
     """
 
     def __init__(self, border: int) -> None:
-        self._border, self._size, self._contents = border, 0, dict[int, np.ndarray]()
+        self._border, self._size = border, 0
+        self._contents, self._addresses = dict[int, np.ndarray](), dict[bytes, int]()
 
     def _reserve(self, size: int) -> int:
         address = self._size
@@ -61,25 +85,46 @@ class Memory:
         return address
 
     def place(self, array: np.ndarray) -> int:
-        """Add a constant, and return its address."""
-        address = self._reserve(array.nbytes)
-        self._contents[address] = array
-        return address
+        """Add a constant, unless it is there already, and return its address."""
+        content = array.tobytes()
+        if content not in self._addresses:
+            self._addresses[content] = self._reserve(array.nbytes)
+            self._contents[self._addresses[content]] = array
+        return self._addresses[content]
 
     def floats(self, channels: int, height: int, width: int, dense: bool = False) -> Map:
         """Return a new map of floats; `dense` pixels have no padded channels."""
-        return self._map(channels, height, width, 4 * (channels if dense else whole(channels)), 1)
+        pixel = 4 * (channels if dense else whole(channels))
+        return self._map(channels, height, width, Strides(self._row(width, pixel), pixel, BYTES))
 
-    def codes(self, channels: int, height: int, width: int, planes: int) -> Map:
-        """Return a new map of codes."""
-        return self._map(channels, height, width, HALF * (whole(channels) // LANES), planes)
+    def planes(self, channels: int, height: int, width: int, planes: int) -> Map:
+        """Return a new map of codes as planes of bits. Its border has the code 0."""
+        pixel = HALF * (whole(channels) // LANES)
+        strides = Strides(self._row(width, pixel), pixel, HALF)
+        return self._map(channels, height, width, strides._replace(plane=self._plane(height, strides)), planes)
 
-    def _map(self, channels: int, height: int, width: int, pixel: int, planes: int) -> Map:
-        row = (width + 2 * self._border) * pixel
+    def tables(self, channels: int, height: int, width: int, border: np.ndarray) -> Map:
+        """Return a new map of codes as tables.
+
+        Args:
+            border: the table of codes 0.
+        """
+        pixel = 4 * whole(channels)
+        new = self._map(channels, height, width, Strides(self._row(width, pixel), pixel, BYTES))
+        start = new.start((self._border, self._border))
+        self._contents[start] = np.tile(border, self._plane(height, new.strides) // len(border))
+        return new
+
+    def _row(self, width: int, pixel: int) -> int:
+        return (width + 2 * self._border) * pixel
+
+    def _plane(self, height: int, strides: Strides) -> int:
         # the last pixels are read and written in whole vectors, which end after them
-        plane = -(-((height + 2 * self._border) * row + BYTES) // BYTES) * BYTES
-        address = self._reserve(planes * plane)
-        return Map(address + self._border * (row + pixel), channels, height, width, Strides(row, pixel, plane))
+        return -(-((height + 2 * self._border) * strides.row + BYTES) // BYTES) * BYTES
+
+    def _map(self, channels: int, height: int, width: int, strides: Strides, planes: int = 1) -> Map:
+        address = self._reserve(planes * self._plane(height, strides))
+        return Map(address + self._border * (strides.row + strides.pixel), channels, height, width, strides)
 
     def build(self) -> np.ndarray:
         """Return the memory, which begins at a multiple of the size of a vector."""

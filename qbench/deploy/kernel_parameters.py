@@ -16,6 +16,9 @@ from qbench.deploy.steps import float_of, ordered
 LANES = 16
 """Channels in a vector; see `qbench.deploy.kernel_vectors`."""
 
+CHANNELS = 4
+"""Channels of a table; see `qbench.deploy.kernel_tables`."""
+
 TOLERANCE = 1e-4
 """Largest distance of a level from an integer, in steps."""
 
@@ -98,28 +101,50 @@ def bit_weights(weight: Encoded, shape: Sequence[int]) -> BitWeights:
     return BitWeights(integers, scale, planes if planes[1].any() else planes[:1], False)
 
 
-def pack_planes(planes: Tensor) -> np.ndarray:
-    """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_layers.bits` reads them.
+def pack_planes(planes: Tensor, parts: int) -> np.ndarray:
+    """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_planes.planes` reads them.
 
     The result (vectors of O, words, bits, 16) are words of 32 bits. A word holds two times 16 bits of
-    a row of the kernel. The last 16 bits of two rows share a word if their number in a row is odd.
+    a part of the kernel. The last 16 bits of two parts share a word if their number in a part is odd.
+
+    Args:
+        parts: rows of the kernel, or all its pixels.
     """
-    bits, outputs, channels, rows, columns = planes.shape
-    padded = np.zeros((bits, whole(outputs), rows, columns, whole(channels)), np.uint8)
-    padded[:, :outputs, ..., :channels] = planes.permute(0, 1, 3, 4, 2).numpy()
-    halves = np.packbits(padded, axis=-1, bitorder="little").view("<u2").reshape(bits, whole(outputs), rows, -1)
+    padded = _channels_last(planes)
+    bits, outputs = padded.shape[:2]
+    halves = np.packbits(padded, axis=-1, bitorder="little").view("<u2").reshape(bits, outputs, parts, -1)
     pairs, rest = halves[..., : halves.shape[-1] // 2 * 2], halves[..., halves.shape[-1] // 2 * 2 :]
-    flat = np.concatenate([part.reshape(bits, whole(outputs), -1) for part in (pairs, rest)], -1)
+    flat = np.concatenate([part.reshape(bits, outputs, -1) for part in (pairs, rest)], -1)
     flat = np.pad(flat, ((0, 0), (0, 0), (0, flat.shape[-1] % 2)))
     words = np.ascontiguousarray(flat).view("<u4").reshape(bits, -1, LANES, flat.shape[-1] // 2)
     return np.ascontiguousarray(words.transpose(1, 3, 0, 2))
+
+
+def pack_places(planes: Tensor) -> np.ndarray:
+    """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_tables.tables` reads them.
+
+    The result (vectors of O, pairs of tables, bits, 2, 16) are bytes. A byte holds the bits of 4 channels, which are a
+    place in a table.
+    """
+    padded = _channels_last(planes)
+    bits, outputs = padded.shape[:2]
+    places = padded.reshape(bits, outputs, -1, CHANNELS) @ np.array([1, 2, 4, 8], np.uint8)
+    return np.ascontiguousarray(places.reshape(bits, -1, LANES, places.shape[-1] // 2, 2).transpose(1, 3, 0, 4, 2))
+
+
+def _channels_last(planes: Tensor) -> np.ndarray:
+    """Return weights (bits, O, C, H, W) as (bits, O, H, W, C), with whole vectors of O and C."""
+    bits, outputs, channels, rows, columns = planes.shape
+    padded = np.zeros((bits, whole(outputs), rows, columns, whole(channels)), np.uint8)
+    padded[:, :outputs, ..., :channels] = planes.permute(0, 1, 3, 4, 2).numpy()
+    return padded
 
 
 def pack_floats(weights: Tensor, lanes: int) -> np.ndarray:
     """Return weights (O, C, H, W) in the order in which `qbench.deploy.kernel_layers.floats` reads them.
 
     Args:
-        lanes: floats from one pixel of the input to the next.
+        lanes: floats that one pixel of the kernel reads.
     """
     outputs, channels, rows, columns = weights.shape
     padded = np.zeros((whole(outputs), rows, columns, lanes), np.float32)

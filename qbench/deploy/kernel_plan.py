@@ -5,19 +5,24 @@ quantizer, they move its thresholds. Elsewhere, they become ramps of the layer b
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from qbench.deploy.kernel_layers import At, Finish
+from qbench.deploy.kernel_addresses import At
+from qbench.deploy.kernel_formats import code_format
+from qbench.deploy.kernel_layers import NO_RAMP, Finish
 from qbench.deploy.kernel_memory import Map, Memory
 from qbench.deploy.kernel_parameters import (
     FLOAT_NUMBERS,
     LANES,
+    BitWeights,
     IntegerLevels,
     NoKernel,
     Numbers,
+    bit_weights,
     code_thresholds,
     integer_levels,
     pack_thresholds,
@@ -68,7 +73,7 @@ def plan(network: Network, shape: tuple[int, int, int]) -> Plan:
     for i in range(len(network.steps)):
         planner.add_step(i)
     logits = planner.floats(network.output)
-    if not any(layer.kernel.startswith("layer(bits(") for layer in planner.layers):
+    if not planner.computes_codes:
         raise NotRunnable(
             "no layer has both weights and activations of 1 or 2 bits, so bit-serial kernels have nothing to compute\n"
             f"{OTHER_WAYS}"
@@ -90,6 +95,8 @@ class Planner:
             for ref in _refs(step):
                 self._uses.setdefault(ref.step, []).append(i)
         self.memory = Memory(border=max((_padding(step) for step in network.steps), default=0))
+        self.format = code_format(_bit_weights(network))
+        self.computes_codes = False
         self.image = self.memory.floats(*shape, dense=True)
         self.layers: list[Layer] = []
         self._operands: dict[int, Operand] = {-1: Operand(self.image)}
@@ -218,12 +225,14 @@ class Planner:
             codes: the step of a quantizer, the numbers that are compared with its thresholds, and the
                 pointwise steps between these numbers and the quantizer.
         """
+        self.computes_codes |= computed.integers
         fields: dict[str, int] = {}
-        if ramp and (computed.integers or not ramp.is_identity):
+        parts = second_parts = NO_RAMP
+        if ramp and any(parts := ramp.parts):
             fields["ramp"] = self.memory.place(ramp.pack())
         if residual:
             fields["residual"] = residual.address
-        if second and not second.is_identity:
+        if second and any(second_parts := second.parts):
             fields["second_ramp"] = self.memory.place(second.pack())
         if floats:
             fields["floats"] = floats.address
@@ -232,13 +241,14 @@ class Planner:
             quantizer, numbers, chain = codes
             levels, thresholds, falling = self._thresholds(quantizer, numbers, chain, computed.size[0])
             count, integers = len(thresholds), computed.integers and not ramp
+            fields["tables"] = self.format.tables_at(self.memory, levels.bits)
             fields["thresholds"] = self.memory.place(pack_thresholds(thresholds, falling, integers))
-            result = self.memory.codes(*computed.size, levels.bits)
+            result = self.format.new_map(self.memory, computed.size, levels.bits)
             fields["codes"], codes_strides = result.address, result.strides
             self._operands[quantizer] = Operand(result, levels=levels)
         finish = Finish(
-            computed.integers, "ramp" in fields, residual is not None, "second_ramp" in fields,
-            floats.strides if floats else None, count, codes_strides,
+            computed.integers, parts, residual is not None, second_parts,
+            floats.strides if floats else None, count, codes_strides, self.format.tables,
         )  # fmt: skip
         channels, height, width = computed.size
         kernel = f"layer({computed.source}, {finish}, {height}, {width}, {whole(channels) // LANES})"
@@ -297,6 +307,13 @@ class Planner:
             if self._steps[use].function == "quantize":
                 return chain, use
         return [], None
+
+
+def _bit_weights(network: Network) -> Iterator[BitWeights]:
+    """Yield the weights that kernels of codes can compute."""
+    for weight in network.weights.values():
+        with suppress(NoKernel):
+            yield bit_weights(weight, weight.shape)
 
 
 def _refs(step: Step) -> Iterator[Ref]:

@@ -20,9 +20,12 @@ class Ramp(NamedTuple):
     high: Tensor
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the ramp changes nothing."""
-        return all(torch.equal(*pair) for pair in zip(self, identity_ramp(len(self.slope)), strict=True))
+    def parts(self) -> tuple[bool, bool]:
+        """Whether the ramp has a slope or an offset, and whether it has bounds."""
+        slope, offset, low, high = (
+            not torch.equal(*pair) for pair in zip(self, identity_ramp(len(self.slope)), strict=True)
+        )
+        return slope or offset, low or high
 
     def then(self, slope: Any = 1.0, offset: Any = 0.0, low: Any = -torch.inf, high: Any = torch.inf) -> Self:
         """Return this ramp, followed by another."""

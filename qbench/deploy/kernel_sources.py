@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qbench.deploy.kernel_layers import At
+from qbench.deploy.kernel_addresses import At
+from qbench.deploy.kernel_formats import Format
 from qbench.deploy.kernel_memory import Map, Memory
 from qbench.deploy.kernel_parameters import (
     FLOAT_NUMBERS,
+    LANES,
+    BitWeights,
     IntegerLevels,
     NoKernel,
     Numbers,
     bit_weights,
     pack_floats,
     pack_integers,
-    pack_planes,
 )
 from qbench.deploy.kernel_ramps import Ramp, identity_ramp
 from qbench.deploy.network import Network, Ref, Step, Stored
@@ -33,6 +35,15 @@ class Operand(NamedTuple):
     map: Map
     chain: tuple[Step, ...] = ()
     levels: IntegerLevels | None = None
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input, as torch's arguments."""
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
 
 
 class Computed(NamedTuple):
@@ -61,6 +72,7 @@ class Planner(Protocol):
     network: Network
     shapes: Sequence[tuple[int, ...]]
     memory: Memory
+    format: Format
 
     def operand(self, ref: Ref) -> Operand: ...  # noqa: D102
     def floats(self, ref: Ref) -> Map: ...  # noqa: D102
@@ -73,8 +85,7 @@ class Planner(Protocol):
 
 def pooled(x: Map, kernel: Pair, stride: Pair, padding: Pair, size: Size, mean: bool) -> Computed:
     """Return the source of the largest or the mean values of windows."""
-    window = x.window(kernel[0], stride)
-    source = f"pool({window}, {kernel[1]}, {x.strides.pixel}, {x.height}, {x.width}, {stride}, {padding}, {mean})"
+    source = f"pool({x.windows(kernel, stride)}, {x.height}, {x.width}, {stride}, {padding}, {mean})"
     return Computed(source, At(input=x.start(padding)), size, identity_ramp(size[0]), FLOAT_NUMBERS)
 
 
@@ -82,20 +93,16 @@ def _conv2d(
     planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
 ) -> None:  # fmt: skip
-    if groups != 1 or _pair(dilation) != (1, 1):
-        raise NoKernel("convolutions with groups or dilation")
-    _convolution(planner, i, x, weight, bias, _pair(stride), _pair(padding))
+    _convolution(planner, i, x, weight, bias, Geometry(_pair(stride), _pair(padding), _pair(dilation), groups))
 
 
 def _linear(planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None = None) -> None:
     if len(planner.shapes[i]) != 2:
         raise NoKernel("linear layers of other than features (N, C)")
-    _convolution(planner, i, x, weight, bias, (1, 1), (0, 0))
+    _convolution(planner, i, x, weight, bias, Geometry())
 
 
-def _convolution(
-    planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None, stride: Pair, padding: Pair
-) -> None:
+def _convolution(planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None, geometry: Geometry) -> None:
     """Plan a convolution, or a linear layer as a convolution whose kernel is the whole map."""
     network = planner.network
     operand = planner.operand(x)
@@ -104,55 +111,59 @@ def _convolution(
     shape = encoded.shape if encoded else tuple(network.tensors[weight.name].shape)
     if len(shape) == 2:
         shape = (shape[0], *operand.map.size)
+    if geometry.groups > 1 and outputs // geometry.groups % LANES:
+        raise NoKernel(f"groups of {outputs // geometry.groups} output channels; a group needs multiples of {LANES}")
     offset = network.tensors[bias.name] if bias else torch.zeros(outputs)
     size = (outputs, height, width)
     if operand.levels is None:
         weights = encoded.decode() if encoded else network.tensors[weight.name]
-        computed = _float_convolution(planner, planner.floats(x), weights.reshape(shape), offset, stride, padding, size)
+        computed = _float_convolution(planner, planner.floats(x), weights.reshape(shape), offset, geometry, size)
     elif encoded:
-        computed = _bit_convolution(planner, operand, encoded, shape, offset, stride, padding, size)
+        computed = _code_convolution(planner, operand, bit_weights(encoded, shape), offset, geometry, size)
     else:
         raise NoKernel("float weights with quantized activations")
     planner.layer(i, computed)
 
 
 def _float_convolution(
-    planner: Planner, x: Map, weights: Tensor, bias: Tensor, stride: Pair, padding: Pair, size: Size
+    planner: Planner, x: Map, weights: Tensor, bias: Tensor, geometry: Geometry, size: Size
 ) -> Computed:
-    _, _, rows, columns = weights.shape
-    lanes = x.strides.pixel // 4
-    at = At(input=x.start(padding), weights=planner.memory.place(pack_floats(weights, lanes)))
+    part = x.parts((weights.shape[2], weights.shape[3]), geometry.stride, geometry.dilation, geometry.groups, size[0])
+    lanes = weights.shape[1] if geometry.groups > 1 else x.strides.pixel // 4
+    at = At(input=x.start(geometry.padding), weights=planner.memory.place(pack_floats(weights, lanes)))
     return Computed(
-        f"floats({x.window(rows, stride)}, {columns * lanes})", at, size,
+        f"floats({part.window}, {part.bytes // 4})", at, size,
         identity_ramp(size[0]).then(offset=bias), Numbers(FLOAT_NUMBERS.last, lambda n: float_of(n) + bias),
     )  # fmt: skip
 
 
-def _bit_convolution(
-    planner: Planner, x: Operand, encoded: Any, shape: Sequence[int], bias: Tensor, stride: Pair, padding: Pair,
-    size: Size,
-) -> Computed:  # fmt: skip
+def _code_convolution(
+    planner: Planner, x: Operand, weights: BitWeights, bias: Tensor, geometry: Geometry, size: Size
+) -> Computed:
     """Plan a convolution of codes, whose sum of products is `constant + sign * number` for the computed number."""
     assert x.levels
-    weights = bit_weights(encoded, shape)
+    inputs, *kernel = weights.integers.shape[1:]
+    if geometry.groups > 1 and inputs % LANES:
+        raise NoKernel(f"groups of {inputs} input channels; a group needs multiples of {LANES}")
     low, unit, a_scale, _ = x.levels
     # codes in the border are 0, which is the level `low`; padding has the value 0
-    ones = torch.ones(1, *shape[1:2], x.map.height, x.map.width, dtype=torch.float64)
-    inside = low * F.conv2d(ones, weights.integers.double(), None, stride, padding)[0].long()
+    ones = torch.ones(1, *x.map.size, dtype=torch.float64)
+    inside = low * F.conv2d(ones, weights.integers.double(), None, *geometry)[0].long()
     w_bits, a_bits = len(weights.planes), x.levels.bits
     most = (2**w_bits - 1) * (2**a_bits - 1) * weights.integers[0].numel()
     sign, constant = 1, torch.zeros(size[0], dtype=torch.long)
     if weights.odd:
         sign = -1
         constant = unit * (most + (2**a_bits - 1) * weights.integers.sum((1, 2, 3))) // 2
-    at = At(input=x.map.start(padding), weights=planner.memory.place(pack_planes(weights.planes)))
+    part = x.map.parts((kernel[0], kernel[1]), geometry.stride, geometry.dilation, geometry.groups, size[0])
+    packed = planner.format.weights(weights, part)
+    at = At(input=x.map.start(geometry.padding), weights=planner.memory.place(packed))
     if low:
         at = at._replace(correction=planner.memory.place(pack_integers(sign * inside)))
-    halves = shape[3] * x.map.strides.pixel // 2
     scale = weights.scale * a_scale
+    source = planner.format.source(x.map, part)
     return Computed(
-        f"bits({x.map.window(shape[2], stride)}, {halves}, {x.map.strides.plane}, {w_bits}, {a_bits}, {weights.odd}, "
-        f"{unit}, {low != 0})",
+        f"{source}, {w_bits}, {a_bits}, {weights.odd}, {unit}, {low != 0})",
         at, size, identity_ramp(size[0]).then(sign * scale, constant * scale.double() + bias),
         Numbers(unit * most + int(inside.abs().max()), lambda n: (constant + sign * n) * scale + bias), integers=True,
     )  # fmt: skip

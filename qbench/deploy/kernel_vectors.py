@@ -1,8 +1,10 @@
-"""Vectors of 64 bytes in functions compiled by numba: 16 numbers of 32 bits, one for each of 16 channels.
+"""Vectors in functions compiled by numba.
 
-LLVM turns an operation on such a vector into one AVX-512 instruction, two AVX2 instructions or four
-SSE instructions, whichever the processor has. Memory is one array of bytes, and addresses are places
-in it. Nothing checks that an address is inside.
+A vector of 64 bytes has 16 numbers of 32 bits, one for each of 16 channels. LLVM turns an operation
+on such a vector into one AVX-512 instruction, two AVX2 instructions or four SSE instructions,
+whichever the processor has. A table has 16 bytes. A pair of tables is one AVX2 register.
+
+Memory is one array of bytes, and addresses are places in it. Nothing checks that an address is inside.
 """
 
 import operator
@@ -16,20 +18,28 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, lower_builtin, register_model, type_callable
 
 LANES, BYTES = 16, 64
-"""Number of elements and of bytes of a vector."""
+"""Number of elements and of bytes of a vector of numbers."""
+
+TABLE = 16
+"""Bytes of a table."""
 
 
 class Vector(types.Type):
     """The type of a vector whose elements have a type of numba."""
 
-    def __init__(self, element: Any) -> None:
+    def __init__(self, element: Any, lanes: int = LANES) -> None:
         self.element = element
-        super().__init__(f"Vector({element})")
+        super().__init__(f"Vector({element}, {lanes})")
 
 
 INTEGERS, FLOATS = Vector(types.int32), Vector(types.float32)
+ONE_TABLE, TABLES = Vector(types.uint8, TABLE), Vector(types.uint8, 2 * TABLE)
 _I32, _MASK = ir.VectorType(ir.IntType(32), LANES), ir.IntType(LANES)
-_LLVM = {INTEGERS: _I32, FLOATS: ir.VectorType(ir.FloatType(), LANES)}
+_I8 = ir.VectorType(ir.IntType(8), 2 * TABLE)
+_LLVM = {
+    INTEGERS: _I32, FLOATS: ir.VectorType(ir.FloatType(), LANES),
+    ONE_TABLE: ir.VectorType(ir.IntType(8), TABLE), TABLES: _I8,
+}  # fmt: skip
 
 
 @register_model(Vector)
@@ -59,7 +69,10 @@ def _load(result: Any, kind: Any, align: int) -> Any:
 
 load_integers = _load(INTEGERS, _I32, 4)
 load_floats = _load(FLOATS, _LLVM[FLOATS], 4)
+load_table = _load(ONE_TABLE, _LLVM[ONE_TABLE], 1)
+load_tables = _load(TABLES, _I8, 1)
 load_word = _load(types.int32, ir.IntType(32), 1)
+load_byte = _load(types.uint8, ir.IntType(8), 1)
 load_half = _load(types.uint16, ir.IntType(16), 1)
 load_float = _load(types.float32, ir.FloatType(), 4)
 
@@ -99,6 +112,45 @@ def count_ones(typing: Any, value: Any) -> Any:
         return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name), args)
 
     return value(value), code
+
+
+@intrinsic
+def look_up(typing: Any, tables: Any, places: Any) -> Any:
+    """Return the bytes of two tables at places from 0 to 15: 16 bytes of the first, then 16 of the second."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        shuffle = ir.FunctionType(_I8, [_I8, _I8])
+        return builder.call(cgutils.get_or_insert_function(builder.module, shuffle, "llvm.x86.avx2.pshuf.b"), args)
+
+    return TABLES(TABLES, TABLES), code
+
+
+@intrinsic
+def no_bytes(typing: Any) -> Any:
+    """Return two tables of zeros."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(_I8, None)
+
+    return TABLES(), code
+
+
+@intrinsic
+def add_halves(typing: Any, tables: Any) -> Any:
+    """Return the sum of two tables as 16 integers."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # sums of two bytes need 16 bits
+        halves = [
+            builder.zext(
+                builder.shuffle_vector(args[0], args[0], ir.Constant(_I32, list(range(first, first + TABLE)))),
+                ir.VectorType(ir.IntType(16), TABLE),
+            )
+            for first in (0, TABLE)
+        ]
+        return builder.zext(builder.add(*halves), _I32)
+
+    return INTEGERS(TABLES), code
 
 
 @intrinsic
@@ -151,6 +203,7 @@ _operator(operator.sub, INTEGERS, lambda builder, x, y: builder.sub(x, y))
 _operator(operator.mul, INTEGERS, lambda builder, x, y: builder.mul(x, y))
 _operator(operator.and_, INTEGERS, lambda builder, x, y: builder.and_(x, y))
 _operator(operator.xor, INTEGERS, lambda builder, x, y: builder.xor(x, y))
+_operator(operator.add, TABLES, lambda builder, x, y: builder.add(x, y))
 _operator(operator.add, FLOATS, lambda builder, x, y: builder.fadd(x, y, flags=["contract"]))
 _operator(operator.mul, FLOATS, lambda builder, x, y: builder.fmul(x, y, flags=["contract"]))
 _operator(smaller, FLOATS, lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y), x, y))

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import exported
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from exported import about_digits, quantized
 from torch import Tensor, nn
 
@@ -23,10 +24,13 @@ from qbench.quant.install import install
 
 pytest.importorskip("numba", reason="needs the extra fast")
 
-from qbench.deploy.kernel_parameters import FLOAT_NUMBERS, NoKernel, code_thresholds, integer_levels
+from qbench.deploy import kernel_formats
+from qbench.deploy.kernel_compile import has
+from qbench.deploy.kernel_parameters import FLOAT_NUMBERS, BitWeights, NoKernel, code_thresholds, integer_levels
 from qbench.deploy.kernel_plan import NotRunnable, plan
 from qbench.deploy.kernel_ramps import identity_ramp
 from qbench.deploy.kernel_runtime import in_numba
+from qbench.deploy.kernel_tables import product_tables
 
 finished = exported.finished
 
@@ -42,9 +46,10 @@ RUNS = [
     ("method=hwgq",),
     ("method=twn", "activation=lsq", "bits.a=2"),
 ]
+FAST_RUNS = [("method=dorefa", "bits=w2a2", "model.form=post"), ("method=lsq", "bits=w2a2"), ("method=xnor",)]
 
 
-@pytest.mark.parametrize("words", RUNS, ids=[" ".join(words) for words in RUNS])
+@pytest.mark.parametrize("words", tiered(RUNS, FAST_RUNS), ids=" ".join)
 def test_kernels_agree_with_the_run(words: tuple[str, ...], configure: Configure) -> None:
     """Weights in two's complement and odd integers, activations from 0 and of both signs, all shortcuts."""
     model, batches = quantized(configure, *words)
@@ -60,7 +65,8 @@ class Pooled(nn.Module):
     def __init__(self, conv: nn.Conv2d, pool: nn.Module) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.bn, self.conv, self.pool = nn.Conv2d(1, 20, 3, 1, 1), nn.BatchNorm2d(20), conv, pool
+        channels = conv.in_channels
+        self.stem, self.bn, self.conv, self.pool = nn.Conv2d(1, channels, 3, 1, 1), nn.BatchNorm2d(channels), conv, pool
         self.features = nn.LazyLinear(24)
         self.norm, self.fc = nn.BatchNorm1d(24), nn.Linear(24, 10)
 
@@ -70,28 +76,72 @@ class Pooled(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("width", ["w1a1", "w1a2", "w2a2"])
-@pytest.mark.parametrize(
-    ("conv", "pool"),
-    [
-        (nn.Conv2d(20, 40, 3, 2, 1), nn.Identity()),
-        (nn.Conv2d(20, 7, 5, 1, 2, bias=False), nn.MaxPool2d(3, 2, 1)),
-        (nn.Conv2d(20, 33, 1), nn.AvgPool2d(2)),
-        (nn.Conv2d(20, 16, (3, 1), (1, 2), (0, 2)), nn.AdaptiveAvgPool2d((2, 2))),
-    ],
-    ids=["stride", "max", "mean", "unequal"],
-)
-def test_sizes_and_pooling(conv: nn.Conv2d, pool: nn.Module, width: str) -> None:
-    model, images = Pooled(deepcopy(conv), pool), torch.randn(64, 1, 8, 8)
+SIZES = {
+    "stride": (nn.Conv2d(20, 40, 3, 2, 1), nn.Identity()),
+    "max": (nn.Conv2d(20, 7, 5, 1, 2, bias=False), nn.MaxPool2d(3, 2, 1)),
+    "mean": (nn.Conv2d(20, 33, 1), nn.AvgPool2d(2)),
+    "unequal": (nn.Conv2d(20, 16, (3, 1), (1, 2), (0, 2)), nn.AdaptiveAvgPool2d((2, 2))),
+    "dilation": (nn.Conv2d(20, 16, 3, 1, (2, 3), dilation=(2, 3)), nn.Identity()),
+    "groups": (nn.Conv2d(48, 96, 3, 1, 1, groups=3), nn.Identity()),
+}
+"""Name -> a convolution of codes, and the pooling after it."""
+
+FAST_SIZES = [("max", "w1a1"), ("dilation", "w2a2"), ("groups", "w1a2")]
+
+
+@pytest.mark.parametrize("case", tiered(product(SIZES, ["w1a1", "w1a2", "w2a2"]), FAST_SIZES), ids=" ".join)
+def test_sizes_and_pooling(case: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes as planes of bits and codes as tables give the logits of torch, and the same bits."""
+    name, width = case
+    model, images = Pooled(*deepcopy(SIZES[name])), torch.randn(64, 1, 8, 8)
     model(images)
     install(dorefa.build(w=int(width[1]), a=int(width[3])), model, example=images[:1])
     model(images)  # statistics of batch normalization
     with torch.no_grad():
         expected = model.eval()(images)
-    run = in_numba(trace(model, images), about_digits("packed"))
+    logits = in_numba(trace(model, images), about_digits("packed"))(images)
     # torch itself rounds sums, so a code at a threshold may differ in few images
-    agree = ((run(images) - expected).abs().amax(1) < 1e-4).float().mean().item()
+    agree = ((logits - expected).abs().amax(1) < 1e-4).float().mean().item()
     assert agree >= 0.95
+    if has("avx2"):
+        others = not kernel_formats.tables_are_faster()
+        monkeypatch.setattr(kernel_formats, "tables_are_faster", lambda: others)
+        assert torch.equal(in_numba(trace(model, images), about_digits("packed"))(images), logits)
+
+
+def test_the_largest_codes_and_weights_do_not_overflow() -> None:
+    """A row of 46 pairs of tables is added up in three parts of 16, 16 and 14, each of which fits into a byte."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 368, 1), nn.BatchNorm2d(368), nn.Conv2d(368, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[1].bias.fill_(10.0)
+        model[2].weight.fill_(1.0)
+    images = torch.randn(4, 1, 8, 8)
+    install(dorefa.build(w=2, a=2), model, example=images[:1])
+    with torch.no_grad():
+        expected = model.eval()(images)
+    logits = in_numba(trace(model, images), about_digits("packed"))(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_tables_by_hand() -> None:
+    """Codes 3, 0, 1, 2 and the weights' bits 1, 1, 0, 0: products 3 + 0, or 0 + 3 + 1 + 2 for odd weights."""
+    number, place = 0b1001_0101, 0b0011
+    assert product_tables(2, odd=False)[number, place] == 3
+    assert product_tables(2, odd=True)[number, place] == 6
+    assert product_tables(1, odd=False)[0b0101, place] == 1
+    assert product_tables(1, odd=True)[0b0101, place] == 2
+
+
+def test_weights_of_both_kinds_are_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table holds products with one kind of weights."""
+    one = torch.ones(1)
+    odd, even = (BitWeights(one, one, one, odd=odd) for odd in (True, False))
+    monkeypatch.setattr(kernel_formats, "tables_are_faster", lambda: True)
+    formats = [kernel_formats.code_format(weights).tables for weights in ([odd], [even, even], [odd, even])]
+    assert formats == [True, True, False]
 
 
 def test_thresholds_are_exact_for_each_channel() -> None:
@@ -144,7 +194,10 @@ REFUSED = [
     (("method=ttq", "activation=lsq", "bits.a=2"), "do not support"),
     (("method=lsq", "bits=w2a2", "layers.first=2"), "conv1: .* not integers times one scale"),
     (("method=lsq", "bits=w32a2"), "float weights with quantized activations"),
-    (("method=lsq", "bits=w2a2", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"), "do not support"),
+    (
+        ("method=lsq", "bits=w2a2", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"),
+        "features.1.conv.0.0: .* groups of 1 output channels; a group needs multiples of 16",
+    ),
 ]
 
 

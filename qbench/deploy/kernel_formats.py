@@ -1,0 +1,79 @@
+"""The two formats of maps of codes: planes of bits, and tables of products."""
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from qbench.deploy.kernel_compile import has
+from qbench.deploy.kernel_memory import Map, Memory, Part
+from qbench.deploy.kernel_parameters import BitWeights, pack_places, pack_planes
+from qbench.deploy.kernel_tables import PAIR, product_tables
+
+
+class Format(Protocol):
+    """How a network stores codes."""
+
+    @property
+    def tables(self) -> bool:
+        """The argument of `qbench.deploy.kernel_layers.Finish`."""
+
+    def new_map(self, memory: Memory, size: tuple[int, int, int], bits: int) -> Map:
+        """Return a new map of codes of 1 or 2 bits."""
+
+    def tables_at(self, memory: Memory, bits: int) -> int:
+        """Return the address of the tables of codes."""
+
+    def weights(self, weights: BitWeights, part: Part) -> np.ndarray:
+        """Return weights in the order in which the source reads them."""
+
+    def source(self, x: Map, part: Part) -> str:
+        """Return the text of a convolution up to its arguments that both formats have."""
+
+
+class Planes(NamedTuple):
+    """Codes in planes of bits; see `qbench.deploy.kernel_planes`."""
+
+    tables: bool = False
+
+    def new_map(self, memory: Memory, size: tuple[int, int, int], bits: int) -> Map:  # noqa: D102
+        return memory.planes(*size, bits)
+
+    def tables_at(self, memory: Memory, bits: int) -> int:  # noqa: D102
+        return 0
+
+    def weights(self, weights: BitWeights, part: Part) -> np.ndarray:  # noqa: D102
+        return pack_planes(weights.planes, part.window.rows * part.window.columns)
+
+    def source(self, x: Map, part: Part) -> str:  # noqa: D102
+        return f"planes({part.window}, {part.bytes // 2}, {x.strides.plane}"
+
+
+class Tables(NamedTuple):
+    """Codes in tables; see `qbench.deploy.kernel_tables`. `odd` is that of all weights."""
+
+    odd: bool
+    tables: bool = True
+
+    def new_map(self, memory: Memory, size: tuple[int, int, int], bits: int) -> Map:  # noqa: D102
+        return memory.tables(*size, product_tables(bits, self.odd)[0])
+
+    def tables_at(self, memory: Memory, bits: int) -> int:  # noqa: D102
+        return memory.place(product_tables(bits, self.odd))
+
+    def weights(self, weights: BitWeights, part: Part) -> np.ndarray:  # noqa: D102
+        return pack_places(weights.planes)
+
+    def source(self, x: Map, part: Part) -> str:  # noqa: D102
+        return f"tables({part.window}, {part.bytes // PAIR}"
+
+
+def tables_are_faster() -> bool:
+    """Return whether this processor can look up bytes in vectors, and cannot count ones in vectors."""
+    return has("avx2") and not has("avx512vpopcntdq")
+
+
+def code_format(weights: Iterable[BitWeights]) -> Format:
+    """Return the format that is fastest on this processor, for a network with these weights."""
+    kinds = {weight.odd for weight in weights}
+    return Tables(*kinds) if tables_are_faster() and len(kinds) == 1 else Planes()

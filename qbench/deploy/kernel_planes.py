@@ -1,0 +1,135 @@
+"""Convolutions of codes that are stored as planes of bits. They count ones in products of planes.
+
+A map of codes is one plane of bits, or two. A plane has 16 bits for each vector of channels, and its
+channels last. So one row of a convolution's kernel reads consecutive bits of a plane. With AVX-512
+(VPOPCNTDQ), one instruction counts the ones of 16 output channels.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from qbench.deploy.kernel_addresses import Window
+from qbench.deploy.kernel_compile import Function, compiled, inlined
+from qbench.deploy.kernel_thresholds import codes_of
+from qbench.deploy.kernel_vectors import BYTES, count_ones, load_half, load_integers, load_word, splat, store
+
+
+def planes(
+    window: Window, halves: int, plane: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool
+) -> Function:
+    """Return the source of a convolution of codes, which counts ones in products of bit planes.
+
+    For weights in two's complement, w = w_0 - 2 w_1, and activations a = a_0 + 2 a_1:
+
+        sum w a = ones(w_0 & a_0) + 2 ones(w_0 & a_1) - 2 ones(w_1 & a_0) - 4 ones(w_1 & a_1)
+
+    For weights that are odd integers, w = (2 w_0 - 1) + 2 (2 w_1 - 1), the result is
+
+        ones(w_0 ^ a_0) + 2 ones(w_0 ^ a_1) + 2 ones(w_1 ^ a_0) + 4 ones(w_1 ^ a_1)
+
+    and the sum of products is a constant of the output minus this result. The result is an exact integer, times
+    `unit`, plus the correction.
+
+    Args:
+        halves: words of 16 bits in one part of the window.
+        plane: bytes from the first plane of the input to the second.
+        w_bits, a_bits: 1 or 2.
+    """
+    rows, row, columns, column, down, right, vectors, group = window
+    words, rest = halves // 2, halves % 2
+    parts = rows * columns
+    count = parts * words + (parts + 1) // 2 * rest
+    sign = 1 if odd else -1
+    add = _products(w_bits, a_bits, odd)
+
+    @compiled
+    def values(memory: Any, at: Any, y: Any, x: Any, output: Any, o: Any) -> Any:
+        zero = splat(np.int32(0))
+        sums = zero, zero, zero
+        patch = at.input + y * down + x * right + o // vectors * group
+        weights = at.weights + o * (count * w_bits * BYTES)
+        for i in range(rows):
+            for j in range(columns):
+                for k in range(words):
+                    place = patch + i * row + j * column + 4 * k
+                    a1 = load_word(memory, place + plane) if a_bits == 2 else np.int32(0)
+                    sums = add(memory, weights, load_word(memory, place), a1, sums)
+                    weights += w_bits * BYTES
+        if rest:
+            # the last 16 bits of two parts share a word
+            for p in range(0, parts, 2):
+                place = patch + p // columns * row + p % columns * column + 4 * words
+                other = patch + (p + 1) // columns * row + (p + 1) % columns * column + 4 * words
+                both = p + 1 < parts
+                a1 = _rests(memory, place + plane, other + plane, both) if a_bits == 2 else np.int32(0)
+                sums = add(memory, weights, _rests(memory, place, other, both), a1, sums)
+                weights += w_bits * BYTES
+        ones, twos, fours = sums
+        result = ones
+        if a_bits == 2 or w_bits == 2:
+            result = result + splat(np.int32(2)) * twos
+        if a_bits == 2 and w_bits == 2:
+            result = result + splat(np.int32(4 * sign)) * fours
+        if corrected:
+            result = splat(np.int32(unit)) * result + load_integers(memory, at.correction + output * BYTES)
+        return result
+
+    result: Function = values
+    return result
+
+
+@cache
+def _products(w_bits: int, a_bits: int, odd: bool) -> Function:
+    """Return the function that adds the products of one word of the activations with 16 words of the weights."""
+
+    @inlined
+    def product(w: Any, a: Any) -> Any:
+        return count_ones(w ^ a if odd else w & a)
+
+    @compiled
+    def add(memory: Any, weights: Any, a0: Any, a1: Any, sums: Any) -> Any:
+        ones, twos, fours = sums
+        w0 = load_integers(memory, weights)
+        ones = ones + product(w0, splat(a0))
+        if a_bits == 2:
+            twos = twos + product(w0, splat(a1))
+        if w_bits == 2:
+            w1 = load_integers(memory, weights + BYTES)
+            signed = product(w1, splat(a0))
+            twos = twos + signed if odd else twos - signed
+            if a_bits == 2:
+                fours = fours + product(w1, splat(a1))
+        return ones, twos, fours
+
+    result: Function = add
+    return result
+
+
+@inlined
+def _rests(memory: Any, place: Any, other: Any, both: Any) -> Any:
+    """Return the last 16 bits of a part of the window, and those of the next part."""
+    low = load_half(memory, place)
+    return low | load_half(memory, other) << 16 if both else low
+
+
+@cache
+def to_planes(thresholds: int, integers: bool, plane: int) -> Function:
+    """Return the function (memory, at, parameters, place, values) that stores the codes of 16 values.
+
+    Args:
+        thresholds, integers: see `qbench.deploy.kernel_thresholds.codes_of`.
+        plane: bytes from the first plane of the output to the second.
+    """
+    codes = codes_of(thresholds, integers)
+
+    @compiled
+    def run(memory: Any, at: Any, parameters: Any, place: Any, found: Any) -> None:
+        low, high = codes(memory, parameters, found)
+        store(memory, place, np.uint16(low))
+        if thresholds > 1:
+            store(memory, place + plane, np.uint16(high))
+
+    result: Function = run
+    return result

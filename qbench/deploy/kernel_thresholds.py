@@ -1,0 +1,38 @@
+"""Compares values with thresholds, which turns them into codes."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from qbench.deploy.kernel_compile import Function, compiled
+from qbench.deploy.kernel_vectors import BYTES, at_least, load_floats, load_integers, load_word
+
+
+@cache
+def codes_of(thresholds: int, integers: bool) -> Function:
+    """Return the function (memory, parameters, values) -> (low, high), the bits of the codes of 16 values.
+
+    A code is the number of thresholds at or below a value, or above it where codes fall. Bit i of `low`
+    and of `high` belong to value i.
+
+    Args:
+        thresholds: 1 to 3.
+        integers: whether the values are integers.
+    """
+    load = load_integers if integers else load_floats
+
+    @compiled
+    def run(memory: Any, parameters: Any, found: Any) -> Any:
+        falling = load_word(memory, parameters)
+        low, high = at_least(found, load(memory, parameters + BYTES)) ^ falling, np.int32(0)
+        # one bit per channel; those of a higher threshold are a subset of those of a lower one
+        if thresholds > 1:
+            high = at_least(found, load(memory, parameters + 2 * BYTES)) ^ falling
+            low ^= high
+        if thresholds > 2:
+            low ^= at_least(found, load(memory, parameters + 3 * BYTES)) ^ falling
+        return low, high
+
+    result: Function = run
+    return result
