@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Trains every method on digits, exports each run to every form, and prints a table of sizes. This takes some minutes.
+"""Trains every method on digits, exports each run to every form, and prints tables of sizes and of times.
+
+This takes some minutes.
 
     .venv/bin/python scripts/export_table.py [KEY=VALUE ...]
 
@@ -7,7 +9,11 @@ Methods that quantize activations have widths that the forms with integer arithm
 own default widths. A form that refuses a run has the reason in the record. Stored runs are not repeated. Forms whose
 package is missing have a `?`.
 
-`--record FILE` stores the results. `--from FILE` prints the table of stored results and runs nothing.
+Times are those of a batch of 64 images in one thread, relative to ONNX Runtime with the file `onnx` of the float run.
+They are processor times, and medians of rounds in which all runtimes take turns.
+
+`--record FILE` stores the results. `--from FILE` prints the tables of stored results and runs nothing. `--short` prints
+one table of some runs.
 """
 
 import argparse
@@ -15,15 +21,15 @@ import json
 import os
 import platform
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
 
 from qbench.config import compose, groups  # noqa: E402
 
@@ -34,18 +40,24 @@ BITS = {
     "dorefa": ("w2a2", "w8a8"), "pact": ("w4a4",), "lsq": ("w2a2", "w8a8"), "gupta": ("w8a8g8",), "float": ("w32",),
 }  # fmt: skip
 """Method -> its widths in the table, if they are not its default widths."""
+TIMED = (("packed", "numba"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"))
+"""Forms and the runtimes in which they are timed."""
+SHORT = ("dorefa w2a2", "lsq w8a8", "pact w4a4", "twn w2a32", "ttq w2a32", "xnor w1a1")
+"""Rows of the short table."""
+BATCH, ROUNDS, REPEAT = 64, 31, 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormResult:
     """The file of one form: its bytes, and the test images for which it predicts the run's class; or why there is none.
 
-    More measurements, such as speed, are further fields.
+    `times` has the relative time in each runtime; see the module's docstring.
     """
 
     bytes: int | None = None
     same_class: int | None = None
     reason: str = ""
+    times: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +72,8 @@ class Row:
     forms: Mapping[str, FormResult]
 
 
-def measured_row(words: Sequence[str]) -> Row:
-    """Train a run, if it is not stored, and export it to every form."""
+def measured_row(words: Sequence[str]) -> tuple[Path, Row]:
+    """Train a run, if it is not stored, and export it to every form. Return its directory, which has the files."""
     import torch
 
     from qbench.experiment.context import RunContext
@@ -76,7 +88,7 @@ def measured_row(words: Sequence[str]) -> Row:
         raise SystemExit(f"{planned.path}: {result.status}: {result.reason}")
     found = {form: form_result(planned.path, form) for form in FORMS}
     images = max(one.same_class or 0 for one in found.values())
-    return Row(
+    return planned.path, Row(
         method=result.method, bits=str(config.bits.resolved()), ideal=result.cost.bytes_ideal,
         float_size=result.cost.bytes_float, images=images, forms=found,
     )  # fmt: skip
@@ -88,14 +100,41 @@ def form_result(directory: Path, form: str) -> FormResult:
     from qbench.deploy.trace import NotExportable
     from qbench.errors import ConfigError
 
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = export(directory, form, Path(folder, DEFAULT_NAMES[form]))
-        except NotExportable as reason:
-            return FormResult(reason=str(reason).partition("\n")[0])
-        except ConfigError as missing:
-            return FormResult(reason=f"? {missing}".partition("\n")[0])
-        return FormResult(bytes=done.path.stat().st_size, same_class=done.agreement.same_class)
+    try:
+        done = export(directory, form, directory / DEFAULT_NAMES[form])
+    except NotExportable as reason:
+        return FormResult(reason=str(reason).partition("\n")[0])
+    except ConfigError as missing:
+        return FormResult(reason=f"? {missing}".partition("\n")[0])
+    return FormResult(bytes=done.path.stat().st_size, same_class=done.agreement.same_class)
+
+
+def timed_row(row: Row, directory: Path, float_directory: Path) -> Row:
+    """Return a row with the relative times of its files."""
+    import torch
+    from measure import interleaved
+
+    from qbench.analysis.export import DEFAULT_NAMES, load_exported
+    from qbench.errors import ConfigError
+
+    reference, about = load_exported(float_directory / DEFAULT_NAMES["onnx"], "onnxruntime")
+    images = torch.randn(BATCH, *about.shape, generator=torch.Generator().manual_seed(0))
+    contenders = {"reference": lambda: reference(images)}
+    for form, runtime in TIMED:
+        if row.forms[form].bytes is not None:
+            try:
+                network, _ = load_exported(directory / DEFAULT_NAMES[form], runtime)
+            except ConfigError:  # no kernels for these widths, or the package is missing
+                continue
+            contenders[f"{form} {runtime}"] = lambda network=network: network(images)
+    with torch.no_grad():
+        ratios = interleaved(contenders, ROUNDS, repeat=REPEAT, clock=time.process_time)
+    times = {name: round(ratio.median, 3) for name, ratio in ratios.items()}
+    forms = {
+        form: replace(found, times={r: times[f"{form} {r}"] for f, r in TIMED if f == form and f"{form} {r}" in times})
+        for form, found in row.forms.items()
+    }
+    return replace(row, forms=forms)
 
 
 def size_table(rows: Sequence[Row]) -> str:
@@ -105,13 +144,50 @@ def size_table(rows: Sequence[Row]) -> str:
         f"| --- | --- | ---: | ---: |{' ---: |' * (len(FORMS) + 1)}",
     ]
     for row in rows:
-        widths = " ".join(row.bits.partition("g")[0].removeprefix("w").split("a"))
         cells = [_size(row.forms[form]) for form in FORMS]
         agreeing = {one.same_class for one in row.forms.values() if one.same_class is not None}
         same = f"{min(agreeing)} of {row.images}" if agreeing else "-"
         numbers = f"{row.float_size:,} | {row.ideal:,.0f}"
-        lines.append(f"| {row.method} | {widths} | {numbers} | {' | '.join(cells)} | {same} |")
+        lines.append(f"| {row.method} | {_widths(row)} | {numbers} | {' | '.join(cells)} | {same} |")
     return "\n".join(lines)
+
+
+def time_table(rows: Sequence[Row]) -> str:
+    """Return a table with one row per run: the relative time of its files in each runtime."""
+    lines = [
+        f"| method | W A | {' | '.join(f'{form}: {runtime}' for form, runtime in TIMED)} |",
+        f"| --- | --- |{' ---: |' * len(TIMED)}",
+    ]
+    for row in rows:
+        cells = [_time(row, form, runtime) for form, runtime in TIMED]
+        lines.append(f"| {row.method} | {_widths(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """Return one table of sizes and times of the rows in `SHORT`."""
+    lines = [
+        "| method | W A | float | ideal | packed | int8 | same class | numba | onnx | int8 | int8, OpenVINO |",
+        f"| --- | --- |{' ---: |' * 9}",
+    ]
+    for row in rows:
+        if f"{row.method} {row.bits.partition('g')[0]}" in SHORT:
+            agreeing = [one.same_class for one in row.forms.values() if one.same_class is not None]
+            numbers = (
+                f"{row.float_size:,} | {row.ideal:,.0f} | {_size(row.forms['packed'])} | {_size(row.forms['int8'])}"
+            )
+            cells = " | ".join(_time(row, form, runtime) for form, runtime in TIMED)
+            lines.append(f"| {row.method} | {_widths(row)} | {numbers} | {min(agreeing)} of {row.images} | {cells} |")
+    return "\n".join(lines)
+
+
+def _widths(row: Row) -> str:
+    return " ".join(row.bits.partition("g")[0].removeprefix("w").split("a"))
+
+
+def _time(row: Row, form: str, runtime: str) -> str:
+    found = row.forms[form].times.get(runtime)
+    return "-" if found is None else f"{found:.2f}"
 
 
 def _size(found: FormResult) -> str:
@@ -120,12 +196,22 @@ def _size(found: FormResult) -> str:
     return "?" if found.reason.startswith("?") else "-"
 
 
+def tables(rows: Sequence[Row], note: str) -> str:
+    """Return the tables of sizes and times, with what was run."""
+    return f"{size_table(rows)}\n\n{time_table(rows)}\n\n{note}"
+
+
 def note(rows: Sequence[Row]) -> str:
-    """Return a sentence that states what was run."""
+    """Return what was run."""
+    from measure import processor, versions
+
     return (
         f"`scripts/export_table.py`: {len(rows)} runs on digits with resnet8, in bytes. A dash is a refused form. "
         "`same class`: test images for which the exported files predict the run's class, the fewest of all forms "
-        f"({platform.system()}, {platform.machine()}, torch {version('torch')})."
+        f"({platform.system()}, {platform.machine()}, torch {version('torch')}). Second table: processor time for "
+        f"{BATCH} images in one thread, relative to ONNX Runtime with the file `onnx` of the float run, medians of "
+        f"{ROUNDS} interleaved rounds ({processor()}, {versions('onnxruntime', 'openvino', 'numba')}). A dash is a "
+        "runtime that does not run the file."
     )
 
 
@@ -139,17 +225,21 @@ def main() -> int:
     parser.add_argument("keys", nargs="*", help="more overrides for all runs, such as model.width=4")
     parser.add_argument("--record", type=Path, metavar="FILE", help="store the results in FILE")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the table of stored results")
+    parser.add_argument("--short", action="store_true", help="print one table of some runs")
     options = parser.parse_args()
     if options.stored:
         stored = json.loads(options.stored.read_text())
-        print(f"{size_table(loaded_rows(stored['rows']))}\n\n{stored['note']}")
+        found = loaded_rows(stored["rows"])
+        print(short_table(found) if options.short else tables(found, stored["note"]))
         return 0
     os.chdir(ROOT)
-    rows = []
+    measured = []
     for method in groups.option_names("method"):
         for bits in BITS.get(method, ("",)):
-            rows.append(measured_row([f"method={method}", *([f"bits={bits}"] if bits else []), *options.keys]))
-    print(f"{size_table(rows)}\n\n{note(rows)}")
+            measured.append(measured_row([f"method={method}", *([f"bits={bits}"] if bits else []), *options.keys]))
+    (float_directory,) = (directory for directory, row in measured if row.method == "float")
+    rows = [timed_row(row, directory, float_directory) for directory, row in measured]
+    print(short_table(rows) if options.short else tables(rows, note(rows)))
     if options.record:
         record = {"rows": [asdict(row) for row in rows], "note": note(rows)}
         options.record.write_text(json.dumps(record, separators=(",", ":")) + "\n")
