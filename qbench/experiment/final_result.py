@@ -12,6 +12,7 @@ from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
 from qbench.errors import CheckpointError
 from qbench.experiment.builders import images_sha256
+from qbench.experiment.evidence import evidence_warnings
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
 from qbench.experiment.trained_network import load_weights
@@ -64,7 +65,9 @@ def final_result(
     session.write_weights("best.pt", best_weights)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
     notes = [*_baseline_note(baseline), *_notes(setup, verified), *_commit_notes(commits)]
-    warnings = [*_debug_warning(setup), *_warnings(setup, model, images), *session.monitor.warned.values()]
+    float_evaluation = final if setup.is_baseline else baseline and baseline.final
+    evidence = evidence_warnings(setup, float_evaluation, state.step)
+    warnings = [*_debug_warning(setup), *evidence, *_warnings(setup, model, images), *session.monitor.warned.values()]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,

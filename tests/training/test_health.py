@@ -83,11 +83,17 @@ class Zero(nn.Module):
 
 
 def warnings_of(config: Any) -> tuple[list[str], list[str]]:
-    """Run a configuration; return the warnings in the result's notes and those in log.txt."""
+    """Run a configuration; return the warnings in the result, without those of a short run, and those in log.txt."""
     result = run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     assert result.status == "done", result.reason
     log = (Path(result.run) / "log.txt").read_text().splitlines()
-    return result.warnings, [line for line in log if " warning: " in line]
+    warnings = [warning for warning in result.warnings if not is_evidence(warning)]
+    return warnings, [line for line in log if " warning: " in line]
+
+
+def is_evidence(warning: str) -> bool:
+    """Whether a warning says that a run is too short, or its float baseline too weak, to mean anything."""
+    return " training steps; " in warning or warning.startswith("the float baseline is not clearly above chance")
 
 
 FAULTS = {

@@ -1,0 +1,70 @@
+"""Warns if a run has too few test images or training steps, or too weak a float baseline, to mean anything."""
+
+from collections.abc import Iterator
+from math import sqrt
+
+from qbench.experiment.setup import ExperimentSetup
+from qbench.runs.result import Evaluation
+
+FEW_STEPS = 500
+"""A run with fewer training steps has a warning. The default recipe of the smallest data set, digits, has 540."""
+
+COARSE_POINTS = 0.5
+"""A test split has a warning if one image changes top-1 by more than this many points, at fewer than 200 images."""
+
+QUANTILE = 1.645
+"""Standard errors of a one-sided 95 % bound."""
+
+
+def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps: int) -> list[str]:
+    """Return warnings about accuracies that say little. A debug run has none, because it has a warning of its own.
+
+    Args:
+        setup: the setup of the run.
+        baseline: the evaluation of the float baseline on the run's test split; None without a baseline.
+        steps: number of training steps of the run; 0 if nothing was trained.
+    """
+    if setup.config.debug:
+        return []
+    labels = setup.data.test.labels
+    return [
+        *(weak_baseline(baseline.test.top1, labels.bincount().tolist()) if baseline else ()),
+        *few_steps(steps, "pretrain." if setup.is_baseline else ""),
+        *coarse_test_split(len(labels)),
+    ]
+
+
+def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
+    """Yield a warning if a float baseline is not clearly better than a constant answer.
+
+    Chance is the share of the most frequent class in the test split. The baseline must exceed it by a fifth of the
+    smaller of chance and 1 - chance, and by the one-sided 95 % error of the test sample.
+
+    Args:
+        top1: test top-1 of the baseline in percent.
+        images_per_class: number of test images of each class.
+    """
+    images = sum(images_per_class)
+    chance = max(images_per_class) / images
+    limit = chance + min(chance, 1 - chance) / 5
+    needed = 100 * min(1, limit + QUANTILE * sqrt(limit * (1 - limit) / images))
+    if top1 < needed:
+        yield (
+            f"the float baseline is not clearly above chance: {top1:.2f} % of {images:,} test images; always the most "
+            f"frequent class: {100 * chance:.2f} %; clear from {needed:.2f} % on"
+        )
+
+
+def few_steps(steps: int, prefix: str) -> Iterator[str]:
+    """Yield a warning if a run has few training steps. `prefix` is that of its keys: `pretrain.` for a baseline."""
+    if 0 < steps < FEW_STEPS:
+        yield (
+            f"{steps} training steps; papers train for tens of thousands: raise {prefix}epochs, or lower "
+            f"{prefix}optim.batch_size"
+        )
+
+
+def coarse_test_split(images: int) -> Iterator[str]:
+    """Yield a warning if one image of the test split changes top-1 by more than `COARSE_POINTS`."""
+    if 100 / images > COARSE_POINTS:
+        yield f"{images} test images: one image is {100 / images:.1f} points"

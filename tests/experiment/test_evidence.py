@@ -1,0 +1,73 @@
+"""Runs whose accuracy says little have a warning: weak float baseline, few training steps, few test images."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Configure
+
+from qbench.experiment.evidence import FEW_STEPS, coarse_test_split, few_steps, weak_baseline
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
+from qbench.report.comparison.compare import compare
+from qbench.report.html.page import html
+from qbench.report.tables.run_row import row
+from qbench.runs.reader import read
+from qbench.runs.result import load_result
+
+
+def test_a_baseline_near_chance_is_named_with_its_numbers() -> None:
+    """33 of 72 images, chance 1/3: limit 0.4, needed 0.4 + 1.645 sqrt(0.4 * 0.6 / 72) = 0.49497."""
+    (line,) = weak_baseline(45.83, [24, 24, 24])
+    assert line == (
+        "the float baseline is not clearly above chance: 45.83 % of 72 test images; always the most frequent class: "
+        "33.33 %; clear from 49.50 % on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("top1", "counts", "weak"),
+    [
+        (49.0, [24, 24, 24], True),
+        (50.0, [24, 24, 24], False),
+        (98.6, [45] * 10, False),
+        (12.0, [1000] * 10, True),
+        (13.0, [1000] * 10, False),  # limit 12 %, needed 12.53 %
+        (92.0, [9000, 1000], True),  # nine of ten images belong to one class: chance is 90 %
+        (93.0, [9000, 1000], False),
+        (4.0, [50] * 1000, False),  # 1000 classes: forty times chance
+        (100.0, [3, 1], False),
+    ],
+)
+def test_chance_is_the_share_of_the_most_frequent_class(top1: float, counts: list[int], weak: bool) -> None:
+    assert len(list(weak_baseline(top1, counts))) == weak
+
+
+def test_few_steps_and_few_images_have_a_threshold() -> None:
+    assert list(few_steps(100, "")) == [
+        "100 training steps; papers train for tens of thousands: raise epochs, or lower optim.batch_size"
+    ]
+    assert "raise pretrain.epochs, or lower pretrain.optim.batch_size" in next(few_steps(FEW_STEPS - 1, "pretrain."))
+    assert not list(few_steps(FEW_STEPS, ""))
+    assert not list(few_steps(540, "")), "the default recipe of digits"
+    assert not list(few_steps(0, "")), "a method that trains nothing"
+    assert list(coarse_test_split(72)) == ["72 test images: one image is 1.4 points"]
+    assert len(list(coarse_test_split(199))) == 1
+    assert not list(coarse_test_split(200))
+
+
+def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -> None:
+    text = "18 training steps; papers train for tens of thousands: raise epochs, or lower optim.batch_size"
+    result = run(planned_run(smoke("method=twn", "runtime.observe=off")))
+    assert result.baseline
+    assert f"      warning: {text}" in row([result]).splitlines()
+    baseline = load_result(Path(result.baseline.run))
+    assert baseline
+    assert [line for line in baseline.warnings if "training steps" in line] == [
+        text.replace("epochs", "pretrain.epochs").replace("optim.", "pretrain.optim.")
+    ]
+    untrained = run(planned_run(smoke("method=ptq", "runtime.observe=off")))
+    assert not [line for line in untrained.warnings if "training steps" in line]
+    records = read([str(tmp_path)])
+    tables = compare(records)
+    assert any(note.startswith("warning: twn") and text in note for table in tables for note in table.notes)
+    assert text in html(tables, records)
