@@ -94,19 +94,22 @@ def test_layers_of_the_default_network_by_hand(planned: Planned, untimed: None) 
     }
 
 
-def test_sums_equal_those_of_compare(planned: Planned, untimed: None) -> None:
-    for words in (("method=ttq",), ("method=qd", "bits.w=4"), ("method=hwgq",), ("method=lsq", "layers.first=8")):
-        runs, layers = planned(*words)
-        *each, whole = layers.values
-        (config,) = compose.configurations(list(words))
-        setup = assemble(config)
-        cost = asdict(count_cost(setup.install(setup.float_model()), setup.macs))
-        assert {key: whole[key] for key in cost} == cost, words
-        assert {key: runs.values[-1][key] for key in cost} == cost
-        rest = cost["params"] - sum(layer["params"] for layer in each)
-        for key in ("bitops", "bytes_ideal", "bytes_packed", "macs"):
-            floats = 4 * rest if key.startswith("bytes") else 0
-            assert sum(layer[key] for layer in each) + floats == pytest.approx(cost[key]), (words, key)
+SUMMED = [("method=ttq",), ("method=qd", "bits.w=4"), ("method=hwgq",), ("method=lsq", "layers.first=8")]
+
+
+@pytest.mark.parametrize("words", tiered(SUMMED, SUMMED[-1:]))
+def test_sums_equal_those_of_compare(planned: Planned, untimed: None, words: tuple[str, ...]) -> None:
+    runs, layers = planned(*words)
+    *each, whole = layers.values
+    (config,) = compose.configurations(list(words))
+    setup = assemble(config)
+    cost = asdict(count_cost(setup.install(setup.float_model()), setup.macs))
+    assert {key: whole[key] for key in cost} == cost, words
+    assert {key: runs.values[-1][key] for key in cost} == cost
+    rest = cost["params"] - sum(layer["params"] for layer in each)
+    for key in ("bitops", "bytes_ideal", "bytes_packed", "macs"):
+        floats = 4 * rest if key.startswith("bytes") else 0
+        assert sum(layer[key] for layer in each) + floats == pytest.approx(cost[key]), (words, key)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Configure
+from conftest import ROOT, Configure, tiered
 
 from qbench.config import compose, groups
 from qbench.config.fields import parse_bits
@@ -302,15 +302,18 @@ def test_a_stored_configuration_comes_back(configure: Configure) -> None:
     assert directory_name(run_identity(again)) == directory_name(run_identity(config))
 
 
-def test_every_yaml_of_the_tree_composes(configure: Configure) -> None:
-    for group in sorted({*groups.group_names()} - {"experiment"}):  # see tests/methods/test_method_model_pairs.py
-        for name in groups.option_names(group):
-            config = configure(f"{group}={name}", *(["bits.a=2"] if group == "activation" and name != "none" else []))
-            node = getattr(config, group, None)
-            if isinstance(node, dict):
-                assert node["name"] == name
-            if group == "optim":
-                configure(f"optim@pretrain.optim={name}")
+GROUPS = sorted({*groups.group_names()} - {"experiment"})  # see tests/methods/test_method_model_pairs.py
+
+
+@pytest.mark.parametrize("group", tiered(GROUPS, {*GROUPS} - {"method", "model", "activation", "dataset"}))
+def test_every_yaml_of_the_tree_composes(configure: Configure, group: str) -> None:
+    for name in groups.option_names(group):
+        config = configure(f"{group}={name}", *(["bits.a=2"] if group == "activation" and name != "none" else []))
+        node = getattr(config, group, None)
+        if isinstance(node, dict):
+            assert node["name"] == name
+        if group == "optim":
+            configure(f"optim@pretrain.optim={name}")
 
 
 def test_widths_are_parsed() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Configure
+from conftest import Configure, tiered
 from filelock import FileLock
 from helpers import finished_digests
 from processes import WORDS, run, start
@@ -47,7 +47,7 @@ def check_same_end(out: Path, size: int, alone: dict[str, str | None]) -> None:
     assert finished_digests(out) == alone
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", tiered([2, 4], [2]))
 def test_the_number_of_processes_changes_no_bit(tmp_path: Path, size: int, alone: dict[str, str | None]) -> None:
     statuses, log = run(DOREFA, size, tmp_path)
     assert statuses == [0] * size, log
@@ -59,7 +59,7 @@ def test_the_number_of_processes_changes_no_bit(tmp_path: Path, size: int, alone
     assert [json.loads(line)["kind"] for line in lines].count("final") == 1
 
 
-@pytest.mark.parametrize("words", ["gupta", "inq"])
+@pytest.mark.parametrize("words", tiered(["gupta", "inq"], ["inq"]))
 def test_draws_and_frozen_weights(tmp_path: Path, words: str) -> None:
     """Gupta draws in the passes and in the step; INQ freezes weights before epochs."""
     more = ["method.partition=random"] if words == "inq" else []
@@ -116,7 +116,7 @@ def test_a_signal_while_another_run_holds_the_directory(configure: Configure, tm
     assert not list(tmp_path.rglob("result.json"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", tiered([0, 1], [1]))
 def test_a_lost_process(tmp_path: Path, rank: int, alone: dict[str, str | None]) -> None:
     wrong = {rank: {"at_step": STEPS_OF_BASELINE + 9, "step_fault": "kill"}}
     statuses, log = run(DOREFA, 2, tmp_path, wrong)
@@ -126,7 +126,7 @@ def test_a_lost_process(tmp_path: Path, rank: int, alone: dict[str, str | None])
     check_same_end(tmp_path, 4 if rank else 1, alone)
 
 
-@pytest.mark.parametrize(("name", "rank"), [("USR2", 1), ("TERM", 0)])
+@pytest.mark.parametrize(("name", "rank"), tiered([("USR2", 1), ("TERM", 0)], [("USR2", 1)]))
 def test_a_signal_to_one_process(tmp_path: Path, name: str, rank: int, alone: dict[str, str | None]) -> None:
     wrong = {rank: {"at_step": STEPS_OF_BASELINE + 3, "step_fault": name}}
     statuses, log = run(DOREFA, 2, tmp_path, wrong)

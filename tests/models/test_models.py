@@ -334,6 +334,7 @@ def test_the_error_names_the_key_as_typed() -> None:
 # torchvision's import
 
 
+@pytest.mark.full
 def test_the_import_of_torchvision_gives_no_warning_even_after_a_failure() -> None:
     code = (
         "try:\n import torchvision\nexcept RuntimeError: print('broken')\n"

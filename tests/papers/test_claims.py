@@ -578,6 +578,7 @@ def two_claims(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
     return script
 
 
+@pytest.mark.full
 def test_from_claims_to_document(two_claims: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--seeds", "0-1", "--out", "o", "--docs", "d/claims.md"]
     assert two_claims.main([*words, "--plan"]) == 0

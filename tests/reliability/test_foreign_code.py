@@ -38,12 +38,14 @@ def stranger(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path, next(tmp_path.rglob("dorefa*"))
 
 
-def test_code_named_by_a_run_needs_trust(stranger: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.full)], ids=["some", "all"])
+def test_code_named_by_a_run_needs_trust(stranger: tuple[Path, Path], every: bool) -> None:
     work, run = stranger
     command = f"{run.relative_to(work)}"
-    for words in (["evaluate", command], ["inspect", command], ["sensitivity", command],
-                  ["evaluate", command, "dataset=digits"], ["settle", command, "method=lsq bits=w2"],
-                  ["method=lsq", "distill=kd", f"distill.teacher={command}", *SMOKE]):  # fmt: skip
+    refused = [["evaluate", command], ["settle", command, "method=lsq bits=w2"]]
+    refused += [["method=lsq", "distill=kd", f"distill.teacher={command}", *SMOKE]]
+    refused += [["inspect", command], ["sensitivity", command], ["evaluate", command, "dataset=digits"]]
+    for words in refused if every else refused[:3]:
         done = qbench(*words, cwd=work)
         assert done.returncode == 2, (words, done)
         assert "names code that is not part of qbench: model.name=strange:net\nto run that code" in done.stderr

@@ -123,7 +123,7 @@ def wrong_logs(out: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("count", tiers(6, 200))
+@pytest.mark.parametrize("count", tiers(2, 200))
 def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, note: Note) -> None:
     """R1, R19: the same command, repeated until it is not killed, ends like an undisturbed run."""
     ordinary = qbench(*LONG, f"out={tmp_path / 'ordinary'}")  # a process that the fork server did not start
@@ -160,7 +160,7 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, no
 
 
 @pytest.mark.parametrize("count", tiers(1, None))
-@pytest.mark.parametrize("kind", ["kill_at", "half_at"])
+@pytest.mark.parametrize("kind", tiered(["kill_at", "half_at"], ["half_at"]))
 @pytest.mark.parametrize("tensorboard", tiered(["true", "false"], ["true"]))
 def test_killed_at_a_point(
     server: Server, tmp_path: Path, tensorboard: str, kind: str, count: int | None, note: Note
@@ -307,7 +307,8 @@ def test_a_waiting_process_takes_over(server: Server, tmp_path: Path, rounds: in
     note(f"R10: {rounds} times the baseline's process was killed; four waiting processes ended within {slowest:.1f} s")
 
 
-@pytest.mark.parametrize(("different", "same"), tiers((4, 2), (32, 16)))
+@pytest.mark.full
+@pytest.mark.parametrize(("different", "same"), [(32, 16)])
 def test_many_runs_at_once(server: Server, tmp_path: Path, different: int, same: int, note: Note) -> None:
     """R24: different runs do not disturb each other; of identical runs, one trains and the others
     wait.

@@ -36,7 +36,7 @@ KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SOON = 10.0  # seconds
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.full)])
 def test_a_signal_at_any_moment(tmp_path: Path, count: int) -> None:
     with faults.server() as server:
         assert server.start(["--version"]).wait(120) == 0  # the server is running now
@@ -86,11 +86,12 @@ def test_a_signal_while_waiting_for_another_process(configure: Configure, tmp_pa
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_a_second_interrupt_ends_at_once_without_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.full)])
+def test_a_second_interrupt_ends_at_once_without_damage(tmp_path: Path, count: int) -> None:
     with faults.server() as server:
         alone = server.start([*WORDS, f"out={tmp_path / 'alone'}"])
         assert alone.wait(60) == 0
-        for i in range(4):
+        for i in range(count):
             out = tmp_path / f"run{i}"
             job = server.start([*WORDS, f"out={out}"])
             time.sleep(0.15 + 0.1 * i)
