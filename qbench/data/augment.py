@@ -1,7 +1,8 @@
-"""Augments images. It crops and mirrors uint8 images, and changes the colours of float images.
+"""Augments images: crops, mirrors and changes of colour.
 
-Each image has its own random numbers, which are called draws. The functions in this module take whole batches. Images
-that stream from files are cropped one at a time, with the same cropping function.
+Crops keep the type of the images. Changes of colour return float32 images. Each image has its own random numbers, which
+are called draws. The functions take whole batches of images in memory. Images in files are cropped one at a time, when
+the file is decoded.
 """
 
 import math
@@ -15,10 +16,10 @@ from torch import Tensor
 # Shapes: N images, C channels, H height, W width.
 
 CROP_DRAWS = 3
-"""Number of random numbers for an image's crop: one each for the vertical place, the horizontal place and mirroring."""
+"""Number of random numbers per image for crops: vertical position, horizontal position and mirroring."""
 
 COLOUR_DRAWS = 3
-"""Number of random numbers for the change of an image's colours."""
+"""Number of random numbers per image for changes of colour."""
 
 BOX_ATTEMPTS = 10
 """Number of attempts to find a random box that fits into the image. Each attempt needs two random numbers."""
@@ -38,16 +39,16 @@ class Augment:
 
     Args:
         pad: number of pixels that are added on each side before the random crop.
-        replicate: whether the added pixels repeat the image's border. Otherwise they are black.
-        flip: whether half of the images are mirrored.
-        size: side of the square crop in pixels. If it is 0, the crop has the height and width of the image.
-        area: smallest fraction of the image's area that a crop of random area and aspect covers. If it is 0, crops have
-            the fixed size `size`.
+        replicate: whether the added pixels repeat the border pixels of the image. If false, the added pixels are black.
+        flip: whether images are mirrored left to right, each with probability 1/2.
+        size: height and width of the crop in pixels. 0 means the height and width of the image.
+        area: smallest fraction of the image that a crop of random area and aspect ratio covers. 0 means crops of the
+            fixed size `size`.
         brightness: largest change of brightness in either direction, in grey values (0 to 255).
-        contrast: largest relative change of contrast. Each pixel's distance from its channel's mean is multiplied by a
-            random factor from 1 - contrast to 1 + contrast.
-        jitter: largest relative change of brightness, contrast and saturation. Each of the three is multiplied by a
-            random factor from 1 - jitter to 1 + jitter.
+        contrast: largest relative change of contrast. The difference between a pixel and the mean of its channel is
+            multiplied by a random factor from 1 - contrast to 1 + contrast.
+        jitter: largest relative change of brightness, contrast and saturation. Each of these three properties is
+            multiplied by its own random factor from 1 - jitter to 1 + jitter.
     """
 
     pad: int = 0
@@ -82,12 +83,12 @@ class Augment:
 
 
 def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
-    """Return a crop of each image, mirrored or not.
+    """Return a random crop of each image; some crops are mirrored.
 
     Args:
         images_NCHW: the images.
         draws: uniform random numbers in [0, 1), of shape (N, 3 or more). The first three numbers of an image determine
-            the vertical place of the crop, its horizontal place, and whether the crop is mirrored.
+            the vertical position of the crop, the horizontal position of the crop, and whether the crop is mirrored.
         augment: the augmentation.
     """
     pad, (count, _, height, width) = augment.pad, images_NCHW.shape
@@ -129,11 +130,11 @@ def center_crop(images_NCHW: Tensor, size: int) -> Tensor:
 
 
 def random_box(height: int, width: int, draws: Sequence[float], area: float) -> tuple[int, int, int, int]:
-    """Return (top, left, rows, columns) of a crop with random area and aspect.
+    """Return (top, left, rows, columns) of a crop with random area and aspect ratio, in pixels.
 
-    The fraction of the image that the crop covers is uniform between `area` and 1. The aspect is uniform on a
-    logarithmic scale, as in torchvision. There are up to ten attempts to find a shape that fits into the image. If
-    all of them fail, the crop is the largest centred box with an allowed aspect.
+    The crop covers a fraction of the image that is drawn uniformly from `area` to 1. The logarithm of the aspect ratio
+    is drawn uniformly, as in torchvision. The function draws up to ten shapes until one fits into the image. If none
+    fits, the crop is the largest centred box with an allowed aspect ratio.
 
     Args:
         height, width: size of the image in pixels.
@@ -154,13 +155,19 @@ def random_box(height: int, width: int, draws: Sequence[float], area: float) -> 
 def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tensor:
     """Return the images with changed brightness, contrast and saturation. All values stay between 0 and 255.
 
-    First, `brightness` shifts all values, and `contrast` scales them about each channel's mean. DoReFa's training
-    script for SVHN does the same (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). Then `jitter` changes
-    brightness, contrast about the mean grey, and saturation, in this order. He's ImageNet training code in Torch
-    (fb.resnet.torch) makes the same changes in random order.
+    The changes are made in this order:
+
+    1. `brightness` shifts all values.
+
+    2. `contrast` scales the differences between values and the mean of their channel.
+
+    3. `jitter` changes brightness, contrast about the mean grey value, and saturation.
+
+    DoReFa's training script for SVHN makes changes 1 and 2 (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). He's
+    ImageNet training code in Torch (fb.resnet.torch) makes the changes of step 3 in random order.
 
     Returns:
-        float32, or the images themselves if the augmentation does not change colours.
+        float32 images of the same shape. If the augmentation does not change colours, the input itself is returned.
     """
     if not augment.changes_colours:
         return images_NCHW
@@ -182,7 +189,7 @@ def _blend(x_NCHW: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(x_NCHW: Tensor) -> Tensor:
-    """Return the luma of each pixel, in the shape (N, 1, H, W)."""
+    """Return the luma (grey value) of each pixel, of shape (N, 1, H, W)."""
     if x_NCHW.shape[1] != 3:
         return x_NCHW.mean(1, keepdim=True)
     return sum((c * x_NCHW[:, i : i + 1] for i, c in enumerate(GREY)), torch.zeros_like(x_NCHW[:, :1]))

@@ -6,10 +6,10 @@ dog, frog, horse, ship, truck. With 10,000 test images, the sampling error of on
 points at 92 %.
 
 The images are read from `<root>/cifar-10-batches-py/`, which has the files of the Python version:
-data_batch_1 to data_batch_5, test_batch and batches.meta. The augmentation is the usual one (He et
-al. 2015, arXiv 1512.03385, section 4.2): the image is padded by 4 pixels, cropped at random to its
-original size, and mirrored half of the time. With `replicate`, the padding repeats the border
-pixels instead of being black.
+data_batch_1 to data_batch_5, test_batch and batches.meta. The augmentation is that of He et al.
+2015 (arXiv 1512.03385, section 4.2): the image is padded by 4 black pixels, cropped at random to
+its original size, and mirrored with probability 1/2. With `replicate`, the padding repeats the
+border pixels.
 """
 
 from qbench.data.augment import Augment

@@ -3,7 +3,7 @@
 A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images". 50,000 training and
 10,000 test images, 3x32x32, in a hundred classes of equal size. The twenty coarse labels are not
 used. The images are read from `<root>/cifar-100-python/`, which has the files of the Python
-version: train, test and meta. The augmentation is that of CIFAR-10.
+version: train, test and meta. Images are augmented as in CIFAR-10.
 """
 
 from qbench.data.augment import Augment

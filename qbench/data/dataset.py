@@ -1,11 +1,11 @@
-"""Defines data sets, which are three splits of images, and the loader that makes batches for the network.
+"""Defines data sets, their splits, and the loader that makes batches for the network.
 
-Images that fit into memory stay there and are augmented in batches. Other images are read from their files, or from a
-user's data set, for each batch.
+A data set has a training, a validation and a test split. Images that fit into memory are kept in memory and are
+augmented in batches. Other images are read for each batch, from their files or from a user's torch data set.
 
 The order of the training images depends only on (seed, epoch). The augmentation of an image depends only on (seed,
-epoch, index of the image). A run that stops at any batch therefore resumes with the same images, whether they are in
-memory or in files.
+epoch, index of the image). A run that stops at any batch therefore resumes with the same images. This holds for images
+in memory and for images in files.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ HASHED = MOVED = 1000
 
 @dataclass(frozen=True)
 class Split:
-    """A split in memory, with images uint8 or float32 (N, C, H, W) and labels int64 (N,).
+    """A split in memory: images (N, C, H, W), uint8 or float32, and labels (N,), int64.
 
     Raises:
-        DataError: the images or labels have another type or shape.
+        DataError: the images or labels have a different type or shape.
     """
 
     images: Tensor
@@ -69,7 +69,7 @@ class Split:
         return Split(self.images.to(device, memory_format=torch.channels_last), self.labels.to(device))
 
     def take(self, index: Tensor) -> Self:
-        """Return the split of the images that an index tensor (n,) selects."""
+        """Return a split with only the images that an index tensor (n,) selects."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
     def divide_(self, first: Tensor, second: Tensor) -> tuple["Split", "Split"]:
@@ -89,7 +89,7 @@ class Split:
 
 
 def _check_tensor(name: str, value: object, dtypes: Collection[torch.dtype], dims: int, conversions: str) -> None:
-    """Refuse a split's tensor of another type or number of dimensions."""
+    """Raise `DataError` if a tensor of a split has a wrong type or a wrong number of dimensions."""
     if isinstance(value, Tensor) and value.dtype in dtypes and value.dim() == dims:
         return
     found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -108,21 +108,21 @@ AnySplit = TypeVar("AnySplit", bound=StoredSplit)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """A data set, which consists of three splits and their properties.
+    """A data set: three splits and their properties.
 
     Args:
         name: the data set's name.
         train, test: the training and the test split.
-        val: the validation split, which is a part of the training images. It is used to select the best weights. It is
-            empty if `dataset.val=0`.
+        val: the validation split, which is taken from the training images and is used to select the best weights. With
+            `dataset.val=0`, it is empty.
         classes: number of classes.
-        mean, std: the mean and standard deviation for normalization, per channel. For uint8 images they are on the
-            scale [0, 1], and for float images on the scale of the images.
+        mean, std: the mean and standard deviation for normalization, per channel. They refer to uint8 images divided by
+            255, or to float images as they are.
         augment: the augmentation of training images.
-        synthetic: whether the images are rendered or random. Tables that compare runs with papers do
-            not show such data sets.
+        synthetic: whether the images are rendered or random. Tables that compare runs with papers leave out such data
+            sets.
         files: facts about the image files, which are stored in the manifest.
-        note: what a user should know before training, or nothing.
+        note: what a user should know before training. It is empty if there is nothing to report.
     """
 
     name: str
@@ -145,14 +145,14 @@ class Dataset:
 
     @property
     def white(self) -> int:
-        """The value of a stored image that is 1 on the scale of mean and std: 255 for uint8, 1 for float images."""
+        """The pixel value that becomes 1 before normalization: 255 for uint8 images, 1 for float images."""
         return 255 if self.train.dtype == torch.uint8 else 1
 
     @property
     def image_range(self) -> Ends:
-        """Lowest and highest value that a network input can have, per channel.
+        """Lowest and highest possible value of the network's input, per channel.
 
-        For float images, these are the lowest and highest values of the training images.
+        For float images, the range is that of the training images.
         """
         pairs = list(zip(self.mean, self.std, strict=True))
         if self.white == 255:
@@ -163,7 +163,7 @@ class Dataset:
     def fingerprint(self) -> dict[str, str | int]:
         """Return the number of images and the sha256 of each split.
 
-        The hash is computed over the images (or the names of their files) and the labels, in order.
+        The hash covers the images, or the names of their files, and the labels, in their order.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         counts: dict[str, str | int] = {f"{name}_images": len(split) for name, split in splits.items()}
@@ -176,7 +176,7 @@ class Dataset:
 
 
 def _value_ends(split: StoredSplit) -> Ends:
-    """Return the lowest and highest value of the images of a split, per channel."""
+    """Return the lowest and highest pixel value in a split, per channel."""
     if isinstance(split, FileSplit):
         return (0.0,) * 3, (255.0,) * 3
     if isinstance(split, DrawnSplit):
@@ -198,9 +198,10 @@ def _sha256(split: StoredSplit) -> str:
 
 
 def few_images(data: Dataset, train: int, others: int) -> Dataset:
-    """Return a data set with at most `train` training images, and `others` images of each other split.
+    """Return a smaller data set, with at most `train` training images and at most `others` images in each other split.
 
-    The images are evenly spread over a split, so that splits that are sorted by class have several classes.
+    The selected images are evenly spaced in each split. If a split is sorted by class, the selection therefore still
+    contains several classes.
     """
 
     def few(split: StoredSplit, most: int) -> StoredSplit:
@@ -213,7 +214,7 @@ def few_images(data: Dataset, train: int, others: int) -> Dataset:
 def split_validation(split: AnySplit, val: float, *, in_place: bool = False) -> tuple[AnySplit, AnySplit]:
     """Divide a training split into (train, val), stratified by class.
 
-    The division is deterministic, so equal arguments give equal results.
+    Equal arguments give equal results.
 
     Args:
         split: the training split.
@@ -221,7 +222,7 @@ def split_validation(split: AnySplit, val: float, *, in_place: bool = False) -> 
         in_place: whether images in memory are reordered instead of copied. The given split must not be used afterwards.
 
     Raises:
-        ValueError: the training split would be empty, or the validation split would be empty although val is not 0.
+        ValueError: the training split would be empty, or `val` is above 0 and the validation split would be empty.
     """
     if not 0 <= val < 1:
         raise ValueError(f"val={val}: must be a share of the training images, from 0 to below 1")
@@ -248,18 +249,18 @@ def stratified_share(labels: Tensor, share: float) -> Tensor:
 class Loader:
     """Makes batches for the network.
 
-    A batch consists of normalized images, float32 (N, C, H, W) in channels_last, and labels (N,).
+    A batch consists of normalized images (N, C, H, W), float32 in channels_last, and labels (N,).
 
     Args:
-        data: the data set. Splits in memory are copied to `device` in channels_last, unless they already are there in
-            this format.
+        data: the data set. The loader copies splits in memory to `device` and converts them to channels_last, if
+            needed.
         batch_size: number of images per training batch. Images after the last full batch of an epoch are not used in
             that epoch.
-        seed: number that, together with the epoch, determines the order and the augmentation.
+        seed: seed of the order and of the augmentation. Each epoch uses it together with the number of the epoch.
         device: the device of the batches.
-        workers: number of processes that decode images from files. This number does not change the batches.
+        workers: number of processes that decode images from files. The batches do not depend on this number.
         shards: number of equal shards into which each training batch is divided.
-        own: the numbers of the shards to make.
+        own: the indices of the shards that this loader makes.
     """
 
     def __init__(
@@ -289,7 +290,8 @@ class Loader:
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the shards of an epoch's training batches, beginning with batch number `start`.
 
-        Each shard is made by itself. Its images are therefore the same bits, whichever process makes it.
+        Each shard is computed separately. The images of a shard are therefore bit-identical in every process that makes
+        it.
         """
         split, size = self.splits["train"], self.batch_size // self._shards
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))
@@ -310,10 +312,10 @@ class Loader:
 
         Args:
             name: "train", "val" or "test".
-            limit: number of images after which the function stops, or None for all images.
+            limit: maximum number of images, or None for all images.
             size: number of images per batch. Batches are smaller if the images are large.
-            first, every: number of the first batch, and distance to the next one. With these, several processes share
-                a split.
+            first, every: index of the first batch, and the step to the next index. Several processes can thus share the
+                batches of a split.
         """
         split = self.splits[name]
         count = len(split) if limit is None else min(limit, len(split))
@@ -332,10 +334,10 @@ class Loader:
         return min(size, max(1, MAX_EVALUATION_PIXELS // (height * width)))
 
     def _crops(self, split: StoredSplit, indices: list[Tensor], draws: Tensor | None) -> Iterator[Tensor]:
-        """Yield one batch of images of the network's input size for each index tensor.
+        """Yield one batch of cropped images for each index tensor.
 
-        `draws` are the random numbers of the augmentation, with one row per image of the split. If it is None, the
-        images are centre crops.
+        `draws` contains the random numbers of the augmentation, one row per image of the split. None means centre
+        crops.
         """
         if isinstance(split, FileSplit):
             yield from decoded_batches(split, indices, draws, self.augment, self.workers, self.device)
@@ -352,7 +354,7 @@ class Loader:
                 yield crop_and_flip(images, draws[index], self.augment)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
-        """Return (x / white - mean) / std as float32 in channels_last; see `Dataset.white`."""
+        """Return (x / white - mean) / std as float32 in channels_last, with the constants of the data set."""
         floats = images_NCHW.to(torch.float32, memory_format=torch.channels_last)
         if floats is images_NCHW:  # perhaps the stored images, which must not change
             return (floats - self._mean).mul_(self._scale)
@@ -369,5 +371,8 @@ def batch_size_and_steps(data: Dataset, batch_size: int) -> tuple[int, int]:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a 63-bit generator seed for (seed, epoch). Neighbouring pairs have unrelated seeds."""
+    """Return a 63-bit generator seed for (seed, epoch).
+
+    Neighbouring epochs and neighbouring seeds give unrelated results.
+    """
     return int.from_bytes(hashlib.sha256(f"order {seed} {epoch}".encode()).digest()[:8]) >> 1

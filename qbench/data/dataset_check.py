@@ -15,38 +15,41 @@ from qbench.data.file_stream import decoded_batches
 from qbench.errors import DataError
 
 MAX_NAMED = 5
-"""Maximum number of classes in a note."""
+"""Maximum number of classes that a message names."""
 
 EXPECTED = 10
-"""A missing class has a note if, by its share in train, the split should have at least this many of its images."""
+"""A class without images in a split is reported if at least this many images were expected.
+
+The expected number follows from the share of the class in train.
+"""
 
 SAMPLED, MIN_SAMPLED = 256, 8
-"""Largest and smallest number of images of a split whose grey values are compared with those of train."""
+"""Maximum and minimum number of images in the samples whose grey values are compared."""
 
 MAX_SHIFT, STANDARD_ERRORS = 0.25, 5.0
-"""Limits on the difference in grey values between splits, in standard deviations of train and in standard errors."""
+"""Largest allowed difference of grey values between splits, in standard deviations of train and in standard errors."""
 
 CHECKED = 1000
 """Number of images whose lowest and highest value are computed at once."""
 
 MAX_READ_BYTES = 2**32
-"""Maximum size in bytes of the files of a split that are read to compare its images."""
+"""Maximum total size in bytes of a split's image files for the search for repeated images."""
 
 
 def check_dataset(data: Dataset, name: str) -> None:
-    """Refuse a data set whose labels, images or normalization cannot be right.
+    """Raise `DataError` if the labels, images or normalization of a data set are invalid.
 
-    `name` is the value of `dataset`, for the message.
+    `name` is the value of `dataset` and appears in the message.
 
     Raises:
-        DataError: the message says what was found and what is allowed.
+        DataError: a check failed. The message says what was found and what is allowed.
     """
     for problem in _problems(data):
         raise DataError(f"dataset={name}: {problem}")
 
 
 def _problems(data: Dataset) -> Iterator[str]:
-    """Yield the problems of a data set. Only the first is reliable, because later checks rely on earlier ones."""
+    """Yield the problems of a data set. Later checks assume that earlier checks passed, so use only the first one."""
     if type(data.classes) is not int or data.classes < 2:
         yield f"classes={data.classes!r}: must be an int from 2 on"
     splits = {"train": data.train, "val": data.val, "test": data.test}
@@ -61,25 +64,25 @@ def _problems(data: Dataset) -> Iterator[str]:
             yield from (f"{part}: {problem}" for problem in _label_problems(split.labels, data.classes))
             yield from (f"{part}: {problem}" for problem in _image_problems(split, data))
     if data.train.labels.min() == data.train.labels.max():
-        yield f"train: all labels are {int(data.train.labels[0])}: must be of two or more classes"
+        yield f"train: all labels are {int(data.train.labels[0])}: there must be two or more classes"
     yield from _constant_problems(data)
 
 
 def _label_problems(labels: Tensor, classes: int) -> Iterator[str]:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
-        from_one = "\nto start at 0: labels - 1" if low == 1 and high == classes else ""
+        from_one = "\nto convert: labels - 1" if low == 1 and high == classes else ""
         yield f"labels are {low} to {high}: must be 0 to {classes - 1}{from_one}"
 
 
 def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
     if split.dtype != data.train.dtype:
-        yield f"images are {split.dtype}, those of train are {data.train.dtype}: must be equal"
+        yield f"images are {split.dtype}, but train images are {data.train.dtype}: must be equal"
     if isinstance(split, Split):
         yield from _value_problems(split.images)
     shape, expected, crop = split.shape, data.train.shape, data.augment.size
     if shape[0] != expected[0] or (not crop and shape != expected):
-        yield f"images are {shape}, those of train are {expected}: must be equal"
+        yield f"images are {shape}, but train images are {expected}: must be equal"
     if split.dtype != torch.uint8 and data.augment.changes_colours:
         yield "augment: brightness, contrast and jitter are for uint8 images; these images are float"
     if crop and min(shape[1:]) < crop:
@@ -92,7 +95,7 @@ def _value_problems(images: Tensor) -> Iterator[str]:
     low, high = ends[:, 0].min().item(), ends[:, 1].max().item()
     if images.dtype == torch.uint8:
         if high <= 1:
-            yield f"no value of the images is above {high}: must be 0 to 255\nfor images from 0 to 1: 255 * images"
+            yield f"the largest pixel value is {high}: must be 0 to 255\nto convert images from 0 to 1: 255 * images"
     elif not math.isfinite(high - low):  # also false for NaN
         yield "the images contain inf or nan"
     elif low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
@@ -115,9 +118,9 @@ def _constant_problems(data: Dataset) -> Iterator[str]:
 
 @lru_cache(maxsize=2)
 def dataset_notes(data: Dataset) -> tuple[str, ...]:
-    """Return notes on a data set whose accuracy does not mean what a reader expects.
+    """Return warnings about a data set on which accuracy would mislead a reader.
 
-    All images are read, so runs of one process that share a data set share its notes.
+    The function reads all images. Its result is therefore cached for later runs in the same process.
     """
     return (
         *filter(None, [data.note]),
@@ -129,7 +132,7 @@ def dataset_notes(data: Dataset) -> tuple[str, ...]:
 
 
 def unseen_classes(data: Dataset) -> list[str]:
-    """Return in words how many validation and test images are of classes without a training image."""
+    """Return messages that count the validation and test images whose class has no training image."""
     trained = set(data.train.labels.tolist())
     notes = []
     for part, split in (("val", data.val), ("test", data.test)):
@@ -138,24 +141,24 @@ def unseen_classes(data: Dataset) -> list[str]:
             classes = sorted(set(unseen))
             named = ", ".join(map(str, classes[:MAX_NAMED])) + (", ..." if len(classes) > MAX_NAMED else "")
             notes.append(
-                f"{len(unseen):,} of {len(split):,} {part} images are of classes without a training image ({named})"
+                f"{len(unseen):,} of {len(split):,} {part} images belong to classes without a training image ({named})"
             )
     return notes
 
 
 def missing_classes(data: Dataset) -> list[str]:
-    """Return in words which classes no image is of, and which are missing among the validation and test images."""
+    """Return messages that name classes without any image, and classes without validation or test images."""
     shares = data.train.labels.bincount(minlength=data.classes) / len(data.train)
     seen = torch.cat([data.train.labels, data.val.labels, data.test.labels]).bincount(minlength=data.classes)
     absent = (seen == 0).nonzero().flatten().tolist()
-    notes = [f"no image is of {_of_classes(absent, data)}"] if absent else []
+    notes = [f"{_of_classes(absent, data)} have no images"] if absent else []
     for part, split in (("val", data.val), ("test", data.test)):
         counts = split.labels.bincount(minlength=data.classes)
         missing = ((counts == 0) & (shares * len(split) >= EXPECTED)).nonzero().flatten().tolist()
         if len(split) > 1 and int(counts.max()) == len(split):
-            notes.append(f"all {len(split):,} {part} images are of class {int(counts.argmax())}")
+            notes.append(f"all {len(split):,} {part} images belong to class {int(counts.argmax())}")
         elif missing:
-            notes.append(f"no {part} image is of {_of_classes(missing, data)}")
+            notes.append(f"{_of_classes(missing, data)} have no {part} images")
     return notes
 
 
@@ -165,9 +168,10 @@ def _of_classes(missing: list[int], data: Dataset) -> str:
 
 
 def other_scale(data: Dataset) -> list[str]:
-    """Return in words which splits have other grey values than train, for example because they were scaled otherwise.
+    """Return messages that name splits whose grey values differ from the training images.
 
-    The mean and the standard deviation of an image are compared, each averaged over a sample.
+    Such a difference arises, for example, if the images of one split were scaled by another factor. The function
+    computes the mean and the standard deviation of each image in a sample, and compares the averages over the sample.
     """
     train = _grey_values(data.train, data)
     spread = (train[:, 1].square().mean() + train[:, 0].var(unbiased=False)).sqrt()  # of all pixels
@@ -182,8 +186,8 @@ def other_scale(data: Dataset) -> list[str]:
             digits = ".0f" if data.white == 255 else ".2f"
             mean, std, *of_train = (f"{value:{digits}}" for value in (*own.mean(0).tolist(), *train.mean(0).tolist()))
             notes.append(
-                f"{part} images have other grey values than those of train: mean {mean} and standard deviation "
-                f"{std} of an image, instead of {' and '.join(of_train)}"
+                f"{part} images have other grey values than train images: mean {mean} and standard deviation "
+                f"{std} of an image, but {' and '.join(of_train)} in train"
             )
     return notes
 
@@ -205,31 +209,33 @@ def _grey_values(split: StoredSplit, data: Dataset) -> Tensor:
 
 
 def repeated_images(data: Dataset) -> list[str]:
-    """Return in words how many test and validation images are also images of an earlier split.
+    """Return messages that count images which an earlier split also contains.
 
-    Images in memory are compared by all their values, and files by their content. A split of more
-    than 4 GiB of files is not compared.
+    The order of the splits is train, val, test.
+
+    Images in memory are equal if all their values are equal. Images in files are equal if the files have the same
+    bytes. Splits with more than 4 GiB of files are not checked.
     """
     seen: set[bytes] = set()
     notes = []
     for part, split, earlier in (
         ("train", data.train, ""),
-        ("val", data.val, "of train"),
-        ("test", data.test, "of train or val"),
+        ("val", data.val, "train"),
+        ("test", data.test, "train or val"),
     ):
         digests = _digests(split)
         repeated = sum(digest in seen for digest in digests)
         seen.update(digests)
         if earlier and repeated:
             notes.append(
-                f"{repeated:,} of {len(digests):,} {part} images are also images {earlier}, so accuracy on {part} is "
-                "not that on unseen images"
+                f"{repeated:,} of {len(digests):,} {part} images are also in {earlier}, so accuracy on {part} is "
+                "not accuracy on unseen images"
             )
     return notes
 
 
 def _digests(split: StoredSplit) -> list[bytes]:
-    """Return the digest of each image; an empty list if the files are too many to read."""
+    """Return the digest of each image, or an empty list if the files are too large to be read."""
     if isinstance(split, DrawnSplit):
         return list(split.digests)
     if isinstance(split, Split):

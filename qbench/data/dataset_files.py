@@ -1,8 +1,9 @@
-"""Finds, downloads and reads the files of published data sets, and reports errors in them.
+"""Finds, downloads and reads the files of published data sets.
 
-File names, addresses, checksums and the layout below `root` are those of torchvision. Files that another program
-downloaded with torchvision are therefore found. The readers return uint8 images (N, C, H, W) and int64 labels in
-memory. Mean and standard deviation are computed from the training images, unless `normalize` selects fixed values.
+File names, download addresses, checksums and folders below `root` are the same as in torchvision. Files that another
+program downloaded with torchvision are therefore found. The readers return uint8 images (N, C, H, W) and int64 labels
+in memory. The mean and the standard deviation are computed from the training images, unless `normalize` selects fixed
+values.
 """
 
 import errno
@@ -26,9 +27,9 @@ from qbench.errors import DataError, ResourceError
 from qbench.system.locks import locked
 from qbench.system.torchvision import torchvision
 
-OTHER_MD5 = "its md5 is not that of the published file"
+OTHER_MD5 = "the md5 differs from the md5 of the published file"
 ExpectedFiles = Mapping[Path, str | None]
-"""Maps the path of a file to the md5 that torchvision expects, or to None if it checks none."""
+"""Maps the path of a file to the md5 that torchvision expects. None means that torchvision does not check the file."""
 
 MNIST_MD5 = {
     "MNIST": {
@@ -44,16 +45,19 @@ MNIST_MD5 = {
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     },
 }
-"""md5 of the unpacked files. torchvision has only those of the packed ones, which differ if a file was packed again."""
+"""md5 of the unpacked files.
+
+torchvision lists md5 sums of the .gz files only, and these change if a file is compressed again.
+"""
 
 ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of permissions and disk space. They do not mean that a file is damaged."""
+"""Error numbers for missing permissions or disk space. These errors do not mean that a file is damaged."""
 
 
 def dataset_from_splits(
     name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment, normalize: Normalize = "own"
 ) -> Dataset:
-    """Return the data set. The share `val` of the training images forms the validation split.
+    """Return a data set of images in memory. The share `val` of the training images becomes the validation split.
 
     The memory of `train` is reordered and becomes that of both splits, so that the images are not copied.
 
@@ -71,9 +75,9 @@ def dataset_from_splits(
 
 
 def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
-    """Return (train, test) of torchvision's class `kind`, MNIST or FashionMNIST.
+    """Return (train, test) of the torchvision class `kind`, which is MNIST or FashionMNIST.
 
-    The files are read without torchvision, because it needs unpacked files and prefers files of an old format.
+    This function reads the files itself, because torchvision needs unpacked files and prefers files of an old format.
     """
     source = getattr(torchvision().datasets, kind)
     top = absolute_root(root)
@@ -90,7 +94,7 @@ def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
 
 
 def read_svhn(parts: Sequence[str], root: str, download: bool) -> tuple[Split, Split]:
-    """Return (train, test) of the cropped digits; the digit 0 is class 0.
+    """Return (train, test) of the cropped SVHN digits. The digit 0 is class 0.
 
     Args:
         parts: names of the parts (train, extra) that form the training split.
@@ -128,13 +132,13 @@ def absolute_root(root: str) -> Path:
 
 
 def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callable[[], object]) -> None:
-    """Ensure that the files exist, or raise an error.
+    """Raise an error if files are missing and cannot be downloaded.
 
-    If files are missing and `download` is set, call `fetch`. It writes the files below `root`.
+    If files are missing and `download` is true, the function calls `fetch`, which writes the files below `root`.
 
     Raises:
-        DataError: files are missing and `download` is off, or the download failed.
-        ResourceError: there is no disk space or no permission for the files.
+        DataError: files are missing and `download` is false, or the download failed.
+        ResourceError: the disk is full, or qbench may not write below `root`.
     """
     missing = [path for path in files if not path.is_file()]
     if not download:
@@ -177,7 +181,7 @@ def report_damaged(files: ExpectedFiles) -> Iterator[None]:
 def read_idx(path: Path, axes: int) -> Tensor:
     """Return the bytes of an IDX file as a tensor with `axes` axes.
 
-    The file is unpacked if its name ends in .gz.
+    If the name ends in .gz, the file is unpacked while it is read.
 
     Raises:
         ValueError: the file is of another kind, or its length does not match its header. Damaged files can also raise
@@ -194,7 +198,7 @@ def read_idx(path: Path, axes: int) -> Tensor:
 
 
 def _content_md5(path: Path) -> str:
-    """Return the md5 of an IDX file's unpacked content."""
+    """Return the md5 of the unpacked content of an IDX file."""
     data = path.read_bytes()
     return hashlib.md5(gzip.decompress(data) if path.suffix == ".gz" else data).hexdigest()
 
@@ -204,7 +208,7 @@ def join_arrays(
     labels: Sequence[Tensor | npt.NDArray[np.int64] | Sequence[int]],
     paths: Sequence[Path],
 ) -> Split:
-    """Join arrays of images (N, C, H, W) and of labels (N,), with a single copy.
+    """Join arrays of images (N, C, H, W) and arrays of labels (N,) into one split, with a single copy.
 
     Raises:
         DataError: the numbers of images and labels differ, or there are no images.
@@ -239,7 +243,8 @@ def _missing_message(files: ExpectedFiles, missing: Sequence[Path], root: Path) 
 def _damage_message(paths: Sequence[Path], reason: str) -> str:
     return (
         f"damaged or truncated: {', '.join(map(str, paths))}\n{reason}\n"
-        f"delete it and type dataset.download=true, or type dataset.root=DIR for a folder with intact files"
+        "delete the damaged files and type dataset.download=true, or type dataset.root=DIR for a folder with "
+        "intact files"
     )
 
 

@@ -1,9 +1,9 @@
 """Handwritten digits of scikit-learn: 1,797 images, 8x8, ten classes. This is the default data set.
 
-They are the test part of the "Optical Recognition of Handwritten Digits" set (UCI; E. Alpaydin, C. Kaynak, 1998), with
-grey values 0 to 16. A quarter of the images of each class forms the test split. It is the same in every run. One wrong
-image changes top-1 by 0.22 points. The sampling error of one run is about 0.7 points at 97.5 %. Differences below one
-point therefore need several seeds.
+The images are the test part of "Optical Recognition of Handwritten Digits" (UCI; E. Alpaydin, C. Kaynak, 1998), with
+grey values 0 to 16. A quarter of the images of each class forms the test split, which is the same in every run. One
+wrong image changes top-1 by 0.22 points. At a top-1 of 97.5 %, the sampling error of one run is about 0.7 points. To
+show a difference below one point, use several seeds.
 """
 
 import gzip
@@ -18,13 +18,14 @@ from qbench.data.dataset import Dataset, Split, split_validation
 from qbench.data.normalize import mean_and_std
 
 TEST_SHARE = 0.25
-"""Share of each class in the test split."""
+"""Share of the images of each class that forms the test split."""
 
 
 def read() -> Split:
     """Return all images (1797, 1, 8, 8), with grey values 0, 15, ..., 240, and their labels.
 
-    The file is read from scikit-learn's folder. scikit-learn is not imported, because the import takes a second.
+    The function reads the file from scikit-learn's folder. It does not import scikit-learn, because the import takes a
+    second.
     """
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
@@ -37,7 +38,7 @@ def read() -> Split:
 
 
 def build(*, val: float = 0.1, pad: int = 1) -> Dataset:
-    """Return the digits.
+    """Return the data set `digits`.
 
     Args:
         val: share of the training images in the validation split.

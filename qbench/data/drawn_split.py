@@ -1,8 +1,8 @@
 """Defines splits whose images are read again in every epoch, because a random transform changes them.
 
-The images come from a map-style torch data set, one at a time, in the main process. Before each image, the random
+The images come from a map-style torch data set, one at a time, in the main process. Before an image is read, the random
 number generators of torch, NumPy and Python are seeded from (seed, epoch, index of the image). A run that stops at any
-batch therefore resumes with the same images. In evaluation, each image has one fixed seed.
+batch therefore resumes with the same images. In evaluation, the seed of an image is fixed.
 """
 
 import random
@@ -18,12 +18,12 @@ from torch import Tensor
 from qbench.errors import DataError
 
 Ends = tuple[tuple[float, ...], tuple[float, ...]]
-"""Lowest and highest value of the images, per channel."""
+"""Lowest values and highest values of the images, each with one number per channel."""
 
 
 @runtime_checkable
 class MapDataset(Protocol):
-    """A map-style torch data set of (image, label)."""
+    """A map-style torch data set whose items are (image, label)."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -34,15 +34,15 @@ class MapDataset(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DrawnSplit:
-    """A split of images that a torch data set returns, with labels int64 (N,).
+    """A split of N images, each of which is read from a torch data set when it is needed.
 
     Args:
         source: the torch data set.
-        index: int64 (N,), the images of `source` in this split.
-        labels: the labels.
-        first: the images as evaluation reads them, for their shape and type: (1, C, H, W).
+        index: positions of the split's images in `source`, (N,) int64.
+        labels: the labels, (N,) int64.
+        first: one image as evaluation reads it, (1, C, H, W). It gives the shape and the type of all images.
         digests: sha256 of each image as evaluation reads it.
-        ends: lowest and highest values of the images as evaluation reads them, per channel.
+        ends: lowest and highest pixel value per channel, of the images as evaluation reads them.
     """
 
     source: MapDataset
@@ -67,11 +67,11 @@ class DrawnSplit:
         return channels, height, width
 
     def to(self, device: torch.device) -> "DrawnSplit":
-        """Return the split with its labels on a device."""
+        """Return the split with its labels on a device. The images stay where they are."""
         return replace(self, labels=self.labels.to(device))
 
     def take(self, index: Tensor) -> Self:
-        """Return the split of the images that an index tensor (n,) selects."""
+        """Return a split with only the images that an index tensor (n,) selects."""
         digests = tuple(self.digests[i] for i in index.tolist())
         return replace(self, index=self.index[index], labels=self.labels[index], digests=digests)
 
@@ -79,9 +79,9 @@ class DrawnSplit:
         """Return images (n, C, H, W) of the split.
 
         Args:
-            index: (n,).
-            draws: uniform random numbers in [0, 1), (n, 2 or more), that seed the transform of each image. None means
-                the fixed seeds of evaluation.
+            index: positions in this split, (n,).
+            draws: uniform random numbers in [0, 1), of shape (n, 2 or more). They give the seed of each image's
+                transform. None means the fixed seeds of evaluation.
         """
         places = self.index[index].tolist()
         seeds = places if draws is None else _seeds(draws)
@@ -91,14 +91,14 @@ class DrawnSplit:
 
 
 def _seeds(draws: Tensor) -> list[int]:
-    """Return a seed of 48 bits for each row of uniform random numbers, which have 24 bits each."""
+    """Return a 48-bit seed for each row of random numbers. Each random number contributes 24 bits."""
     bits = (draws[:, :2].double() * 2**24).long()
     return (bits[:, 0] * 2**24 + bits[:, 1]).tolist()
 
 
 @contextmanager
 def own_random_state() -> Iterator[None]:
-    """Restore the state of the random number generators of the CPU on exit."""
+    """Restore the states of the CPU's random number generators on exit."""
     torch_state, numpy_state, python_state = (
         torch.default_generator.get_state(),
         np.random.get_state(),
@@ -113,20 +113,23 @@ def own_random_state() -> Iterator[None]:
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed the generators of the CPU. `torch.manual_seed` would also seed those of a GPU."""
+    """Seed the CPU's random number generators.
+
+    `torch.manual_seed` is not used, because it would also seed the generators of the GPU.
+    """
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def read_item(source: MapDataset, place: int, seed: int | None) -> tuple[Tensor, int]:
-    """Return the image (C, H, W), uint8 or float32, and the label of one item of a torch data set.
+    """Return one item of a torch data set: the image (C, H, W), uint8 or float32, and the label.
 
     Args:
-        seed: seed of a random transform, or None to draw from the generators as they are.
+        seed: seed for a random transform. None means that the generators are not seeded.
 
     Raises:
-        DataError: the item is not (image, label) of these types.
+        DataError: the item is not (image, label), or the image or label has an unsupported type.
     """
     if seed is not None:
         seed_cpu(seed)
@@ -148,16 +151,16 @@ def _image(image: object, place: int) -> Tensor:
         return image.detach() if image.dtype == torch.uint8 else image.detach().float()
     found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
     raise DataError(
-        f"image {place} is {found}: must be a tensor (C, H, W), uint8 or float, or an image of PIL\n"
+        f"image {place} is {found}: must be a tensor (C, H, W), uint8 or float, or a PIL image\n"
         "add torchvision's transforms.ToTensor() to the transform"
     )
 
 
 def seem_channels_last(shape: Sequence[int]) -> bool:
-    """Return whether the channels of an image of three dimensions are probably the last dimension.
+    """Return whether the last dimension of a three-dimensional image probably contains the channels.
 
-    They are if it is a usual number of channels and the first is not, or if only the first two dimensions are equal, as
-    height and width often are.
+    The answer is yes in two cases. First, the last dimension is a usual number of channels and the first dimension is
+    not. Second, only the first two dimensions are equal, as height and width often are.
     """
     first, second, last = shape
     if last in (1, 3, 4) and first not in (1, 3, 4):
@@ -166,9 +169,9 @@ def seem_channels_last(shape: Sequence[int]) -> bool:
 
 
 def _tensor_of_pil(image: Any, place: int) -> Tensor:
-    """Return an image of PIL as a tensor (C, H, W). Colours of 8 bits that are not RGB become RGB.
+    """Return a PIL image as a tensor (C, H, W). Other 8-bit colour formats are converted to RGB.
 
-    Pixels of a palette image are numbers of colours, which have no order.
+    Palette images are also converted, because their pixels are indices into a list of colours.
     """
     array = np.array(image)
     if array.dtype == np.uint8 and image.mode not in ("L", "LA", "RGB", "RGBA"):
@@ -187,4 +190,4 @@ def _label(label: Any, place: int) -> int:
             return int(label)
     except (TypeError, ValueError, RuntimeError):
         pass
-    raise DataError(f"label {place} is {label!r}: must be a whole number from 0")
+    raise DataError(f"label {place} is {label!r}: must be a whole number of 0 or more")

@@ -5,9 +5,9 @@ H. Xiao, K. Rasul, R. Vollgraf, 2017, arXiv 1708.07747. 60,000 training and 10,0
 sneaker, bag, ankle boot. It is harder than MNIST, because shirts resemble T-shirts, pullovers and
 coats.
 
-The images are read from `<root>/FashionMNIST/raw/`. The files have the names of MNIST's files, with or without .gz. The
-augmentation is that of CIFAR-10: the image is padded by 4 black pixels, cropped at random to its original size, and
-mirrored half of the time.
+The images are read from `<root>/FashionMNIST/raw/`. The files have the names of MNIST's files, with or without .gz. As
+in CIFAR-10, the image is padded by 4 black pixels, cropped at random to its original size, and mirrored with
+probability 1/2.
 """
 
 from qbench.data.augment import Augment

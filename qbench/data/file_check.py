@@ -1,17 +1,19 @@
-"""Checks once whether every image file of a data set is complete, and hashes all files.
+"""Checks that every image file of a data set is complete, and hashes the files.
 
-Reading all files of a large data set takes longer than many runs, so the check is done only once. A data set of up to 4
-GiB is read completely. In a larger data set, only the size and the first and last 4096 bytes of each file are read and
-hashed (11 GB in ImageNet's 1,331,167 files). The data set's fingerprint states whether the files were hashed completely
-or in part. The result is stored in the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It remains
-valid while the names, sizes, modification times and inodes of all files stay the same.
+Reading all files of a large data set takes longer than many runs, so the check is done only once. Its result is stored
+in the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. The result remains valid while the names,
+sizes, modification times and inodes of all files stay the same.
 
-A JPEG or PNG file passes if PIL recognizes its header and the file has the end of a complete file. A PNG that is read
-completely must also have correct checksums. Files of other formats are decoded. Damage in the middle of a file may
-remain undetected until the file is decoded.
+If a data set has up to 4 GiB, all bytes are read and hashed. In a larger data set, only the size and the first and last
+4096 bytes of each file are read and hashed. For ImageNet, these are 11 GB in 1,331,167 files. The data set's
+fingerprint states whether all bytes were hashed.
 
-Images of more than 8 bits per channel are decoded too. White is 65535 in such an image, so that values of 10 or 12 bits
-would become almost black. Such a set is refused.
+A JPEG or PNG file passes if PIL recognizes its header and if the last bytes contain the format's end marker. A PNG file
+that is read completely must also have correct checksums. Files of other formats are decoded. Damage in the middle of a
+JPEG or PNG file may remain undetected until a run decodes the file.
+
+Images with more than 8 bits per channel are also decoded. In these images, white must be 65535. Files that store 10-bit
+or 12-bit values would therefore become almost black images, and such a data set is refused.
 """
 
 import hashlib
@@ -39,18 +41,18 @@ END_BYTES = 4096
 
 THREADS = 8
 VERSION = 3
-"""Version of the cached result."""
+"""Version number of the format of the cached result."""
 
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-"""Maps PIL's name of a format to bytes that are near the end of every complete file of this format."""
+"""Maps PIL's name of an image format to the end marker, which is near the end of every complete file."""
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """The result of a check.
+    """The result of checking all files of a data set.
 
-    It contains the number, the total bytes and the hash of the files, and a text that says which bytes were hashed.
-    `height` and `width` are those of all images, or 0 if the images differ in size.
+    It contains the number of files, their total size in bytes, their hash, and a text that says which bytes were
+    hashed. `height` and `width` are the size of every image in pixels, or 0 if the images differ in size.
     """
 
     count: int
@@ -68,9 +70,10 @@ class FileCheck:
 
 
 class _FileFacts(NamedTuple):
-    """One file: its hash, its size in pixels, and its largest value if it has more than 8 bits.
+    """The result of checking one file: hash of the file, size in pixels and largest value of the image.
 
-    The largest value is that of the upper 8 bits. It is None for an image of 8 bits.
+    The largest value is known only for images with more than 8 bits, and counts only the upper 8 of 16 bits. It is None
+    for an 8-bit image.
     """
 
     digest: bytes
@@ -109,7 +112,7 @@ def check_files(root: str, names: Sequence[str]) -> FileCheck:
 
 
 def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[FileCheck, list[tuple[str, str]]]:
-    """Return the result of the check, and (name, reason) of each file that is not a complete image."""
+    """Return the result of the check, and a pair (name, reason) for each file that is not a complete image."""
     whole = sum(sizes) <= MAX_WHOLE_BYTES
     total, shapes = hashlib.sha256(), set()
     brightest: dict[str, int] = {}  # part of the data set, such as train -> largest value of its deep images
@@ -138,7 +141,7 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
 
 
 def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
-    """Refuse images of more than 8 bits that leave the upper bits of 16 unused."""
+    """Raise `DataError` if the images have more than 8 bits but do not use the upper bits of 16."""
     for part, value in brightest.items():
         if value < 128:
             raise DataError(
@@ -148,9 +151,9 @@ def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
 
 
 def _check_file(path: str, size: int, whole: bool) -> _FileFacts:
-    """Return the hash of one image file and the image's size.
+    """Return the facts about one image file.
 
-    The function raises an error of any kind if the file is not a complete image.
+    If the file is not a complete image, the function raises an exception, which may be of any type.
     """
     if not size:
         raise ValueError("empty")

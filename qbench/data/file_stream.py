@@ -3,9 +3,9 @@
 A batch depends only on the paths of its images and on the random numbers of their augmentation (draws). The number of
 workers therefore does not change the batches.
 
-The workers are processes of torch's DataLoader, started by a fork server. The server is a fresh process, so the workers
-inherit no locks, open files or CUDA state. Workers end when the epoch or the main process ends. Workers ignore signals
-to the whole process group, because the main process handles these signals.
+The workers are processes of torch's DataLoader, and a fork server starts them. The fork server is a fresh process, so
+the workers inherit no locks, open files or CUDA state. Workers end when the epoch or the main process ends. Workers
+ignore signals such as Ctrl-C, because the main process handles them.
 """
 
 import multiprocessing
@@ -35,12 +35,12 @@ START_METHOD = "forkserver"
 
 @dataclass(frozen=True)
 class FileSplit:
-    """A split with images in files and labels int64 (N,).
+    """A split of N images that stay in their files.
 
     Args:
         root: the folder of the files.
         names: names of the files relative to `root`.
-        labels: the labels.
+        labels: the labels, (N,) int64.
         side: size in pixels to which the shorter side of an image is resized before a crop of fixed size.
         cache: decoded images of the files, or None.
         rows: the rows of the images in the cache, int64 (N,).
@@ -58,16 +58,16 @@ class FileSplit:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the smallest image that can be cropped."""
+        """Shape (C, H, W) of the smallest image that `augment` can crop."""
         return 3, self.side, self.side
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of decoded images."""
+        """uint8, the type of decoded images."""
         return torch.uint8
 
     def to(self, device: torch.device) -> "FileSplit":
-        """Return the split with its labels on a device."""
+        """Return the split with its labels on a device. The images stay in their files."""
         return replace(self, labels=self.labels.to(device))
 
     def take(self, index: Tensor) -> Self:
@@ -108,9 +108,9 @@ class DecodedBatch(NamedTuple):
 
 
 class Decoder:
-    """Decodes the images of a job into a batch.
+    """Decodes the files of a job into a batch of images.
 
-    The DataLoader uses the object as its dataset, so each worker gets a copy.
+    The DataLoader takes this object as its data set, so each worker gets a copy of the object.
     """
 
     def __init__(self, side: int, augment: Augment, cache: "ImageCache | None" = None) -> None:
@@ -137,21 +137,21 @@ def decoded_batches(
     split: FileSplit, indices: Sequence[Tensor], draws: Tensor | None, augment: Augment, workers: int,
     device: torch.device,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Yield one batch of images uint8 (n, 3, size, size) in channels_last for each index tensor, in order.
+    """Yield one batch of decoded images for each index tensor, in order.
 
     Args:
         split: the split of N images.
-        indices: the indices of the n images of each batch.
-        draws: uniform random numbers of the augmentation, of shape (N, k), with k numbers per image of the split. None
-            means centre crops.
+        indices: one tensor per batch, with the indices of its n images.
+        draws: uniform random numbers in [0, 1) for the augmentation, of shape (N, k), with k numbers per image of the
+            split. None means centre crops.
         augment: the augmentation.
         workers: number of worker processes, at most one per core of this process's share. If it is 0, this process
             decodes the images.
         device: the device of the batches.
 
     Raises:
-        DataError: some images cannot be decoded. No batch is yielded after the first bad image. The remaining files are
-            still read, and the message names all bad files.
+        DataError: some images cannot be decoded. The function yields no batch after the first bad image, but it still
+            reads the remaining files, so that the message can name all bad files.
     """
     bad: list[tuple[str, str]] = []
     for batch in _decode_with_fallback(
@@ -173,7 +173,7 @@ def _decode_with_fallback(
 ) -> Iterator[DecodedBatch]:  # fmt: skip
     """Yield the decoded batches.
 
-    If a worker is killed, this process decodes the remaining batches. The results are the same.
+    If a worker process is killed, the main process decodes the remaining batches. The batches are the same.
     """
     done, workers = 0, min(workers, own_cores(), len(indices))
     while True:
@@ -223,7 +223,7 @@ def _identity(batch: DecodedBatch) -> DecodedBatch:
 def _ensure_fork_server() -> None:
     """Ensure that the fork server is running.
 
-    The server and its children inherit the blocked signals.
+    The fork server starts while signals are blocked. It and the workers therefore never receive these signals.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -243,6 +243,6 @@ def _end_with_main_process(worker: int) -> None:
 
 
 def _exit_after(process: int) -> None:
-    """Wait until the process with the given handle ends, then end this process."""
+    """Wait until the process with the given handle ends, then end the current process."""
     wait([process])
     os._exit(0)

@@ -1,23 +1,24 @@
 """Your own images, with one folder per class.
 
-The files are root/train/CLASS/*.jpg, and root/val/CLASS/*.jpg or root/test/CLASS/*.jpg. Classes are the folders of
-train, sorted by name. Images may be in subfolders. A link to a folder that is read already is refused. Files with the
-suffix of an image format (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP) are images. Other files are counted and ignored.
-Grey, CMYK, palette and 16-bit images become RGB. White is 65535 in 16-bit images, and sets that use fewer bits are
-refused. The EXIF orientation is ignored, as in torchvision. The validation split is the share `val` of the images in
-the folder train. The test split is the folder val or test.
+Training images are root/train/CLASS/*.jpg. Test images are root/val/CLASS/*.jpg or root/test/CLASS/*.jpg. The share
+`val` of the training images becomes the validation split. Classes are the folders in train, sorted by name. Images may
+also be in subfolders of a class. A link to a folder that is already read is refused.
 
-With `test=0.2`, the files are root/CLASS/*.jpg. The test split is a fifth of the images of each class, always the same
-images.
+Files with the suffix of an image format (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP) are images. Other files are counted
+and ignored. Grey, CMYK, palette and 16-bit images are converted to RGB. In 16-bit images, white must be 65535, and data
+sets that use fewer bits are refused. The EXIF orientation is ignored, as in torchvision.
 
-With `augment=plain`, the shorter side is resized to `resize`. Then `size` x `size` pixels are
-cropped, at random in training and in the centre in evaluation. With `augment=inception`, training
-crops have a random area, 8 % to 100 % of the image, and a random aspect, 3/4 to 4/3 (Szegedy et al.
-2014, arXiv 1409.4842, section 6). They are resized to `size`. `jitter=0.4` also changes brightness,
-contrast and saturation.
+With `test=0.2`, all images are root/CLASS/*.jpg, and a fifth of the images of each class form the test split. The test
+split is the same in every run.
 
-Images are kept in memory if all have the same size and together fit into 2 GiB. Otherwise, and always with
-`augment=inception`, `runtime.num_workers` processes decode them when they are needed. Both ways give the same batches.
+With `augment=plain`, the shorter side of an image is resized to `resize` pixels. Then `size` x `size` pixels are
+cropped, at a random position in training and in the centre in evaluation. With `augment=inception`, a training crop
+covers a random 8 % to 100 % of the image and has a random aspect ratio from 3/4 to 4/3 (Szegedy et al. 2014, arXiv
+1409.4842, section 6). The crop is resized to `size` x `size` pixels. `jitter=0.4` also changes brightness, contrast and
+saturation.
+
+With `augment=plain`, images are kept in memory if all have the same size and together fit into 2 GiB. In all other
+cases, `runtime.num_workers` processes decode images when they are needed. The batches are the same.
 """
 
 from qbench.data.augment import Augment
@@ -34,7 +35,7 @@ from qbench.data.image_folders import (
 from qbench.data.normalize import Normalize
 
 MIN_AREA = {"plain": 0.0, "inception": 0.08}
-"""Maps a value of `augment` to the smallest share of the image in a crop, or to 0 for crops of fixed size."""
+"""Maps a value of `augment` to the smallest fraction of the image that a crop covers. 0 means crops of fixed size."""
 
 
 def build(
@@ -73,7 +74,7 @@ def build(
 
 
 def photo_augment(name: str, size: int, pad: int, flip: bool, jitter: float) -> Augment:
-    """Return the augmentation for a value of `augment`."""
+    """Return the augmentation that a value of `augment` stands for."""
     if name not in MIN_AREA:
         raise ValueError(f"augment={name}: must be one of {', '.join(MIN_AREA)}")
     if pad and MIN_AREA[name]:

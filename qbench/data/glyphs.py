@@ -1,31 +1,31 @@
-"""Digits and capitals rendered offline from matplotlib's fonts; the test images use other fonts.
+"""Digits and capital letters in matplotlib's fonts; training and test images use different fonts.
 
-By default, the images have CIFAR's shape. Any number of images can be drawn. The same seed always gives the same
-images. There are 34 classes: 0-9 and A-Z without I and O. In many fonts, I looks like a 1 and O like a 0. Small letters
-are left out, because many look like their capitals at random size.
+By default, the images have CIFAR's shape. The images are rendered on this machine, in any number. The same seed always
+gives the same images. There are 34 classes: 0-9 and A-Z without I and O. In many fonts, I looks like a 1 and O like a
+0. Small letters are left out, because the size is random and many small letters look like small capitals.
 
 21 of matplotlib's 40 fonts have ordinary digits and letters (DejaVu Sans, Sans Mono and Serif; STIXGeneral; cmb, cmr,
 cmss, cmti, cmtt). 16 of them draw the training images and 5 the test images. Symbol fonts (STIXSiz*, STIXNonUni*,
 cmex10, cmsy10, DejaVu*Display, LastResort) are not used. cmmi10 is not used because its digits are old-style. The
-validation images are a part of the training images, so they show the training fonts.
+validation images are taken from the training images, so they show the training fonts.
 
 The glyph is brighter than the background in every channel, and every image is shifted to mean 128. Both rules make the
-task learnable. Without them (the glyph randomly brighter or darker in each channel, the mean free), a small network
-stayed at chance for ten epochs.
+task easier to learn. In images without these rules, the glyph was randomly brighter or darker in each channel and the
+mean was random. On such images, a small network stayed at chance level for ten epochs.
 
-`difficulty` scales all random properties except colour and font: rotation, shear, size, proportions, place, loss of
-contrast, uneven background, fragments of other glyphs at the border, and noise. At 0, glyphs are upright, centred and
-clean. At every difficulty and size, the same seed draws the same glyphs, fonts and colours.
+`difficulty` scales all random properties except colour and font: rotation, shear, size, proportions, position, loss of
+contrast, uneven background, fragments of other glyphs at the border, and noise. At difficulty 0, glyphs are upright,
+centred and clean. A seed gives the same glyphs, fonts and colours at every difficulty and image size.
 
-Top-1 was measured on the 10,000 test images (sampling error +-0.5) for the float baseline of
+We measured top-1 in % on the 10,000 test images (sampling error +-0.5 points) for the float baseline of this command:
 
     qbench dataset=glyphs model.width=16 model.stem_stride=2 dataset.difficulty=D
 
-The network is a pre-activation ResNet-8, trained on one thread for 10 epochs of the 10,810 training images: SGD with
-learning rate 0.1, a cosine schedule and batches of 64. Top-1 was 95.7 at D = 1, 93.1 at 1.1 and 88.1 at 1.2 (one seed).
-With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5 and 93.3 at D = 1 (mean of three seeds,
-from 92.9 to 93.6). At D = 1.5 it was 52 and still rising. The default is D = 1.1. There, float networks reach about 92
-%, and different bit widths give different accuracy.
+The network is a pre-activation ResNet-8. It was trained for 10 epochs of the 10,810 training images on one thread, with
+SGD, learning rate 0.1, a cosine schedule and batches of 64. With one seed, top-1 was 95.7 at D = 1, 93.1 at D = 1.1 and
+88.1 at D = 1.2. With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5, 93.3 at D = 1 (mean of
+three seeds, from 92.9 to 93.6), and 52 at D = 1.5, where it was still rising. The default is D = 1.1, where float
+networks reach about 92 % and different bit widths give different accuracy.
 
 Rendering 22,000 images and computing their mean and standard deviation takes 1.8 to 2.5 s on one
 core.
@@ -90,13 +90,13 @@ def build(
     """Return the rendered data set.
 
     Args:
-        train, test: number of training images, validation included, and of test images.
+        train, test: number of training images (including validation images), and number of test images.
         size: height and width in pixels, 8 or more.
-        difficulty: from 0 (clean) to 2. The head of this file explains the default of 1.1.
-        seed: seed of the images, 0 or more. Training and test images use separate random streams.
+        difficulty: from 0 (clean) to 2. The module's docstring explains the default of 1.1.
+        seed: seed of the images, 0 or more. Training and test images use separate sequences of random numbers.
         val: share of the training images in the validation split.
-        pad: pixels added on each side before the random crop. They repeat the border pixels,
-            because the background is not black.
+        pad: number of pixels that are added on each side before the random crop. The added pixels repeat the border
+            pixels, because the background is not black.
     """
     _check_minimum(0, seed=seed, pad=pad)
     _check_minimum(1, train=train, test=test)
@@ -121,9 +121,9 @@ def render(count: int, *, size: int = 32, fonts: Sequence[str], seed: int, diffi
 
     Every image has mean 128 before clipping.
 
-    Image i depends on (seed, i) and the other arguments, not on `count`, the number of threads or any global state. The
-    bytes are the same with the same builds of torch and Pillow and the same kind of CPU. Each group of images 0-33,
-    34-67, ... contains every class once.
+    Image i depends on `seed`, i, `size`, `difficulty` and the fonts. It does not depend on `count`, on the number of
+    threads or on any global state. The bytes are the same on the same kind of CPU with the same builds of torch and
+    Pillow. Each group of 34 consecutive images (0-33, 34-67, ...) contains every class once.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -147,7 +147,7 @@ def _check_minimum(minimum: int, **values: int) -> None:
 
 
 def _masks(fonts: Sequence[str], side: int) -> Tensor:
-    """Return every letter of every font, drawn once and centred: uint8 (F, L, S, S)."""
+    """Return the centred masks of L letters in F fonts: uint8 (F, L, S, S), with S x S pixels per mask."""
     from PIL import Image, ImageDraw, ImageFont
 
     masks = np.zeros((len(fonts), len(CLASSES), side, side), np.uint8)
@@ -178,9 +178,9 @@ def _font_path(font: str) -> str:
 
 
 def _render_chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) -> tuple[Tensor, Tensor]:
-    """Return chunk k: images uint8 (CHUNK, 3, size, size) and labels (CHUNK,).
+    """Return the images and labels of chunk k: uint8 (CHUNK, 3, size, size) and (CHUNK,).
 
-    The order of the draws is fixed.
+    The random numbers are drawn in a fixed order. A change of this order changes all images.
     """
     generator = Generator().manual_seed(int(np.random.SeedSequence([seed, k]).generate_state(1)[0]))
 
@@ -214,7 +214,7 @@ def _render_chunk(masks_FLSS: Tensor, size: int, seed: int, k: int, d: float) ->
 
 
 def _interpolate_knots(knots_NC44: Tensor, size: int) -> Tensor:
-    """Interpolate 4x4 knots linearly to (N, C, size, size).
+    """Interpolate grids of 4x4 values linearly to (N, C, size, size).
 
     F.interpolate is not used, because the last bit of its results depends on the number of threads.
     """
@@ -227,7 +227,7 @@ def _interpolate_knots(knots_NC44: Tensor, size: int) -> Tensor:
 
 
 def _warp(mask_NSS: Tensor, u_N4: Tensor, centre_N2: Tensor, size: int, d: float) -> Tensor:
-    """Rotate, shear, scale and move masks; return ink in [0, 1], (N, 1, size, size).
+    """Rotate, shear, scale and move masks of glyphs. Return values in [0, 1] of shape (N, 1, size, size).
 
     A pixel at position p shows the mask at position inv(turn @ shear @ scale) (p - centre).
     Coordinates are 0 in the middle of the image and 1 at its border. The products are written out,

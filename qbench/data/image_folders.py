@@ -1,6 +1,6 @@
 """Finds images in folders, one folder per class, and builds a data set from them.
 
-The images are kept in memory, or they stream from their files.
+The images are kept in memory, or they are read from their files when they are needed.
 """
 
 import os
@@ -23,33 +23,33 @@ from qbench.data.normalize import Normalize, normalization
 from qbench.errors import DataError, ResourceError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Suffixes of image files in lower case. The list is that of torchvision's ImageFolder."""
+"""Suffixes of image files, in lower case, as in torchvision's ImageFolder."""
 
 MAX_MEMORY = 2**31
 """Maximum total size in bytes of images that are kept in memory (2 GiB). The limit is the same on every machine."""
 
 STATISTICS_IMAGES = 1000
-"""Number of images from which `normalize=own` computes mean and standard deviation if the images stream from files.
+"""Number of images from which `normalize=own` computes the mean and the standard deviation of streamed images.
 
 These images are evenly spaced in the training split.
 """
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
-"""Usual names of the folders of splits, in lower case."""
+"""Usual names of folders that contain a split, in lower case."""
 
 FolderId = tuple[int, int]
-"""Device and inode of a folder, which are the same on every path to it."""
+"""Device and inode of a folder. Two paths to the same folder have the same device and inode."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files of a split.
+    """The image files that were found for a split.
 
     Args:
         names: names of the files below the root, in order.
         labels: the labels of the images.
-        ignored: number of other files.
-        folders: all folders that were read.
+        ignored: number of files that are not images.
+        folders: device and inode of all folders that were read.
     """
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class ImageFiles:
 
 
 def classes_in(root: Path, part: str) -> list[str]:
-    """Return the names of the class folders of a part of a data set, sorted. Hidden folders do not count.
+    """Return the sorted names of the class folders in root/part. Hidden folders are ignored.
 
     The part `.` is the root itself.
 
@@ -76,30 +76,31 @@ def classes_in(root: Path, part: str) -> list[str]:
 
 
 def classes_of_one_folder(root: Path) -> list[str]:
-    """Return the names of the class folders of a folder that is not divided into splits.
+    """Return the sorted names of the class folders in `root`, which must not be divided into splits.
 
     Raises:
-        DataError: the folder does not exist, contains no folders, or is divided.
+        DataError: `root` does not exist, contains no folders, or contains folders of splits, such as train.
     """
     classes = classes_in(root, ".")
     if splits := [name for name in classes if name.lower() in SPLIT_NAMES]:
         alone = "train" if "train" in splits else splits[0]
         raise DataError(
             f"{root} contains {_first_names([f'{name}/' for name in splits])}, which are splits and not classes\n"
-            f"type dataset.test=auto, or the name of the test split, or dataset.root={root / alone} for {alone}/ alone"
+            f"type dataset.test=auto, or the name of the test split, or dataset.root={root / alone} to read only "
+            f"{alone}/"
         )
     return classes
 
 
 def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles | None = None) -> ImageFiles:
-    """Return the image files below root/part/CLASS, at any depth. The suffix decides whether a file is an image.
+    """Return the files below root/part/CLASS, at any depth, that have the suffix of an image format.
 
-    The part `.` is the root itself. `train` contains the training images, whose folders must not be read again as test
-    images.
+    If `part` is `.`, the class folders are in `root` itself. `train` contains the training images that were found
+    before. Their folders must not be read again as folders of test images.
 
     Raises:
-        DataError: a class folder of train has no image, there is no image at all, a class is not in
-            `classes`, or a link leads to a folder that is read already.
+        DataError: no image was found, a class folder of train contains no image, a folder is not in `classes`, or a
+            link leads to a folder that was already read.
     """
     folders = classes_in(root, part)
     if unknown := sorted(set(folders) - set(classes)):
@@ -126,17 +127,17 @@ def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles
 def find_test_folder(root: Path, part: str) -> str:
     """Return the name of the folder of test images.
 
-    This is `part`. If `part` is auto, it is val or test, whichever exists.
+    If `part` is auto, the folder is val or test, whichever exists. Otherwise, the folder is `part` itself.
 
     Raises:
-        DataError: neither val nor test exists, or both do.
+        DataError: `part` is auto, and neither or both of val and test exist.
     """
     if part != "auto":
         return part
     existing = [name for name in ("val", "test") if (root / name).is_dir()]
     if len(existing) == 2:
         raise DataError(
-            f"{root} contains val/ and test/\ntype dataset.test=val or dataset.test=test (the other is not read)"
+            f"{root} contains val/ and test/\ntype dataset.test=val or dataset.test=test (the other folder is not read)"
         )
     if not existing:
         raise _layout_error(root, f"{root} contains neither val/ nor test/; it contains {_contents(root)}")
@@ -144,13 +145,13 @@ def find_test_folder(root: Path, part: str) -> str:
 
 
 def hold_out_test(files: ImageFiles, share: float) -> tuple[ImageFiles, ImageFiles]:
-    """Divide the images of one folder into (train, test), stratified by class and always in the same way.
+    """Divide the images of one folder into (train, test), stratified by class. Equal arguments give equal results.
 
     Args:
-        share: the share of test images, above 0 and below 1.
+        share: share of the images that become test images, above 0 and below 1.
 
     Raises:
-        ValueError: `share` is out of range, a class has no training image left, or there is no test image.
+        ValueError: `share` is out of range, a class would have no training image, or there would be no test image.
     """
     if not 0 < share < 1:
         raise ValueError(f"test={share}: must be a share of the images, above 0 and below 1")
@@ -161,7 +162,9 @@ def hold_out_test(files: ImageFiles, share: float) -> tuple[ImageFiles, ImageFil
     )
     if len(trained) < len(classes) or not in_test.any():
         without = f"{len(classes - trained)} classes without training images" if trained < classes else "no test images"
-        raise ValueError(f"test={share}: leaves {without}, of {len(files.labels)} images in {len(classes)} classes")
+        raise ValueError(
+            f"test={share}: leaves {without}; there are {len(files.labels)} images in {len(classes)} classes"
+        )
     train, test = (
         replace(files, names=tuple(files.names[i] for i in places), labels=tuple(files.labels[i] for i in places))
         for places in ((~in_test).nonzero().flatten().tolist(), in_test.nonzero().flatten().tolist())
@@ -219,7 +222,10 @@ def dataset_from_files(
 
 
 def _enlargement(check: FileCheck, side: int, size: int) -> str:
-    """Return a note on images that are smaller than the crop, or nothing. It is known only if all have one size."""
+    """Return a note if the images are enlarged before they are cropped, else an empty text.
+
+    Images of different sizes get no note.
+    """
     if not 0 < min(check.height, check.width) < size:
         return ""
     own = min(check.height, check.width)
@@ -230,7 +236,7 @@ def _enlargement(check: FileCheck, side: int, size: int) -> str:
 
 
 def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, int] | None:
-    """Return (H, W) of the resized images, or None if their sizes differ or they do not fit into memory."""
+    """Return (H, W) of the resized images. Return None if the images differ in size or do not fit into memory."""
     height, width = check.height, check.width
     if not height or augment.area:
         return None
@@ -271,10 +277,10 @@ def _decode_all(
 
 
 def _statistics_images(split: Split | FileSplit) -> Tensor:
-    """Return the images from which mean and standard deviation are computed.
+    """Return the images from which the mean and the standard deviation of the data set are computed.
 
-    If the split is in memory, these are all its images. Otherwise the result contains the pixels of
-    `STATISTICS_IMAGES` images in the shape (1, 3, 1, pixels).
+    For a split in memory, these are all images. For a split in files, these are the pixels of `STATISTICS_IMAGES`
+    images, in the shape (1, 3, 1, pixels).
     """
     if isinstance(split, Split):
         return split.images
@@ -295,7 +301,7 @@ def _statistics_images(split: Split | FileSplit) -> Tensor:
 
 
 def _images_below(root: Path, folder: str, known: dict[FolderId, Path]) -> tuple[list[str], int]:
-    """Return the names of the images below root/folder, sorted, and the number of other files."""
+    """Return the sorted names of the images below root/folder, and the number of files that are not images."""
     names, others = [], 0
     for path, images, file_count in _walk(root / folder, known):
         others += file_count - len(images)
@@ -312,11 +318,14 @@ def _walk(folder: Path, known: dict[FolderId, Path]) -> Iterator[tuple[str, list
 
 
 def _enter(folder: Path, known: dict[FolderId, Path]) -> None:
-    """Add a folder to the known folders. Refuse it if a link led to a known folder."""
+    """Add a folder to the known folders.
+
+    Raise `DataError` if the folder is already known, which means that a link led to it.
+    """
     first = known.setdefault(_folder_id(folder), folder)
     if first != folder:
         raise DataError(
-            f"{folder} is the folder {first}, which is read already\n"
+            f"{folder} is the folder {first}, which was already read\n"
             "remove the link: each image must have one label, and no test image may be a training image"
         )
 
@@ -339,7 +348,7 @@ def _layout_error(root: Path, found: str) -> DataError:
 
 
 def _contents(folder: Path) -> str:
-    """Return a text that lists a few names in a folder."""
+    """Return a text with the first names in a folder, for a message."""
     if not folder.is_dir():
         return "nothing: it does not exist"
     entries = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(folder))

@@ -1,18 +1,19 @@
 """ImageNet, ILSVRC 2012: photographs in 1,000 classes.
 
-O. Russakovsky et al., 2014, arXiv 1409.0575. 1,281,167 training images and 50,000 validation
-images. As in all papers, the validation images serve as the test split, because the labels of the
-real test images are not public. The sampling error of one run on 50,000 images is about 0.2 points
-at 70 %.
+O. Russakovsky et al., 2014, arXiv 1409.0575. ImageNet has 1,281,167 training images and 50,000 validation images. As in
+the papers, the validation images are the test split, because the labels of the official test images are not public. At
+a top-1 of 70 %, the sampling error of one run on 50,000 images is about 0.2 points.
 
 The images are read from `<root>/train/nXXXXXXXX/*.JPEG` and `<root>/val/nXXXXXXXX/*.JPEG`. torchvision and most
-programs use this layout. Classes are sorted by name. The images stream from their files.
+programs use these folders. Classes are sorted by name. The images stay in their files and are decoded when they are
+needed.
 
-`augment=plain` resizes the shorter side to `resize`, crops `size` x `size` pixels at random and mirrors half of the
-images. The code of XNOR, INQ and HWGQ does the same (HWGQ with 227 pixels). `augment=inception` crops a random area and
-aspect, and `jitter=0.4` also changes the colours. This follows the ImageNet training code of He et al.
-(fb.resnet.torch), as tensorpack's DoReFa script does. He's code also adds noise along the principal components of the
-colours. This noise is not implemented here. Evaluation uses the centre crop of the resized image.
+`augment=plain` resizes the shorter side of an image to `resize` pixels, crops `size` x `size` pixels at random and
+mirrors half of the images. The code of XNOR, INQ and HWGQ does the same (HWGQ with 227 pixels). `augment=inception`
+crops a random area with a random aspect ratio, and `jitter=0.4` also changes the colours. Both follow the ImageNet
+training code of He et al. (fb.resnet.torch), as tensorpack's DoReFa script does. The code of He et al. also adds noise
+along the principal components of the colours, which qbench does not. Evaluation uses the centre crop of the resized
+image.
 """
 
 from qbench.data.dataset import Dataset

@@ -1,4 +1,4 @@
-"""Decodes, converts, resizes and crops one image file, and describes damage to the file.
+"""Decodes, converts, resizes and crops the image of one file.
 
 Resizing uses PIL's bilinear filter, which averages pixels when an image shrinks. Sizes and centre crops are rounded as
 in torchvision. The EXIF orientation is ignored, as in torchvision.
@@ -24,21 +24,21 @@ MAX_NAMED = 20
 """Maximum number of bad files that a message names."""
 
 MAX_DEEP = 2**16 - 1
-"""White in an image of more than 8 bits."""
+"""Value of white in an image with more than 8 bits per channel."""
 
 SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Numbers of system errors (too many open files, no memory) that do not mean that the file is damaged."""
+"""Numbers of system errors that do not mean that a file is damaged: too many open files, no memory."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image with three channels of 8 bits.
 
-    A grey channel is repeated three times. Values of 16 bits are reduced to their upper 8 bits. An alpha channel is
+    A grey channel is repeated three times. Only the upper 8 bits of 16-bit values are kept. An alpha channel is
     dropped.
 
     Raises:
-        ValueError: the pixels are floats, or integers that do not fit into 16 bits. They cannot be converted, because
-            the value of white is not known.
+        ValueError: the pixels are floats, or integers that do not fit into 16 bits. Such pixels cannot be converted,
+            because the value of white is not known.
     """
     if image.mode == "F":
         raise ValueError("the pixels are floats")
@@ -46,7 +46,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > MAX_DEEP:
-            raise ValueError(f"its pixels are {low} to {high}; must be 0 to {MAX_DEEP}")
+            raise ValueError(f"the pixel values are {low} to {high}: must be 0 to {MAX_DEEP}")
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -57,16 +57,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_deep(image: ImageFile.ImageFile) -> bool:
-    """Return whether an image that is not decoded yet has more than 8 bits per channel.
+    """Return whether an image has more than 8 bits per channel, before the image is decoded.
 
-    A PPM or PGM file states its white level, to which PIL scales. It therefore counts as 8 bits.
+    PPM and PGM files count as 8-bit images, because they state their value of white and PIL scales the pixels by it.
     """
     raw_modes = " ".join(str(tile[3]) for tile in image.tile)
     return image.format != "PPM" and (image.mode.startswith("I") or bool(re.search(";16[BLNS]", raw_modes)))
 
 
 def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    """Return the image resized so that its shorter side has `side` pixels, or unchanged if `side` is 0."""
+    """Resize an image so that its shorter side has `side` pixels. If `side` is 0, return the image unchanged."""
     width, height = image.size
     short, long = sorted((width, height))
     if not side or short == side:
@@ -76,13 +76,13 @@ def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 def decode_image(path: str | Path, side: int = 0) -> Pixels:
-    """Return a file's image as uint8 (H, W, 3). The shorter side is resized to `side` pixels unless `side` is 0."""
+    """Return the image of a file as uint8 (H, W, 3). The shorter side is resized to `side` pixels; 0 keeps its size."""
     with Image.open(path) as image:
         return np.array(resize_shorter_side(to_rgb(image), side))
 
 
 def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[float] | None) -> Tensor:
-    """Return a crop of a file's image as uint8 (size, size, 3).
+    """Return a crop of the image of a file as uint8 (size, size, 3).
 
     Args:
         path: the path of the file.
@@ -143,7 +143,7 @@ def fixed_crop(height: int, width: int, augment: Augment, draws: Sequence[float]
 
 
 def describe_error(error: Exception) -> str:
-    """Return a short reason why an image cannot be read, or raise the error again if the file is not its cause."""
+    """Return a short reason why an image cannot be read. If the file did not cause the error, raise the error again."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS):
         raise error
     if isinstance(error, UnidentifiedImageError):
@@ -166,5 +166,5 @@ def damaged_files_error(bad: Iterable[tuple[str, str]], checked: int, folder: st
     more = f", and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
     return DataError(
         f"{len(bad)} of {checked} image files in {folder} cannot be used\n{named}{more}\n"
-        "replace them by complete files, or remove them (this changes the data set)"
+        "replace them by complete files, or remove them (removing files changes the data set)"
     )

@@ -1,8 +1,8 @@
 """Chooses the constants that normalize images per channel: (x / 255 - mean) / deviation.
 
-`dataset.normalize` selects the mean and the standard deviation. With `own`, they are computed from the training images.
-Every other name stands for fixed numbers. Two lists, [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]], are the mean and the
-standard deviation themselves.
+`dataset.normalize` selects the mean and the standard deviation. With `own`, both are computed from the training images.
+Every other name stands for fixed numbers. The value can also be two lists, the means and the standard deviations, such
+as [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]].
 """
 
 import math
@@ -30,11 +30,11 @@ COUNTED = 1000
 
 
 def normalization(normalize: Normalize, images_NCHW: Tensor) -> MeanAndStd:
-    """Return (mean, std) per channel for a value of `normalize`. One number stands for all channels.
+    """Return (mean, std) per channel for a value of `normalize`. If a list has one number, all channels use it.
 
     Raises:
-        ValueError: the name is unknown, the lists are not a mean and a standard deviation, or the constants are for
-            another number of channels.
+        ValueError: the name is unknown, the lists are invalid, or the number of constants is not the number of
+            channels.
     """
     if normalize == "own":
         return mean_and_std(images_NCHW)
@@ -50,10 +50,10 @@ def normalization(normalize: Normalize, images_NCHW: Tensor) -> MeanAndStd:
 
 
 def _numbers(lists: list[list[float]]) -> MeanAndStd:
-    """Return mean and standard deviation from two lists of equal length.
+    """Return the means and the standard deviations that two lists of equal length contain.
 
     Raises:
-        ValueError: the lists are not of this form.
+        ValueError: the lists are not numbers, differ in length, or contain a value that is out of range.
     """
     if len(lists) == 2 and all(isinstance(numbers, list) and numbers for numbers in lists):
         mean, std = lists
@@ -61,7 +61,7 @@ def _numbers(lists: list[list[float]]) -> MeanAndStd:
         if len(mean) == len(std) and len(numbers) == 2 * len(mean) and min(std) > 0:
             return tuple(map(float, mean)), tuple(map(float, std))
     raise ValueError(
-        f"normalize={lists}: must be means and deviations above 0, of images in [0, 1], by channel\n"
+        f"normalize={lists}: must be means and deviations above 0, for images from 0 to 1, one number per channel\n"
         "write normalize=[[0.49,0.48,0.45],[0.25,0.24,0.26]]"
     )
 
@@ -69,8 +69,8 @@ def _numbers(lists: list[list[float]]) -> MeanAndStd:
 def mean_and_std(images_NCHW: Tensor) -> MeanAndStd:
     """Return mean and standard deviation per channel of uint8 images, on the scale [0, 1].
 
-    They are computed from the histogram of grey values. This is exact for any number of images and needs no float copy
-    of the images.
+    Both are computed from the histogram of pixel values. The histogram gives exact results for any number of images and
+    needs no float copy of the images.
     """
     counts = torch.zeros(images_NCHW.shape[1], 256, dtype=torch.int64)
     for images in torch.split(images_NCHW, COUNTED):

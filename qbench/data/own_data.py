@@ -1,10 +1,10 @@
-"""Turns what a user's function returns into a data set: tensors, arrays of NumPy, or torch data sets.
+"""Makes a data set from what a user's function returns: tensors, NumPy arrays, or torch data sets.
 
 The function returns (train, test) or (train, val, test). Each part is (images, labels), or a map-style torch data set
-of (image, label). Without a validation part, a share of the training images becomes the validation split.
+whose items are (image, label). If val is missing, a share of the training images becomes the validation split.
 
-Images uint8 are normalized by the mean and standard deviation of the training images. Float images are used as they
-are, because a transform has normalized them already.
+uint8 images are normalized with the mean and the standard deviation of the training images. Float images are used as
+they are, because a transform usually has normalized them.
 """
 
 import hashlib
@@ -21,30 +21,33 @@ from qbench.data.normalize import MeanAndStd, mean_and_std
 from qbench.errors import DataError
 
 MAX_MEMORY = 2**32
-"""Maximum size in bytes of a split of a torch data set that is kept in memory. Larger splits are read every epoch."""
+"""Maximum size in bytes of a torch data set that is kept in memory. A larger one is read again in every epoch."""
 
 STATISTICS_IMAGES = 1000
-"""Number of images from which mean and standard deviation are computed, if the images are read in every epoch."""
+"""Number of images from which the mean and the standard deviation are computed if images are read in every epoch."""
 
 COMPARED = 256
-"""Largest number of images that are read twice with the same seeds. A transform may change a few images only."""
+"""Maximum number of images that are read twice with the same seed.
+
+One image is not enough, because some transforms change only a few images.
+"""
 
 FORMS = "expected: a Dataset, or (train, test) or (train, val, test), each of them (images, labels) or a torch data set"
 
 
 def has_validation(returned: object) -> bool:
-    """Return whether a function has returned a validation split."""
+    """Return whether the value that a user's function returned contains a validation split."""
     return isinstance(returned, Dataset) or (isinstance(returned, tuple | list) and len(returned) == 3)
 
 
 def as_dataset(name: str, returned: object, val: float) -> Dataset:
-    """Return the data set that a user's function has returned in one of several forms.
+    """Return a data set from the value that a user's function returned.
 
     Args:
-        val: share of the training images in the validation split, if the function has not returned one.
+        val: share of the training images in the validation split, if the value contains no validation split.
 
     Raises:
-        DataError: the function has returned something else. The message shows the expected forms.
+        DataError: the value has none of the expected forms. The message lists these forms.
         ValueError: `val` is out of range.
     """
     if isinstance(returned, Dataset):
@@ -65,11 +68,11 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
 
 
 def _check_first_label(parts: Mapping[str, Split | DrawnSplit]) -> None:
-    """Refuse labels that start above 0: the network would have outputs for classes that do not exist."""
+    """Raise `DataError` if no label is 0, because the network would have an output for a class that does not exist."""
     low = min((int(split.labels.min()) for split in parts.values() if len(split)), default=0)
     if low > 0:
         high = max(int(split.labels.max()) for split in parts.values() if len(split))
-        raise DataError(f"labels are {low} to {high}: must start at 0\nto start at 0: labels - {low}")
+        raise DataError(f"labels are {low} to {high}: must start at 0\nto convert: labels - {low}")
 
 
 def _split(part: str, value: object) -> Split | DrawnSplit:
@@ -80,7 +83,7 @@ def _split(part: str, value: object) -> Split | DrawnSplit:
             return _read(value)
     except DataError as error:
         raise DataError(f"{part}: {error}") from None
-    hint = "; of a DataLoader, return its dataset" if isinstance(value, torch.utils.data.DataLoader) else ""
+    hint = "; instead of a DataLoader, return its dataset" if isinstance(value, torch.utils.data.DataLoader) else ""
     raise DataError(f"{part} is {_in_words(value)}{hint}\n{FORMS}")
 
 
@@ -89,7 +92,7 @@ def _is_array(value: object) -> bool:
 
 
 def _tensor(value: object, what: str) -> Tensor:
-    """Return an array as a tensor: float images as float32, whole labels as int64, and others as they are."""
+    """Return an array as a tensor. Float images become float32 and integer labels become int64."""
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
     if what == "images":
         _check_layout(tensor)
@@ -99,7 +102,7 @@ def _tensor(value: object, what: str) -> Tensor:
 
 
 def _check_layout(images: Tensor) -> None:
-    """Refuse images without channels, and images whose channels are last."""
+    """Raise `DataError` if images have no channel dimension, or if the channels seem to be the last dimension."""
     shape = tuple(images.shape)
     if images.dim() == 3:
         raise DataError(f"images are {shape}: must be (N, C, H, W)\nfor grey images: images[:, None]")
@@ -107,14 +110,14 @@ def _check_layout(images: Tensor) -> None:
         fix = "images.permute(0, 3, 1, 2), in NumPy images.transpose(0, 3, 1, 2)"
         raise DataError(
             f"images are {shape}: must be (N, C, H, W)\n"
-            f"to move the channels: {fix}; if they are right, return a Dataset"
+            f"to move the channels: {fix}; if the shape is right, return a Dataset"
         )
 
 
 def _read(source: MapDataset) -> Split | DrawnSplit:
-    """Return the split of a torch data set, in memory unless a transform is random or the images are too large.
+    """Return a torch data set as a split. The images are kept in memory unless they change or are too large.
 
-    A transform is random if it takes numbers from the generators of torch, NumPy or Python.
+    Images change if a transform takes random numbers from the generators of torch, NumPy or Python.
     """
     if not len(source):
         raise DataError("contains no images")
@@ -136,7 +139,7 @@ def _read(source: MapDataset) -> Split | DrawnSplit:
 
 
 def _drawn(source: MapDataset, first: Tensor, labels: list[int]) -> DrawnSplit:
-    """Return the split of a torch data set that is read in every epoch."""
+    """Return a torch data set as a split whose images are read again in every epoch."""
     digests = []
     low, high = first.flatten(1).amin(1), first.flatten(1).amax(1)
     for image, _ in _items(source, first, seeded=True):
@@ -147,19 +150,22 @@ def _drawn(source: MapDataset, first: Tensor, labels: list[int]) -> DrawnSplit:
 
 
 def _items(source: MapDataset, first: Tensor, *, seeded: bool) -> Iterator[tuple[Tensor, int]]:
-    """Yield the images and labels of a torch data set. All images must have the shape and type of `first`."""
+    """Yield each (image, label) of a torch data set. All images must have the shape and type of `first`."""
     for place in range(len(source)):
         image, label = read_item(source, place, place if seeded else None)
         if image.shape != first.shape or image.dtype != first.dtype:
             raise DataError(
-                f"image {place} is {image.dtype} {tuple(image.shape)}, image 0 is {first.dtype} {tuple(first.shape)}: "
-                "must be equal\nadd to the transform: Resize and CenterCrop of one size"
+                f"image {place} is {image.dtype} {tuple(image.shape)}, but image 0 is {first.dtype} "
+                f"{tuple(first.shape)}: must be equal\nadd to the transform: Resize and CenterCrop of one size"
             )
         yield image, label
 
 
 def _check_repeatable(source: MapDataset) -> None:
-    """Refuse a transform with a random generator of its own, because no run could be repeated or continued."""
+    """Raise `DataError` if a transform uses its own random generator.
+
+    A run could then not be repeated or continued.
+    """
     count = min(len(source), COMPARED)
     for place in (i * len(source) // count for i in range(count)):  # evenly spaced
         images = [read_item(source, place, place)[0] for _ in range(2)]
@@ -171,7 +177,7 @@ def _check_repeatable(source: MapDataset) -> None:
 
 
 def _generators() -> tuple[object, ...]:
-    """Return the states of the generators of the CPU, to compare them."""
+    """Return the states of the CPU's random number generators in a form that can be compared."""
     _, keys, position, *_ = np.random.get_state()
     return (
         torch.default_generator.get_state().numpy().tobytes(),
@@ -182,7 +188,7 @@ def _generators() -> tuple[object, ...]:
 
 
 def _normalization(train: Split | DrawnSplit) -> MeanAndStd:
-    """Return the mean and standard deviation of uint8 images. For float images, return 0 and 1 per channel."""
+    """Return the mean and standard deviation for normalization. For float images, they are 0 and 1 in every channel."""
     channels = train.shape[0]
     if train.dtype != torch.uint8:
         return (0.0,) * channels, (1.0,) * channels

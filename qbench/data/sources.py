@@ -1,9 +1,8 @@
-"""Lists the files of each data set, and computes a stamp that changes if one of the files may have changed.
+"""Lists the files of each data set, and detects whether the files may have changed.
 
-Reading all images takes seconds to minutes. The digest of a data set's images is therefore kept in
-the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. It is reused as long as
-names, sizes, modification times and inodes of the files stay the same. The same is true of the code
-that reads them. This module does not import torch.
+Reading all images takes seconds to minutes. The digest of a data set's images is therefore kept in the user's cache
+folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. The digest is reused as long as the names, sizes, modification
+times and inodes of the image files and of the code that reads them stay the same. This module does not import torch.
 """
 
 import hashlib
@@ -26,15 +25,15 @@ BELOW_ROOT = {
     "svhn": ("train_32x32.mat", "test_32x32.mat", "extra_32x32.mat"),
     "tiny_imagenet": ("train", "val"),
 }
-"""Data set -> its files and folders below `dataset.root`."""
+"""Maps the name of a data set to its files and folders below `dataset.root`."""
 GENERATED = ("glyphs", "synthetic")
 
 
 def source_paths(node: Mapping[str, object]) -> list[Path] | None:
-    """Return the files and folders that a data set is read from, whether they exist or not.
+    """Return the paths of the files and folders from which a data set is read. They need not exist.
 
-    The list is empty for images that are generated. For a user's data set, None is returned,
-    because its files are not known.
+    The list is empty if the images are generated. The result is None for a user's data set, because its files are not
+    known.
     """
     name = str(node["name"])
     if name == "digits":
@@ -54,7 +53,7 @@ def are_gone(node: Mapping[str, object]) -> bool:
 
 
 def stamp(node: Mapping[str, object]) -> str | None:
-    """Return a digest of the state of a data set's files; None if the files are not known."""
+    """Return a digest of names, sizes, times and inodes of a data set's files, or None if the files are not known."""
     paths = source_paths(node)
     if paths is None:
         return None
@@ -69,18 +68,18 @@ def stamp(node: Mapping[str, object]) -> str | None:
 
 
 def cached_sha256(node: Mapping[str, object]) -> str | None:
-    """Return the digest that `remember_sha256` stored, or None if the files may have changed since then."""
+    """Return the digest that `remember_sha256` stored. Return None if the files may have changed since then."""
     now, stored = stamp(node), files.read_json(_cache_path(node)) or {}
     sha256 = stored.get("data_sha256")
     return sha256 if now and stored.get("stamp") == now and isinstance(sha256, str) else None
 
 
 def remember_sha256(node: Mapping[str, object], before: str | None, sha256: str) -> None:
-    """Store the digest of a data set's images. If this fails, the images are read again next time.
+    """Store the digest of a data set's images. If the digest cannot be stored, the next run reads the images again.
 
     Args:
-        before: the stamp from before the images were read. Files that change while they are read
-            then have another stamp. If it is None, nothing is stored.
+        before: the result of `stamp` before the images were read. A change during the reading therefore makes the
+            stored digest invalid. If `before` is None, nothing is stored.
     """
     path = _cache_path(node)
     if before:
@@ -98,7 +97,7 @@ def _cache_path(node: Mapping[str, object]) -> Path:
 
 
 def _files(path: Path) -> Iterator[str]:
-    """Yield a file, or all files below a folder. Links are followed, but no folder is entered twice."""
+    """Yield the file at a path, or all files below a folder. Links are followed, but no folder is read twice."""
     if path.is_file():
         yield str(path)
     entered = set()

@@ -1,4 +1,4 @@
-"""Provides shapes, classes and counts of the data sets, to plan runs without the image files."""
+"""Provides the shapes, classes and numbers of images of the data sets, for `qbench plan` without the image files."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ import torch
 from qbench.data.dataset import Dataset, Split
 
 SVHN_IMAGES = {"train": 73_257, "extra": 531_131, "both": 604_388}
-"""Value of `dataset.split` -> number of SVHN's training images."""
+"""Maps a value of `dataset.split` to the number of SVHN's training images."""
 
 
 class DatasetSpec(NamedTuple):
     """The properties of a data set that are known without its files.
 
     Args:
-        shape: channels, height and width as the network gets them.
+        shape: channels, height and width of an image as the network gets it.
         train: number of training images, validation images included.
         test: number of test images.
     """
@@ -28,7 +28,7 @@ class DatasetSpec(NamedTuple):
 
 
 def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
-    """Return a data set of black images that use no memory, or None for a data set without a specification.
+    """Return a data set of black images that use no memory. Return None if the data set has no specification.
 
     `node` contains the keys of `dataset`.
 
@@ -50,7 +50,10 @@ def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
 
 
 def _dataset_spec(node: Mapping[str, Any]) -> DatasetSpec | None:
-    """Return the specification of a data set. The counts come from its paper or web site."""
+    """Return the specification of a data set, or None.
+
+    The numbers of images come from the data set's paper or web site.
+    """
     name, side = str(node["name"]), int(node.get("size", 0))
     if name == "glyphs":
         return DatasetSpec((3, side, side), 34, node["train"], node["test"], synthetic=True)

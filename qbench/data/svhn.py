@@ -1,19 +1,19 @@
 """SVHN, Street View House Numbers: digits cropped from photographs of house fronts.
 
 Y. Netzer et al., 2011, "Reading Digits in Natural Images with Unsupervised Feature Learning". This is format 2 of the
-data set: 3x32x32, ten classes, with the digit in the middle and often its neighbours at the sides. There are 73,257
-training images, 26,032 test images and 531,131 easier images, named "extra". Papers train on different parts: DoReFa on
-train and extra mixed, PACT on train alone. `split` selects train, extra or both. `split=both` takes 1.9 GB of memory,
-or 2.9 GB with size=40, and twice as much while the files are read.
+data set: 3x32x32 images in ten classes. The digit is in the middle, and neighbouring digits are often visible at the
+sides. There are 73,257 training images, 26,032 test images and 531,131 easier images, named "extra". Papers train on
+different parts: DoReFa uses train and extra together, PACT uses train alone. `split` selects train, extra or both.
+`split=both` takes 1.9 GB of memory, or 2.9 GB with size=40. While the files are read, it takes twice as much.
 
-scipy reads train_32x32.mat, extra_32x32.mat and test_32x32.mat from `<root>/`. Digit 0, which the
-files call 10, is class 0. As for CIFAR, the image is padded by 4 pixels and cropped at random to
-its original size. Digits are not mirrored, so there is no `flip`.
+The files are train_32x32.mat, extra_32x32.mat and test_32x32.mat in `<root>/`; reading them needs scipy. The digit 0
+has the label 10 in the files and is class 0 here. As for CIFAR, the image is padded by 4 pixels and cropped at random
+to its original size. There is no `flip`, because mirrored digits are not digits.
 
 DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40, changes brightness by
 up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and does not crop. To do the same, set
-`size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. One difference remains: only the script
-rounds to whole grey values after each change.
+`size=40 brightness=30 contrast=0.5 normalize=by256 pad=0 split=both val=0`. One difference remains: after each change,
+the script rounds to whole grey values, and qbench does not round.
 """
 
 import torch
@@ -54,7 +54,7 @@ def build(
 
 
 def resize_split(split: Split, size: int) -> Split:
-    """Return the split with images resized to size x size. Interpolation is bilinear, and values are rounded."""
+    """Return the split with images resized to `size` x `size` by bilinear interpolation. The values are rounded."""
     if split.images.shape[2:] == (size, size):
         return split
     chunks = (F.interpolate(x.float(), (size, size), mode="bilinear") for x in torch.split(split.images, CHUNK))

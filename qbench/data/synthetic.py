@@ -1,6 +1,6 @@
 """Random images of any shape. Each class is a fixed random pattern with noise.
 
-They are only for load and speed tests.
+The images are only for tests of load and speed.
 """
 
 import torch
@@ -21,7 +21,8 @@ def build(
     seed: int = 0,
     val: float = 0.1,
 ) -> Dataset:
-    """Return `train` + `test` images (channels, size, size).
+    """Return a data set of `train` training images and `test` test images of shape (channels, size,
+    size).
 
     Args:
         signal: share of the pattern in each pixel value, 0 to 1. The rest is noise.

@@ -1,11 +1,11 @@
 """Tiny ImageNet (Stanford CS231n's class project, 2015): 200 of ImageNet's classes at 64x64 pixels.
 
-There are 100,000 training images and 10,000 validation images. The validation images serve as the test split, because
-the labels of the published test images are not public. The images are read from `<root>/`, the folder tiny-imagenet-200
-as published: train/nXXXXXXXX/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt. A val folder with class
-folders is also accepted. Classes are sorted by name. All images are decoded once and kept in memory. They use 1.4 GB.
-The augmentation is that of CIFAR-10 with twice the padding: the image is padded by 8 pixels, cropped at random to its
-original size, and mirrored half of the time.
+There are 100,000 training images and 10,000 validation images. The validation images are the test split, because the
+labels of the official test images are not public. `<root>/` is the published folder tiny-imagenet-200. The images are
+read from train/nXXXXXXXX/images/*.JPEG and val/images/*.JPEG, and the test labels from val/val_annotations.txt. A val
+folder with class folders is also accepted. Classes are sorted by name. All images are decoded once and kept in memory,
+which takes 1.4 GB. As in CIFAR-10, but with twice the padding, the image is padded by 8 pixels, cropped at random to
+its original size, and mirrored with probability 1/2.
 """
 
 from pathlib import Path
@@ -60,16 +60,16 @@ def build(
 
 
 def _annotated_images(root: Path, classes: list[str]) -> ImageFiles:
-    """Return the images in val_annotations.txt.
+    """Return the image files that val_annotations.txt lists.
 
-    Each line contains file, class and box of one image, separated by tabs.
+    Each line contains the file name, the class and the bounding box of one image, separated by tabs.
     """
     path, names, labels = root / "val" / ANNOTATIONS, [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0]
         if label not in classes or "/" in name:
-            raise DataError(f"{path}, line {number}: must be a file name, a tab and a class of train")
+            raise DataError(f"{path}, line {number}: must be a file name, a tab and the name of a class in train")
         names.append(f"val/images/{name}")
         labels.append(classes.index(label))
     existing = {f"val/images/{entry.name}" for entry in (root / "val" / "images").iterdir()}

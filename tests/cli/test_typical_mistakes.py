@@ -92,9 +92,9 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model=nets:Net model.depth=3", 2, "model.depth: no such key"),
     # data of the user's own
     ("dataset=sets:one_split", 3, "expected: a Dataset, or (train, test) or (train, val, test), each of them (im"),
-    ("dataset=sets:loaders", 3, "of a DataLoader, return its dataset"),
+    ("dataset=sets:loaders", 3, "instead of a DataLoader, return its dataset"),
     ("dataset=sets:channels_last", 3, "images.permute(0, 3, 1, 2)"),
-    ("dataset=sets:labels_from_one", 3, "to start at 0: labels - 1"),
+    ("dataset=sets:labels_from_one", 3, "to convert: labels - 1"),
     ("dataset=sets:of_folder", 2, "give folder a default value: it then becomes the key dataset.folder"),
     ("dataset=photos", 2, "for a folder of images, type dataset=folder dataset.root=photos"),
     ("dataset=folder dataset.root=photos/train", 3, "dataset.test=0.2 for the folder that contains CLASS/*.jpg"),

@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "a label out of range": (with_labels("train", lambda y: y * 2), "train: labels are 0 to 6: must be 0 to 3"),
     "a test label out of range": (with_labels("test", lambda y: y + 2), "test: labels are 2 to 5: must be 0 to 3"),
     "negative labels": (with_labels("train", lambda y: y - 1), "train: labels are -1 to 2: must be 0 to 3"),
-    "labels from 1": (with_labels("train", lambda y: y + 1), "1 to 4: must be 0 to 3\nto start at 0: labels - 1"),
+    "labels from 1": (with_labels("train", lambda y: y + 1), "1 to 4: must be 0 to 3\nto convert: labels - 1"),
     "validation labels from 1": (with_labels("val", lambda y: y + 1), "val: labels are "),
     "one-hot labels": (with_labels("train", lambda y: torch.eye(4)[y].long()), "int64 (36, 4): must be int64 (N,)"),
     "int8 labels": (with_labels("test", lambda y: y.to(torch.int8)), "torch.int8 (20,): must be int64 (N,)"),
@@ -63,10 +63,10 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "float labels": (with_labels("train", lambda y: y.float()), "torch.float32 (36,): must be int64 (N,)"),
     "labels of numpy": (with_labels("train", lambda y: y.numpy()), "labels of a split are a ndarray: must be int64"),
     "labels in a list": (with_labels("train", lambda y: y.tolist()), "labels of a split are a list: must be int64"),
-    "float images from 0 to 1": (with_images("train", lambda x: x / 255), "val: images are torch.uint8, those of"),
-    "float test images": (with_images("test", lambda x: x.float()), "test: images are torch.float32, those of"),
+    "float images from 0 to 1": (with_images("train", lambda x: x / 255), "val: images are torch.uint8, but train"),
+    "float test images": (with_images("test", lambda x: x.float()), "test: images are torch.float32, but train images"),
     "float images with NaN": (with_images("train", lambda x: x / 0.0), "train: the images contain inf or nan"),
-    "images cut to 0 and 1": (with_images("train", lambda x: x // 128), "train: no value of the images is above 1"),
+    "images cut to 0 and 1": (with_images("train", lambda x: x // 128), "train: the largest pixel value is 1"),
     "int64 images": (with_images("train", lambda x: x.long()), "torch.int64 (36, 1, 8, 8): must be uint8"),
     "images without channels": (with_images("train", lambda x: x[:, 0]), "torch.uint8 (36, 8, 8): must be uint8 (N, C"),
     "images of numpy": (with_images("train", lambda x: x.numpy()), "images of a split are a ndarray: must be uint8"),
@@ -123,7 +123,7 @@ def test_images_of_two_types_end_with_status_3_before_any_training(
         "    return replace(data, train=Split(data.train.images / 255, data.train.labels))\n"
     )
     assert cli(["dataset=with_floats:data", "epochs=1", "pretrain.epochs=1"]) == 3
-    assert "val: images are torch.uint8, those of train are torch.float32" in capsys.readouterr().err
+    assert "val: images are torch.uint8, but train images are torch.float32" in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 
@@ -161,8 +161,8 @@ def test_test_and_validation_images_that_are_training_images_are_counted(tmp_pat
     if files:
         splits = {name: in_files(split, tmp_path / name) for name, split in splits.items()}
     assert [note.partition(",")[0] for note in repeated_images(replace(data, **splits))] == [
-        f"3 of {len(val)} val images are also images of train",
-        f"3 of {len(test)} test images are also images of train or val",
+        f"3 of {len(val)} val images are also in train",
+        f"3 of {len(test)} test images are also in train or val",
     ]
 
 
@@ -173,7 +173,7 @@ def test_classes_without_any_image_are_named() -> None:
         for part in ("train", "val", "test"):
             data = with_labels(part, change)(data)
         data = replace(data, classes=int(data.train.labels.max()) + 1)
-        named = f"no image is of {len(absent.split(', '))} of the {data.classes} classes ({absent})"
+        named = f"{len(absent.split(', '))} of the {data.classes} classes ({absent}) have no images"
         assert missing_classes(data) == ([named] if absent else [])
         assert not unseen_classes(data)
 
@@ -185,15 +185,15 @@ def test_images_of_classes_without_training_images_are_counted() -> None:
     changed = with_labels("train", lambda labels: labels.clamp(max=1))(data)
     changed = replace(changed, val=data.val.take(torch.tensor([], dtype=torch.int64)))
     changed = replace(changed, test=Split(data.test.images[:5], labels))
-    assert unseen_classes(changed) == ["3 of 5 test images are of classes without a training image (2, 3)"]
+    assert unseen_classes(changed) == ["3 of 5 test images belong to classes without a training image (2, 3)"]
 
 
 @pytest.mark.parametrize(
     ("labels", "note"),
     [
-        (lambda y: torch.zeros_like(y) + 2, "all 80 test images are of class 2"),
-        (lambda y: torch.where(y == 3, 1, y), "no test image is of 1 of the 4 classes (3)"),
-        (lambda y: y % 2 + 2, "no test image is of 2 of the 4 classes (0, 1)"),
+        (lambda y: torch.zeros_like(y) + 2, "all 80 test images belong to class 2"),
+        (lambda y: torch.where(y == 3, 1, y), "1 of the 4 classes (3) have no test images"),
+        (lambda y: y % 2 + 2, "2 of the 4 classes (0, 1) have no test images"),
         (lambda y: y, None),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_class_that_is_rare_in_train_may_be_missing_in_test() -> None:
     data = with_labels("test", lambda y: y.clamp(max=2))(data)
     rare = with_labels("train", lambda y: torch.where(torch.arange(len(y)) < 8, 3, y.clamp(max=2)))(data)
     assert missing_classes(rare) == []
-    assert missing_classes(data) == ["no test image is of 1 of the 4 classes (3)"]
+    assert missing_classes(data) == ["1 of the 4 classes (3) have no test images"]
 
 
 SCALES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -236,7 +236,7 @@ def test_images_on_another_scale_than_those_of_train_are_noted(case: str, part: 
     change, noted = SCALES[case]
     notes = other_scale(with_images(part, change)(dark(300)))
     assert [note.partition(":")[0] for note in notes] == (
-        [f"{part} images have other grey values than those of train"] if noted else []
+        [f"{part} images have other grey values than train images"] if noted else []
     )
 
 
@@ -247,7 +247,7 @@ def test_grey_values_of_files_are_compared_too(tmp_path: Path) -> None:
     data = replace(data, **files, test=in_files(brighter, tmp_path / "test"), augment=Augment(size=8))
     (note,) = other_scale(data)
     mean, train = brighter.images.float().mean(), dark(20).train.images.float().mean()
-    assert note.startswith(f"test images have other grey values than those of train: mean {mean:.0f} and")
+    assert note.startswith(f"test images have other grey values than train images: mean {mean:.0f} and")
     assert f"instead of {train:.0f} and" in note
 
 

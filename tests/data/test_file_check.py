@@ -251,7 +251,9 @@ def test_integers_outside_16_bits_are_refused(tmp_path: Path) -> None:
     for low, high in ((0, 70_000), (-5, 60_000)):
         image = np.linspace(low, high, 256).astype(np.int32).reshape(16, 16)
         (root / "train" / "bee" / "2.tif").write_bytes(_saved_by_pil(image, "TIFF"))
-        with pytest.raises(DataError, match=rf"train/bee/2.tif \(its pixels are {low} to {high}; must be 0 to 65535\)"):
+        with pytest.raises(
+            DataError, match=rf"train/bee/2.tif \(the pixel values are {low} to {high}: must be 0 to 65535\)"
+        ):
             build_folder(root)
 
 

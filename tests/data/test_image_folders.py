@@ -309,7 +309,7 @@ def test_a_link_cannot_make_an_image_count_twice(case: str, tmp_path: Path) -> N
     (root / "train" / "cow" / "outside").symlink_to(tmp_path / "store")
     assert len(build_folder(root).train) == 19, "a single link to a folder outside is followed"
     (root / link).symlink_to(target)
-    with pytest.raises(DataError, match=r"is the folder .*, which is read already\nremove the link"):
+    with pytest.raises(DataError, match=r"is the folder .*, which was already read\nremove the link"):
         build_folder(root, **options)
 
 

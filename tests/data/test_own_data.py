@@ -235,7 +235,8 @@ WRONG: dict[str, tuple[Any, str, str]] = {
     "a dictionary": ({"train": PAIR}, "returned a dict", EXPECTED),
     "names of files": (("train.npz", "test.npz"), "train is a str", EXPECTED),
     "loaders": (
-        (torch.utils.data.DataLoader(Items()), PAIR), "train is a DataLoader; of a DataLoader, return its dataset",  # type: ignore[arg-type]
+        (torch.utils.data.DataLoader(Items()), PAIR),  # type: ignore[arg-type]
+        "train is a DataLoader; instead of a DataLoader, return its dataset",
         EXPECTED,
     ),
     "an iterable data set": ((NoLength(), PAIR), "train is a NoLength", EXPECTED),
@@ -254,7 +255,7 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         ((torch.zeros(40, 6, 6, 5, dtype=torch.uint8), LABELS), PAIR), "images are (40, 6, 6, 5): must be", "permute",
     ),
     "many channels last": (
-        ((torch.zeros(40, 6, 6, 20), LABELS), PAIR), "images are (40, 6, 6, 20): must", "if they are right, return",
+        ((torch.zeros(40, 6, 6, 20), LABELS), PAIR), "images are (40, 6, 6, 20): must", "if the shape is right, return",
     ),
     "items with channels last": (
         (Items(lambda x: x.movedim(0, 2)), PAIR), "image 0 is (6, 6, 3): must be (C, H, W)", "permute(2, 0, 1)",
@@ -277,7 +278,7 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         "astype('uint8')",
     ),
     "nan": (((FLOATS / 0, LABELS), (FLOATS, LABELS)), "train: the images contain inf or nan", ""),
-    "two types": (((FLOATS, LABELS), PAIR), "test: images are torch.uint8, those of train are torch.float32", ""),
+    "two types": (((FLOATS, LABELS), PAIR), "test: images are torch.uint8, but train images are torch.float32", ""),
     "all labels from 1": (((IMAGES, LABELS + 1),) * 2, "labels are 1 to 4: must start at 0", "labels - 1"),
     "all labels from 5": (((IMAGES, LABELS + 5),) * 3, "labels are 5 to 8: must start at 0", "labels - 5"),
     "items from 1": (
