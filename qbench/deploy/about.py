@@ -1,4 +1,4 @@
-"""Defines what an exported file says of its run and its data."""
+"""Defines the description of the run and the data that every exported file contains."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from qbench.errors import CheckpointError
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a file says of the run that it was exported from, and of the images that its network takes.
+    """Description of an exported file: the run that it comes from, and the images that its network takes.
 
     The network takes images x = (pixel / white - mean) / std, per channel.
 
@@ -22,10 +22,10 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         dataset: the configuration of the run's data set.
         shape: channels, height and width of an image.
         white: 255 for 8-bit images, 1 for float images.
-        threads: number of torch's threads with which the export was verified.
-        data_sha256: the digest of the run's images (`Result.data_sha256`), or None if it is not known. A debug run has
-            none, because `dataset` describes all images, but the run had a few.
-        debug: whether the run had debug=true, so that its accuracy means nothing.
+        threads: number of torch threads that were used to verify the export.
+        data_sha256: the digest of the run's images (`Result.data_sha256`), or None if the digest is not known. It is
+            None for a debug run, which used only a few of the images that `dataset` describes.
+        debug: whether the run had debug=true. The accuracy of such a run is meaningless.
     """
 
     form: str
@@ -44,7 +44,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 IMAGE_ROUNDING = 1e-5
-"""Largest rounding error of a normalized image, which is float32."""
+"""Largest rounding error of the pixel values of a normalized float32 image."""
 
 
 def image_range(about: About) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ def image_range(about: About) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_about(values: Mapping[str, Any], source: str) -> About:
-    """Return what a file says of its run.
+    """Return the description that an exported file contains.
 
     Raises:
         CheckpointError: fields are missing, unknown or have another type.

@@ -1,4 +1,4 @@
-"""Compares an exported network with its run, on images."""
+"""Compares the logits of an exported network with the logits of its run."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from qbench.quant.probe import Batch
 
 
 class Agreement(NamedTuple):
-    """How far the logits of two networks agree.
+    """Differences between the logits of a run and of its exported network.
 
     Args:
         images: number of images.
         same_class: number of images with the same predicted class.
-        largest: the largest difference of two logits.
+        largest: the largest absolute difference between corresponding logits.
         magnitude: the largest magnitude of the run's logits.
-        identical: whether all logits have the same bits.
+        identical: whether all logits are bit-identical.
     """
 
     images: int
@@ -31,7 +31,7 @@ class Agreement(NamedTuple):
 def compare(
     run: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], batches: Iterable[Batch]
 ) -> Agreement:
-    """Compare the logits of a run and of an exported network."""
+    """Return how far the logits of a run and of an exported network differ."""
     images, same, largest, magnitude, identical = 0, 0, 0.0, 0.0, True
     for batch, _ in batches:
         expected, found = run(batch), exported(batch)
@@ -46,9 +46,11 @@ def compare(
 
 @torch.no_grad()
 def batch_noise(run: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Return the largest difference of logits between the images in one batch and one by one.
+    """Return the largest difference between logits of a whole batch and logits of its images one by
+    one.
 
-    torch adds in another order for other batch sizes. No tolerance can be below this difference.
+    torch adds in an order that depends on the batch size, so the logits differ. A tolerance must
+    not be smaller than this difference.
     """
     single = torch.cat([run(image.unsqueeze(0)) for image in images])
     return (run(images) - single).abs().max().item()

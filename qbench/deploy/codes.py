@@ -1,9 +1,9 @@
 """Encodes quantized weights as integer codes, and decodes them to the same floats.
 
-One encoder serves all methods. It reads the levels and the scale groups from the grid that each
-weight quantizer declares (`qbench.quant.quantizer.Grid`).
+One encoder works for all methods. It reads the levels and the scale groups from the grid of each weight quantizer
+(`qbench.quant.quantizer.Grid`).
 
-The weights of a scale group share their levels. A layout says which weights these are:
+All weights of a scale group share the same levels. A layout says which weights form a scale group:
 
     tensor       all weights
     channel      the weights of one index along the first axis
@@ -11,8 +11,8 @@ The weights of a scale group share their levels. A layout says which weights the
     subspace:D   sub-vectors of D input channels; each subspace of channels is a group, and each
                  sub-vector has one code
 
-Levels are stored in one of three forms, chosen so that decoding gives exactly the floats that the
-quantizer returns:
+Levels are stored in one of three forms. The encoder chooses a form whose decoded floats are bit-identical to the floats
+that the quantizer returns:
 
     steps        (first + step code) scale, with one scale per group
     span         points[code] scale + low, with one scale and one low per group; the points are
@@ -37,7 +37,7 @@ MAX_CODE_BITS = 16
 
 
 class NotEncodable(Exception):
-    """Raised if weights do not lie on levels that codes can represent. The message states the reason."""
+    """Raised if codes cannot represent the weights exactly. The message states the reason."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Levels:
 
     Args:
         form: steps, span or book.
-        count: number of levels of a group.
+        count: number of levels in each group.
         first, step: the integers of the form `steps`.
         scale: (groups,); empty for `book`.
         low: (groups,) for `span`, else empty.
@@ -77,7 +77,7 @@ class Levels:
 
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The tensors that a file stores."""
+        """The tensors that an exported file stores."""
         return self.scale, self.low, self.book
 
 
@@ -87,12 +87,12 @@ class Encoded:
 
     Args:
         shape: shape of the weights.
-        order: the axes from the largest stride to the smallest. Sums in a convolution may depend on
-            it.
-        layout: which weights form a scale group; see the module's docstring.
+        order: the axes from the largest stride to the smallest. The rounding of sums in a convolution may depend on
+            this order.
+        layout: name of the layout in the module's docstring, which says which weights form a scale group.
         levels: the levels of the groups.
-        codes: the codes in the order of the layout, (groups, codes per group) flattened and without
-            padding, packed without gaps, lowest bit first.
+        codes: the codes as bytes. The order is that of (groups, codes per group) in the layout, without padding. The
+            codes are packed without gaps, lowest bit first.
     """
 
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ class Encoded:
 
     @property
     def bits(self) -> int:
-        """The width of a code."""
+        """Number of bits of a code."""
         return code_bits(self.levels.count)
 
     def numbers(self) -> Tensor:
@@ -118,7 +118,8 @@ class Encoded:
         """Return the weights as floats, with the strides of the original tensor.
 
         Args:
-            dtype: float64 computes the levels of `steps` and `span` with more digits.
+            dtype: type of the result. With float64, the levels of the forms `steps` and `span` are computed with more
+                digits.
         """
         place, values = places(self.layout, self.shape), self.levels.to(dtype).values()
         groups = torch.arange(len(place)).unsqueeze(1)
@@ -146,9 +147,9 @@ def code_count(layout: str, shape: tuple[int, ...]) -> int:
 
 
 def places(layout: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the places of the weights of each group in the flattened tensor: (groups, codes, dimension).
+    """Return the indices of each group's weights in the flattened tensor: (groups, codes, dimension).
 
-    Padding has the place after the last weight.
+    Padding has the index after the last weight.
     """
     kind, _, size = layout.partition(":")
     count = prod(shape)
@@ -166,25 +167,25 @@ def places(layout: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Return codes (n,) as bytes, `bits` bits each without gaps, lowest bit first."""
+    """Return codes (n,) as bytes. Each code takes `bits` bits without gaps, lowest bit first."""
     planes = (codes[:, None] >> np.arange(bits)) & 1
     return np.packbits(planes.astype(np.uint8), bitorder="little")
 
 
 def unpack(data: np.ndarray, count: int, bits: int) -> np.ndarray:
-    """Return the `count` codes in bytes that `pack` made, as int64."""
+    """Return `count` codes as int64 from the bytes that `pack` made."""
     planes = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
     return planes.astype(np.int64) @ (1 << np.arange(bits, dtype=np.int64))
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes of `count` codes."""
+    """Return the number of bytes that `count` packed codes need."""
     return -(-count * bits // 8)
 
 
 @torch.no_grad()
 def encode(quantizer: Quantizer, latent: Tensor, weights: Tensor) -> Encoded:
-    """Encode the weights that a quantizer returns for latent weights.
+    """Encode the quantized weights that a quantizer computes from latent weights.
 
     Raises:
         NotEncodable: the quantizer declares no grid, or decoding would not give the same floats.
@@ -193,19 +194,19 @@ def encode(quantizer: Quantizer, latent: Tensor, weights: Tensor) -> Encoded:
     if grid is None:
         raise NotEncodable(f"{type(quantizer).__name__} declares no grid")
     if weights.dtype != torch.float32:
-        raise NotEncodable(f"its weights are {weights.dtype}, not float32")
+        raise NotEncodable(f"the weights are {weights.dtype}, not float32")
     shape = tuple(weights.shape)
     layout = _layout(grid.arrange(torch.arange(1, weights.numel() + 1).reshape(shape)), shape)
     vectors, points = grid.arrange(weights), grid.points.to(weights.dtype)
     if points.shape[1] > 2**MAX_CODE_BITS:
-        raise NotEncodable(f"it has {points.shape[1]:,} levels; at most {2**MAX_CODE_BITS:,}")
+        raise NotEncodable(f"the quantizer has {points.shape[1]:,} levels; allowed are at most {2**MAX_CODE_BITS:,}")
     codes, _ = nearest_points(vectors, points)
     # the exact floats of the quantizer; a point of the grid may differ by a rounding error
     exact, used = points.clone(), torch.zeros(points.shape[:2], dtype=torch.bool)
     groups = torch.arange(len(points)).unsqueeze(1)
     exact[groups, codes], used[groups, codes] = vectors, True
     if not torch.equal(exact[groups, codes], vectors):
-        raise NotEncodable("weights with the same level differ")
+        raise NotEncodable("weights with the same level have different values")
     levels = _levels(quantizer, grid.arrange(latent), exact, used)
     order = tuple(sorted(range(weights.dim()), key=weights.stride, reverse=True))
     flat = codes.flatten()[: code_count(layout, shape)].numpy()
@@ -216,7 +217,10 @@ def encode(quantizer: Quantizer, latent: Tensor, weights: Tensor) -> Encoded:
 
 
 def _layout(found: Tensor, shape: tuple[int, ...]) -> str:
-    """Return the layout in which a grid arranges the numbers 1, 2, ... of the weights; 0 is padding."""
+    """Return the name of the layout of a grid.
+
+    `found` contains the numbers 1, 2, ... of the weights as the grid arranges them. 0 means padding.
+    """
     groups, per_group, dimension = found.shape
     candidates = ["tensor"] if groups == 1 else ["channel", f"bucket:{per_group}"]
     for layout in [f"subspace:{dimension}"] if len(shape) > 1 and dimension > 1 else [*candidates, "subspace:1"]:
@@ -224,11 +228,11 @@ def _layout(found: Tensor, shape: tuple[int, ...]) -> str:
         padding = place > prod(shape)
         if place.shape == found.shape and torch.equal(place[~padding], found[~padding]):
             return layout
-    raise NotEncodable("its scale groups are not the tensor, the channels, buckets or subspaces of channels")
+    raise NotEncodable("the scale groups must be the tensor, its channels, buckets or subspaces of channels")
 
 
 def _levels(quantizer: Quantizer, latent: Tensor, exact: Tensor, used: Tensor) -> Levels:
-    """Return the shortest form of the levels (G, L, 1 or D) that gives the same floats where they are used.
+    """Return the shortest form of the levels (G, L, 1 or D) that reproduces all used levels exactly.
 
     Args:
         latent: the latent weights (G, n, 1 or D).
@@ -242,7 +246,7 @@ def _levels(quantizer: Quantizer, latent: Tensor, exact: Tensor, used: Tensor) -
 
 
 def _multiples(points: Tensor) -> Iterator[Levels]:
-    """Yield candidates in which levels (G, L) are integers times a scale."""
+    """Yield candidates of the form `steps` for levels (G, L): integers times a scale per group."""
     count = points.shape[1]
     zeros = (points[0] == 0).nonzero().flatten().tolist()
     # ..., -1, 0, 1, ..., or, without 0, odd integers ..., -1, 1, 3, ...
@@ -254,9 +258,10 @@ def _multiples(points: Tensor) -> Iterator[Levels]:
 
 
 def _spans(quantizer: Quantizer, latent: Tensor, points: Tensor, used: Tensor) -> Iterator[Levels]:
-    """Yield candidates in which levels (G, L) are a table, which all groups share, times a scale plus a low end.
+    """Yield candidates of the form `span` for levels (G, L): a shared table times a scale plus a lowest value.
 
-    The scale and the low end of a group are those of its latent weights or those of its levels.
+    The range of a group, from which its scale and lowest value follow, is the range of its latent weights or of its
+    levels.
     """
     count, (low, high) = points.shape[1], latent.aminmax(dim=1)
     shared = [t.detach()[:count] for t in quantizer.state_dict().values() if t.dim() == 1 and len(t) >= count]

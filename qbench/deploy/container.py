@@ -1,11 +1,11 @@
-"""Writes and reads the container of packed and integer files.
+"""Writes and reads the container format of packed files and integer files.
 
-A container has the safetensors format, with some tensors of one axis and, in addition, two tensors:
+A container is a safetensors file. It contains one-dimensional tensors, and two tensors in addition:
 
     header   uint8: JSON, compressed by zlib
     sha256   uint8 (32,): the digest of all other tensors
 
-Nothing in it is run as code.
+A reader runs nothing in the file as code.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ SUFFIX = ".qbench"
 MAX_HEADER_BYTES = 2**24
 MAX_IMAGE_VALUES = 2**22
 MEMORY_PER_BYTE = 1024
-"""Bytes of memory that a reader may use for each byte of a file, in addition to `EXTRA_BYTES`."""
+"""Number of bytes of memory that a reader may use per byte of the file, in addition to `EXTRA_BYTES`."""
 
 Content = TypeVar("Content")
 
@@ -34,8 +34,8 @@ def write_container(parts: Mapping[str, np.ndarray], header: Mapping[str, Any], 
     """Return the bytes of a container.
 
     Args:
-        parts: float32 and uint8 arrays of one axis.
-        kind: a word for the safetensors metadata.
+        parts: one-dimensional float32 and uint8 arrays by name.
+        kind: the kind of the file, which is stored in the safetensors metadata.
     """
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     tensors = {**parts, "header": np.frombuffer(zlib.compress(text, 9), np.uint8)}
@@ -43,7 +43,7 @@ def write_container(parts: Mapping[str, np.ndarray], header: Mapping[str, Any], 
 
 
 def safetensors(tensors: Mapping[str, np.ndarray], kind: str) -> bytes:
-    """Return the bytes of a safetensors file with float32 and uint8 tensors of one axis."""
+    """Return the bytes of a safetensors file with one-dimensional float32 and uint8 tensors."""
     entries: dict[str, Any] = {"__metadata__": {"format": f"qbench {kind}"}}
     start = 0
     for name, tensor in tensors.items():
@@ -56,7 +56,7 @@ def safetensors(tensors: Mapping[str, np.ndarray], kind: str) -> bytes:
 
 
 def kind_of(data: bytes) -> str:
-    """Return the word that `write_container` got for the metadata of a container, or an empty text for other files."""
+    """Return the `kind` that `write_container` stored in a file, or an empty text for other files."""
     size = int.from_bytes(data[:8], "little")
     if not is_safetensors(data) or size > MAX_HEADER_BYTES:
         return ""
@@ -70,10 +70,10 @@ def read_container(data: bytes, names: tuple[str, ...], source: str) -> tuple[di
     """Return the arrays of a container and its header.
 
     Args:
-        names: the names of the arrays.
+        names: the names of the arrays that the container must have.
 
     Raises:
-        CheckpointError: the file is not such a container, or is damaged.
+        CheckpointError: the file is not a container with these arrays, or the file is damaged.
         ValueError: the header is too large or not JSON.
     """
     tensors = {name: tensor.numpy() for name, tensor in load_safetensors(data, source).items()}
@@ -95,10 +95,12 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> bytes:
 
 
 def guarded(read: Callable[[], Content], data: bytes, source: str) -> Content:
-    """Return what `read` returns for the bytes of a container. Memory is bounded, whatever the bytes are.
+    """Call `read` with the bytes of a container, and return its result.
+
+    The memory for the call is limited, so a damaged file cannot exhaust it.
 
     Raises:
-        CheckpointError: `read` raises an exception, or the bytes are no container.
+        CheckpointError: `read` raised an exception, or the bytes are not a container.
     """
     if not is_safetensors(data):
         raise CheckpointError(f"{source} is damaged, truncated, or not a file of qbench export")
@@ -113,7 +115,7 @@ def guarded(read: Callable[[], Content], data: bytes, source: str) -> Content:
 
 
 def check_version(header: Mapping[str, Any], version: int, source: str) -> None:
-    """Raise `CheckpointError` if a header has another version of its format."""
+    """Raise `CheckpointError` if the version in a header is not the version that this code reads."""
     if header["version"] != version:
         raise CheckpointError(
             f"{source} has version {header['version']!r} of the format; this qbench reads version {version}\n"
@@ -122,10 +124,10 @@ def check_version(header: Mapping[str, Any], version: int, source: str) -> None:
 
 
 def natural(value: Any) -> int:
-    """Return a size that a header contains.
+    """Return a size from a header, after checking its type and range.
 
     Raises:
-        ValueError: it is not an integer from 0 to 2^40.
+        ValueError: the size is not an integer from 0 to 2^40.
     """
     if type(value) is not int or value < 0 or value >= 2**40:
         raise ValueError(f"{value!r} is not a size")
@@ -133,12 +135,12 @@ def natural(value: Any) -> int:
 
 
 def check_image(shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` if an image of this shape is too large for a first try."""
+    """Raise `ValueError` if an image of this shape is too large for the test run of a network that was read."""
     if prod(shape) > MAX_IMAGE_VALUES:
         raise ValueError(f"images of {shape}")
 
 
 def check_logits(shape: tuple[int, ...], classes: int) -> None:
-    """Raise `ValueError` if this is not the shape of the logits of one image."""
+    """Raise `ValueError` unless a shape is that of the logits of one image, (1, classes)."""
     if shape != (1, classes):
-        raise ValueError(f"its network returns {shape}, not one row of {classes} logits")
+        raise ValueError(f"the network returns the shape {shape}; expected: (1, {classes})")

@@ -1,4 +1,4 @@
-"""Imports the packages that only exported files need."""
+"""Imports optional packages, which only exports need."""
 
 import importlib
 import warnings
@@ -11,10 +11,10 @@ def import_extra(module: str, extra: str) -> Any:
     """Return a module of an optional dependency.
 
     Args:
-        extra: name of the group in pyproject.toml that installs it.
+        extra: name of the optional group in pyproject.toml that contains the package.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     try:
         with warnings.catch_warnings(action="ignore"):

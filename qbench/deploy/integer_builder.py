@@ -14,16 +14,16 @@ Array = np.ndarray
 
 
 class NotInteger(Exception):
-    """Raised if a step cannot be computed in integers. The message continues the words `integer ...`."""
+    """Raised if a step cannot be computed in integers. The message is a verb phrase that follows the word `integer`."""
 
 
 class QuantizerPlace(NamedTuple):
-    """A quantizer with integer levels.
+    """The position of an activation quantizer with integer levels.
 
     Args:
-        traced, integer: its steps in the traced network and in the integer network.
-        unit: what the integer 1 means.
-        levels: the name of its levels in the traced network.
+        traced, integer: index of the quantizer's step in the traced network and in the integer network.
+        unit: the real value of the integer 1.
+        levels: the name of the tensor of levels in the traced network.
     """
 
     traced: int
@@ -37,7 +37,7 @@ class Builder:
 
     Args:
         network: the traced network.
-        quantized_later: the steps of the traced network that a quantizer follows.
+        quantized_later: indices of the steps in the traced network whose result goes to a quantizer.
     """
 
     def __init__(self, network: Network, about: About, quantized_later: set[int]) -> None:
@@ -52,7 +52,7 @@ class Builder:
         self._here, self._step = -1, network.steps[0]
 
     def begin(self, place: int, step: Step) -> tuple[list[Any], dict[str, Any]]:
-        """Begin with a step of the traced network, and return its arguments."""
+        """Start to convert a step of the traced network, and return the arguments of the step."""
         self._here, self._step = place, step
         return list(map(self._argument, step.args)), {k: self._argument(v) for k, v in step.kwargs.items()}
 
@@ -60,44 +60,44 @@ class Builder:
         if not isinstance(argument, Ref):
             return argument
         if argument.item is not None:
-            raise NotInteger("does not support functions with several results")
+            raise NotInteger("does not support functions that return several results")
         return self._values[argument.step]
 
     def finish(self, value: Value) -> None:
-        """Set the result of the step that `begin` began."""
+        """Set the result of the current step."""
         self._values[self._here] = value
 
     @property
     def here(self) -> int:
-        """The place of the current step in the traced network."""
+        """Index of the current step in the traced network."""
         return self._here
 
     @property
     def before_quantizer(self) -> bool:
-        """Whether a quantizer follows the current step."""
+        """Whether a quantizer reads the result of the current step."""
         return self._here in self._quantized_later
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of the current step's first argument, for two images."""
+        """Shape of the current step's first argument for a batch of two images."""
         first: Ref = self._step.args[0]
         return self._shapes[first.step]
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """The shape of the current step's result, for two images."""
+        """Shape of the current step's result for a batch of two images."""
         return self._shapes[self._here]
 
     def result(self, place: int) -> Value:
-        """Return the result of a step of the traced network."""
+        """Return the converted result of a step of the traced network."""
         return self._values[place]
 
     def tensor(self, stored: Stored | None, default: float, count: int) -> Array:
-        """Return a stored vector as float64, or `count` times a default."""
+        """Return a stored vector as float64. If it is None, return a vector of `count` times the default."""
         return np.full(count, default) if stored is None else self.network.tensors[stored.name].double().numpy()
 
     def add(self, function: str, *inputs: Value, integer: bool, **parameters: Any) -> int:
-        """Add a step, and return its place."""
+        """Add a step to the integer network, and return the index of the step."""
         arrays = {key: value for key, value in parameters.items() if isinstance(value, np.ndarray)}
         numbers = {key: value for key, value in parameters.items() if key not in arrays}
         self.steps.append(IntegerStep(function, tuple(value.place for value in inputs), numbers, arrays))
@@ -107,7 +107,7 @@ class Builder:
         return place
 
     def as_real(self, value: Value) -> Value:
-        """Return a value as float64, in the last step if it is not float64 yet."""
+        """Return a value as float64. A step that converts integers is added if needed."""
         if not value.integer:
             return value
         place = self.add("affine", value, integer=False, scale=flat(value.scale), shift=flat(value.shift))
@@ -115,13 +115,16 @@ class Builder:
         return self.clipped(result, value.floor, value.ceiling) if value.clamped else result
 
     def clipped(self, value: Value, floor: float, ceiling: float) -> Value:
-        """Return a float64 value, clipped to [floor, ceiling]."""
+        """Add a step that clips a float64 value to [floor, ceiling], and return the result."""
         ends = {key: end if np.isfinite(end) else None for key, end in (("low", floor), ("high", ceiling))}
         place = self.add("clip", value, integer=False, **ends)
         return real(place, np.clip(value.low, floor, ceiling), np.clip(value.high, floor, ceiling))
 
     def as_fixed(self, value: Value, fraction: Array | None = None) -> Value:
-        """Return a value as fixed-point numbers without shift and clamp, by default with the largest precision."""
+        """Return a value as fixed-point numbers, to which its shift and its clamp are already applied.
+
+        By default, the number of fraction bits is the largest that fits.
+        """
         low, high = value.interval()
         fraction = fraction_bits(low, high) if fraction is None else np.broadcast_to(fraction, low.shape)
         parts = (value.scale, value.shift, fraction, np.array([value.floor, value.ceiling]))
@@ -136,7 +139,7 @@ class Builder:
         return self._converted[key]
 
     def affine(self, x: Value, scale: Array, shift: Array) -> Value:
-        """Return scale x + shift, which costs a step only in float64."""
+        """Return scale * x + shift. A step is added only if x is float64 or has a clamp."""
         if x.clamped:
             x = self.as_fixed(x)
         if x.integer:
@@ -146,5 +149,5 @@ class Builder:
 
 
 def flat(array: Array) -> Array:
-    """Return per-channel values as a vector."""
+    """Return per-channel values as a one-dimensional array."""
     return np.ascontiguousarray(array).reshape(-1)

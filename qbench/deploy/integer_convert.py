@@ -1,9 +1,9 @@
-"""Turns a traced network into an integer network.
+"""Converts a traced network to an integer network.
 
-Quantized layers multiply integer codes. Batch normalization, bias and activation functions after
-them become part of the next quantizer's integer thresholds, one set per channel. Sums of a residual
-network are fixed-point numbers with a format per channel. Float layers, and layers that read an image
-whose levels are not multiples of one step, compute in float64.
+Quantized layers multiply integer codes. The batch normalization, bias and activation functions after a quantized layer
+become part of the integer thresholds of the next quantizer. Each channel has its own thresholds. Sums in a residual
+network are fixed-point numbers, and each channel has its own number of fraction bits. Float layers compute in float64.
+Layers that read an image also compute in float64 if the levels of the image are not multiples of one step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,17 +26,17 @@ OTHER_FORM = "try: qbench export RUN --to packed"
 
 
 class Converted(NamedTuple):
-    """An integer network, and its quantizers."""
+    """An integer network and the positions of its quantizers."""
 
     network: IntegerNetwork
     quantizers: Sequence[QuantizerPlace]
 
 
 def to_integers(network: Network, about: About) -> Converted:
-    """Return a network as an integer network.
+    """Convert a traced network to an integer network.
 
     Raises:
-        NotExportable: a layer's weights, its activations or a function have no integer form. The
+        NotExportable: the weights or activations of a layer, or a function, cannot be converted to integers. The
             message names the layer and the reason.
     """
     builder = Builder(network, about, _leading_to(network.steps, "quantize"))
@@ -68,7 +68,7 @@ def to_integers(network: Network, about: About) -> Converted:
 
 
 def _leading_to(steps: Sequence[Step], function: str) -> set[int]:
-    """Return the places of the steps on which a step that calls a function depends."""
+    """Return the indices of all steps on which some call of a given function depends."""
     found: set[int] = set()
     for place in reversed(range(len(steps))):
         if steps[place].function == function or place in found:
@@ -77,7 +77,7 @@ def _leading_to(steps: Sequence[Step], function: str) -> set[int]:
 
 
 class CodeAgreement(NamedTuple):
-    """How many activation codes were compared on how many images, and how many differ."""
+    """Numbers of images, of compared activation codes, and of activation codes that differ."""
 
     images: int
     codes: int
@@ -89,13 +89,13 @@ def compare_codes(
 ) -> CodeAgreement:
     """Compare the activation codes of an integer network with those of the traced network in float64.
 
-    In float64, a level is exactly its integer times the unit, and weights are exactly their integers
-    times their scale.
+    In the float64 network, levels are replaced by exact products of integers and their unit, and weights by exact
+    products of integers and their scale.
 
     Args:
         converted: the result of `to_integers`.
-        network: its network, after writing and reading.
-        enough: number of codes after which no more batches are compared.
+        network: the integer network, after it was written to a file and read again.
+        enough: number of compared codes after which the function stops.
     """
     levels = {}
     for quantizer in converted.quantizers:
@@ -118,7 +118,7 @@ def compare_codes(
 
 
 def _keeper(results: dict[int, Any], wanted: set[int]) -> Callable[[int, Any], None]:
-    """Return a function that keeps the results of some steps."""
+    """Return a callback that stores the results of the given steps."""
 
     def keep(place: int, result: Any) -> None:
         if place in wanted:

@@ -1,8 +1,8 @@
 """Writes and reads files of integer networks.
 
-A file is a container (`qbench.deploy.container`) with one array `data`: the numbers of all arrays of
-the steps, one array after the other. The header has the steps, the type and the shape of each array,
-and the fields of `About`. Weights of at most 8 bits are codes without gaps.
+A file is a container (`qbench.deploy.container`). Its array `data` contains the arrays of all steps, one after the
+other. The header contains the steps, the type and the shape of each array, and the fields of `About`. Weights of at
+most 8 bits are stored as codes without gaps.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,18 +32,18 @@ PARTS = ("data",)
 MAX_STEPS = 2**14
 MAX_PACKED_BITS = 8
 IMAGES_AT_ONCE = 50
-"""Number of images for which the inputs of a convolution are copied at once."""
+"""Number of images that a network processes at once, which limits the memory for the inputs of a convolution."""
 
 DTYPES = ("<i1", "<i2", "<i4", "<i8", "<f4", "<f8")
 THRESHOLDS = "thresholds"
-"""Rows of int32 as their first two numbers, and the second differences of all numbers as int8.
+"""Type of rows of int32: the first two numbers of each row, and all second differences as int8.
 
-Thresholds of a quantizer with equal steps are equally spaced apart from their rounding.
+If a quantizer has equal steps, its thresholds are equally spaced up to rounding, so their second differences are small.
 """
 
 
 class IntegerFile(NamedTuple):
-    """The content of a file of an integer network."""
+    """The content of an integer file: an integer network and its description."""
 
     network: IntegerNetwork
     about: About
@@ -51,13 +51,16 @@ class IntegerFile(NamedTuple):
     def function(self) -> Callable[[Tensor], Tensor]:
         """Return the function from normalized images (N, C, H, W) to logits (N, classes).
 
-        It raises `ValueError` for images outside the range of 8-bit pixels, for which its integers may not suffice.
+        The returned function raises `ValueError` if an image is outside the range of normalized 8-bit pixels, because
+        integers could then overflow.
         """
         low, high = image_range(self.about)
 
         def run(images: Tensor) -> Tensor:
             if not ((low <= images.numpy()) & (images.numpy() <= high)).all():
-                raise ValueError("the images are outside the range of 8-bit pixels, normalized as the file says")
+                raise ValueError(
+                    "the images are outside the range of 8-bit pixels, normalized with the file's mean and std"
+                )
             starts = range(0, len(images), IMAGES_AT_ONCE)
             parts = [self.network.run(images[start : start + IMAGES_AT_ONCE].numpy()) for start in starts]
             return torch.from_numpy(np.concatenate(parts)).float()
@@ -66,11 +69,11 @@ class IntegerFile(NamedTuple):
 
 
 def pack_integers(network: IntegerNetwork, about: About) -> bytes:
-    """Return the bytes of the file of an integer network."""
+    """Return the bytes of an integer file."""
     parts: list[bytes] = []
 
     def place(name: str, array: np.ndarray) -> list[Any]:
-        """Append an array to the data, and return its type and shape."""
+        """Append an array to the data, and return [type, shape] of the array."""
         kind, stored = _smallest(array, name)
         parts.append(stored.tobytes())
         return [kind, list(array.shape)]
@@ -84,9 +87,9 @@ def pack_integers(network: IntegerNetwork, about: About) -> bytes:
 
 
 def _smallest(array: np.ndarray, name: str) -> tuple[Any, np.ndarray]:
-    """Return the smallest type that holds an array, and the array in that type.
+    """Return the smallest type that can store an array exactly, and the array in this type.
 
-    The type is a name in `DTYPES`, `THRESHOLDS`, or, for weights without gaps, [bits, first, step].
+    The type is a name in `DTYPES`, or `THRESHOLDS`, or [bits, first, step] for weights that are stored as codes.
     """
     if array.dtype.kind == "f":
         narrow = array.astype("<f4")
@@ -108,11 +111,13 @@ def _smallest(array: np.ndarray, name: str) -> tuple[Any, np.ndarray]:
 
 
 def unpack_integers(data: bytes, source: str) -> IntegerFile:
-    """Return the content of the file of an integer network. Memory is bounded, whatever the file contains.
+    """Return the content of an integer file.
+
+    The memory for reading is limited, so a damaged file cannot exhaust it.
 
     Raises:
-        CheckpointError: the file is damaged, truncated, has another version, or its network cannot
-            run.
+        CheckpointError: the file is damaged or truncated, has another version of the format, or contains a network that
+            cannot run.
     """
 
     def read() -> IntegerFile:
@@ -139,14 +144,14 @@ def _unpack(data: bytes, source: str) -> IntegerFile:
 
 
 class _Bytes:
-    """Takes arrays from bytes, one after the other."""
+    """Reads arrays from bytes, one after the other."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._place = data, 0
 
     @property
     def left(self) -> int:
-        """The number of bytes that have not been taken."""
+        """Number of bytes that have not been read."""
         return len(self._data) - self._place
 
     def array(self, kind: Any, sizes: list[Any]) -> np.ndarray:

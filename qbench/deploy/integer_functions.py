@@ -1,6 +1,7 @@
 """Converts functions of torch to steps of an integer network.
 
-Each function has a builder and then the parameters of its function in torch. Tensors are `Value`s.
+Each converter takes a builder, followed by the parameters of the torch function. Tensor parameters are of the class
+`Value`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,26 +66,29 @@ def conv2d(
 def linear(b: Builder, x: Value, w: Stored, bias: Stored | None = None) -> Value:
     """Convert a linear layer."""
     if len(b.input_shape) != 2:
-        raise NotInteger("supports linear layers with one vector per image only")
+        raise NotInteger("supports only linear layers whose input is one vector per image")
     return _product(b, "linear", x, w, bias, {})
 
 
 def _product(b: Builder, function: str, x: Value, w: Stored, bias: Stored | None, sizes: Mapping[str, Any]) -> Value:
-    """Convert a layer with weights: in integers if its weights and its activations are quantized, else in float64."""
+    """Convert a convolution or linear layer.
+
+    The layer computes in integers if its weights and activations are quantized, else in float64.
+    """
     weight = b.network.weights.get(w.name)
     if weight is None or x.image:
         return _float_product(b, function, b.as_real(x), w, bias, sizes)
     if not x.codes:
         raise NotInteger(
-            "needs quantized activations, and those of this layer are float\ntrain with bits.a=8 or less, or: "
-            "qbench export RUN --to packed"
+            "needs quantized activations, but the activations of this layer are float\n"
+            "train with bits.a=8 or less, or: qbench export RUN --to packed"
         )
     integers, scale = integer_weights(weight)
     array, column = integers.numpy(), (len(integers), *[1] * (integers.dim() - 2))
     low, high = _product_range(array, x.low, x.high, sizes.get("groups", 1))
     largest = np.maximum(np.abs(low), np.abs(high)).max()
     if largest > LARGEST:
-        raise NotInteger(f"needs sums of products up to {LARGEST:,}, and these reach {largest:,.0f}")
+        raise NotInteger(f"needs sums of products of at most {LARGEST:,}, but they reach {largest:,.0f}")
     place = b.add(function, x, integer=True, weight=array, **sizes)
     factor = np.broadcast_to(scale.double().numpy(), len(array)) * float(x.scale.flat[0])
     offset = b.tensor(bias, 0.0, len(array))
@@ -94,7 +98,7 @@ def _product(b: Builder, function: str, x: Value, w: Stored, bias: Stored | None
 def _float_product(
     b: Builder, function: str, x: Value, w: Stored, bias: Stored | None, sizes: Mapping[str, Any]
 ) -> Value:
-    """Convert a layer that computes in float64. Its output becomes fixed point if a quantizer follows."""
+    """Convert a layer that computes in float64. If a quantizer follows, the output is converted to fixed point."""
     weight = b.network.weights.get(w.name)
     tensor = b.network.tensors[w.name].double() if weight is None else weight.decode(torch.float64)
     array, column = tensor.numpy(), (len(tensor), *[1] * (tensor.dim() - 2))
@@ -120,9 +124,9 @@ def batch_norm(
 
 
 def clamp(b: Builder, x: Value, low: float | None = None, high: float | None = None) -> Value:
-    """Convert an activation function that clamps."""
+    """Convert an activation function that clamps values, such as ReLU."""
     if isinstance(low, Value | Stored) or isinstance(high, Value | Stored):
-        raise NotInteger("does not support a clamp with tensors as ends")
+        raise NotInteger("does not support a clamp with tensors as bounds")
     floor, ceiling = -np.inf if low is None else float(low), np.inf if high is None else float(high)
     if x.codes and (clipped := _clipped_codes(b, x, floor, ceiling)):
         return clipped
@@ -130,7 +134,7 @@ def clamp(b: Builder, x: Value, low: float | None = None, high: float | None = N
 
 
 def _clipped_codes(b: Builder, x: Value, floor: float, ceiling: float) -> Value | None:
-    """Return clamped codes, which are codes again, or None if an end of the clamp is not a level."""
+    """Return the result of clamping codes as codes. Return None if a bound of the clamp is not a level."""
     ends = np.array([floor, ceiling]) / x.scale.flat[0]
     if bool((ends != np.rint(ends)).any()):
         return None
@@ -140,11 +144,11 @@ def _clipped_codes(b: Builder, x: Value, floor: float, ceiling: float) -> Value 
 
 
 def add(b: Builder, x: Any, y: Any, *, alpha: float = 1) -> Value:
-    """Convert a sum of two tensors, such as that of a branch and its shortcut."""
+    """Convert a sum of two tensors, such as a branch and its shortcut."""
     if not isinstance(x, Value) or not isinstance(y, Value) or alpha != 1:
         raise NotInteger("does not support sums with constants")
     if x.scale.shape != y.scale.shape:
-        raise NotInteger("does not support sums of tensors with other shapes")
+        raise NotInteger("does not support sums of tensors of different shapes")
     (x_low, x_high), (y_low, y_high) = x.interval(), y.interval()
     low, high = x_low + y_low, x_high + y_high
     if not (x.integer or y.integer):
@@ -159,7 +163,10 @@ def max_pool2d(
     b: Builder, x: Value, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
     ceil_mode: bool = False, return_indices: bool = False,
 ) -> Value:  # fmt: skip
-    """Convert max pooling. With a negative scale, the largest value has the smallest number."""
+    """Convert max pooling.
+
+    If the scale of a channel is negative, the largest value is stored as the smallest integer.
+    """
     if return_indices or _pair(dilation) != [1, 1]:
         raise NotInteger("does not support max pooling with indices or dilation")
     sizes = {"kernel": _pair(kernel_size), "stride": _pair(stride or kernel_size), "padding": _pair(padding)}
@@ -174,7 +181,7 @@ def avg_pool2d(
     b: Builder, x: Value, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> Value:  # fmt: skip
-    """Convert average pooling: a sum, whose divisor becomes part of the scale."""
+    """Convert average pooling to a sum. The divisor becomes part of the scale."""
     kernel, step = _pair(kernel_size), _pair(stride or kernel_size)
     if divisor_override or _pair(padding) != [0, 0]:
         raise NotInteger("does not support average pooling with padding or a divisor")
@@ -190,7 +197,7 @@ def avg_pool2d(
 
 
 def adaptive_avg_pool2d(b: Builder, x: Value, output_size: Any) -> Value:
-    """Convert adaptive average pooling whose windows have one size."""
+    """Convert adaptive average pooling, if all windows have the same size."""
     sizes = b.input_shape[2:]
     wanted = [size if want is None else want for want, size in zip(_pair(output_size), sizes, strict=True)]
     if any(size % want for size, want in zip(sizes, wanted, strict=True)):
@@ -202,7 +209,7 @@ def mean(b: Builder, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     """Convert the mean over height and width."""
     shape = b.input_shape
     if len(shape) != 4 or dim is None or sorted(d % 4 for d in _pair(dim)) != [2, 3]:
-        raise NotInteger("supports means over height and width only")
+        raise NotInteger("supports only means over height and width")
     pooled = avg_pool2d(b, x, list(shape[2:]))
     return pooled if keepdim else _flattened(b, pooled, (shape[1], 1, 1))
 
@@ -229,7 +236,7 @@ def getitem(b: Builder, x: Value, index: Any) -> Value:
     """Convert indexing with slices."""
     parts = index if isinstance(index, tuple) else (index,)
     if any(not isinstance(part, slice) for part in parts) or (parts and parts[0] != slice(None)):
-        raise NotInteger("does not support indexing with other than slices")
+        raise NotInteger("supports only indexing with slices")
     slices = [[part.start, part.stop, part.step] for part in parts[1:]]
     channels = parts[1] if len(parts) > 1 else slice(None)
     place = b.add("take", x, integer=x.integer, slices=slices)
@@ -254,14 +261,14 @@ def _flattened(b: Builder, x: Value, shape: Sequence[int]) -> Value:
 def _check_windows(b: Builder, ceil_mode: bool, kernel: Sequence[int], stride: Sequence[int], padding: Any) -> None:
     sizes = zip(b.input_shape[2:], kernel, stride, padding, strict=True)
     if ceil_mode and any((size + 2 * p - k) % s for size, k, s, p in sizes):
-        raise NotInteger("does not support pooling with ceil_mode=True where windows leave the image")
+        raise NotInteger("does not support pooling with ceil_mode=True if windows extend beyond the image")
 
 
 def _product_range(weight: Array, low: Array, high: Array, groups: int) -> tuple[Array, Array]:
-    """Return the smallest and the largest sum of products for each output; zeros of padding are included.
+    """Return the smallest and the largest possible sum of products of each output, with zero padding.
 
     Args:
-        low, high: the range of each input channel or feature.
+        low, high: smallest and largest value of each input channel or feature.
     """
     w = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).astype(np.float64)
     low, high = np.minimum(low, 0).reshape(groups, 1, -1, 1), np.maximum(high, 0).reshape(groups, 1, -1, 1)
@@ -283,4 +290,4 @@ HANDLERS: Mapping[str, Callable[..., Value]] = {
     "relu": lambda b, x: clamp(b, x, 0.0, None), "relu6": lambda b, x: clamp(b, x, 0.0, 6.0),
     "hardtanh": lambda b, x, min_val=-1.0, max_val=1.0: clamp(b, x, min_val, max_val),
 }  # fmt: skip
-"""Name of a function in `qbench.deploy.network.FUNCTIONS` -> the function that converts it."""
+"""Maps the name of a function in `qbench.deploy.network.FUNCTIONS` to its converter."""

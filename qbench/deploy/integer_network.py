@@ -1,7 +1,7 @@
-"""Runs integer networks in NumPy. This module needs neither torch nor the code of a method or a model.
+"""Runs integer networks in NumPy, without torch and without the code of methods and models.
 
-Float layers, such as the first and the last one, compute in float64. All tensors between them are
-int32. Sums of products are at most 2^31 - 1; the export checks this.
+Float layers, such as the first and the last layer, compute in float64. All tensors between float layers are int32. The
+export checks that sums of products are at most 2^31 - 1.
 
 Shapes: N images, C channels, H height, W width.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 LARGEST = 2**31 - 1
-"""The largest magnitude of an integer in a network."""
+"""Largest magnitude of an integer in an integer network."""
 
 Array = np.ndarray
 
@@ -23,7 +23,7 @@ class IntegerStep(NamedTuple):
 
     Args:
         function: a name in `FUNCTIONS`.
-        inputs: places of the steps whose results it reads; -1 is the image.
+        inputs: indices of the steps whose results this step reads. -1 means the image.
         numbers: parameters such as strides.
         arrays: parameters such as weights, thresholds and multipliers.
     """
@@ -43,10 +43,11 @@ class IntegerNetwork(NamedTuple):
         """Return the logits (N, classes) of normalized images (N, C, H, W).
 
         Args:
-            observe: called with the place and the result of each step.
+            observe: callback that gets the index and the result of each step.
 
         Raises:
-            ValueError: an integer does not fit into 32 bits, which images of the run's range cannot cause.
+            ValueError: an integer does not fit into 32 bits. Images in the range of the run's data set never cause this
+                error.
         """
         results: dict[int, Array] = {-1: images.astype(np.float64)}
         last = {place: i for i, step in enumerate(self.steps) for place in step.inputs}
@@ -60,7 +61,7 @@ class IntegerNetwork(NamedTuple):
 
 
 def _as_type(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Return values in the type of a step's input, and check the range of integers."""
+    """Convert values to the type of a step's input, and check the range of integers."""
     if dtype == np.float64:
         return values
     if not np.abs(values).max(initial=0) <= LARGEST:
@@ -69,16 +70,17 @@ def _as_type(values: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _by_channel(values: Array, axes: int) -> Array:
-    """Return per-channel values in a shape that can be combined with a result of this number of axes."""
+    """Return per-channel values in a shape that broadcasts with a tensor of `axes` axes."""
     return values.reshape(values.shape[0], *[1] * (axes - 2)) if values.ndim == 1 else values
 
 
 def conv2d(
     x: Array, *, weight: Array, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Array:
-    """Return a convolution, in the type of x.
+    """Return a convolution of x, in the type of x.
 
-    BLAS multiplies no integers. It multiplies them as float64, in which integers below 2^53 are exact.
+    BLAS has no integer products. Integers are therefore multiplied as float64, which represents integers below 2^53
+    exactly.
     """
     outputs, inputs, *kernel = weight.shape
     x64 = np.pad(x.astype(np.float64), ((0, 0), (0, 0), *((p, p) for p in padding)))
@@ -95,17 +97,17 @@ def conv2d(
 
 
 def linear(x: Array, *, weight: Array) -> Array:
-    """Return the products with a matrix (outputs, inputs), in the type of x; see `conv2d`."""
+    """Return the product of x and a weight matrix (outputs, inputs), in the type of x."""
     return _as_type(x.astype(np.float64) @ weight.T.astype(np.float64), x.dtype)
 
 
 def quantize(x: Array, *, thresholds: Array, levels: Array, sign: Array | None = None) -> Array:
-    """Return levels[number of thresholds at or below x], for each element of x (N, C, ...).
+    """Return levels[k] for each element of x (N, C, ...), where k is the number of thresholds that are at most x.
 
     Args:
-        thresholds: (1, E), ascending, or (C, E) for other thresholds in each channel.
-        levels: (E + 1,) integers; or (C, E + 1) floats, for images.
-        sign: (C,) of 1 and -1, by which x is multiplied first.
+        thresholds: ascending; (1, E) for all channels, or (C, E) for each channel.
+        levels: integers (E + 1,), or floats (C, E + 1) if x is an image.
+        sign: (C,) with values 1 or -1. x is multiplied by the sign before the comparison.
     """
     if sign is not None:
         x = x * _by_channel(sign, x.ndim)
@@ -118,9 +120,9 @@ def quantize(x: Array, *, thresholds: Array, levels: Array, sign: Array | None =
 
 
 def rescale(x: Array, *, multiplier: Array, offset: Array, shift: Array, low: Array, high: Array) -> Array:
-    """Return (multiplier x + offset) / 2^shift, rounded and clipped to [low, high].
+    """Return (multiplier * x + offset) / 2^shift, rounded and clipped to [low, high].
 
-    The product has 64 bits.
+    The product is computed in 64 bits.
     """
     multiplier, offset, shift, low, high = (
         _by_channel(values.astype(np.int64), x.ndim) for values in (multiplier, offset, shift, low, high)
@@ -131,29 +133,29 @@ def rescale(x: Array, *, multiplier: Array, offset: Array, shift: Array, low: Ar
 
 
 def fixed_point(x: Array, *, fraction: Array) -> Array:
-    """Return floats as integers, in units of 2^-fraction."""
+    """Return floats as integers that count units of 2^-fraction."""
     return _as_type(np.rint(np.ldexp(x, _by_channel(fraction, x.ndim).astype(np.int64))), np.dtype(np.int32))
 
 
 def affine(x: Array, *, scale: Array, shift: Array) -> Array:
-    """Return scale x + shift as float64."""
+    """Return scale * x + shift as float64."""
     y: Array = x * _by_channel(scale, x.ndim) + _by_channel(shift, x.ndim)
     return y
 
 
 def add(x: Array, y: Array) -> Array:
-    """Return the sum of two tensors of one type."""
+    """Return the sum of two tensors of the same type."""
     return _as_type(x + y if x.dtype == np.float64 else x.astype(np.int64) + y, x.dtype)
 
 
 def clip(x: Array, *, low: float | None, high: float | None) -> Array:
-    """Return x, clipped to [low, high]; None stands for no end."""
+    """Return x clipped to [low, high]. None means no bound."""
     clipped: Array = np.clip(x, low, high)
     return clipped
 
 
 def max_pool2d(x: Array, *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], sign: Array) -> Array:
-    """Return the largest value of each window of sign x."""
+    """Return the largest value of sign * x in each window."""
     x = x * _by_channel(sign.astype(x.dtype), x.ndim)
     lowest = -np.inf if x.dtype == np.float64 else np.iinfo(x.dtype).min
     x = np.pad(x, ((0, 0), (0, 0), *((p, p) for p in padding)), constant_values=lowest)
@@ -163,23 +165,29 @@ def max_pool2d(x: Array, *, kernel: Sequence[int], stride: Sequence[int], paddin
 
 
 def sum_pool2d(x: Array, *, kernel: Sequence[int], stride: Sequence[int]) -> Array:
-    """Return the sum of each window."""
+    """Return the sum of the values in each window."""
     windows = sliding_window_view(x, kernel, axis=(2, 3))[:, :, :: stride[0], :: stride[1]]
     return _as_type(windows.sum((-2, -1), dtype=np.float64 if x.dtype == np.float64 else np.int64), x.dtype)
 
 
 def pad(x: Array, *, amounts: Sequence[Sequence[int]]) -> Array:
-    """Return x with zeros before and after it, along each axis but the first."""
+    """Return x padded with zeros.
+
+    `amounts` contains the number of zeros before and after x, for each axis except the first.
+    """
     return np.pad(x, ((0, 0), *map(tuple, amounts)))
 
 
 def take(x: Array, *, slices: Sequence[Sequence[int | None]]) -> Array:
-    """Return a part of x: a start, a stop and a step along each axis but the first."""
+    """Return a part of x.
+
+    `slices` contains start, stop and step for each axis except the first.
+    """
     return np.ascontiguousarray(x[(slice(None), *(slice(*part) for part in slices))])
 
 
 def flatten(x: Array) -> Array:
-    """Return x as (N, values)."""
+    """Return x reshaped to (N, values)."""
     return x.reshape(len(x), -1)
 
 
@@ -189,4 +197,4 @@ FUNCTIONS: Mapping[str, Callable[..., Array]] = {
         conv2d, linear, quantize, rescale, fixed_point, affine, add, clip, max_pool2d, sum_pool2d, pad, take, flatten,
     )
 }  # fmt: skip
-"""Name of a step's function -> the function that computes it."""
+"""Maps the name of a step's function to the function itself."""

@@ -1,8 +1,8 @@
-"""Describes the tensors of an integer network, and computes thresholds and fixed-point formats for them.
+"""Describes tensors of an integer network, and computes their thresholds and fixed-point formats.
 
-A tensor stores numbers q, and means the values clamp(scale q + shift). Scale and shift are float64,
-one per channel. Batch normalization changes only scale and shift, so it costs nothing: they become
-part of the thresholds of the next quantizer.
+A tensor stores numbers q that stand for the real values clamp(scale * q + shift). Scale and shift are float64, one per
+channel. Batch normalization changes only scale and shift. It costs nothing, because scale and shift become part of the
+thresholds of the next quantizer.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ import numpy as np
 from qbench.deploy.integer_network import LARGEST
 
 INT_BITS = 30
-"""Fixed-point numbers are at most 2^30, so that the sum of two of them fits into 32 bits."""
+"""Fixed-point numbers are at most 2^30, so that the sum of two numbers fits into 32 bits."""
 
 MAX_FRACTION = 40
 """Largest number of fraction bits."""
 
 ROUNDING = 4
-"""Largest rounding error of a fixed-point sum: one unit each for its parts, and a reserve."""
+"""Largest rounding error of a fixed-point sum of two numbers, in units: one per number, and a reserve of two."""
 
 MULTIPLIER_BITS, MAX_SHIFT, PRODUCT_BITS = 30, 31, 61
-"""Sizes of a multiplier, of the right shift after it, and of their product with a number."""
+"""Maximum bits of a multiplier, maximum right shift, and maximum bits of multiplier times number."""
 
 Array = np.ndarray
 
@@ -32,13 +32,13 @@ class Value:
     """A tensor of an integer network.
 
     Args:
-        place: the step that computes it; -1 is the image.
-        integer: whether q is int32, otherwise float64 with scale 1 and shift 0.
-        scale, shift, low, high: (C, 1, ..), or (F,) for tensors (N, F). low and high are the
-            smallest and the largest q that any image of the run's range can cause.
-        floor, ceiling: the clamp.
-        codes: whether it holds the integer levels of a quantizer.
-        image: whether it holds the values of the image, possibly rounded or moved.
+        place: index of the step that computes the tensor. -1 means the image.
+        integer: whether q is int32. If false, q is float64 with scale 1 and shift 0.
+        scale, shift, low, high: per channel, (C, 1, ...), or per feature, (F,). `low` and `high` are the smallest and
+            the largest q that images in the range of the data set can cause.
+        floor, ceiling: bounds of the clamp on the real values.
+        codes: whether q are the integer levels of a quantizer.
+        image: whether the values are the image's pixels, possibly rounded or rearranged.
     """
 
     place: int
@@ -54,51 +54,54 @@ class Value:
 
     @property
     def clamped(self) -> bool:
-        """Whether the clamp is still to be applied."""
+        """Whether the values have a clamp that is not applied to q."""
         return (self.floor, self.ceiling) != (-np.inf, np.inf)
 
     def interval(self) -> tuple[Array, Array]:
-        """Return the smallest and the largest value of each channel."""
+        """Return the smallest and the largest real value of each channel."""
         ends = self.scale * self.low + self.shift, self.scale * self.high + self.shift
         low, high = np.minimum(*ends), np.maximum(*ends)
         return np.clip(low, self.floor, self.ceiling), np.clip(high, self.floor, self.ceiling)
 
     def clamp(self, low: float, high: float) -> "Value":
-        """Return this value after one more clamp."""
+        """Return the value with one more clamp."""
         return replace(
             self, floor=min(max(self.floor, low), high), ceiling=min(max(self.ceiling, low), high), codes=False
         )
 
     def by_channel(self, place: int, change: Callable[[Array], Array]) -> "Value":
-        """Return this value as the result of a step that changes the places of channels and no values."""
+        """Return the value as the result of a step that only rearranges channels.
+
+        `change` rearranges a per-channel array in the same way.
+        """
         ends = change(self.low), change(self.high)
         return replace(self, place=place, scale=change(self.scale), shift=change(self.shift), low=ends[0], high=ends[1])
 
     def normalized(self, scale: Array, shift: Array) -> "Value":
-        """Return scale times this value plus shift."""
+        """Return scale * value + shift."""
         return replace(self, scale=self.scale * scale, shift=self.shift * scale + shift, codes=False, image=False)
 
 
 def real(place: int, low: Array, high: Array, image: bool = False) -> Value:
-    """Return a float64 tensor with the given range."""
+    """Describe a float64 tensor with the given range of values."""
     return Value(place, False, np.ones_like(low), np.zeros_like(low), low, high, image=image)
 
 
 def fraction_bits(low: Array, high: Array) -> Array:
-    """Return the largest number of fraction bits with which fixed-point numbers hold the values from low to high."""
+    """Return the largest number of fraction bits with which values from low to high fit into fixed point."""
     largest = np.maximum(np.maximum(np.abs(low), np.abs(high)), 2.0 ** (INT_BITS - MAX_FRACTION))
     bits: Array = (INT_BITS - np.ceil(np.log2(largest))).astype(np.int64)
     return bits
 
 
 def fixed(place: int, low: Array, high: Array, fraction: Array) -> Value:
-    """Return a fixed-point tensor with values from low to high, apart from rounding."""
+    """Describe a fixed-point tensor with values from low to high, up to rounding."""
     ends = np.floor(np.ldexp(low, fraction)) - ROUNDING, np.ceil(np.ldexp(high, fraction)) + ROUNDING
     return Value(place, True, np.ldexp(np.ones_like(low), -fraction), np.zeros_like(low), *ends)
 
 
 def rescaling(value: Value, fraction: Array) -> dict[str, Array]:
-    """Return the arrays of a step `rescale` that gives a tensor as fixed-point numbers, with its clamp."""
+    """Return the arrays of a step `rescale` that converts a tensor to fixed point and applies its clamp."""
     factor, offset = np.ldexp(value.scale, fraction), np.ldexp(value.shift, fraction)
     largest = np.maximum(np.abs(value.low), np.abs(value.high))
     # the product with the largest number, plus the offset, must fit into 64 bits
@@ -116,10 +119,12 @@ def rescaling(value: Value, fraction: Array) -> dict[str, Array]:
 
 
 def integer_thresholds(value: Value, thresholds: Array) -> tuple[Array, Array]:
-    """Return thresholds (C, E) for sign q, and the sign (C,). They count what `thresholds` count for the values.
+    """Convert thresholds on real values to integer thresholds (C, E) on sign * q. Return them and the sign (C,).
+
+    A number q reaches as many integer thresholds as its real value reaches thresholds.
 
     Args:
-        thresholds: (1, E) or (C, E), ascending.
+        thresholds: thresholds on the real values, ascending, (1, E) or (C, E).
     """
     scale, shift, low, high = (part.reshape(-1, 1) for part in (value.scale, value.shift, value.low, value.high))
     sign = np.where(scale < 0, -1.0, 1.0)

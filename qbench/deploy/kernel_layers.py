@@ -1,4 +1,4 @@
-"""Kernels of one layer, compiled by numba.
+"""Compiles the kernel of one layer with numba.
 
 A layer has a source and a finish. The source computes values: of a convolution of codes (`planes` or
 `tables`), of a convolution of floats (`floats`), or of pooling (`pool`). The finish stores them as
@@ -9,7 +9,8 @@ Memory is one array of bytes. A map of floats has its channels last, in whole ve
 have one of two formats, see `qbench.deploy.kernel_planes` and `qbench.deploy.kernel_tables`. Maps have
 a border, which is the padding of convolutions.
 
-Addresses differ between layers of the same shape, so they are arguments; see `At`.
+Layers of the same shape share a kernel but have different addresses. Addresses are therefore arguments of the kernel
+(class `At`).
 """
 
 from functools import cache
@@ -47,7 +48,10 @@ __all__ = [
 ]
 
 Source = Function
-"""(memory, at, y, x, output, vector of channels) -> 16 values. `output` is the number of the vector in the output."""
+"""Function (memory, at, y, x, output, vector of channels) -> 16 values.
+
+`output` is the index of the vector in the whole output, and `vector of channels` the index within a pixel.
+"""
 
 
 def floats(window: Window, count: int) -> Source:
@@ -131,7 +135,7 @@ NO_RAMP: RampParts = (False, False)
 
 
 class Finish(NamedTuple):
-    """What becomes of the values of a layer, in this order.
+    """The operations on the values that a source computes, in the order of the arguments.
 
     Args:
         integers: whether the values are integers.
@@ -159,10 +163,10 @@ class Finish(NamedTuple):
 
 
 def layer(source: Source, finish: Finish, height: int, width: int, vectors: int) -> Function:
-    """Return the compiled function (memory, at) of a layer.
+    """Return the compiled kernel of a layer, a function of (memory, at).
 
     Args:
-        height, width, vectors: pixels of the output, and its vectors of channels.
+        height, width, vectors: size of the output in pixels, and number of vectors of channels per pixel.
     """
     integers, residual = finish.integers, finish.residual
     ramp, second_ramp = _ramp(*finish.ramp), _ramp(*finish.second_ramp)
@@ -203,7 +207,7 @@ def _same(x: Any) -> Any:
 
 
 RAMP_BYTES = 4 * BYTES
-"""Bytes of the parameters of a ramp for one vector of channels."""
+"""Number of bytes of a ramp's parameters for one vector of channels."""
 
 
 @compiled
@@ -218,6 +222,6 @@ def read_image(memory: Any, address: Any, row: Any, pixel: Any, image: Any) -> N
 
 @compiled
 def write_logits(memory: Any, address: Any, logits: Any) -> None:
-    """Load logits (classes,) from a map of floats."""
+    """Copy the logits (classes,) out of a map of floats."""
     for i in range(len(logits)):
         logits[i] = load_float(memory, address + 4 * i)

@@ -1,4 +1,4 @@
-"""Places the maps and parameters of a network in one array of bytes."""
+"""Assigns addresses in one array of bytes to the feature maps and parameters of a network."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from qbench.deploy.kernel_vectors import BYTES
 Pair = tuple[int, int]
 
 HALF = LANES // 8
-"""Bytes of the codes of one vector of channels, in one plane."""
+"""Number of bytes in one plane for the codes of one vector of channels."""
 
 
 class Part(NamedTuple):
@@ -22,11 +22,11 @@ class Part(NamedTuple):
 
 
 class Map(NamedTuple):
-    """Where the values of a map lie.
+    """Address and size of a feature map.
 
     Args:
-        address: of the first pixel; a border is before it.
-        channels, height, width: sizes of the map.
+        address: address of the first pixel. The border is before this address.
+        channels, height, width: size of the map.
     """
 
     address: int
@@ -42,7 +42,7 @@ class Map(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the map has floats without padded channels."""
+        """Whether the map contains floats and its channels are not padded to whole vectors."""
         return self.strides.pixel == 4 * self.channels != 4 * whole(self.channels)
 
     def windows(self, kernel: Pair, stride: Pair) -> Window:
@@ -64,15 +64,15 @@ class Map(NamedTuple):
         return Part(window, pixel)
 
     def start(self, padding: tuple[int, int]) -> int:
-        """Return the address of the first window."""
+        """Return the address of the first window, which begins in the border."""
         return self.address - padding[0] * self.strides.row - padding[1] * self.strides.pixel
 
 
 class Memory:
-    """Memory under construction.
+    """An array of bytes to which maps and constants are added.
 
     Args:
-        border: pixels of zeros around each map.
+        border: width in pixels of the border of zeros around each map.
     """
 
     def __init__(self, border: int) -> None:
@@ -127,7 +127,7 @@ class Memory:
         return Map(address + self._border * (strides.row + strides.pixel), channels, height, width, strides)
 
     def build(self) -> np.ndarray:
-        """Return the memory, which begins at a multiple of the size of a vector."""
+        """Return the array of bytes. It begins at an address that is a multiple of a vector's size."""
         whole_array = np.zeros(self._size + BYTES, np.uint8)
         start = -whole_array.ctypes.data % BYTES
         memory = whole_array[start : start + self._size]

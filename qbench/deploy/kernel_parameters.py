@@ -1,4 +1,4 @@
-"""Computes what the kernels read: integer weights as bit planes, and thresholds of codes.
+"""Computes the parameters that kernels read: bit planes of integer weights, and thresholds of codes.
 
 Channels are padded to whole vectors. Padded channels have the value 0 and the code 0.
 """
@@ -14,24 +14,24 @@ from qbench.deploy.codes import Encoded
 from qbench.deploy.steps import float_of, ordered
 
 LANES = 16
-"""Channels in a vector; see `qbench.deploy.kernel_vectors`."""
+"""Number of channels in a vector (`qbench.deploy.kernel_vectors`)."""
 
 CHANNELS = 4
 """Channels of a table; see `qbench.deploy.kernel_tables`."""
 
 TOLERANCE = 1e-4
-"""Largest distance of a level from an integer, in steps."""
+"""Largest allowed distance between a level and an integer multiple of the scale, as a fraction of the spacing."""
 
 LARGEST = 1e30
-"""Thresholds are searched in floats up to this magnitude."""
+"""Largest magnitude of the floats among which thresholds are searched."""
 
 
 class NoKernel(Exception):
-    """Raised if kernels cannot compute a function, or codes. The message states the reason."""
+    """Raised if kernels cannot compute a step. The message is a noun phrase that names what they do not support."""
 
 
 class IntegerLevels(NamedTuple):
-    """Levels (first + step code) scale, which are integers times a scale per group; `total` of them."""
+    """`total` equally spaced levels: (first + step * code) * scale, with one scale per group."""
 
     first: int
     step: int
@@ -40,19 +40,21 @@ class IntegerLevels(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """The width of a code."""
+        """Number of bits of a code."""
         return 1 if self.total == 2 else 2
 
 
 def integer_levels(levels: Tensor) -> IntegerLevels:
-    """Return levels (groups, count) as integers: multiples of their step, or odd multiples of half of it.
+    """Return levels (groups, count) as integers times a scale.
+
+    The levels are multiples of their spacing, or odd multiples of half the spacing.
 
     Raises:
-        NoKernel: there are more than 4 levels, or they are not equally spaced.
+        NoKernel: there are fewer than 2 or more than 4 levels, or the levels have another form.
     """
     count = levels.shape[1]
     if not 2 <= count <= 4:
-        raise NoKernel(f"{count} levels; bit-serial kernels take 2 to 4, which are 1 or 2 bits")
+        raise NoKernel(f"{count} levels; bit-serial kernels need 2 to 4 levels, which are 1 or 2 bits")
     spacing = (levels[:, -1:] - levels[:, :1]) / (count - 1)
     for step in (1, 2):
         scale = spacing / step
@@ -67,10 +69,11 @@ class BitWeights(NamedTuple):
     """Integer weights in bit planes.
 
     Args:
-        integers: (O, C, H, W).
-        scale: (O,), of each output.
-        planes: (bits, O, C, H, W), zeros and ones.
-        odd: whether the weights are sums of 2^i (2 plane_i - 1); else plane_0 - 2 plane_1.
+        integers: the weights divided by their scale, (O, C, H, W).
+        scale: scale of each output, (O,).
+        planes: zeros and ones, (bits, O, C, H, W).
+        odd: whether the integers are the sum over i of 2^i * (2 * plane_i - 1). If false, the integers are plane_0 - 2
+            * plane_1.
     """
 
     integers: Tensor
@@ -83,7 +86,7 @@ def bit_weights(weight: Encoded, shape: Sequence[int]) -> BitWeights:
     """Return quantized weights in bit planes.
 
     Raises:
-        NoKernel: they have more than 2 bits, or are not such integers times a scale per output.
+        NoKernel: the weights have more than 2 bits, or are not such integers times one scale per output.
     """
     if weight.layout not in ("tensor", "channel") or weight.levels.values().shape[2] != 1:
         raise NoKernel("weights without one scale per layer or channel")
@@ -153,16 +156,16 @@ def pack_floats(weights: Tensor, lanes: int) -> np.ndarray:
 
 
 def whole(channels: int) -> int:
-    """Return a number of channels, rounded up to whole vectors."""
+    """Return a number of channels, rounded up to a multiple of `LANES`."""
     return -(-channels // LANES) * LANES
 
 
 class Numbers(NamedTuple):
-    """The values that a layer computes, as integers in the order of the values.
+    """A numbering of the values that a layer can compute. Larger values have larger numbers.
 
     Args:
-        last: integers from -last to last are searched for thresholds.
-        value: integers (n, C) -> floats.
+        last: the largest number. Thresholds are searched from -last to last.
+        value: function from numbers (n, C) to float values.
     """
 
     last: int
@@ -170,19 +173,20 @@ class Numbers(NamedTuple):
 
 
 FLOAT_NUMBERS = Numbers(int(ordered(torch.tensor([LARGEST]))), float_of)
-"""All floats."""
+"""The numbering of all floats up to `LARGEST`."""
 
 
 def code_thresholds(
     function: Callable[[Tensor], Tensor], levels: Tensor, channels: int, numbers: Numbers
 ) -> tuple[Tensor, Tensor]:
-    """Return the thresholds (count - 1, C) of codes, and the channels (C,) in which codes fall.
+    """Find the thresholds (count - 1, C) of codes, and the channels (C,) in which codes decrease with the value.
 
-    A code is the number of thresholds at or below a number, or above it where codes fall.
+    A code is the number of thresholds that are at most a number. In channels with decreasing codes, it is the number of
+    thresholds above a number.
 
     Args:
-        function: floats (count - 1, C) -> levels, which rises or falls in each channel.
-        levels: (count,), ascending.
+        function: function from floats (count - 1, C) to levels, monotone in each channel.
+        levels: the levels of the quantizer, (count,), ascending.
     """
     low = torch.full((len(levels) - 1, channels), -numbers.last)
 
@@ -201,7 +205,10 @@ def code_thresholds(
 
 
 def pack_thresholds(thresholds: Tensor, falling: Tensor, integers: bool) -> np.ndarray:
-    """Return (vectors, 1 + thresholds, 16) words of 32 bits; the first word holds the channels in which codes fall."""
+    """Return thresholds as 32-bit words (vectors, 1 + thresholds, 16).
+
+    The bits of the first word mark the channels in which codes decrease with the value.
+    """
     count, channels = thresholds.shape
     never = 2**31 - 1 if integers else torch.inf
     padded = np.full((count, whole(channels)), never, np.int32 if integers else np.float32)
@@ -215,7 +222,7 @@ def pack_thresholds(thresholds: Tensor, falling: Tensor, integers: bool) -> np.n
 
 
 def pack_integers(numbers: Tensor) -> np.ndarray:
-    """Return integers (O, H, W) as (H, W, vectors, 16) words of 32 bits."""
+    """Return integers (O, H, W) as 32-bit words (H, W, vectors, 16)."""
     outputs, height, width = numbers.shape
     padded = np.zeros((height, width, whole(outputs)), np.int32)
     padded[..., :outputs] = numbers.permute(1, 2, 0).numpy()

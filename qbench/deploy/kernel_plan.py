@@ -1,7 +1,8 @@
-"""Plans how kernels compute a network: its layers, their addresses, and the content of the memory.
+"""Plans how kernels compute a network: layers, addresses, and the content of the memory.
 
-Functions of single values between two layers, such as batch normalization, disappear. Before a
-quantizer, they move its thresholds. Elsewhere, they become ramps of the layer before them.
+Pointwise functions between two layers, such as batch normalization, are not computed as steps of their own. If a
+quantizer follows, the functions become part of the quantizer's thresholds. Otherwise, they become a ramp of the layer
+before them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,22 +36,22 @@ from qbench.errors import ConfigError
 
 
 class NotRunnable(ConfigError):
-    """Kernels cannot run a network. The message names the layer, the reason and what would work."""
+    """Raised if kernels cannot run a network. The message names the layer, the reason and an alternative."""
 
 
 class Layer(NamedTuple):
-    """One layer of a plan: the text that makes its kernel, and its addresses."""
+    """One layer of a plan: the source text that makes its kernel, and its addresses."""
 
     kernel: str
     at: At
 
 
 class Plan(NamedTuple):
-    """A network for kernels.
+    """A network as a list of layers that kernels compute.
 
     Args:
-        layers: in the order in which they run.
-        image, logits: the maps of the input and of the output.
+        layers: the layers in the order in which they run.
+        image, logits: maps of the input image and of the output.
         memory: the content of the memory before the first image.
     """
 
@@ -67,7 +68,7 @@ def plan(network: Network, shape: tuple[int, int, int]) -> Plan:
         shape: channels, height and width of an image.
 
     Raises:
-        NotRunnable: the network has a function, or widths, without a kernel.
+        NotRunnable: no kernel exists for one of the network's functions or bit widths.
     """
     planner = Planner(network, shape)
     for i in range(len(network.steps)):
@@ -75,8 +76,7 @@ def plan(network: Network, shape: tuple[int, int, int]) -> Plan:
     logits = planner.floats(network.output)
     if not planner.computes_codes:
         raise NotRunnable(
-            "no layer has both weights and activations of 1 or 2 bits, so bit-serial kernels have nothing to compute\n"
-            f"{OTHER_WAYS}"
+            f"no layer has both weights and activations of 1 or 2 bits, which bit-serial kernels need\n{OTHER_WAYS}"
         )
     return Plan(planner.layers, planner.image, logits, planner.memory.build())
 
@@ -85,7 +85,7 @@ OTHER_WAYS = "run the file without --runtime numba, or export the run to onnx or
 
 
 class Planner:
-    """A plan under construction."""
+    """Builds a plan from the steps of a traced network."""
 
     def __init__(self, network: Network, shape: tuple[int, int, int]) -> None:
         self.network, self.shapes = network, network.shapes(shape)
@@ -103,7 +103,7 @@ class Planner:
         self._absorbed: set[int] = set()
 
     def add_step(self, i: int) -> None:
-        """Plan a step, unless a layer has computed it already."""
+        """Plan a step and the steps that it reads, unless a planned layer already computes them."""
         if i in self._operands or i in self._absorbed:
             return
         step = self._steps[i]
@@ -113,7 +113,7 @@ class Planner:
             if is_pointwise(step):
                 operand = self.operand(next(_refs(step)))
                 if operand.levels:
-                    raise NoKernel(f"{step.function} of codes")
+                    raise NoKernel(f"{step.function} of quantized activations")
                 self._operands[i] = operand._replace(chain=(*operand.chain, step))
             elif step.function in PLANNERS:
                 PLANNERS[step.function](self, i, *step.args, **step.kwargs)
@@ -125,16 +125,16 @@ class Planner:
     # what sources need
 
     def operand(self, ref: Ref) -> Operand:
-        """Return a result that is computed."""
+        """Return the result of a planned step."""
         if ref.item is not None:
-            raise NoKernel("functions with several results")
+            raise NoKernel("functions that return several results")
         return self._operands[ref.step]
 
     def floats(self, ref: Ref) -> Map:
-        """Return a result as a map of floats, after its pointwise functions."""
+        """Return a result as a map of floats. Pending pointwise functions are applied by an extra layer."""
         operand = self.operand(ref)
         if operand.levels:
-            raise NoKernel("this use of codes")
+            raise NoKernel("quantized activations as input of this step")
         if operand.chain:
             computed = self.copied(ref)
             result = self.memory.floats(*computed.size)
@@ -143,16 +143,16 @@ class Planner:
         return self._operands[ref.step].map
 
     def copied(self, ref: Ref) -> Computed:
-        """Return the source that copies a map of floats. Its ramp is the pointwise functions after the map."""
+        """Return a source that copies a map of floats. Pending pointwise functions become its ramp."""
         operand = self.operand(ref)
         if operand.levels:
-            raise NoKernel("this use of codes")
+            raise NoKernel("quantized activations as input of this step")
         computed = pooled(operand.map, (1, 1), (1, 1), (0, 0), operand.map.size, mean=False)
         ramp = ramp_of(operand.chain, computed.ramp, self.network.tensors, len(self.shapes[ref.step]))
         return computed._replace(ramp=ramp)
 
     def alias(self, i: int, ref: Ref) -> None:
-        """Let step i have the same values as another result, in another shape."""
+        """Declare that step i has the same values as another result, in another shape."""
         if not self.operand(ref).levels:
             self.floats(ref)
         self._operands[i] = self.operand(ref)
@@ -160,16 +160,16 @@ class Planner:
     # layers
 
     def quantize(self, i: int, x: Ref) -> None:
-        """Add the layer of a quantizer of floats."""
+        """Add a layer that quantizes a map of floats."""
         operand = self.operand(x)
         computed = self.copied(x)
         self._quantize(i, computed, FLOAT_NUMBERS, operand.chain)
 
     def layer(self, i: int, computed: Computed, residual: Map | None = None) -> None:
-        """Add the layer that computes step i, and the steps after it that the same layer can compute.
+        """Add a layer that computes step i, and the following steps that the same layer can compute.
 
         Args:
-            residual: what is added to the values of the source.
+            residual: map that is added to the values of the source.
         """
         tensors, rank = self.network.tensors, len(self.shapes[i])
         ramp, second = computed.ramp, identity_ramp(computed.size[0])
@@ -198,7 +198,7 @@ class Planner:
             self._operands[last] = Operand(floats)
 
     def padded(self, i: int, x: Ref, front: int, back: int) -> None:
-        """Add the layer that copies a map between channels of zeros."""
+        """Add a layer that copies a map and adds channels of zeros before and after its channels."""
         computed = self.copied(x)
         channels, height, width = computed.size
         result = self.memory.floats(front + channels + back, height, width)
@@ -206,7 +206,7 @@ class Planner:
         self._operands[i] = Operand(result)
 
     def _quantize(self, quantizer: int, computed: Computed, numbers: Numbers, chain: Sequence[Step]) -> None:
-        """Add a layer whose values only a quantizer reads, after a chain of pointwise steps."""
+        """Add a layer whose values are read only by a quantizer, after a chain of pointwise steps."""
         self._add(computed, codes=(quantizer, numbers, chain))
 
     def _add(
@@ -222,8 +222,8 @@ class Planner:
         """Add a layer.
 
         Args:
-            codes: the step of a quantizer, the numbers that are compared with its thresholds, and the
-                pointwise steps between these numbers and the quantizer.
+            codes: the index of the quantizer's step, the numbering of the values that are compared with thresholds, and
+                the pointwise steps between these values and the quantizer.
         """
         self.computes_codes |= computed.integers
         fields: dict[str, int] = {}
@@ -257,13 +257,13 @@ class Planner:
     def _thresholds(
         self, quantizer: int, numbers: Numbers, chain: Sequence[Step], channels: int
     ) -> tuple[IntegerLevels, Tensor, Tensor]:
-        """Return the levels of a quantizer, its thresholds in numbers, and the channels in which codes fall."""
+        """Return a quantizer's levels, its thresholds as numbers, and the channels in which codes decrease."""
         step, rank = self._steps[quantizer], len(self.shapes[quantizer])
         levels = self.network.tensors[step.args[2].name]
         levels = levels[:1] if levels.dim() == 2 and bool((levels == levels[0]).all()) else levels.reshape(1, -1)
         found = integer_levels(levels)
         if found.scale[0] < 0:
-            raise NoKernel("levels that fall")
+            raise NoKernel("levels in descending order")
         ramp_of(chain, identity_ramp(channels), self.network.tensors, rank)  # refuses what differs between pixels
         function = pointwise([*chain, step], self.network.tensors)
 
@@ -275,7 +275,10 @@ class Planner:
     # the walk through the steps
 
     def _only_use(self, i: int, function: str | None = None) -> int | None:
-        """Return the only step that reads a result, if it has this function; by default, if it is pointwise."""
+        """Return the index of the only step that reads a result, if this step has the given function, else None.
+
+        Without a function, the step must be pointwise.
+        """
         uses = self._uses.get(i, [])
         if len(uses) != 1:
             return None
@@ -283,14 +286,20 @@ class Planner:
         return uses[0] if (is_pointwise(step) if function is None else step.function == function) else None
 
     def _is_ready(self, ref: Ref) -> bool:
-        """Return whether a result is computed, or needs only a shortcut without parameters."""
+        """Return whether a result is already planned.
+
+        Shortcuts without parameters count as planned if their inputs are planned.
+        """
         if ref.step in self._operands:
             return True
         step = self._steps[ref.step]
         return step.function in ("avg_pool2d", "getitem", "pad") and all(map(self._is_ready, _refs(step)))
 
     def _chain(self, i: int) -> tuple[list[Step], int]:
-        """Absorb the pointwise steps after a result that nothing else reads; return them and the last one's number."""
+        """Absorb the chain of pointwise steps that are the only readers of a result.
+
+        Return these steps and the index of the last one.
+        """
         chain = []
         while (after := self._only_use(i)) is not None:
             self._absorbed.add(i := after)
@@ -298,7 +307,10 @@ class Planner:
         return chain, i
 
     def _quantizer_after(self, i: int) -> tuple[list[Step], int | None]:
-        """Return the pointwise steps from a result to a quantizer that reads it, and the quantizer's number."""
+        """Return the pointwise steps between a result and a quantizer, and the index of the quantizer's step.
+
+        If no quantizer reads the result, the index is None.
+        """
         for use in self._uses[i]:
             chain = []
             while is_pointwise(self._steps[use]) and len(self._uses[use]) == 1:
@@ -321,12 +333,12 @@ def _refs(step: Step) -> Iterator[Ref]:
 
 
 def _where(step: Step) -> str:
-    """Return the module that a step belongs to, for messages."""
+    """Return the name of the module that a step belongs to, for messages."""
     names = [a.name.rpartition(".")[0] for a in step.args if isinstance(a, Stored)]
     return step.where or next(iter(names), "the network")
 
 
 def _padding(step: Step) -> int:
-    """Return the padding of a convolution or of pooling."""
+    """Return the largest padding of a convolution or pooling step, in pixels."""
     value = step.kwargs.get("padding", step.args[4] if step.function == "conv2d" and len(step.args) > 4 else 0)
     return max(value) if isinstance(value, tuple) else value if isinstance(value, int) else 0

@@ -1,4 +1,4 @@
-"""Joins functions of single values, such as batch normalization and ReLU, into one ramp per channel."""
+"""Joins pointwise functions, such as batch normalization and ReLU, into one ramp per channel."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -12,7 +12,7 @@ from qbench.deploy.network import FUNCTIONS, Argument, Ref, Step, Stored, refs
 
 
 class Ramp(NamedTuple):
-    """The function slope x + offset, bounded by low and high, of each channel (C,); float64."""
+    """The function slope * x + offset, clamped to [low, high]. All parameters are float64 vectors (C,)."""
 
     slope: Tensor
     offset: Tensor
@@ -28,7 +28,7 @@ class Ramp(NamedTuple):
         return slope or offset, low or high
 
     def then(self, slope: Any = 1.0, offset: Any = 0.0, low: Any = -torch.inf, high: Any = torch.inf) -> Self:
-        """Return this ramp, followed by another."""
+        """Return the ramp of this ramp followed by another ramp."""
         slope, offset, low, high = (
             torch.as_tensor(v, dtype=torch.float64).expand_as(self.slope) for v in (slope, offset, low, high)
         )
@@ -40,14 +40,14 @@ class Ramp(NamedTuple):
         )  # fmt: skip
 
     def pack(self) -> np.ndarray:
-        """Return (vectors, 4, 16) floats."""
+        """Return the parameters as float32 (vectors, 4, 16): slopes, offsets, lowest and highest values."""
         padded = np.zeros((4, whole(len(self.slope))), np.float32)
         padded[:, : len(self.slope)] = torch.stack(self).numpy()
         return np.ascontiguousarray(padded.reshape(4, -1, LANES).transpose(1, 0, 2))
 
 
 def identity_ramp(channels: int) -> Ramp:
-    """Return the ramp that changes nothing."""
+    """Return the ramp that does not change values."""
     one = torch.ones(channels, dtype=torch.float64)
     return Ramp(one, 0 * one, -torch.inf * one, torch.inf * one)
 
@@ -56,12 +56,12 @@ Tensors = Mapping[str, Tensor]
 
 
 def is_pointwise(step: Step) -> bool:
-    """Return whether a step computes each value from one value of its channel."""
+    """Return whether each output value of a step depends only on the input value at the same position."""
     return step.function in _RAMPS and len(list(refs((step.args, tuple(step.kwargs.values()))))) == 1
 
 
 def pointwise(steps: Sequence[Step], tensors: Tensors) -> Callable[[Tensor], Tensor]:
-    """Return the function of a chain of steps, each with one input."""
+    """Return a function that computes a chain of pointwise steps."""
 
     def value(argument: Argument, x: Tensor) -> Any:
         if isinstance(argument, Ref):
@@ -80,18 +80,18 @@ def pointwise(steps: Sequence[Step], tensors: Tensors) -> Callable[[Tensor], Ten
 
 
 def ramp_of(steps: Sequence[Step], start: Ramp, tensors: Tensors, rank: int) -> Ramp:
-    """Return a ramp, followed by a chain of pointwise steps.
+    """Return the ramp of a start ramp followed by a chain of pointwise steps.
 
     Args:
-        rank: axes of the values: 4 for images, 2 for features.
+        rank: number of axes of the values: 4 for images, 2 for features.
 
     Raises:
-        NoKernel: a step has constants that differ within a channel, or arguments without a kernel.
+        NoKernel: a step has constants that differ within a channel, or arguments that kernels do not support.
     """
     channels = len(start.slope)
 
     def constant(argument: Argument) -> Any:
-        """Return a number, or one number per channel."""
+        """Return a constant as one number, or as one number per channel."""
         if not isinstance(argument, Stored):
             return argument
         tensor = tensors[argument.name].double()
@@ -136,4 +136,4 @@ _RAMPS: Mapping[str, Callable[..., Ramp]] = {
     "mul": lambda ramp, other: ramp.then(other), "div": lambda ramp, other: ramp.then(1 / other),
     "neg": lambda ramp: ramp.then(-1.0), "rsub": lambda ramp, other: ramp.then(-1.0, other),
 }  # fmt: skip
-"""Name of a function of single values -> its ramp, after another ramp."""
+"""Maps the name of a pointwise function to a function that appends it to a ramp."""

@@ -1,8 +1,8 @@
-"""Runs networks with weights and activations of 1 or 2 bits in bit-serial kernels, which numba compiles.
+"""Runs networks with 1-bit or 2-bit weights and activations in bit-serial kernels, compiled by numba.
 
-The whole network is one compiled function. Its text has sizes and addresses only, so networks of
-equal sizes and widths share it. It is written to the user's cache folder, `qbench/kernels` below
-$XDG_CACHE_HOME or ~/.cache, and numba stores the compiled code next to it.
+The whole network is one compiled function. Its source text contains only sizes and addresses, so networks of equal
+sizes and bit widths share the function. The source text is written to the user's cache folder, `qbench/kernels` below
+$XDG_CACHE_HOME or ~/.cache, and numba stores the compiled code next to the source text.
 """
 
 import hashlib
@@ -26,12 +26,13 @@ FOLDER = Path(__file__).parent
 
 
 def in_numba(network: Network, about: About) -> Callable[[Tensor], Tensor]:
-    """Return the function from normalized images (N, C, H, W) to logits (N, classes), in one thread.
+    """Return a single-threaded function from normalized images (N, C, H, W) to logits (N, classes).
 
-    It is compiled now, unless the compiled code is stored. It uses the same memory in every call.
+    The function is compiled before it is returned, unless compiled code is stored. All calls use the same memory, so
+    concurrent calls are not possible.
 
     Raises:
-        NotRunnable: the network has a function, or widths, without a kernel.
+        NotRunnable: no kernel exists for one of the network's functions or bit widths.
         ConfigError: the package numba is missing.
     """
     import_extra("numba", "fast")
@@ -54,7 +55,7 @@ def in_numba(network: Network, about: About) -> Callable[[Tensor], Tensor]:
 
 
 def _text(planned: Any) -> str:
-    """Return the source text of a plan. Layers of the same sizes share a kernel."""
+    """Return the source text of a plan's function. Layers of the same sizes share a kernel."""
     kernels = {kernel: f"layer{i}" for i, kernel in enumerate(dict.fromkeys(layer.kernel for layer in planned.layers))}
     image, logits = planned.image, planned.logits
     lines = [

@@ -1,4 +1,4 @@
-"""Plans the sources of layers: convolutions, linear layers and pooling."""
+"""Plans the sources of kernels: convolutions, linear layers and pooling."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +30,7 @@ Pair = tuple[int, int]
 
 
 class Operand(NamedTuple):
-    """A result that is computed: floats and pointwise steps that follow, or codes and their levels."""
+    """The result of a planned step: a map of floats and pending pointwise steps, or a map of codes and their levels."""
 
     map: Map
     chain: tuple[Step, ...] = ()
@@ -47,15 +47,15 @@ class Geometry(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What the source of a layer computes.
+    """The source of a layer, and a description of the values that it computes.
 
     Args:
-        source: its text.
-        at: its addresses.
-        size: channels, height and width of its values.
-        ramp: from its numbers to its values.
-        numbers: its numbers, for thresholds.
-        integers: whether they are integers.
+        source: source text that makes the source.
+        at: addresses that the source reads.
+        size: channels, height and width of the values.
+        ramp: ramp from the computed numbers to the values of the step.
+        numbers: numbering of the computed values, for the search for thresholds.
+        integers: whether the computed values are integers.
     """
 
     source: str
@@ -67,7 +67,7 @@ class Computed(NamedTuple):
 
 
 class Planner(Protocol):
-    """What sources need of `qbench.deploy.kernel_plan.Planner`, whose methods have docstrings."""
+    """Interface of `qbench.deploy.kernel_plan.Planner` that this module uses. The docstrings are in that class."""
 
     network: Network
     shapes: Sequence[tuple[int, ...]]
@@ -183,7 +183,7 @@ def _avg_pool2d(
     ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> None:  # fmt: skip
     if divisor_override or (count_include_pad and _pair(padding) != (0, 0)):
-        raise NoKernel("average pooling with a divisor, or that counts padding")
+        raise NoKernel("average pooling with a divisor, or with padding that counts")
     _add_pool(planner, i, x, _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), mean=True)
 
 
@@ -200,7 +200,9 @@ def _adaptive(planner: Planner, i: int, x: Ref, output_size: Any) -> None:
     _, height, width = planner.operand(x).map.size
     rows, columns = planner.shapes[i][2:]
     if height % rows or width % columns:
-        raise NoKernel(f"adaptive pooling from {(height, width)} to {(rows, columns)}, which does not divide")
+        raise NoKernel(
+            f"adaptive pooling from {(height, width)} to {(rows, columns)}, because the sizes do not divide evenly"
+        )
     kernel = height // rows, width // columns
     _add_pool(planner, i, x, kernel, kernel, (0, 0), mean=True)
 
@@ -216,10 +218,10 @@ def _mean(planner: Planner, i: int, x: Ref, dim: Any = None, keepdim: bool = Fal
 def _getitem(planner: Planner, i: int, x: Ref, index: Any) -> None:
     parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
     if any(not isinstance(part, slice) or part.start or part.stop is not None for part in parts):
-        raise NoKernel("indexing with other than steps over whole axes")
+        raise NoKernel("indexing that selects anything but every n-th element of an axis")
     steps = ([part.step or 1 for part in parts] + [1] * 4)[:4]
     if steps[:2] != [1, 1]:
-        raise NoKernel("steps over images or channels")
+        raise NoKernel("indexing of images or channels")
     _add_pool(planner, i, x, (1, 1), (steps[2], steps[3]), (0, 0), mean=False)
 
 
@@ -227,14 +229,14 @@ def _pad(
     planner: Planner, i: int, x: Ref, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> None:
     if mode != "constant" or value or any(pad[:4]) or len(pad) > 6 or min(pad) < 0:
-        raise NoKernel("padding of other than channels with zeros")
+        raise NoKernel("padding other than zeros around the channels")
     front, back = (*pad, 0, 0, 0, 0, 0, 0)[4:6]
     planner.padded(i, x, front, back)
 
 
 def _add(planner: Planner, i: int, x: Ref, other: Ref, *, alpha: float = 1) -> None:
     if alpha != 1 or planner.shapes[x.step] != planner.shapes[other.step]:
-        raise NoKernel("sums with other shapes or with alpha")
+        raise NoKernel("sums of tensors of different shapes, or with alpha")
     planner.layer(i, planner.copied(x), residual=planner.floats(other))
 
 
@@ -256,7 +258,10 @@ PLANNERS: Mapping[str, Callable[..., None]] = {
     "flatten": _reshape, "reshape": _reshape, "view": _reshape, "squeeze": _reshape,
     "contiguous": _reshape, "clone": _reshape,
 }  # fmt: skip
-"""Name of a function -> what adds its layers to a plan. It has the function's parameters in torch."""
+"""Maps the name of a function to the function that adds its layers to a plan.
+
+The second function takes a planner and the index of the step, followed by the parameters of the torch function.
+"""
 
 
 def _pair(value: Any) -> Pair:

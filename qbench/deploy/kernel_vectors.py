@@ -25,7 +25,7 @@ TABLE = 16
 
 
 class Vector(types.Type):
-    """The type of a vector whose elements have a type of numba."""
+    """The numba type of a vector. All elements have the same numba type."""
 
     def __init__(self, element: Any, lanes: int = LANES) -> None:
         self.element = element
@@ -49,13 +49,13 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _pointer(context: Any, builder: Any, memory: Any, address: Any, kind: Any) -> Any:
-    """Return a pointer to a value of an LLVM type at an address of an array of bytes."""
+    """Return an LLVM pointer to a value at an address of an array of bytes."""
     data = cgutils.create_struct_proxy(types.uint8[::1])(context, builder, memory).data
     return builder.bitcast(builder.gep(data, [address]), kind.as_pointer())
 
 
 def _load(result: Any, kind: Any, align: int) -> Any:
-    """Return a function (memory, address) that loads one value."""
+    """Return a function of (memory, address) that loads one value of the given type."""
 
     def load(typing: Any, memory: Any, address: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -79,7 +79,7 @@ load_float = _load(types.float32, ir.FloatType(), 4)
 
 @intrinsic
 def store(typing: Any, memory: Any, address: Any, value: Any) -> Any:
-    """Store a vector, or one number, at an address."""
+    """Store a vector or a single number at an address."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, args[0], args[1], args[2].type)
@@ -91,7 +91,7 @@ def store(typing: Any, memory: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, value: Any) -> Any:
-    """Return a vector whose elements are all one number, an int32 or a float32."""
+    """Return a vector whose 16 elements are all the same int32 or float32 number."""
     vector = FLOATS if isinstance(value, types.Float) else INTEGERS
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -104,7 +104,7 @@ def splat(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def count_ones(typing: Any, value: Any) -> Any:
-    """Return the number of ones in the bits of an int32, or of each element of a vector."""
+    """Return the number of one bits in an int32, or in each element of a vector."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = args[0].type
@@ -155,7 +155,7 @@ def add_halves(typing: Any, tables: Any) -> Any:
 
 @intrinsic
 def at_least(typing: Any, x: Any, thresholds: Any) -> Any:
-    """Return 16 bits: bit i is 1 where element i of `x` is at least that of `thresholds`."""
+    """Return 16 bits. Bit i is 1 if element i of `x` is at least element i of `thresholds`."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         compare = builder.fcmp_ordered if x == FLOATS else builder.icmp_signed
@@ -175,10 +175,10 @@ def to_floats(typing: Any, x: Any) -> Any:
 
 
 def _operator(function: Any, vector: Vector, code: Callable[[Any, Any, Any], Any]) -> None:
-    """Define a function of two vectors.
+    """Define an elementwise function of two vectors.
 
     Args:
-        code: adds the instruction to a builder of LLVM, and returns its result.
+        code: function that adds the instruction to an LLVM builder and returns the result of the instruction.
     """
 
     @type_callable(function)
@@ -191,11 +191,11 @@ def _operator(function: Any, vector: Vector, code: Callable[[Any, Any, Any], Any
 
 
 def smaller(x: Any, y: Any) -> Any:
-    """Return the smaller elements of two vectors of floats."""
+    """Return the elementwise minimum of two vectors of floats."""
 
 
 def larger(x: Any, y: Any) -> Any:
-    """Return the larger elements of two vectors of floats."""
+    """Return the elementwise maximum of two vectors of floats."""
 
 
 _operator(operator.add, INTEGERS, lambda builder, x, y: builder.add(x, y))

@@ -1,4 +1,4 @@
-"""Reads weights and activation levels as integers times a scale, for forms that compute in integers."""
+"""Expresses weights and activation levels as integers times a scale, for exports that compute in integers."""
 
 import torch
 from torch import Tensor
@@ -6,18 +6,18 @@ from torch import Tensor
 from qbench.deploy.codes import Encoded
 
 OFF_INTEGER = 1e-4
-"""Largest distance of a level from an integer multiple of the step, in steps."""
+"""Largest allowed distance between a level and an integer multiple of the step, as a fraction of the step."""
 
 
 class NotLinear(Exception):
-    """Raised if weights or levels are not integers times a scale. The message states the reason."""
+    """Raised if weights or levels are not integers times a scale. The message states what an export needs."""
 
 
 def integer_weights(weight: Encoded) -> tuple[Tensor, Tensor]:
-    """Return weights as integers in their shape, and their scale: (1,), or one per index of the first axis.
+    """Return weights as integers of the same shape, and their scale: (1,), or one per output channel.
 
     Raises:
-        NotLinear: the weights have another form.
+        NotLinear: the weights are not equally spaced and symmetric, or a layer or channel has several scales.
     """
     levels = weight.levels
     if weight.layout not in ("tensor", "channel") or levels.form == "book" or len(levels.book):
@@ -35,7 +35,7 @@ def integer_weights(weight: Encoded) -> tuple[Tensor, Tensor]:
 
 
 def integer_levels(levels: Tensor) -> tuple[Tensor, float]:
-    """Return the levels of activations as integers in their shape, and the unit of which they are multiples.
+    """Return activation levels as integers of the same shape, and the unit of these integers.
 
     Raises:
         NotLinear: the levels are not multiples of one unit.

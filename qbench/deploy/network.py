@@ -1,7 +1,7 @@
-"""Defines a plain network: a list of torch functions with their arguments, which runs without the classes of a model.
+"""Defines traced networks: lists of torch functions with their arguments.
 
-A network is a fixed program. Its steps call functions of `FUNCTIONS` only, so a file that describes
-a network cannot run other code.
+A traced network runs without the classes of a method or a model. Its steps call only functions in `FUNCTIONS`, so a
+file that describes a network cannot run other code.
 """
 
 import operator
@@ -18,26 +18,29 @@ from qbench.deploy.codes import Encoded
 
 
 class Ref(NamedTuple):
-    """The result of a step; step -1 is the image. `item` is the place in a result that is a sequence."""
+    """Refers to the result of a step; step -1 is the image.
+
+    If the result is a sequence, `item` is the index in this sequence.
+    """
 
     step: int
     item: int | None = None
 
 
 class Stored(NamedTuple):
-    """A tensor of the network: weights, or parameters of normalization."""
+    """Refers to a tensor of the network by name, such as weights or parameters of normalization."""
 
     name: str
 
 
 class Batch(NamedTuple):
-    """A size that is `factor` times the number of images."""
+    """A size that is `factor` times the number of images in the batch."""
 
     factor: int
 
 
 Argument = Any
-"""`Ref`, `Stored`, `Batch`, a number, a text, None, a slice, or a tuple of arguments."""
+"""Argument of a step: `Ref`, `Stored`, `Batch`, a number, a text, None, a slice, or a tuple of arguments."""
 
 
 class Step(NamedTuple):
@@ -45,8 +48,8 @@ class Step(NamedTuple):
 
     Args:
         function: a name in `FUNCTIONS`.
-        where: the module of the original network that made the call, for messages. Files do not
-            store it.
+        where: name of the module of the original network that made the call, for messages. Files do not store this
+            name.
     """
 
     function: str
@@ -57,11 +60,11 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """A network in evaluation mode, on the CPU, in float32.
+    """A traced network in evaluation mode, on the CPU, in float32.
 
     Args:
-        steps: the program. A step refers to earlier steps only.
-        output: the logits (N, classes).
+        steps: the calls in order. A step refers only to earlier steps.
+        output: reference to the logits (N, classes).
         tensors: float tensors by name.
         weights: quantized weights by name.
     """
@@ -72,12 +75,15 @@ class Network:
     weights: Mapping[str, Encoded]
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return all tensors by name, with quantized weights as floats."""
+        """Return all tensors by name. Quantized weights are decoded to floats."""
         tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
         return tensors | {name: weight.decode(dtype) for name, weight in self.weights.items()}
 
     def shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        """Return the shape of each step's result for two images of a shape (C, H, W); empty if it is not one tensor."""
+        """Return the shape of each step's result for two images of shape (C, H, W).
+
+        The shape is empty if the result is not a single tensor.
+        """
         found: list[tuple[int, ...]] = []
         self.function(lambda _, result: found.append(tuple(result.shape) if isinstance(result, Tensor) else ()))(
             torch.zeros(2, *shape)
@@ -87,10 +93,10 @@ class Network:
     def function(
         self, observe: Callable[[int, Any], None] = lambda place, result: None, dtype: torch.dtype = torch.float32
     ) -> Callable[[Tensor], Tensor]:
-        """Return the function from images (N, C, H, W) to logits (N, classes).
+        """Return the network as a function from normalized images (N, C, H, W) to logits (N, classes).
 
         Args:
-            observe: called with the place and the result of each step.
+            observe: callback that gets the index and the result of each step.
             dtype: the type of the images and of all results.
         """
         stored, last = self.decoded(dtype), _last_uses(self.steps, self.output)
@@ -124,7 +130,7 @@ class Network:
 
 
 def _last_uses(steps: Sequence[Step], output: Ref) -> dict[int, list[int]]:
-    """Return, for each step, the results that no later step reads."""
+    """Return, for each step, the results that are read for the last time in this step."""
     last = {ref.step: i for i, step in enumerate(steps) for ref in refs((step.args, tuple(step.kwargs.values())))}
     freed: dict[int, list[int]] = {}
     for used, step in last.items():
@@ -134,7 +140,7 @@ def _last_uses(steps: Sequence[Step], output: Ref) -> dict[int, list[int]]:
 
 
 def refs(argument: Argument) -> Iterator[Ref]:
-    """Yield the references in nested arguments."""
+    """Yield all references to steps in nested arguments."""
     if isinstance(argument, Ref):
         yield argument
     elif isinstance(argument, tuple) and not isinstance(argument, Stored | Batch):
@@ -143,11 +149,11 @@ def refs(argument: Argument) -> Iterator[Ref]:
 
 
 def quantize(x: Tensor, thresholds: Tensor, levels: Tensor) -> Tensor:
-    """Return levels[number of thresholds at or below x], for each element of x (N, C, ...).
+    """Return levels[k] for each element of x (N, C, ...), where k is the number of thresholds that are at most x.
 
     Args:
-        thresholds: (E,), ascending, or (C, E) for one step function per channel.
-        levels: (E + 1,) or (C, E + 1).
+        thresholds: ascending; (E,) for all channels, or (C, E) for each channel.
+        levels: (E + 1,) for all channels, or (C, E + 1) for each channel.
 
     Raises:
         ValueError: x contains inf or nan.
@@ -189,4 +195,4 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     },
     **{name: getattr(torch, name) for name in ("cat", "stack", "rsub", "bmm")},
 }  # fmt: skip
-"""Name of a step's function -> the function of torch that computes it."""
+"""Maps the name of a step's function to the torch function."""

@@ -1,4 +1,4 @@
-"""Adds activation quantizers to an ONNX graph: QuantizeLinear and DequantizeLinear, rounding, or comparisons."""
+"""Adds activation quantizers to an ONNX graph, as QuantizeLinear and DequantizeLinear, rounding, or comparisons."""
 
 import numpy as np
 import torch
@@ -9,21 +9,23 @@ from qbench.deploy.onnx_functions import NoConverter
 from qbench.deploy.onnx_graph import OnnxGraph
 
 MAX_COMPARISONS = 30
-"""Largest number of thresholds that become comparisons: those of 4 bits, on both sides of 0."""
+"""Largest number of thresholds that become comparisons: twice the number of a 4-bit quantizer, for both sides of 0."""
 
 HALF_STEP = 1e-4
-"""Largest distance of a threshold from the middle between two levels, in steps, for rounding."""
+"""Largest allowed distance between a threshold and the midpoint of two levels, as a fraction of the step."""
 
 
 def add_quantizer(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tensor) -> str:
-    """Add the nodes of an activation quantizer."""
+    """Add the nodes of an activation quantizer, and return the name of its output."""
     linear = linear_steps(thresholds, levels)
     few = thresholds.shape[-1] <= MAX_COMPARISONS
     if linear and (graph.int8 or not few):
         step, low = linear
         return _quantize_linear(graph, x, thresholds, levels, step, low)
     if not few:
-        raise NoConverter("an activation quantizer of more than 4 bits whose thresholds are not half steps")
+        raise NoConverter(
+            "an activation quantizer of more than 4 bits whose thresholds are not midpoints of its levels"
+        )
     shape = [1, -1, *[1] * (len(graph.shape(x)) - 2)] if thresholds.dim() == 2 else []
     y = graph.constant("level", levels[..., 0].reshape(shape).numpy())
     for i in range(thresholds.shape[-1]):
@@ -34,7 +36,7 @@ def add_quantizer(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tensor) 
 
 
 def _quantize_linear(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tensor, step: Tensor, low: Tensor) -> str:
-    """Add the nodes of a rounding function with levels low + k step, k = 0, 1, ..."""
+    """Add the nodes of a rounding quantizer with levels low + k * step for k = 0, 1, ..."""
     shape = [1, -1, *[1] * (len(graph.shape(x)) - 2)] if levels.dim() == 2 else []
 
     def constant(name: str, value: Tensor) -> str:
@@ -67,7 +69,10 @@ def _quantize_linear(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tenso
 
 
 def _exact_integers(graph: OnnxGraph, y: str, levels: Tensor) -> str:
-    """Add QuantizeLinear and DequantizeLinear that change nothing, so that the next layer computes in integers."""
+    """Add QuantizeLinear and DequantizeLinear to an int8 graph.
+
+    These nodes do not change the values, but they let runtimes compute the next layer in integers.
+    """
     if not graph.int8:
         return y
     try:
@@ -88,15 +93,15 @@ def _middles(levels: Tensor) -> Tensor:
 
 
 def rounds_middles(thresholds: Tensor, levels: Tensor) -> tuple[bool, bool]:
-    """Return whether values in the middle between two levels are always rounded down, and whether always up."""
+    """Return whether midpoints between two levels are always rounded down, and whether they are always rounded up."""
     middles = _middles(levels)
     return bool((thresholds > middles).all()), bool((thresholds <= middles).all())
 
 
 def linear_steps(thresholds: Tensor, levels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the step and the lowest level of a rounding function, or None for other step functions.
+    """Return the step and the lowest level of a rounding quantizer, or None for other quantizers.
 
-    Its levels are equally spaced, and its thresholds are in the middle between them.
+    A rounding quantizer has equally spaced levels, with thresholds at the midpoints.
     """
     count = levels.shape[-1]
     low, step = levels[..., 0], (levels[..., -1] - levels[..., 0]) / max(count - 1, 1)

@@ -1,8 +1,8 @@
 """Writes a network as an ONNX file.
 
-Weights are integer codes, which the graph turns into floats: `DequantizeLinear` for equally spaced
-levels, `Gather` for codebooks. Activation quantizers become `QuantizeLinear` and `DequantizeLinear`,
-or comparisons with their thresholds.
+Weights are stored as integer codes. The graph converts codes to floats, by `DequantizeLinear` for equally spaced levels
+and by `Gather` for codebooks. Activation quantizers become `QuantizeLinear` and `DequantizeLinear`, or comparisons with
+thresholds.
 """
 
 from typing import Any
@@ -17,14 +17,15 @@ from qbench.deploy.qonnx_nodes import add_quant_activation
 from qbench.deploy.trace import NotExportable
 
 TABLES = (".thresholds", ".levels")
-"""Endings of tensors of activation quantizers, which become part of the graph's nodes."""
+"""Endings of the names of activation quantizers' tensors. These tensors become part of the graph's nodes."""
 
 
 def to_onnx(network: Network, about: About) -> bytes:
     """Return the bytes of an ONNX file with the input `images` (N, C, H, W) and the output `logits` (N, classes).
 
     Args:
-        about: its form is `onnx`, `int8` for weights and activations in 8-bit integers, or `qonnx`.
+        about: description of the run. Its `form` selects the kind of graph: `onnx`, `int8` for weights and activations
+            in 8-bit integers, or `qonnx`.
 
     Raises:
         NotExportable: a function, a quantizer or weights cannot be converted.
@@ -44,10 +45,10 @@ def to_onnx(network: Network, about: About) -> bytes:
     results = {-1: "images"}
 
     def value(argument: Argument) -> Any:
-        """Return an argument with the names of values, or with the tensors of a table."""
+        """Return an argument in which names of graph values, or tensors of a quantizer, replace references."""
         if isinstance(argument, Ref):
             if argument.item is not None:
-                raise NoConverter("functions with several results")
+                raise NoConverter("functions that return several results")
             return results[argument.step]
         if isinstance(argument, Stored):
             return stored[argument.name]
@@ -67,7 +68,7 @@ def to_onnx(network: Network, about: About) -> bytes:
 
 
 def _add_step(graph: OnnxGraph, step: Step, value: Any) -> str:
-    """Add the nodes of a step, and return the name of its result."""
+    """Add the nodes of a step, and return the name of the step's result."""
     args, kwargs = map(value, step.args), {key: value(argument) for key, argument in step.kwargs.items()}
     if step.function == "quantize":
         return (add_quant_activation if graph.qonnx else add_quantizer)(graph, *args)

@@ -1,6 +1,7 @@
 """Converts functions of torch to standard operators of ONNX.
 
-Each converter has the parameters of its function in torch. Tensors are names of values in the graph.
+Each converter takes a graph, followed by the parameters of the torch function. A tensor parameter is the name of a
+value in the graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,7 +102,9 @@ def _adaptive_avg_pool(axes: int) -> Converter:
         sizes = g.shape(x)[-axes:]
         wanted = [n if m is None else m for m, n in zip(_many(output_size, axes), sizes, strict=True)]
         if any(size % want for size, want in zip(sizes, wanted, strict=True)):
-            raise NoConverter(f"adaptive pooling from {sizes} to {tuple(wanted)}, which does not divide")
+            raise NoConverter(
+                f"adaptive pooling from {sizes} to {tuple(wanted)}, because the sizes do not divide evenly"
+            )
         kernel = [size // want for size, want in zip(sizes, wanted, strict=True)]
         return g.node("AveragePool", x, kernel_shape=kernel, strides=kernel)
 
@@ -135,7 +138,7 @@ def _reshape(g: OnnxGraph, x: str, *sizes: Any) -> str:
 
 
 def _with_batch(g: OnnxGraph, sizes: list[Any]) -> list[int]:
-    """Return sizes for Reshape, in which at most one is -1."""
+    """Return the sizes for the operator Reshape. At most one size is -1."""
     places = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
     if not places:
         return sizes
@@ -195,7 +198,7 @@ def _cat(g: OnnxGraph, tensors: Sequence[str], dim: int = 0) -> str:
 def _getitem(g: OnnxGraph, x: str, index: Any) -> str:
     parts = index if isinstance(index, tuple) else (index,)
     if any(not isinstance(part, slice) or part.step not in (None, 1) for part in parts):
-        raise NoConverter("indexing with other than slices")
+        raise NoConverter("indexing with anything but slices")
     for axis, part in enumerate(parts):
         if (part.start, part.stop) != (None, None):
             start, stop = part.start or 0, 2**31 - 1 if part.stop is None else part.stop
@@ -259,4 +262,4 @@ CONVERTERS: dict[str, Converter] = {
     "relu6": lambda g, x: _clamp(g, x, 0.0, 6.0), "clamp": _clamp, "hardtanh": _hardtanh, "silu": _silu,
     "gelu": _gelu, "softmax": _softmax, "leaky_relu": _leaky_relu,
 }  # fmt: skip
-"""Name of a function in `qbench.deploy.network.FUNCTIONS` -> its converter."""
+"""Maps the name of a function in `qbench.deploy.network.FUNCTIONS` to its converter."""

@@ -1,4 +1,4 @@
-"""Builds an ONNX graph with standard operators only, node by node, and writes it as a file."""
+"""Builds an ONNX graph node by node, and writes the graph as a file."""
 
 import hashlib
 import json
@@ -12,21 +12,21 @@ from qbench.deploy.about import About
 from qbench.deploy.extras import import_extra
 
 METADATA, DIGEST = "qbench", "qbench_sha256"
-"""Keys of the file's metadata: the fields of `About` as JSON, and the sha256 of the graph and of that JSON."""
+"""Keys of the file's metadata: the fields of `About` as JSON, and the sha256 over the graph and this JSON."""
 
 QONNX_DOMAIN, QONNX_OPSET = "qonnx.custom_op.general", 1
-"""Domain and version of the operators Quant and BipolarQuant."""
+"""Domain and version of QONNX's operators Quant and BipolarQuant."""
 
 OPSET, OPSET_WITH_UINT2 = (21, 10), (25, 13)
-"""Version of the operators, and of the file format that it needs."""
+"""Each pair contains the version of the ONNX operators and the version of the file format that they need."""
 
 
 class OnnxGraph:
-    """A graph under construction, with the input `images` and the output `logits`. Values have names.
+    """An ONNX graph to which nodes are added. Its input is `images` and its output is `logits`.
 
     Args:
         shape: channels, height and width of an image.
-        form: onnx, int8 (runtimes shall compute in 8-bit integers) or qonnx.
+        form: onnx, int8 (runtimes compute in 8-bit integers) or qonnx.
     """
 
     def __init__(self, shape: tuple[int, ...], form: str) -> None:
@@ -39,16 +39,16 @@ class OnnxGraph:
         self._has_uint2 = False
 
     def node(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Add a node, and return the name of its output; by default it is derived from the operator."""
+        """Add a node, and return the name of its output. By default, the name is derived from the operator."""
         name = name or self._unique(operator)
         self._nodes.append(self._onnx.helper.make_node(operator, list(inputs), [name], name, **attributes))
         return name
 
     def constant(self, name: str, array: np.ndarray, kind: str | None = None) -> str:
-        """Add a constant, and return its name.
+        """Add a constant, and return the name of the constant.
 
         Args:
-            kind: name of an integer type of ONNX, such as UINT4; by default the array's own type.
+            kind: name of an ONNX integer type, such as UINT4. The default is the type of the array.
         """
         name = self._unique(name)
         if kind is None:
@@ -62,23 +62,23 @@ class OnnxGraph:
         return name
 
     def floats(self, *values: float) -> str:
-        """Return the name of a float constant: a scalar for one value, else a vector."""
+        """Add a float constant, and return its name. One value becomes a scalar, several values become a vector."""
         return self.constant("constant", np.array(values if len(values) > 1 else values[0], np.float32))
 
     def integers(self, *values: int) -> str:
-        """Return the name of an int64 vector."""
+        """Add an int64 vector, and return its name."""
         return self.constant("constant", np.array(values, np.int64))
 
     def shape(self, value: str) -> tuple[int, ...]:
-        """Return the shape of a value for two images."""
+        """Return the shape of a value for a batch of two images."""
         return self._shapes[value]
 
     def set_shape(self, value: str, shape: tuple[int, ...]) -> None:
-        """Set the shape of a value for two images."""
+        """Set the shape of a value for a batch of two images."""
         self._shapes[value] = shape
 
     def file(self, about: About) -> bytes:
-        """Return the bytes of the file."""
+        """Return the bytes of the ONNX file."""
         helper, float32 = self._onnx.helper, self._onnx.TensorProto.FLOAT
         images = 1 if self.qonnx else "N"  # FINN needs a fixed number of images
         inputs = [helper.make_tensor_value_info("images", float32, [images, *about.shape])]
@@ -100,7 +100,7 @@ class OnnxGraph:
 
 
 def graph_digest(model: Any, about: str) -> str:
-    """Return the sha256 of an ONNX model's operators, graph and description."""
+    """Return the sha256 of an ONNX model's operator versions, graph and description."""
     opsets = "".join(f"{entry.domain}:{entry.version} " for entry in model.opset_import)
     graph = model.graph.SerializeToString(deterministic=True)
     return hashlib.sha256(opsets.encode() + about.encode() + graph).hexdigest()

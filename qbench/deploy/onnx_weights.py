@@ -1,4 +1,4 @@
-"""Adds quantized weights to an ONNX graph: integer codes, and the nodes that turn them into floats."""
+"""Adds quantized weights to an ONNX graph, as integer codes and nodes that convert the codes to floats."""
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from qbench.deploy.qonnx_nodes import add_quant_weights
 from qbench.deploy.trace import NotExportable
 
 INT64 = 7
-"""The number of the type int64 in ONNX."""
+"""ONNX's number of the type int64."""
 
 
 def add_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
-    """Add codes and the nodes that turn them into the weights; return the name of the weights."""
+    """Add the codes of weights and the nodes that decode them. Return the name of the decoded weights."""
     if graph.int8:
         return _int8_weights(graph, name, weight)
     if graph.qonnx:
@@ -48,7 +48,7 @@ def _codes(graph: OnnxGraph, name: str, codes: np.ndarray, bits: int) -> str:
 
 
 def _arranged(graph: OnnxGraph, name: str, values: str, weight: Encoded) -> str:
-    """Return values in the order of the layout as weights of their shape."""
+    """Add nodes that bring decoded values from the order of the layout into the shape of the weights."""
     kind, shape = weight.layout.partition(":")[0], weight.shape
     if kind == "bucket":
         flat = graph.node("Reshape", values, graph.integers(-1))
@@ -67,7 +67,7 @@ def _arranged(graph: OnnxGraph, name: str, values: str, weight: Encoded) -> str:
 
 
 def _int8_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
-    """Add weights as 8-bit integers around zero, with one scale or one per output channel."""
+    """Add weights as signed 8-bit integers with zero point 0. There is one scale per layer or per output channel."""
     try:
         integers, scale = integer_weights(weight)
     except NotLinear as reason:
@@ -77,8 +77,8 @@ def _int8_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
     largest = int(integers.abs().max())
     if largest > 127:
         raise NotExportable(
-            f"{name.removesuffix('.weight_q')}: int8 needs weights within +-127, and these are integers up to "
-            f"{largest}\ntrain with bits.w=7 or less, or: qbench export RUN --to onnx"
+            f"{name.removesuffix('.weight_q')}: int8 needs integer weights from -127 to 127, but these "
+            f"reach {largest}\ntrain with bits.w=7 or less, or: qbench export RUN --to onnx"
         )
     array = integers.to(torch.int8).numpy()
     scales = graph.constant(name, (scale if weight.layout == "channel" else scale[0]).numpy())

@@ -1,12 +1,13 @@
-"""Writes and reads packed files: a network whose weights are codes of their true width.
+"""Writes and reads packed files, which store each quantized weight in its bit width.
 
 A file is a container (`qbench.deploy.container`) with two arrays:
 
-    floats   float32: parameters in float, scales, codebooks, thresholds, levels
+    floats   float32: float parameters, scales, codebooks, thresholds, levels
     codes    uint8: the codes of the weights, without gaps
 
-Its header has the steps of the network, the shapes of what the arrays hold, in their order, layouts,
-and the fields of `About`. It contains no code. Its network calls functions of `qbench.deploy.network.FUNCTIONS` only.
+The header contains the steps of the network, the fields of `About`, and the shapes and layouts of all tensors in the
+order in which the arrays store them. The file contains no code. The network calls only functions in
+`qbench.deploy.network.FUNCTIONS`.
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ LEVELS = ("scale", "low", "book")
 
 
 class Packed(NamedTuple):
-    """The content of a packed file, and the bytes of its parts."""
+    """The content of a packed file, and the number of bytes of each part."""
 
     network: Network
     about: About
@@ -51,7 +52,7 @@ def pack_network(network: Network, about: About) -> bytes:
     floats: list[np.ndarray] = []
 
     def place(tensor: Tensor) -> list[int]:
-        """Append a tensor to the floats, and return its shape."""
+        """Append a tensor to the array `floats`, and return the shape of the tensor."""
         floats.append(tensor.detach().contiguous().numpy().reshape(-1))
         return list(tensor.shape)
 
@@ -81,7 +82,7 @@ def pack_network(network: Network, about: About) -> bytes:
 
 
 def _plain(argument: Argument) -> Any:
-    """Return an argument as JSON."""
+    """Return an argument of a step in a form that JSON can store."""
     match argument:
         case Ref(step, item):
             return {"step": step} if item is None else {"step": step, "item": item}
@@ -99,11 +100,13 @@ def _plain(argument: Argument) -> Any:
 
 
 def unpack_network(data: bytes, source: str) -> Packed:
-    """Return the content of a packed file. Memory is bounded, whatever the file contains.
+    """Return the content of a packed file.
+
+    The memory for reading is limited, so a damaged file cannot exhaust it.
 
     Raises:
-        CheckpointError: the file is damaged, truncated, has another version, or its network cannot
-            run.
+        CheckpointError: the file is damaged or truncated, has another version of the format, or contains a network that
+            cannot run.
     """
 
     def read() -> Packed:
@@ -119,7 +122,7 @@ def unpack_network(data: bytes, source: str) -> Packed:
 def _unpack(data: bytes, source: str) -> Packed:
     parts, header = read_container(data, PARTS, source)
     if parts["floats"].dtype != np.float32:
-        raise ValueError("its floats are not float32")
+        raise ValueError("the array floats is not float32")
     check_version(header, VERSION, source)
     about = read_about(header["about"], source)
     floats, codes = (_Parts(torch.from_numpy(parts[name])) for name in PARTS)
@@ -138,18 +141,18 @@ def _unpack(data: bytes, source: str) -> Packed:
 
 
 class _Parts:
-    """Takes parts of a flat tensor, one after the other."""
+    """Reads parts of a flat tensor, one after the other."""
 
     def __init__(self, flat: Tensor) -> None:
         self._flat, self._place = flat, 0
 
     @property
     def left(self) -> int:
-        """The number of elements that have not been taken."""
+        """Number of elements that have not been read."""
         return len(self._flat) - self._place
 
     def tensor(self, sizes: Any) -> Tensor:
-        """Return the next part as a tensor with these sizes."""
+        """Return the next part as a tensor of the given shape."""
         shape = _sizes(sizes)
         if prod(shape) > self.left:
             raise ValueError(f"a tensor of {shape} in the last {self.left} of {len(self._flat)} elements")
@@ -177,7 +180,10 @@ def _step(place: int, function: str, args: list[Any], kwargs: dict[str, Any]) ->
 
 
 def _argument(value: Any, place: int) -> Argument:
-    """Return an argument of the step at a place from JSON."""
+    """Return an argument of a step from its JSON form.
+
+    `place` is the index of the step.
+    """
     if isinstance(value, list):
         return tuple(_argument(item, place) for item in value)
     if not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Adds quantizers to an ONNX graph as the nodes Quant and BipolarQuant of QONNX, for FINN and hls4ml.
+"""Adds quantizers to an ONNX graph as QONNX's nodes Quant and BipolarQuant, for FINN and hls4ml.
 
-Quant computes (clip(round(x / scale + zero)) - zero) scale, and BipolarQuant is the sign of x, times
-a scale. Both nodes are in the domain of the package qonnx (github.com/fastmachinelearning/qonnx).
+Quant computes (clip(round(x / scale + zero)) - zero) * scale, and BipolarQuant computes sign(x) * scale. Both nodes
+belong to the operator domain of the package qonnx (github.com/fastmachinelearning/qonnx).
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ from qbench.deploy.trace import NotExportable
 
 
 def add_quant_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
-    """Add weights as floats and the node that quantizes them, which changes nothing; return the name of its output.
+    """Add quantized weights as floats and a node that quantizes them again. Return the name of the node's output.
 
-    Tools read the integers and the scale from the node.
+    The node does not change the weights. Tools read the integers and the scale from the node.
     """
     try:
         integers, scale = integer_weights(weight)
@@ -43,14 +43,14 @@ def add_quant_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
 
 
 def add_quant_activation(graph: OnnxGraph, x: str, thresholds: Tensor, levels: Tensor) -> str:
-    """Add the nodes of an activation quantizer.
+    """Add the nodes of an activation quantizer, and return the name of its output.
 
     Raises:
-        NoConverter: it does not round to equally spaced levels.
+        NoConverter: the quantizer does not round to equally spaced levels.
     """
     linear = linear_steps(thresholds, levels)
     if linear is None:
-        raise NoConverter("activation quantizers other than rounding to equally spaced levels")
+        raise NoConverter("activation quantizers that do not round to equally spaced levels")
     step, low = linear
     count, shape = levels.shape[-1], [1, -1, *[1] * (len(graph.shape(x)) - 2)] if levels.dim() == 2 else []
     if count == 2 and bool((levels[..., 0] == -levels[..., 1]).all()):
@@ -75,7 +75,7 @@ def add_quant_activation(graph: OnnxGraph, x: str, thresholds: Tensor, levels: T
 
 
 def _clipped(graph: OnnxGraph, x: str, step: Tensor, zero: Tensor, first: int, last: int) -> str:
-    """Return x, clipped to the levels if the integers of `_quant` have more values than there are levels."""
+    """Clip x to the range of the levels if `_quant` would allow integers outside this range."""
     signed, narrow, bits = _integers(first, last)
     lowest = (-(2 ** (bits - 1)) + narrow) if signed else 0
     highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1 - narrow
@@ -87,7 +87,7 @@ def _clipped(graph: OnnxGraph, x: str, step: Tensor, zero: Tensor, first: int, l
 
 
 def _integers(first: int, last: int) -> tuple[bool, int, int]:
-    """Return whether integers from `first` to `last` have a sign, whether their range is narrow, and their bits."""
+    """Return the attributes of Quant for integers from `first` to `last`: signed, narrow, and number of bits."""
     if first >= 0:
         bits = max(1, last.bit_length())
         return False, int(last == 2**bits - 2), bits

@@ -1,4 +1,4 @@
-"""Runs ONNX files in ONNX Runtime, in OpenVINO and in the package qonnx, on the CPU."""
+"""Runs ONNX files on the CPU, in ONNX Runtime, OpenVINO or the package qonnx."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ from qbench.deploy.onnx_graph import DIGEST, METADATA, graph_digest
 from qbench.errors import CheckpointError
 
 Function = Callable[[Tensor], Tensor]
-"""Normalized images (N, C, H, W) -> logits (N, classes)."""
+"""Function from normalized images (N, C, H, W) to logits (N, classes)."""
 
 
 def in_onnxruntime(data: bytes, about: About, source: str) -> Function:
-    """Return the function that an ONNX file computes in ONNX Runtime.
+    """Load an ONNX file in ONNX Runtime, and return the network as a function.
 
     Raises:
         CheckpointError: the file is damaged, or ONNX Runtime lacks an operator.
@@ -41,7 +41,7 @@ def in_onnxruntime(data: bytes, about: About, source: str) -> Function:
 
 
 def in_openvino(data: bytes, about: About, source: str) -> Function:
-    """Return the function that an ONNX file computes in OpenVINO.
+    """Load an ONNX file in OpenVINO, and return the network as a function.
 
     Raises:
         CheckpointError: the file is damaged, or OpenVINO lacks an operator or type.
@@ -61,7 +61,9 @@ def in_openvino(data: bytes, about: About, source: str) -> Function:
 
 
 def in_qonnx(data: bytes, about: About, source: str) -> Function:
-    """Return the function that an ONNX file computes in the package qonnx, which runs one node after the other.
+    """Load an ONNX file in the package qonnx, and return the network as a function.
+
+    qonnx runs one node after the other.
 
     Raises:
         CheckpointError: the file is damaged, or qonnx lacks an operator.
@@ -74,7 +76,7 @@ def in_qonnx(data: bytes, about: About, source: str) -> Function:
     models: dict[int, Any] = {}
 
     def model_for(count: int) -> Any:
-        """Return the model for a number of images."""
+        """Return the model for a batch of `count` images."""
         if count not in models:
             model = wrapper.ModelWrapper(data)
             model.set_tensor_shape("images", [count, *about.shape])
@@ -98,7 +100,7 @@ RUNTIMES: Mapping[str, Callable[[bytes, About, str], Function]] = {
 
 
 def about_onnx(data: bytes, source: str) -> About:
-    """Return what an ONNX file says of its run.
+    """Return the description of the run that an ONNX file contains.
 
     Raises:
         CheckpointError: the file is damaged, or `qbench export` did not write it.
@@ -115,12 +117,12 @@ def about_onnx(data: bytes, source: str) -> About:
     try:
         return read_about(json.loads(values[METADATA]), source)
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{source} is damaged: its metadata is not JSON") from None
+        raise CheckpointError(f"{source} is damaged: the metadata is not JSON") from None
 
 
 @contextmanager
 def _named_errors(source: str, reader: str) -> Iterator[None]:
-    """Convert errors of a runtime, which have many classes, to one that names the file."""
+    """Convert any error of a runtime to a `CheckpointError` that names the file."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,8 @@
-"""Finds the thresholds and levels of an activation quantizer, so that it can run without its code.
+"""Finds the thresholds and levels of an activation quantizer. The quantizer can then run without its Python code.
 
-In evaluation, an activation quantizer is a step function of single values, which rises or falls on
-each side of 0. If such a function has equal values at both ends of an interval, it is constant
-between them. So bisection over all floats finds every level and the exact thresholds.
+In evaluation, an activation quantizer is a pointwise step function that is monotone below 0 and monotone above 0. If
+such a function has equal values at both ends of an interval on one side of 0, it is constant in the interval. Bisection
+over all floats therefore finds every level and every exact threshold.
 """
 
 from collections.abc import Callable
@@ -21,24 +21,24 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class NotSteps(Exception):
-    """Raised if a quantizer is not a step function of single values. The message states the reason."""
+    """Raised if a quantizer is not a pointwise step function. The message states the reason."""
 
 
 @torch.no_grad()
 def step_function(function: Callable[[Tensor], Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the thresholds and levels of a quantizer; see `qbench.deploy.network.quantize`.
+    """Return the thresholds and levels of a quantizer in the form that `qbench.deploy.network.quantize` takes.
 
     Args:
         function: the quantizer in evaluation mode.
-        example: an input (N, C, ...) of the quantizer, which tells the shape.
+        example: an input (N, C, ...) of the quantizer. Only its shape is used.
 
     Raises:
-        NotSteps: the quantizer has too many levels, or other places in a channel have other levels.
+        NotSteps: the quantizer has too many levels, or is not a monotone step function on each side of 0.
     """
     shape = (example.shape[1], *[1] * (example.dim() - 2))
 
     def at(x: Tensor) -> Tensor:
-        """Return the results (n, C) for values (n,), each placed in all channels."""
+        """Return the quantizer's results (n, C) for values (n,). Each value is the input of all channels."""
         places = x.reshape(-1, *[1] * len(shape)).expand(-1, *shape).contiguous()
         return function(places).flatten(2)[..., 0] if len(shape) > 1 else function(places)
 
@@ -49,7 +49,7 @@ def step_function(function: Callable[[Tensor], Tensor], example: Tensor) -> tupl
     table_of = torch.full((shape[0],), -1)
     while len(left := (table_of < 0).nonzero().flatten()):
         if len(tables) == MAX_TABLES:
-            raise NotSteps("its channels have too many different levels")
+            raise NotSteps("the channels have too many different levels")
         channel = int(left[0])
         edges = _edges(of_channel(channel))
         starts = torch.cat([edges.new_tensor([-LARGEST]), edges])
@@ -60,7 +60,7 @@ def step_function(function: Callable[[Tensor], Tensor], example: Tensor) -> tupl
         same = (low == low[:, [channel]]).all(0) & (high == low[:, [channel]]).all(0)
         table_of[same & (table_of < 0)] = len(tables) - 1
         if table_of[channel] < 0:
-            raise NotSteps("its quantizer is not a step function on each side of 0")
+            raise NotSteps("the quantizer is not a step function on each side of 0")
     if len(tables) == 1:
         return tables[0]
     most = max(len(edges) for edges, _ in tables)
@@ -70,7 +70,10 @@ def step_function(function: Callable[[Tensor], Tensor], example: Tensor) -> tupl
 
 
 def _edges(function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return all x, ascending, at which a step function differs from its value at the next smaller float."""
+    """Return all floats x, ascending, at which a step function jumps.
+
+    A jump means that the value at x differs from the value at the next smaller float.
+    """
     found = []
     low, high = ordered(torch.tensor([-LARGEST, 0.0])), ordered(torch.tensor([0.0, LARGEST]))
     at_low, at_high = function(float_of(low)), function(float_of(high))
@@ -79,7 +82,7 @@ def _edges(function: Callable[[Tensor], Tensor]) -> Tensor:
         differ = at_low != at_high
         low, high, at_low, at_high = low[differ], high[differ], at_low[differ], at_high[differ]
         if len(low) > 2 * MAX_LEVELS:
-            raise NotSteps(f"its quantizer has more than {MAX_LEVELS - 1} levels")
+            raise NotSteps(f"the quantizer has more than {MAX_LEVELS - 1} levels")
         found.append(high[high - low == 1])
         wide = high - low > 1
         if not wide.any():
@@ -92,11 +95,14 @@ def _edges(function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def ordered(x: Tensor) -> Tensor:
-    """Return integers in the order of the floats x. Neighbouring floats have neighbouring integers."""
+    """Return integers that number the floats x.
+
+    Larger floats have larger numbers, and neighbouring floats have neighbouring numbers.
+    """
     bits = x.view(torch.int32).long()
     return torch.where(bits >= 0, bits, -(bits + 2**31))
 
 
 def float_of(number: Tensor) -> Tensor:
-    """Return the floats of integers from `ordered`."""
+    """Return the floats with the given numbers, as the inverse of `ordered`."""
     return torch.where(number >= 0, number, -number - 2**31).to(torch.int32).view(torch.float32)

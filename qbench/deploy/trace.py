@@ -1,7 +1,7 @@
-"""Turns a quantized network into a plain one: records the functions of torch that it calls on images.
+"""Converts a quantized network to a traced network, by recording the torch functions that it calls.
 
-Weight quantizers become codes, and input quantizers become thresholds. All other Python code of the
-model and of the method is gone; what it has called is recorded.
+Quantized weights become codes, and input quantizers become thresholds and levels. Of all other Python code of the model
+and the method, the trace keeps only the torch functions that the code called.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,30 +20,30 @@ from qbench.quant.graph import Arguments, Recorder, eval_mode_keeping_rng, inter
 from qbench.quant.layers import QLayer, quantized_layers
 
 NO_EFFECT = ("inplace", "_stacklevel")
-"""Arguments that change no result."""
+"""Names of arguments that do not change the result of a function."""
 
 READS_VALUES = frozenset(
     {"__bool__", "__float__", "__int__", "__index__", "__contains__", "item", "tolist", "numpy", "equal", "allclose"}
 )
-"""Functions that give values of a tensor to Python. What Python does with them cannot be recorded."""
+"""Functions that pass values of a tensor to Python code. The use of such values in Python cannot be recorded."""
 
 MAX_BITS = 8
-"""Largest width of weights and activations in an exported file."""
+"""Largest bit width of quantized weights and activations in an exported file."""
 
 UNCHANGED = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "detach", "data", "view_as"})
-"""Functions that return their first argument's values in evaluation."""
+"""Functions that return their first argument unchanged in evaluation mode."""
 
 CREATES = frozenset({"new_full", "new_zeros", "new_ones", "new_tensor", "zeros_like", "ones_like", "full_like"})
-"""Functions whose result does not depend on the values of their arguments."""
+"""Functions whose result does not depend on the values of their tensor arguments."""
 
 
 class NotExportable(ConfigError):
-    """The network or its method cannot be exported. The message names the layer, the reason and what would work."""
+    """Raised if a network cannot be exported. The message names the layer, the reason and an alternative."""
 
 
 @dataclass
 class _Program:
-    """What has been recorded: the steps, and the tensors that they read."""
+    """The recorded steps and the tensors that the steps read."""
 
     steps: list[Step] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -51,35 +51,38 @@ class _Program:
 
 
 def trace(model: nn.Module, images: Tensor) -> Network:
-    """Return the plain form of a quantized network.
+    """Return the traced network of a quantized network.
 
-    The network runs on two batches of different sizes. What differs between them must be a size.
+    The function runs the network on two batches of different sizes. An argument that differs between the two runs must
+    be a size that is proportional to the number of images.
 
     Args:
-        images: (N, C, H, W), at least 5 of them, on the CPU, as the network takes them.
+        images: at least 5 normalized images (N, C, H, W) on the CPU.
 
     Raises:
-        NotExportable: a width, a quantizer or a function of the network cannot be exported.
+        NotExportable: a bit width, a quantizer or a function of the network cannot be exported.
     """
     layers = quantized_layers(model)
     _check(layers)
     batches = images[:2], images[2:5]
     (first, output), (second, other_output) = (_record(model, batch, layers) for batch in batches)
     if [step.function for step in first.steps] != [step.function for step in second.steps] or output != other_output:
-        raise NotExportable("the network calls other functions on other images; such a network cannot be exported")
+        raise NotExportable(
+            "the network calls different functions for different images; such a network cannot be exported"
+        )
     steps = []
     for step, other in zip(first.steps, second.steps, strict=True):
         merged = _merged((step.args, dict(step.kwargs)), (other.args, dict(other.kwargs)), step)
         steps.append(step._replace(args=merged[0], kwargs=merged[1]))
     for name, tensor in first.tensors.items():
         if not _same(tensor, second.tensors.get(name)):
-            raise NotExportable(f"{name}: depends on the images in a way that is not a function of torch")
+            raise NotExportable(f"{name}: depends on the images by other code than torch functions")
     weights = {name: _encode(layer, layers[layer], weight) for name, (layer, weight) in first.weights.items()}
     return _live(steps, output, first.tensors, weights)
 
 
 def _check(layers: Mapping[str, QLayer]) -> None:
-    """Refuse layers whose widths or state cannot be exported."""
+    """Raise `NotExportable` for layers whose bit widths or state cannot be exported."""
     for name, layer in layers.items():
         for key, what, width in (("w", "weights", layer.bits.w), ("a", "activations", layer.bits.a)):
             if MAX_BITS < width < FLOAT:
@@ -88,18 +91,18 @@ def _check(layers: Mapping[str, QLayer]) -> None:
                     f"train with bits.{key}={MAX_BITS} or less, or bits.{key}={FLOAT}"
                 )
         if not layer.weight_q.complete:
-            raise NotExportable(f"{name}: some of its weights are still float\nexport the finished run")
+            raise NotExportable(f"{name}: some weights are still float\nexport the finished run")
 
 
 def _encode(name: str, layer: QLayer, weight: Tensor) -> Encoded:
     try:
         return encode(layer.weight_q, layer.weight.detach(), weight)
     except NotEncodable as reason:
-        raise NotExportable(f"{name}: its weights cannot be stored as codes: {reason}") from None
+        raise NotExportable(f"{name}: the weights cannot be stored as codes: {reason}") from None
 
 
 class _Tracer(Recorder):
-    """Records steps, with references in place of tensors."""
+    """Records steps. The arguments of a step contain references instead of tensors."""
 
     def __init__(self, model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> None:
         super().__init__(model, images)
@@ -115,7 +118,7 @@ class _Tracer(Recorder):
     def call_container(
         self, name: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Carry out the call of a module whose functions are recorded."""
+        """Call a module, and record the functions that it calls."""
         self._where.append(name)
         try:
             return forward(*args, **kwargs)
@@ -125,9 +128,10 @@ class _Tracer(Recorder):
     def call_output(
         self, name: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Carry out the call of an output quantizer.
+        """Call an output quantizer.
 
-        If its result depends on the layer's input, its functions are recorded.
+        If the result depends on the layer's input, the functions that the quantizer calls are recorded. Otherwise, the
+        quantizer itself is recorded.
         """
         y, x = args
         with self.unrecorded():
@@ -189,7 +193,7 @@ class _Tracer(Recorder):
             return
         value = self._arguments(x)
         if not isinstance(value, Ref):
-            raise NotExportable(f"{name}: its input does not come from the images by functions of torch")
+            raise NotExportable(f"{name}: the input is not computed from the images by torch functions")
         if torch.equal(result, x):
             self._values[id(result)] = value  # the identity, such as a quantizer of gradients
             return
@@ -235,12 +239,14 @@ def _record(model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> t
         result = model(images)
     output = tracer._values.get(id(result)) if isinstance(result, Tensor) else None
     if not isinstance(output, Ref) or result.dim() != 2 or len(result) != len(images):
-        raise NotExportable("the network's output is not one tensor of logits (N, classes), computed from the images")
+        raise NotExportable(
+            "the output of the network must be one tensor of logits (N, classes) that depends on the images"
+        )
     return tracer.program, output
 
 
 def _merged(first: Argument, second: Argument, step: Step) -> Any:
-    """Return an argument that holds for both batches, which have 2 and 3 images."""
+    """Combine the arguments recorded for batches of 2 and 3 images into one that is valid for all batch sizes."""
     if isinstance(first, dict):
         return {key: _merged(value, second[key], step) for key, value in first.items()}
     if isinstance(first, Ref | Stored):
@@ -264,7 +270,7 @@ def _same(first: Tensor, second: Tensor | None) -> bool:
 
 
 def _live(steps: Sequence[Step], output: Ref, found: Mapping[str, Tensor], weights: Mapping[str, Encoded]) -> Network:
-    """Return the network of those steps on which the output depends.
+    """Return a network with only the steps on which the output depends.
 
     Raises:
         NotExportable: one of these steps calls a function that files cannot describe.

@@ -322,7 +322,7 @@ def test_functions_between_quantizers(change: Any) -> None:
         (nn.Sigmoid(), "does not support the function sigmoid"),
         (lambda x: torch.cat([x, x], 1), "does not support the function cat"),
         (lambda x: x + 1, "does not support sums with constants"),
-        (lambda x: x.mean((1, 2)), "supports means over height and width only"),
+        (lambda x: x.mean((1, 2)), "supports only means over height and width"),
         (nn.AvgPool2d(3, padding=1), "does not support average pooling with padding"),
         (nn.MaxPool2d(3, 2, ceil_mode=True), "with ceil_mode=True"),
         (lambda x: F.pad(x, (1, 1, 1, 1), value=1.0), "does not support padding with mode=constant, value=1.0"),

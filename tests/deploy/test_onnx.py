@@ -162,7 +162,7 @@ def test_a_value_on_a_threshold_gets_the_level_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("words", "form", "message"),
     [
-        (("method=dorefa", "bits=w8a8"), "int8", "int8 needs weights within +-127, and these are integers up to 255"),
+        (("method=dorefa", "bits=w8a8"), "int8", "int8 needs integer weights from -127 to 127, but these reach 255"),
         (("method=ttq", "activation=lsq", "bits.a=4"), "int8", "int8 needs equally spaced weights"),
         (("method=qd", "activation=lsq", "bits.a=4"), "int8", "layer1.0.conv1: int8 needs"),
         (("method=bwn",), "int8", "train with bits.a=8 or less"),

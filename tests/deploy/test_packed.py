@@ -205,7 +205,7 @@ def test_what_cannot_be_packed_is_refused_with_its_layer(configure: Configure) -
     model, (images, *_) = quantized(configure, "method=inq")
     weight_q = quantized_layers(model)["layer2.0.conv1"].weight_q
     weight_q.frozen[0] = False  # type: ignore[operator, union-attr]
-    assert "layer2.0.conv1: some of its weights are still float" in refusal(model, images)
+    assert "layer2.0.conv1: some weights are still float" in refusal(model, images)
 
 
 class Odd(nn.Module):
