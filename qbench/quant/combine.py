@@ -16,7 +16,10 @@ from qbench.quant.quantizer import Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
-    """Wraps an optimizer that has already stepped. The second of two methods gets it, and cannot step it again."""
+    """Wraps an optimizer that has already made its step.
+
+    The second of two combined methods gets this wrapper, so that it does not make another step.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -31,10 +34,9 @@ class _SteppedOptimizer(torch.optim.Optimizer):
 def combine(weight: Method, activation: Method) -> Method:
     """Return a method that quantizes weights with one method and activations with another.
 
-    Each of the two is built with its own widths and with 32 bits for the rest. Gradients are
-    quantized by `weight` if that method supports it, else by `activation`. The `prepare`,
-    `on_epoch` and `step` functions of both methods are called. Each acts only on the quantizers of
-    its own method.
+    `weight` must have been built with 32-bit activations, and `activation` with 32-bit weights. Gradients are quantized
+    by `weight` if this method supports quantized gradients, else by `activation`. The functions `prepare`, `on_epoch`
+    and `step` of both methods are called. They act only on the quantizers of their own method.
 
     Raises:
         Unsupported: both methods replace the loss or the output of a layer, or they require
@@ -83,16 +85,15 @@ def distilled(
 ) -> Method:
     """Return the method with the loss weight T^2 KL(teacher || student) + (1 - weight) hard.
 
-    KL compares softmax outputs at temperature T (Hinton et al. 2015, arXiv 1503.02531). The default
-    values of `temperature` and `weight` are those of Polino et al. 2018, arXiv 1802.05668.
+    KL compares softmax outputs at temperature T (Hinton et al. 2015, arXiv 1503.02531). The default values of
+    `temperature` and `weight` are from Polino et al. 2018, arXiv 1802.05668.
 
     Args:
         teacher: a network that takes the same images and is not trained.
-        average: `batch` sums KL over classes and averages it over the batch. `classes` also
-            averages over classes, as in the public code of Polino et al. With ten classes, this
-            makes the distillation term ten times smaller at the same weight.
-        hard: (logits, labels) -> the loss against the labels. If the method has its own loss, that
-            loss replaces `hard`.
+        average: `batch` sums KL over classes and averages over the batch. `classes` averages over both, as the public
+            code of Polino et al. does. With ten classes, `classes` makes the distillation term ten times smaller.
+        hard: function (logits, labels) that returns the loss with respect to the labels. If the method has its own
+            loss, the method's loss is used instead.
     """
     hard_loss: Loss = method.loss or (lambda model, logits, batch: hard(logits, batch[1]))
 
@@ -118,7 +119,7 @@ def _supported(method: Method, key: str) -> list[int]:
 def _combined_requirements(weight: Method, activation: Method) -> Requires:
     """Return the requirements of both methods on the network.
 
-    For the activation functions, only the requirement of the activation method counts.
+    The requirement on activation functions comes from the activation method alone.
     """
     first, second = weight.requires, activation.requires
     if first.norm and second.norm and first.norm != second.norm:
@@ -135,7 +136,7 @@ def _combined_requirements(weight: Method, activation: Method) -> Requires:
 
 
 def _combined_output(weight: Method, activation: Method, owner: Method) -> OutputFactory:
-    """Return the factory of output quantizers.
+    """Return the output-quantizer factory of two methods.
 
     At most one of the two methods may have an output quantizer for a layer.
     """

@@ -1,8 +1,8 @@
-"""Finds and bypasses the activation functions that input quantizers replace.
+"""Finds activation functions that input quantizers replace, and bypasses them.
 
 `feeds` maps the name of an activation module to the layers that read its output. It contains only activations whose
-output nothing else reads. A network declares it as an attribute. For a network without this attribute, `feeds` is found
-by running the network, if the method needs it.
+output is read by these layers alone. A network can declare `feeds` as an attribute. If the attribute is missing and the
+method needs it, qbench runs the network to find these layers.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,39 +24,42 @@ COMMUTING = REARRANGING | {
     "MaxPool1d", "MaxPool2d", "MaxPool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "dropout", "dropout2d",
     "max_pool1d", "max_pool2d", "max_pool3d",
 }  # fmt: skip
-"""Functions and modules of torch that give the same result before and after a ReLU."""
+"""torch functions and modules that commute with ReLU."""
 
 FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "relu6", "hardtanh")
-"""Functions of torch that are used like a ReLU. They cannot be bypassed, because they are not modules."""
+"""torch functions that networks use in place of `nn.ReLU`. They cannot be bypassed, because they are not modules."""
 
 
 class TracedFeeds(NamedTuple):
-    """The activations that quantizers may replace. For each layer that reads none of them, `reasons` has the reason."""
+    """The activations that quantizers can replace.
+
+    For each layer that reads none of these activations, `reasons` contains the reason.
+    """
 
     feeds: Feeds
     reasons: Mapping[str, str]
 
 
 def feeds(model: nn.Module) -> Feeds:
-    """Return the network's attribute `feeds` (activation -> layers that read it), or {}."""
+    """Return the network's attribute `feeds`, or {} if it has no such attribute."""
     declared: Feeds = getattr(model, "feeds", {})
     return declared
 
 
 def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> TracedFeeds:
-    """Return the feeds of a network, found by running it.
+    """Run a network to find the layers that each activation feeds.
 
-    An activation is a module `nn.ReLU`. It may be called several times. Operations that commute with ReLU, such as max
-    pooling, may be between the activation and a layer.
+    An activation here is a module of the class `nn.ReLU`, which may be called several times. Operations that commute
+    with ReLU, such as max pooling, may be between an activation and a layer.
 
     Args:
-        example: one image batch (N, C, H, W), also on the meta device.
+        example: one batch of images (N, C, H, W). The meta device is allowed.
         layers: the names of the layers.
     """
     graph = operations(model, example, layers)
     if any(UNKNOWN in operation.reads for operation in graph):
         return TracedFeeds(
-            {}, dict.fromkeys(layers, "the origin of some values is not known (tensors that are no buffers, or NumPy)")
+            {}, dict.fromkeys(layers, "the origin of some values is not known (tensors that are not buffers, or NumPy)")
         )
     activations = [operation for operation in graph if operation.module and operation.kind == "ReLU"]
     readers = {operation.name: list(_readers(graph, operation.name)) for operation in activations}
@@ -69,7 +72,7 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
         if also or not read_by:
             what = ", ".join(dict.fromkeys(_in_words(reader) for reader in also)) or "the output"
             shared = f"is called {len(calls)} times, and " if len(calls) > 1 else ""
-            others[module] = f"{module} {shared}feeds {what} too"
+            others[module] = f"{module} {shared}also feeds {what}"
         else:
             found[module] = tuple(dict.fromkeys(reader.module for reader in read_by if reader.module))
     fed = {layer for read in found.values() for layer in read}
@@ -77,7 +80,7 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
 
 
 def _readers(graph: Sequence[Operation], name: str) -> Iterator[Operation]:
-    """Yield the operations that read a result, directly or through operations that commute with ReLU."""
+    """Yield the operations that read a result directly, or through operations that commute with ReLU."""
     passed = {name}
     for operation in graph:
         if passed.isdisjoint(operation.reads):
@@ -89,7 +92,7 @@ def _readers(graph: Sequence[Operation], name: str) -> Iterator[Operation]:
 
 
 def _reason(graph: Sequence[Operation], layer: str, others: Mapping[str, str]) -> str:
-    """Return why no activation in front of a layer can be replaced."""
+    """Return the reason, as text, why no activation in front of a layer can be replaced."""
     by_name = {operation.name: operation for operation in graph}
     ahead = [read for operation in graph if operation.module == layer for read in operation.reads]
     while ahead:
@@ -97,11 +100,11 @@ def _reason(graph: Sequence[Operation], layer: str, others: Mapping[str, str]) -
         if reason := others.get(operation.module or ""):
             return reason
         if operation.kind in FUNCTIONS:
-            return f"it reads the function {operation.kind}, which is no module nn.ReLU"
+            return f"the layer reads the function {operation.kind}, which is not a module nn.ReLU"
         if operation.kind not in COMMUTING and operation.name != IMAGE:
-            return f"it reads {_in_words(operation)}, not an nn.ReLU"
+            return f"the layer reads {_in_words(operation)}, not an nn.ReLU"
         ahead += operation.reads
-    return "it reads no nn.ReLU"
+    return "the layer reads no nn.ReLU"
 
 
 def _in_words(operation: Operation) -> str:
@@ -114,11 +117,11 @@ def bypass_activations(
 ) -> None:  # fmt: skip
     """Bypass the activation functions that quantizers replace.
 
-    An activation function is replaced if every layer that reads it has an input quantizer. A network without the
-    attribute `feeds` gets it, if the activation functions must be replaced.
+    An activation function is replaced if every layer that reads its output has an input quantizer. If activation
+    functions must be replaced and the network has no attribute `feeds`, the attribute is added.
 
     Args:
-        assigned: the widths of the layers.
+        assigned: the widths of the layers, by name.
         image: the layers that read the image.
         act: see `install`.
         example: see `install`.
@@ -128,7 +131,7 @@ def bypass_activations(
     """
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
-        raise Unsupported(f"{method.name} requires act={needs} (activations before its quantizers), not act={act}")
+        raise Unsupported(f"{method.name} requires act={needs} (activations in front of its quantizers), not act={act}")
     if method.bits.a == FLOAT or "keep" in (act, needs):
         return
     reasons: Mapping[str, str] = {}
@@ -145,12 +148,12 @@ def bypass_activations(
             float_readers = ", ".join(sorted(set(readers) - set(quantized)))
             raise Unsupported(
                 f"the activation {name} feeds {quantized[0]} (quantized) and {float_readers} (float)\n"
-                f"set the same bits for all of them, or give each an activation of its own"
+                f"set the same bits for all these layers, or give each layer its own activation"
             )
 
 
 def _bypass(model: nn.Module, activation: nn.Module) -> None:
-    """Replace an activation by a bypassed activation, under each of its names."""
+    """Replace an activation module by a `BypassedActivation`, at every place where the network uses the module."""
     bypassed = BypassedActivation(activation)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is activation:
@@ -162,7 +165,7 @@ def _check_feeds(
     method: Method, model: nn.Module, readers_of: Feeds, assigned: Mapping[str, Bits], image: Collection[str],
     act: str, reasons: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Raise `Unsupported` if `feeds` is not sufficient to replace the activation functions."""
+    """Raise `Unsupported` if `feeds` does not contain all activation functions that must be replaced."""
     needs = method.requires.act
     if not readers_of and not reasons and "fused" in (needs, act):
         raise Unsupported(
@@ -177,7 +180,7 @@ def _check_feeds(
         more = f" and {len(unfed) - 1} more" if len(unfed) > 1 else ""
         raise Unsupported(
             f"{method.name} replaces the activation function, which is not possible for {unfed[0]}{more}: "
-            f"{reasons[unfed[0]]}\ngive each of these layers an nn.ReLU of its own, or keep its input float: "
+            f"{reasons[unfed[0]]}\ngive each of these layers its own nn.ReLU, or keep its input float: "
             f"'layers.rules={{{unfed[0]}: w{method.bits.w}}}'"
         )
     if needs == "fused" and unfed:

@@ -1,9 +1,10 @@
-"""Provides tensor functions without gradient that make few passes over memory.
+"""Provides fast tensor functions without gradient, which make few passes over memory.
 
-The functions compare, mask, round at random, and work block by block. On a CPU, three operations are slow: comparing
-into a bool tensor, `where` with a bool tensor, and searching. Each costs as much as many passes over floats (measured
-by scripts/bench/where.py). These functions compare into float tensors and mask by the derivative of hardtanh instead.
-Only functions whose name ends in an underscore write to their input.
+The functions compare, mask, round stochastically, or process tensors block by block. On a CPU, three operations are
+slow: a comparison whose result is a bool tensor, `where` with a bool tensor, and a search. Each takes as long as many
+passes over floats (measured by scripts/bench/where.py). The functions here therefore write results of comparisons into
+float tensors, and use the derivative of hardtanh as a mask. Only functions whose names end in an underscore modify
+their inputs.
 """
 
 import math
@@ -14,31 +15,31 @@ import torch
 from torch import Generator, Tensor
 
 Fill = Callable[..., None]
-"""Fills one block of a tensor in `blockwise`: (block of x, block of the result, *scratch) -> None.
+"""Function (block of x, block of the result, *scratch) that computes one block of the result in `blockwise`.
 """
 
 BLOCK = 2**18
-"""Number of elements per block in `blockwise`: a megabyte of floats."""
+"""Number of elements per block in `blockwise`. A block of floats takes one megabyte."""
 
 MIXING = 0x2C1B3C6D
-"""An odd factor, so that multiplying 32-bit integers by it is one to one."""
+"""An odd factor. Multiplication of 32-bit integers by an odd factor maps different integers to different integers."""
 
 MAX_EDGES = 31
-"""Number of edges above which a search is faster than comparing with each edge."""
+"""Number of edges above which a search is faster than a comparison with each edge."""
 
 
 def scalar(x: Tensor) -> float | Tensor:
-    """Return a one-element CPU tensor as a number, and a tensor on another device as a detached tensor.
+    """Return a one-element tensor as a number if it is on the CPU, else as a detached tensor.
 
-    Reading a number from another device would wait for that device.
+    Reading a number from another device would make the CPU wait for that device.
     """
     return x.item() if x.device.type == "cpu" else x.detach()
 
 
 def next_float(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
-    """Return the number of type `dtype` next to `value`, in the direction of `towards`.
+    """Return the number of type `dtype` that is next to `value` in the direction of `towards`.
 
-    An open interval with the returned number as its bound contains `value`.
+    With the returned number as a bound, an open interval includes `value`.
     """
     if isinstance(value, Tensor):
         return torch.nextafter(value, torch.full_like(value, towards))
@@ -53,13 +54,13 @@ def _next_float_of_number(value: float, towards: float, dtype: torch.dtype) -> f
 def divide_codes_(codes: Tensor, n: float) -> Tensor:
     """Divide the integers 0 ... n by n, in place.
 
-    Multiplication by 1/n is faster. It is used if it gives the same results for all codes.
+    Multiplication by 1/n is faster, and is used if it gives the same results for all codes.
     """
     return codes.mul_(1 / n) if n in (1, 3) else codes.div_(n)
 
 
 def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Return grad where low < x < high, else 0, in one pass if the bounds are numbers."""
+    """Return grad where low < x < high, else 0. If the bounds are numbers, this takes one pass."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.where((x > low) & (x < high), grad, 0.0)
     masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
@@ -67,7 +68,7 @@ def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Ten
 
 
 def grad_within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """Return grad where low <= x <= high, else 0: the derivative of clamp."""
+    """Return grad where low <= x <= high, else 0. This is the backward pass of clamp."""
     return grad_between(grad, x, next_float(low, -math.inf, x.dtype), next_float(high, math.inf, x.dtype))
 
 
@@ -82,7 +83,7 @@ def above(x: Tensor, bound: float | Tensor) -> Tensor:
 
 
 def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return heights[i] for the last edges[i] below x, and 0 if no edge is below x. No gradient.
+    """Return heights[i], where edges[i] is the largest edge below x, or 0 if no edge is below x. No gradient.
 
     Args:
         edges, heights: (L,) each, ascending; heights are at least 0.
@@ -94,9 +95,9 @@ def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return the result of `lookup`, computed faster on the CPU for up to about 30 edges.
+    """Return the same result as `lookup`, but faster on a CPU if there are at most about 30 edges.
 
-    In that case x is compared with every edge.
+    In this case, x is compared with every edge, which is faster than a search.
     """
     if x.device.type != "cpu" or len(edges) > MAX_EDGES:
         return lookup(x, edges, heights)
@@ -111,12 +112,12 @@ def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return random integers (count,), int16, uniform over -32768 ... 32767, pairwise independent.
+    """Return random int16 integers (count,), uniform from -32768 to 32767 and pairwise independent.
 
-    Only about sqrt(count) 64-bit numbers are drawn, in two sets. The xor of a number from one set
-    with a number from the other is uniform, and any two such xors are independent. So there is no
-    bias, and sums have the same variance as sums of independent numbers. This takes a tenth of the
-    time of drawing all numbers, and the result does not depend on the number of threads.
+    The function draws only two sets of numbers, together about sqrt(count) 64-bit numbers. The results are xors of a
+    number from the first set and a number from the second set. Such an xor is uniform, and any two xors are
+    independent. There is therefore no bias, and sums have the same variance as sums of independent numbers. The
+    function takes a tenth of the time of drawing all numbers. Its result does not depend on the number of threads.
     """
     # A table of rows x columns words of 64 bits; each word contains four numbers.
     words = (count + 3) // 4
@@ -131,18 +132,18 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
 
 
 def _shared_bits(like: Tensor, generator: Generator | None) -> Tensor:
-    """Return one random number from 0, 1/256, ... 255/256: the lower 8 of 24 random bits."""
+    """Return one random number from {0, 1/256, ..., 255/256}, which gives the lower 8 of 24 random bits."""
     return torch.randint(256, (), generator=generator, device=like.device).to(like.dtype).div_(256)
 
 
 def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return uniform random numbers in [0, 1), multiples of 2^-24.
+    """Return uniform random numbers in [0, 1) that are multiples of 2^-24.
 
     The result has `like`'s floating-point type, shape and strides.
 
-    The numbers are meant for rounding. Of the 24 bits of each number, the upper 16 are drawn per
-    number, and the lower 8 are the same for the whole tensor. Each number alone has the
-    distribution of torch.rand, so there is no bias. The shared part is below 2^-16.
+    The numbers are meant for stochastic rounding. Each number has 24 random bits. The upper 16 bits are drawn for each
+    number, and the lower 8 bits are drawn once for the whole tensor. A single number has the same distribution as a
+    number from torch.rand, so there is no bias. The shared bits contribute less than 2^-16.
     """
     shift = _shared_bits(like, generator).add_(32768)
 
@@ -153,19 +154,22 @@ def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
 
 
 def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Round to a neighbouring integer at random, so that the mean is x. No gradient.
+    """Round to one of the two neighbouring integers at random, with mean x. No gradient.
 
     Gupta et al. 2015, section 3.
 
-    Integers stay unchanged. floor(x + u) would not guarantee this, because the sum x + u is rounded
-    for large x. The random numbers are made as in `uniform`. On the CPU, no numbers are drawn for a
-    block that contains only integers.
+    Integers stay unchanged. The formula floor(x + u) would not guarantee this, because floating point rounds the sum x
+    + u for large x. The random numbers have the distribution that `uniform` describes. On the CPU, no random numbers
+    are drawn for a block that contains only integers.
     """
     return blockwise(x, stochastic_rounding_fill(x, generator), scratch=2)
 
 
 def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
-    """Return a function that rounds one block at random, for `blockwise` with `scratch=2`."""
+    """Return a function that rounds one block stochastically.
+
+    It is the argument `fill` of `blockwise` with `scratch=2`.
+    """
     bound = scalar(32768 - _shared_bits(like, generator))
 
     def fill(block: Tensor, result: Tensor, fraction: Tensor, draws: Tensor) -> None:
@@ -181,14 +185,14 @@ def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -
 
 
 def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
-    """Return a tensor of x's shape and strides that `fill` has filled block by block. No gradient.
+    """Return a tensor with the shape and strides of x that `fill` computes block by block. No gradient.
 
-    On the CPU the blocks are one-dimensional and stay in the cache from one operation to the next.
-    On other devices there is a single block.
+    On the CPU, blocks are one-dimensional and small enough to stay in the processor's cache between operations. On
+    other devices, the whole tensor is one block.
 
     Args:
         fill: see `Fill`.
-        scratch: number of additional tensors, each of a block's size, that `fill` may write to.
+        scratch: number of additional tensors of the size of a block that `fill` may write to.
     """
     result = torch.empty_like(x)
     source = x.detach() if x.stride() == result.stride() else torch.empty_like(result).copy_(x.detach())

@@ -1,8 +1,8 @@
 """Records what a network computes: the calls of its layers, and its graph of operations.
 
-The network is recorded while it runs on an example, so it may contain any Python code. Nothing in
-this file changes what a network computes in training. Calls are intercepted without hooks, because
-with hooks torch computes some modules in another way than in evaluation.
+The calls are recorded while the network runs on example images, so the network may contain any Python code. Recording
+does not change the results of training. Calls are intercepted without hooks, because hooks make torch compute some
+modules by other code than usual.
 """
 
 from collections import Counter
@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 Forward = Callable[..., Any]
 Interceptor = Callable[[str, nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
-"""(name, module, its forward function, arguments, keyword arguments) -> the result of the call."""
+"""Function (name, module, its forward function, arguments, keyword arguments) that returns the result of a call.
+"""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a call."""
@@ -26,7 +27,7 @@ IMAGE = "image"
 """The name of the operation that represents the network's input."""
 
 UNKNOWN = "?"
-"""The name of all operations that were not recorded, such as a function of NumPy."""
+"""The name of all operations that were not recorded, such as NumPy functions."""
 
 
 class Call(NamedTuple):
@@ -38,16 +39,16 @@ class Call(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One operation of a network: the call of a module or of a function of torch.
+    """One operation of a network: the call of a module or of a torch function.
 
     Args:
-        name: unique name. It is the module's name in the network, or the function's own name. From
-            the second call on, the number of the call is appended, as in `conv1:2`.
+        name: unique name of the operation. It is the name of the module in the network, or the name of the function.
+            From the second call on, the number of the call is appended, as in `conv1:2`.
         module: name of the called module, or None for a function.
         kind: class of the module, or name of the function.
-        reads: operations whose results are arguments, in the arguments' order; `IMAGE` for the
-            network's input, `UNKNOWN` for tensors of unknown origin.
-        parameters: the network's parameters and buffers that a function takes as arguments.
+        reads: names of the operations whose results are arguments, in the order of the arguments. `IMAGE` means the
+            network's input, and `UNKNOWN` means a tensor of unknown origin.
+        parameters: names of the network's parameters and buffers that a function takes as arguments.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Operation(NamedTuple):
 
 @contextmanager
 def intercepted_calls(model: nn.Module, names: Iterable[str], interceptor: Interceptor) -> Iterator[None]:
-    """Call `interceptor` instead of the named modules while the context lasts."""
+    """Call `interceptor` instead of the named modules within a `with` block."""
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(_intercepted_calls_of(name, model.get_submodule(name), interceptor))
@@ -84,7 +85,7 @@ def _intercepted_calls_of(name: str, module: nn.Module, interceptor: Interceptor
 
 @contextmanager
 def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call]]:
-    """Record the calls of the named modules in execution order, until the context ends."""
+    """Record the calls of the named modules within a `with` block, in execution order."""
     calls: list[Call] = []
 
     def record(name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,13 +98,13 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call
 
 
 def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -> list[Operation]:
-    """Return the operations that a network carries out on images in eval mode, in execution order.
+    """Return the operations of a network in execution order, recorded in eval mode.
 
-    A module without submodules is one operation. Other modules are not listed, but the operations
-    inside them are. Parameters and buffers are not operations.
+    A module without submodules is one operation. For other modules, the operations inside the module are listed instead
+    of the module itself. Parameters and buffers are not operations.
 
     Args:
-        images: (N, C, H, W), also on the meta device.
+        images: images (N, C, H, W) to run. The meta device is allowed.
         layers: names of modules that are treated as one operation although they have submodules.
     """
     single = [name for name, module in model.named_modules() if name in layers or not next(module.children(), None)]
@@ -119,9 +120,9 @@ def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -
 
 
 class Recorder(TorchFunctionMode):
-    """Records operations and, for every tensor, the operation that made it.
+    """Records operations, and which operation computed each tensor.
 
-    `foreign` maps ids to the tensors of unknown origin that operations have read.
+    `foreign` contains the tensors of unknown origin that operations have read, by `id`.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
@@ -150,7 +151,7 @@ class Recorder(TorchFunctionMode):
     def call_module(
         self, name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Carry out the call of a module, and record it as one operation."""
+        """Call a module, and record the call as one operation."""
         if self._paused:
             return forward(*args, **kwargs)
         with self.unrecorded():
@@ -160,7 +161,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
-        """Record nothing while the context lasts."""
+        """Record nothing within a `with` block."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -174,7 +175,7 @@ class Recorder(TorchFunctionMode):
             module: name of the called module, or None for a function.
             kind: class of the module, or name of the function.
             arguments: the arguments and the keyword arguments.
-            results: the result. For a function, also the tensors that it has written to.
+            results: the result of the call. For a function, also the tensors that the function has written to.
         """
         made = list(tensors(results))
         if not made:
@@ -211,7 +212,9 @@ def tensors(value: object) -> Iterator[Tensor]:
 
 
 def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]:
-    """Return the operations on which `end` depends and that depend on `start`, in execution order.
+    """Return the operations between `start` and `end`: they depend on `start`, and `end` depends on them.
+
+    The result is in execution order.
 
     Neither `start` nor `end` is included. An operation that reads a tensor of unknown origin is
     assumed to depend on `start`.
@@ -229,12 +232,11 @@ def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]
 
 
 def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], *, training: bool = False) -> list[str]:
-    """Return the layers whose weights affect the network's output without calling the layer.
+    """Return the layers whose weights the network uses without calling the layer.
 
-    Weights that are used in this way are not quantized. To find them, the network runs with weights
-    that are NaN except while their own layer runs. If its output changes, some weights are used
-    without a call. Changes to values other than NaN are considered only if two runs on the same
-    images have equal outputs.
+    Such weights would not be quantized. To find them, the function runs the network with weights that are NaN except
+    while their own layer runs. If the output becomes NaN or infinite at other places, some weights are used without a
+    call. Any other change of the output counts only if the network's output is the same in two normal runs.
 
     Args:
         images: a few images (N, C, H, W), not on the meta device.
@@ -251,7 +253,10 @@ def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], 
 
 
 def _moves(model: nn.Module, images: Tensor, names: Collection[str], plain: Sequence[Tensor]) -> bool:
-    """Return whether hiding weights changes the outputs. `plain` has the outputs without hidden weights."""
+    """Return whether hiding weights changes the outputs.
+
+    `plain` contains the outputs without hidden weights.
+    """
     try:
         with _hidden_weights(model, names):
             hidden = _outputs(model, images)
@@ -264,13 +269,13 @@ def _moves(model: nn.Module, images: Tensor, names: Collection[str], plain: Sequ
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return the tensors in a network's output. The network draws the same random numbers every time."""
+    """Return the tensors in a network's output. Every call uses the same random seed."""
     torch.manual_seed(0)
     return list(tensors(model(images.clone())))
 
 
 def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Return whether all values are equal. NaN equals NaN."""
+    """Return whether all values are equal. NaN counts as equal to NaN."""
     pairs = list(zip(some, others, strict=False))
     same_shapes = len(some) == len(others) and all(x.shape == y.shape for x, y in pairs)
     return same_shapes and all(bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)
@@ -302,10 +307,10 @@ def _hidden_weights(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 
 def call_inner_layers(model: nn.Module) -> None:
-    """Make transformer encoder layers call their linear layers in evaluation too.
+    """Make transformer encoder layers call their linear layers in evaluation as they do in training.
 
-    In evaluation, torch computes such a layer by one function that reads all weights itself, unless
-    the layer has a hook.
+    In evaluation, torch computes an encoder layer by one fused function that reads all weights, unless the layer has a
+    hook. The function therefore adds a hook that does nothing.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -313,12 +318,15 @@ def call_inner_layers(model: nn.Module) -> None:
 
 
 def _keep_output(module: nn.Module, args: object, output: object) -> None:
-    """Return None, so that the output is kept."""
+    """Do nothing. As a forward hook that returns None, it keeps the output."""
 
 
 @contextmanager
 def eval_mode_keeping_rng(model: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode; on exit, restore the modules' modes and the random state."""
+    """Put a network into eval mode within a `with` block.
+
+    On exit, the modes of all modules and the state of the random number generators are restored.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):

@@ -1,4 +1,4 @@
-"""Quantizes the image: finds the layers that read it, and rounds it to evenly spaced levels."""
+"""Quantizes the network's input image to evenly spaced levels, in the layers that read the image."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -21,20 +21,19 @@ REARRANGING = frozenset(
         "Flatten", "Identity", "PixelShuffle", "PixelUnshuffle", "Unflatten", "Unfold",
     }
 )  # fmt: skip
-"""Functions and modules of torch that only move or copy the values of an image."""
+"""torch functions and modules that only move or copy the values of an image."""
 
 
 class ImageQuantizer(Quantizer):
     """Rounds the network's input to 2^bits evenly spaced levels over each channel's range.
 
-    With 8 bits and images from 8-bit files, values change only by float rounding errors.
+    If images come from 8-bit files and `bits` is 8, values change only by float rounding errors.
 
     Args:
-        bits: width of the rounded values.
-        low, high: smallest and largest value of each channel.
-        channel: number of the image channel from which each value of the layer's input comes. Its
-            shape, (1, ...), can be expanded to that of the input. None means that the input has the
-            shape (N, C, H, W).
+        bits: width of the rounded values in bits.
+        low, high: smallest and largest possible value of each channel.
+        channel: index of the image channel from which each value of the layer's input comes. The shape (1, ...) can be
+            expanded to the shape of the input. None means that the input has the shape (N, C, H, W).
     """
 
     low: Tensor
@@ -86,7 +85,9 @@ def image_quantizers(
     first, narrow = next(iter(assigned)), [name for name, bits in assigned.items() if bits.a < FLOAT]
     if example is None:
         if first in narrow:
-            raise Unsupported(f"{first}: its input is not known; call install with example=IMAGES, one batch of images")
+            raise Unsupported(
+                f"{first}: the input of this layer is not known; call install with example=IMAGES, one batch of images"
+            )
         return {}
     if not narrow:
         return {}
@@ -115,7 +116,7 @@ def _reads_image(graph: Sequence[Operation], layer: str) -> bool:
 
 
 def _computed(graph: Sequence[Operation], layer: str) -> str:
-    """Return, in words, what a layer reads instead of the image."""
+    """Return a text that says what a layer reads instead of the image."""
     image_like = _image_like(graph)
     computed = [operation for operation in between(graph, IMAGE, layer) if operation.name not in image_like]
     if not computed:
@@ -141,9 +142,9 @@ def _image_quantizer(
 
 
 def _channels(model: nn.Module, name: str, example: Tensor) -> Tensor:
-    """Return the channel of each value that a layer reads; see `ImageQuantizer`.
+    """Return the image channel of each value that a layer reads, for `ImageQuantizer`.
 
-    The network runs on an image in which every value is the number of its channel.
+    To find the channels, the network runs on an image in which every value is the index of its channel.
     """
     shape = (1, -1, *[1] * (example.dim() - 2))
     numbers = torch.arange(example.shape[1], device=example.device).to(example.dtype).reshape(shape)

@@ -31,20 +31,20 @@ def install(
     example: Tensor | None = None,
     act: str = "auto",
 ) -> nn.Module:
-    """Put a method's quantizers into a float network, in place, and return it.
+    """Add a method's quantizers to a float network, in place, and return the network.
 
-    A layer is changed only if its class is exactly one of torch's convolutions, transposed
-    convolutions or `Linear`. Such a layer gets another class and three new submodules. Parameters
-    keep their names and identity, so optimizers, hooks and float checkpoints still work.
+    Only layers of torch's own classes of convolutions, transposed convolutions and `Linear` are changed, not layers of
+    derived classes. Such a layer gets another class and three new submodules. Parameters keep their names and identity,
+    so optimizers, hooks and float checkpoints still work.
 
     Args:
-        policy: which layers are quantized; by default all except the first and the last.
-        example: one batch of images (N, C, H, W). The network runs on it to find the execution
-            order, the layers that read the image, weights that are used without calling their
-            layer, and the activation functions in front of layers. If None, the order of
-            registration is used.
-        act: what happens to the activation functions in front of input quantizers: "keep" or
-            "fused" (see `Requires`). With "auto", the method decides.
+        policy: selects the layers that are quantized. The default is all layers except the first and the last.
+        example: one batch of images (N, C, H, W). `install` runs the network on these images to find the execution
+            order, the layers that read the image, weights that are used without calling their layer, and the activation
+            functions in front of layers. With None, the network is not run, and layers are in the order of
+            registration.
+        act: whether activation functions in front of input quantizers are kept ("keep") or removed ("fused"). With
+            "auto", the method decides (`Requires`).
 
     Raises:
         Unsupported: the method does not support a width, or the network does not fit it.
@@ -73,10 +73,10 @@ def install(
 
 
 def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, image: ImageQuantizer | None) -> None:
-    """Turn one float layer into its quantized class.
+    """Turn one float layer into a quantized layer, in place.
 
     Args:
-        image: the quantizer of the layer's input if the layer reads the image.
+        image: the input quantizer if the layer reads the image, else None.
     """
     layer.__class__ = QUANTIZED_CLASS.get(type(layer), type(layer))
     if not isinstance(layer, QLayer):
@@ -97,7 +97,7 @@ def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, im
 
 
 def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
-    """Return `quantizer`; raise `TypeError` if a user's own method made something else."""
+    """Return `quantizer`. Raise `TypeError` if a user's method returned an object that is not a `Quantizer`."""
     if not isinstance(quantizer, Quantizer):
         raise TypeError(
             f"{method.name} makes a {type(quantizer).__name__} for {layer_name}, which is not a Quantizer\n"
@@ -109,11 +109,11 @@ def _checked(method: Method, layer_name: str, quantizer: object) -> Quantizer:
 def _check_layer(name: str, layer: FloatLayer) -> None:
     if remedy := computed_weight(layer):
         raise Unsupported(
-            f"{name}: its weight is computed in every forward pass\nfirst {remedy}; or {float_rule(name)}"
+            f"{name}: the weight is computed in every forward pass\nfirst {remedy}; or {float_rule(name)}"
         )
     if type(layer) not in QUANTIZED_CLASS:
         raise Unsupported(
-            f"{name} is a {type(layer).__name__}; torch's own classes are quantized, not subclasses: "
+            f"{name} is a {type(layer).__name__}; only torch's own classes are quantized, not subclasses: "
             f"{', '.join(kind.__name__ for kind in QUANTIZED_CLASS)}\n{float_rule(name)}"
         )
     if not isinstance(layer, nn.Linear) and layer.padding_mode != "zeros":
@@ -123,7 +123,7 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
 def _check_shared(model: nn.Module, quantized: Iterable[str]) -> None:
     """Raise `Unsupported` if a quantized layer and another module have the same weights.
 
-    The other module would use them in float, or quantize them in its own way.
+    The other module would use the weights in float, or quantize them by its own quantizer.
     """
     owners: dict[object, dict[int, str]] = {}  # memory of a parameter -> its modules, by identity
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -150,7 +150,10 @@ def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) 
 
 
 def _read_in_training(model: nn.Module, images: Tensor, quantized: Collection[str]) -> list[str]:
-    """Return the layers whose weights training uses without calling the layer, or none if a copy cannot be trained."""
+    """Return the layers whose weights training uses without calling the layer.
+
+    The result is empty if the network cannot be copied or cannot run in training mode.
+    """
     try:
         trained = copy.deepcopy(model)  # training may change buffers and attributes
         return read_without_call(trained, images, quantized, training=True)
@@ -161,13 +164,13 @@ def _read_in_training(model: nn.Module, images: Tensor, quantized: Collection[st
 def _refuse_read(read: Sequence[str], when: str) -> None:
     if read:
         raise Unsupported(
-            f"{read[0]}: its weight is also used without calling the layer{when}, and would stay float there\n"
+            f"{read[0]}: the weight is also used without calling the layer{when}, where it would not be quantized\n"
             f"call the layer, or {float_rule(read[0])}"
         )
 
 
 def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -> None:
-    """Raise `Unsupported` if a method treats the outputs of a transposed convolution separately.
+    """Raise `Unsupported` if a method has separate scales for the outputs of a transposed convolution.
 
     Methods assume that the first axis of the weights is the axis of the outputs. In a transposed
     convolution, it is the axis of the inputs.

@@ -1,11 +1,11 @@
-"""Clusters scalars by globally optimal k-means, which needs no random numbers. Some centroids may be fixed (pinned).
+"""Clusters scalars by globally optimal k-means. Some centroids may be fixed, which is called pinned.
 
-If there are few distinct values, the solution is exact (`kmeans_dp`). If there are many, bins of values are clustered
-first. Better splits are then searched for near the splits that were found. Each round of this search uses smaller parts
-of bins.
+The algorithm uses no random numbers. For few distinct values, the solution is exact (`kmeans_dp`). For many distinct
+values, bins of values are clustered first. The algorithm then searches for better splits between clusters near the
+splits that it found. Each round of this search divides the bins further.
 
-Existing exact packages (kmeans1d, ckwrap) cannot fix centroids. They also need tables that are k times as long as the
-values, for k centroids.
+Other packages with exact solutions (kmeans1d, ckwrap) cannot fix centroids. For n values and k centroids, these
+packages also need tables of size n k.
 """
 
 from collections.abc import Sequence
@@ -20,25 +20,29 @@ from torch import Tensor
 from qbench.quant.kmeans_dp import Floats, optimal_centroids, prefix_sums
 
 EXACT = 10_000
-"""Maximum number of distinct values for which all splits are considered, and not only splits between bins."""
+"""Maximum number of distinct values for which all splits between clusters are considered.
+
+With more values, only splits between bins are considered first.
+"""
 
 BINS = 128
 """Number of bins per centroid."""
 
 RANGE = (2_000, 100_000)
-"""Smallest and largest total number of bins."""
+"""Minimum and maximum of the total number of bins."""
 
 ZOOMS, REACH, PARTS = 3, 8, 4
-"""Number of rounds of refinement, number of bins that are searched on either side of a split, and parts per bin."""
+"""Number of refinement rounds, of bins that are searched on either side of a split, and of parts per bin.
+"""
 
 CHUNK = 1 << 16
-"""Number of elements that are processed at a time. They fit into the processor's cache."""
+"""Number of elements that are processed at a time, so that they fit into the processor's cache."""
 
 Ints = NDArray[np.int64]
 
 
 class Clustering(NamedTuple):
-    """The result of `kmeans`."""
+    """The centroids and labels that `kmeans` returns, and their inertia."""
 
     centroids: Tensor  #: c distinct centroids in ascending order, with the type and device of the values
     labels: Tensor  #: index of the nearest centroid (the lower one in a tie), int64 with the shape of the values
@@ -46,33 +50,32 @@ class Clustering(NamedTuple):
 
 
 def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clustering:
-    """Return the clustering of all elements of `values` with minimal inertia. The result has no gradient.
+    """Cluster all elements of `values` with minimal inertia. The result has no gradient.
 
-    If there are at most `EXACT` distinct values (or at most as many as bins, if that is more), the
-    inertia is the global minimum. The only errors are rounding errors. Sums in float64 have an
-    error of 1e-15 times the inertia of a single cluster, and centroids are rounded to the type of
-    `values`.
+    The inertia is the sum of squared distances between values and their centroids.
 
-    If there are more distinct values, the inertia is minimal among splits that are within a few bins
-    of the best splits between bins. The inertia then exceeds the global minimum by a fraction of 1e-7
-    or less, unless splits that are far apart are almost equally good. In that case, the fraction is
-    about (k / bins)² or less, which is 6e-5 up to k = 781.
+    If the number of distinct values is at most `EXACT` or at most the number of bins, the inertia is the global minimum
+    up to rounding errors. Sums in float64 have an error of 1e-15 times the inertia of a single cluster. Centroids are
+    rounded to the type of `values`.
 
-    The computation runs on the CPU. For n values, its time is proportional to n log n. Besides the
-    result, it needs 16 bytes per value, and 4 (k + 100) bytes per bin or per distinct value up to
-    `EXACT`. If `values` has half precision, is not contiguous or is not on the CPU, it needs 4 more
-    bytes per value.
+    If there are more distinct values, the inertia is minimal among all splits within a few bins of the best splits
+    between bins. The inertia then usually exceeds the global minimum by a fraction of at most 1e-7. If splits that are
+    far apart are almost equally good, the fraction is at most about (k / bins)², which is 6e-5 up to k = 781.
+
+    The computation runs on the CPU. For n values, the time is proportional to n log n. In addition to the result, the
+    computation needs 16 bytes of memory per value, and 4 (k + 100) bytes per bin or, in the exact case, per distinct
+    value. It needs 4 more bytes per value if `values` has half precision, is not contiguous or is not on the CPU.
 
     Args:
         values: finite floating-point values of any shape.
-        k: number of centroids, including the pinned ones. Fewer are returned if every distinct value
-            already has its own centroid.
-        pinned: centroids that are always in the result. They are only converted to the type of
-            `values`. Equal centroids count once.
+        k: number of centroids, including pinned centroids. Fewer centroids are returned if there are fewer distinct
+            values.
+        pinned: centroids that the result must contain, converted to the type of `values`. Equal pinned centroids count
+            once.
 
     Raises:
-        ValueError: there are no values, some values are not finite or not floating-point, or k is
-            below 1 or below the number of pins.
+        ValueError: `values` is empty, some values are not finite or not floating-point, or k is below 1 or below the
+            number of pinned centroids.
     """
     pins = _check(values, k, pinned)
     half = values.dtype in (torch.float16, torch.bfloat16)
@@ -96,7 +99,7 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
 
 
 def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
-    """Check the arguments and return the distinct pinned centroids in ascending order, rounded to the values' type."""
+    """Check the arguments. Return the distinct pinned centroids, ascending and rounded to the type of the values."""
     if not values.is_floating_point():
         raise ValueError(f"values have type {values.dtype}; k-means needs a floating-point tensor")
     if not values.numel():
@@ -108,7 +111,7 @@ def _check(values: Tensor, k: int, pinned: Sequence[float] | Tensor) -> Floats:
 
 
 def _assign_labels(given: Tensor, c: Floats) -> Tensor:
-    """Return the index of the nearest centroid in c for every value. In a tie, it is the lower centroid."""
+    """Return the index of the nearest centroid in c for every value. In a tie, the lower centroid is chosen."""
     edges = torch.from_numpy(_edges(c))
     # Round the edges down to the values' type. Comparisons in this type then have the same results as in float64.
     below = edges.to(given.dtype)
@@ -119,7 +122,7 @@ def _assign_labels(given: Tensor, c: Floats) -> Tensor:
 
 
 def _edges(c: Floats) -> Floats:
-    """Return the largest float that is not above the midpoint, for each pair of neighbours in c."""
+    """Return, for each pair of neighbouring centroids in c, the largest float that is not above their midpoint."""
     a, b = c[:-1] / 2, c[1:] / 2
     middle = a + b
     # Compute the exact rounding error of the sum (Knuth's two-sum).
@@ -129,12 +132,12 @@ def _edges(c: Floats) -> Floats:
 
 
 def _bounds(x: Floats, c: Floats) -> Ints:
-    """Return the index in the ascending x at which each centroid's cluster begins, followed by the length of x."""
+    """Return the index at which each centroid's cluster begins in the ascending x, followed by the length of x."""
     return np.concatenate(([0], np.searchsorted(x, _edges(c), side="right"), [len(x)]))
 
 
 def _inertia(x: Floats, c: Floats) -> float:
-    """Return the sum of the squared distances of the ascending x from the nearest centroids in c."""
+    """Return the sum of squared distances between the ascending values x and their nearest centroids in c."""
     total, bounds = 0.0, _bounds(x, c)
     for m, (begin, end) in zip(c, pairwise(bounds), strict=True):
         for i in range(begin, end, CHUNK):
@@ -146,7 +149,7 @@ def _inertia(x: Floats, c: Floats) -> float:
 def _count_below(x: NDArray[np.floating], edges: NDArray[np.floating]) -> Ints:
     """Return the number of edges that are below each value in x.
 
-    If there are few edges, comparing each value with all of them is faster than a search.
+    If there are few edges, comparing each value with all edges is faster than a search.
     """
     labels = np.empty(x.shape, np.int64)
     less, count = np.empty(min(x.size, CHUNK), np.bool_), np.empty(min(x.size, CHUNK), np.uint8)
@@ -162,7 +165,7 @@ def _count_below(x: NDArray[np.floating], edges: NDArray[np.floating]) -> Ints:
 
 
 def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
-    """Return the centroids for the values x, in ascending order."""
+    """Return the best centroids for the ascending values x, in ascending order."""
     bins = min(max(RANGE[0], BINS * k), RANGE[1])
     new = x[1:] != x[:-1]
     if np.count_nonzero(new) < max(EXACT, bins):
@@ -181,12 +184,11 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
 
 
 def _bins(x: Floats, n: int) -> Ints:
-    """Return the indices in x at which about n bins begin, followed by the length of x.
+    """Divide the ascending values x into about n bins. Return the index at which each bin begins, and the length of x.
 
-    Let the measure of an interval be the cube root of (number of values) x (width)². In optimal
-    quantization, all intervals have the same measure (Panter and Dite 1951). The function starts
-    with bins of equal count. It then adds cuts three times, at equal fractions of the total measure.
-    Earlier cuts are kept.
+    The measure of an interval is the cube root of (number of values) x (width)². In optimal quantization, all intervals
+    have the same measure (Panter and Dite 1951). The function starts with bins that contain equal numbers of values. It
+    then adds cuts at equal fractions of the total measure, three times, and keeps all earlier cuts.
     """
     cut = np.linspace(0, len(x), n // 4, dtype=np.int64)
     for _ in range(3):
@@ -201,14 +203,14 @@ def _bins(x: Floats, n: int) -> Ints:
 
 
 def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> Floats:
-    """Return better centroids, found by a search for better splits of x near the splits of c.
+    """Improve centroids by a search for better splits near the current splits, and return the new centroids.
 
     Args:
         x: n values in ascending order, of shape (n,).
         y: x minus a constant, of shape (n,).
         cut: the indices in x at which bins begin, followed by the length of x.
-        c: the centroids, including the fixed ones.
-        pins: the fixed centroids.
+        c: the centroids, including pinned centroids.
+        pins: the pinned centroids.
     """
     centre, fixed = x[0] - y[0], np.isin(c, pins)
     near = np.arange(-REACH * PARTS, REACH * PARTS + 1)[:, None] / PARTS
@@ -228,18 +230,18 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
 def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> Floats:
     """Return the means of the best clusters of y whose bounds are among `options`.
 
-    The cost of a cluster is the sum of squares of its values about its mean. This is the sum of squares about its
-    centroid in c, minus size x (mean - centroid)². The cost of a fixed cluster is the sum of squares about its
-    centroid. Let a value move to the cluster of the next lower centroid. The sum of squares about the centroids then
-    grows by 2 d m, where d is the distance between the two centroids, and m is the distance of the value from their
-    midpoint.
+    The cost of a cluster is the sum of squared distances between its values and their mean. This cost equals the sum of
+    squared distances from the centroid in c, minus size x (mean - centroid)². If the centroid of a cluster is pinned,
+    its cost is the sum of squared distances from the centroid. If a value moves to the cluster of the next lower
+    centroid, the sum of squared distances from the centroids grows by 2 d m. Here, d is the distance between the two
+    centroids, and m is the distance between the value and the midpoint of the centroids.
 
     Args:
-        options: possible bounds of the k clusters, of shape (number of options, k + 1). The first row has the bounds
-            between the clusters of c.
+        options: possible bounds of the k clusters, of shape (number of options, k + 1). The first row contains the
+            bounds of the clusters that belong to c.
         y: the values in ascending order.
         c: the k centroids.
-        fixed: whether each centroid is fixed.
+        fixed: whether each centroid is pinned, (k,).
     """
     # Compute the number and the sum of the values of y before every option.
     spots = np.unique(options)

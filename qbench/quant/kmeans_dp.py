@@ -1,10 +1,10 @@
-"""Computes exact k-means of few distinct scalars by dynamic programming. Centroids may be fixed (pins).
+"""Computes exact k-means of few distinct scalars by dynamic programming. Fixed centroids are called pins.
 
-In one dimension, clusters are intervals of the sorted values. The best split never decreases as the
-end of the interval increases, so a layer of the table takes time n log n (Grønlund et al. 2017,
-arXiv 1701.07204, section 2). Pins cut the line into gaps. Each gap is a separate problem, in which
-the first and last intervals belong to the pins at the gap's ends. A second dynamic program
-distributes the free centroids over the gaps.
+In one dimension, clusters are intervals of the sorted values. A row of the dynamic program's table describes one number
+of clusters. For longer prefixes of the values, the best start of the last cluster never decreases, so a row takes time
+n log n (Grønlund et al. 2017, arXiv 1701.07204, section 2). Pins divide the line into gaps. Each gap is a separate
+problem, whose first and last intervals belong to the pins at the ends of the gap. A second dynamic program distributes
+the free centroids over the gaps.
 """
 
 from itertools import pairwise
@@ -17,14 +17,17 @@ Floats = NDArray[np.float64]
 
 
 class Solution(NamedTuple):
-    """The minimal cost (weighted squared distances), and the free centroids with this cost in ascending order."""
+    """The minimal cost, and the free centroids that reach this cost, ascending.
+
+    The cost is the weighted sum of squared distances.
+    """
 
     cost: float
     centroids: Floats
 
 
 def optimal_centroids(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
-    """Return the best centroids, ascending.
+    """Return the centroids with minimal cost, ascending.
 
     Args:
         v: (n,) distinct values, ascending.
@@ -49,7 +52,10 @@ def optimal_centroids(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
 
 
 def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solution]:
-    """Return the best solutions for the gaps so far plus one more gap, indexed by the number of free centroids."""
+    """Combine the best solutions for earlier gaps with those for one more gap.
+
+    Lists of solutions are indexed by the number of free centroids.
+    """
     sums = [[solution.cost + more.cost for more in gap] for solution in best]
     merged = []
     for n in range(min(free, len(best) + len(gap) - 2) + 1):
@@ -62,8 +68,8 @@ def _merge(best: list[Solution], gap: list[Solution], free: int) -> list[Solutio
 def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: int) -> list[Solution]:
     """Return the best solutions for the values of one gap, with 0, 1, ... `most` free centroids.
 
-    Some of the first values belong to the pin `left`, and some of the last to the pin `right`. The
-    function finds the best number of each. None means that there is no pin.
+    Some of the first values belong to the pin `left`, and some of the last values belong to the pin `right`. The
+    function finds the best numbers of such values. None means that there is no pin.
     """
     n = len(v)
     y = v - v[n // 2] if n else v  # around the middle, for precision
@@ -92,7 +98,7 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
 
 
 def prefix_sums(a: Floats) -> Floats:
-    """Return n + 1 sums whose differences are the sums over intervals of a.
+    """Return n + 1 sums of which differences give the sums over intervals of `a`.
 
     The sums are accumulated outward from the middle, so that large values at the ends do not reduce
     the precision in the middle.
@@ -104,17 +110,17 @@ def prefix_sums(a: Floats) -> Floats:
 def _layer(
     before: Floats, weight: Floats, first: Floats, second: Floats, m: int, last: bool
 ) -> tuple[Floats, NDArray[np.int32]]:
-    """Return the least cost of the first i values with one more cluster, and that cluster's start.
+    """Return the minimal costs with one more cluster, and the best start of this cluster, for the first i values.
 
-    For row i, the best start of the cluster is one of m - 1, ..., i - 1. The best start never
-    decreases with i. For a row between two known rows, only the starts between those of the known
-    rows are searched. A pass over all such rows at once reads every start only a few times.
+    For the first i values, the best start of the cluster is one of m - 1, ..., i - 1, and it never decreases with i. If
+    the best starts for two numbers of values are known, only starts between these two are searched for the numbers
+    between them. One pass handles all such numbers at once, and reads every start only a few times.
 
     Args:
-        before: (n + 1,) costs with m - 1 clusters.
+        before: (n + 1,) minimal costs with m - 1 clusters.
         weight, first, second: (n + 1,) prefix sums of w, w y, w y².
         m: number of clusters, including the new one.
-        last: whether to compute only the row of all values.
+        last: whether to compute only the result for all n values.
     """
     n = len(before) - 1
     rows = n - m + 1

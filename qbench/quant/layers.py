@@ -21,20 +21,23 @@ FloatLayer = (
 """A layer that can be quantized."""
 
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-"""A layer whose weights have the shape (inputs, outputs / groups, ...). In other layers, outputs come first."""
+"""A layer whose weights have the shape (inputs, outputs / groups, ...).
+
+In all other layers, outputs are the first axis.
+"""
 
 
 class NotFinite(ValueError):
     """Raised if the input of a quantizer contains inf or nan.
 
-    Most quantizers would silently turn such a value into an ordinary level.
+    Most quantizers would silently turn inf and nan into an ordinary level.
     """
 
 
 def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     """Return x, or raise `NotFinite` if a value is inf or nan.
 
-    The check is done only on the CPU and outside of torch.compile. On another device it would wait
+    The check is done only on the CPU and outside of torch.compile. On another device, the check would make the CPU wait
     for the device in every step.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
@@ -52,7 +55,7 @@ def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
 
 
 def _finite(layer: "QLayer", input: Tensor) -> Tensor:
-    """Return the input of a layer, or raise `NotFinite` if the input or the weights are not finite."""
+    """Return the input of a layer. Raise `NotFinite` if the input or the weights contain inf or nan."""
     _check_finite(layer, "weights", layer.weight)
     return _check_finite(layer, "input", input)
 
@@ -66,7 +69,7 @@ def _quantized(layer: "QLayer", input: Tensor, compute: Callable[[Tensor, Tensor
 
 
 def _convolution(layer: "QConvolution", input: Tensor, convolve: Callable[..., Tensor]) -> Tensor:
-    """Return the output of a quantized convolution. `convolve` is torch's function for convolutions of this class."""
+    """Return the output of a quantized convolution. `convolve` is the torch function for this class of convolution."""
     return _quantized(
         layer,
         input,
@@ -77,7 +80,7 @@ def _convolution(layer: "QConvolution", input: Tensor, convolve: Callable[..., T
 def _transposed_convolution(
     layer: "QTransposedConvolution", input: Tensor, output_size: list[int] | None, convolve: Callable[..., Tensor]
 ) -> Tensor:
-    """Return the output of a quantized transposed convolution; see `_convolution`."""
+    """Return the output of a quantized transposed convolution. `convolve` is the torch function for this class."""
     padding, extra = _padding(layer, input, output_size)
     return _quantized(
         layer,
@@ -89,7 +92,7 @@ def _transposed_convolution(
 def _padding(
     layer: TransposedConvolution, x: Tensor, output_size: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the padding and the output padding of a transposed convolution, one number per axis each."""
+    """Return the padding and the output padding of a transposed convolution, each with one number per axis."""
     padding, axes = layer.padding, len(layer.kernel_size)
     assert isinstance(padding, tuple)  # only other convolutions allow strings, such as "same"
     if output_size is None:
@@ -101,10 +104,10 @@ def _padding(
 
 
 class _Quantizers:
-    """The attributes that each quantized layer has in addition to those of its float layer.
+    """Attributes of quantized layers that float layers do not have.
 
-    `weight` and `bias` are the (latent) parameters of the float layer. If nothing is quantized, the
-    layer computes what the float layer does.
+    `weight` and `bias` are the parameters of the float layer (latent weights). If nothing is quantized, a quantized
+    layer computes the same output as the float layer.
     """
 
     label: str
@@ -192,14 +195,14 @@ QUANTIZED_CLASS: Mapping[type[nn.Module], type[QLayer]] = {
     nn.Conv1d: QConv1d, nn.Conv2d: QConv2d, nn.Conv3d: QConv3d, nn.ConvTranspose1d: QConvTranspose1d,
     nn.ConvTranspose2d: QConvTranspose2d, nn.ConvTranspose3d: QConvTranspose3d, nn.Linear: QLinear,
 }  # fmt: skip
-"""Maps the class of a float layer to the class of its quantized form."""
+"""Maps the class of a float layer to the class of the quantized layer."""
 
 FLOAT_CLASS: Mapping[type[nn.Module], type[nn.Module]] = {q: float_class for float_class, q in QUANTIZED_CLASS.items()}
-"""The reverse of `QUANTIZED_CLASS`."""
+"""Maps the class of a quantized layer to the class of the float layer."""
 
 
 def new_float_layer(kind: type[nn.Module], inputs: int, outputs: int, kernel: Sequence[int]) -> FloatLayer:
-    """Return a float layer with initial weights, whose class is `kind` or, if `kind` is quantized, its float class."""
+    """Return a float layer with initial weights, of the class `kind` or of the float class of a quantized `kind`."""
     make: Callable[..., FloatLayer] = FLOAT_CLASS.get(kind, kind)  # type: ignore[assignment]
     return make(inputs, outputs) if issubclass(kind, nn.Linear) else make(inputs, outputs, tuple(kernel))
 
@@ -249,7 +252,10 @@ def fully_quantized(model: nn.Module) -> bool:
 
 
 def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Return what the quantizers report, by layer, slot (w, a or g) and name of a value. Leave out empty reports."""
+    """Return the reports of all quantizers, by layer, slot (w, a or g) and name of the value.
+
+    Empty reports are left out.
+    """
     result = {}
     for name, layer in quantized_layers(model).items():
         if layer_report := {key: report for key, q in quantizers(layer).items() if (report := q.report())}:
@@ -258,9 +264,9 @@ def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
 
 
 def computed_weight(layer: nn.Module) -> str | None:
-    """Return, as text, how to turn a weight that is computed in every forward pass into a parameter.
+    """Return a text that says how to turn a weight that every forward pass computes into a parameter.
 
-    The result is None if the weight is a parameter already.
+    The result is None if the weight is already a parameter.
     """
     own = {name for name, _ in layer.named_parameters(recurse=False)}
     if "weight" in own:
@@ -278,9 +284,9 @@ def computed_weight(layer: nn.Module) -> str | None:
 
 @contextmanager
 def float_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Make a quantized network compute as the float network, with the latent weights.
+    """Make a quantized network compute like the float network with the latent weights, within a `with` block.
 
-    On exit, also after an error, the layers are quantized again.
+    After the block, also in case of an error, the layers are quantized again.
     """
     layers = [(m, type(m)) for m in model.modules() if type(m) in FLOAT_CLASS]
     activations = [m for m in model.modules() if isinstance(m, BypassedActivation)]
@@ -298,9 +304,9 @@ def float_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class BypassedActivation(nn.Module):
-    """Contains an activation function that the input quantizers of the next layers replace.
+    """Stands in for an activation function that the input quantizers of the next layers replace.
 
-    The module returns its input unchanged; inside `float_mode` it applies the activation function.
+    The module returns its input unchanged. Inside `float_mode`, it applies the activation function.
     """
 
     def __init__(self, act: nn.Module) -> None:

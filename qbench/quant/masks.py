@@ -1,7 +1,7 @@
-"""Implements the growing masks of frozen weights that incremental methods (INQ, SLQ, MLQ) share.
+"""Implements growing masks of frozen weights, which incremental methods (INQ, SLQ, MLQ) use.
 
-Each weight of a layer is free or frozen. For a frozen weight, the layer uses a stored value, even
-if momentum and decay change the latent weight. Free weights are trained and are frozen later.
+Each weight of a layer is free or frozen. For a frozen weight, the layer uses a stored value, even if momentum and
+weight decay change the latent weight. Free weights are trained, and are frozen later.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,15 @@ from qbench.quant.quantizer import Quantizer
 
 
 def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
-    """Return `frozen` extended by the free weights with the highest scores, up to a portion of all weights.
+    """Return a copy of `frozen` that also contains the free weights with the highest scores.
+
+    `portion` determines how many weights the returned mask contains.
 
     Args:
         frozen: the mask so far (bool); the returned mask contains it.
-        score: one number per weight, in the shape of `frozen`. In a tie, the lower index is chosen.
-        portion: fraction of all weights, 0 to 1, including those frozen already. If `frozen`
-            already covers more, it is returned unchanged.
+        score: one number per weight, of the shape of `frozen`. In a tie, the lower index is chosen.
+        portion: fraction of all weights that are frozen in the returned mask, 0 to 1. If `frozen` already contains a
+            larger fraction, it is returned unchanged.
     """
     missing = round(portion * frozen.numel()) - int(frozen.sum())
     extended = frozen.flatten().clone()
@@ -31,10 +33,10 @@ def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
 
 
 class FrozenWeight(Quantizer):
-    """A weight quantizer that freezes a growing part of a layer.
+    """A weight quantizer that freezes a growing part of a layer's weights.
 
-    State: `frozen` (bool, of the weights' shape) and `value` (the frozen weights' values, 0
-    elsewhere).
+    The state has two buffers of the shape of the weights: the mask `frozen` (bool), and `value`, which contains the
+    values of frozen weights and 0 elsewhere.
     """
 
     frozen: Tensor
@@ -56,14 +58,14 @@ class FrozenWeight(Quantizer):
 
     @torch.no_grad()
     def freeze(self, mask: Tensor, value: Tensor) -> None:
-        """Freeze the free weights in `mask` at `value`. Frozen weights keep their values."""
+        """Freeze the free weights in `mask` at `value`. Weights that are already frozen keep their values."""
         new = mask & ~self.frozen
         self.value.copy_(torch.where(new, value, self.value))
         self.frozen.logical_or_(mask)
 
     @contextmanager
     def frozen_for_now(self, mask: Tensor, value: Tensor) -> Iterator[None]:
-        """Freeze weights while the context lasts, to measure the effect of freezing them."""
+        """Freeze weights only within a `with` block, to measure the effect of freezing them."""
         before = self.frozen.clone(), self.value.clone()
         self.freeze(mask, value)
         try:
@@ -76,8 +78,8 @@ class FrozenWeight(Quantizer):
 def stage(epoch: int, epochs: int, stages: int, short_end: bool = False) -> int:
     """Return the stage (counted from 0) to which an epoch belongs.
 
-    The epochs are divided equally among the stages. The last epoch is always in the last stage.
-    With `short_end`, the last stage is the last epoch alone, and the others share the rest.
+    The epochs are divided equally among the stages. The last epoch is always in the last stage. With `short_end`, the
+    last stage consists of the last epoch alone, and the other stages share the other epochs.
     """
     if epoch == epochs - 1:
         return stages - 1
@@ -87,6 +89,6 @@ def stage(epoch: int, epochs: int, stages: int, short_end: bool = False) -> int:
 
 
 def stage_borders(epochs: int, stages: int, short_end: bool = False) -> list[int]:
-    """Return the first epoch of each stage except stage 0, for `Method.phases`."""
+    """Return the first epoch of each stage except stage 0. The function is meant for `Method.phases`."""
     numbers = [stage(epoch, epochs, stages, short_end) for epoch in range(epochs)]
     return [epoch for epoch in range(1, epochs) if numbers[epoch] != numbers[epoch - 1]]

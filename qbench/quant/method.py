@@ -1,7 +1,7 @@
-"""Defines a quantization method: an object whose functions make and train quantizers.
+"""Defines the interface of a quantization method: an object whose functions make and train quantizers.
 
-This file does not train, read files or depend on a configuration. `qbench.quant.install.install`
-puts a method into a network; the trainer calls the other functions.
+`qbench.quant.install.install` adds the quantizers of a method to a network. The training loop calls the other functions
+of the method. This module does not depend on a configuration.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -17,13 +17,12 @@ from qbench.quant.probe import Batch, Probe
 from qbench.quant.quantizer import Quantizer
 
 QuantizerFactory = Callable[[str, FloatLayer, int], Quantizer]
-"""(layer name, layer, bits below 32) -> quantizer of the layer's weights or input."""
+"""Function (layer name, layer, bits below 32) that returns the quantizer of the layer's weights or input."""
 
 OutputFactory = Callable[[str, QLayer, int], Quantizer | None]
-"""(layer name, layer, bits of the gradient) -> quantizer of the layer's output, or None.
+"""Function (layer name, layer, bits of the gradient) that returns the quantizer of the layer's output, or None.
 
-It is called for every quantized layer after `layer.bits`, `layer.weight_q` and `layer.input_q` have
-been set.
+The function is called for every quantized layer, after `layer.bits`, `layer.weight_q` and `layer.input_q` were set.
 """
 
 
@@ -32,7 +31,10 @@ class Unsupported(Exception):
 
 
 def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
-    """Raise `Unsupported` unless the layer is a `Conv2d` or a `Linear`. Some methods have formulas for these only."""
+    """Raise `Unsupported` unless the layer is a `Conv2d` or a `Linear`.
+
+    Some methods have formulas only for these two classes.
+    """
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         kind = type(layer).__name__.removeprefix("Q")
         raise Unsupported(
@@ -41,7 +43,7 @@ def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
 
 
 def float_rule(layer_name: str) -> str:
-    """Return what to type to leave a layer float."""
+    """Return the last line of a message: what to type to leave a layer in float."""
     return f"leave it float: 'layers.rules={{{layer_name}: float}}'"
 
 
@@ -50,17 +52,16 @@ class Requires:
     """The requirements of a method on the network around its quantizers.
 
     Args:
-        norm: the batch normalization in front of the input quantizer. "no_affine" has no scale and
-            shift. None accepts any normalization.
-        act: what to do with the activation function in front of the input quantizer. "keep" keeps
-            it. "fused" removes it, because the quantizer is the activation function. "either" means
-            that the quantizer contains the activation function, so that keeping or removing it
-            gives the same values. The activation function is then removed if the network declares
-            which layers it feeds.
-        start: the initial weights. "scratch" means random weights. The float baseline is then
-            trained only for comparison.
-        teacher: whether, by default, the loss is a distillation from the float baseline. The key
-            `distill` can change this.
+        norm: the batch normalization that the network must have in front of the input quantizer. "no_affine" has no
+            scale and shift. None means that any normalization is accepted.
+        act: what happens to the activation function in front of the input quantizer. "keep" keeps the activation
+            function. "fused" removes it, because the quantizer takes its place. "either" means that the quantizer
+            includes the activation function, so that the values are the same with and without it. With "either", the
+            activation function is removed if the network declares which layers it feeds.
+        start: the initial weights. "scratch" means random weights, and the float baseline is trained only for
+            comparison.
+        teacher: whether the default loss is a distillation loss with the float baseline as the teacher. The
+            configuration key `distill` can change this.
     """
 
     norm: Literal["affine", "no_affine", "none"] | None = None
@@ -77,38 +78,37 @@ Step = Callable[[nn.Module, torch.optim.Optimizer], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One paper's method. Functions that are None are skipped.
+    """A quantization method of one paper. Functions that are None are not called.
 
-    A method has no state. Masks, scales, phases and orders are buffers or parameters of the
-    quantizer modules, so that training can be resumed from the network's state_dict.
+    A method itself has no state. All state, such as masks, scales and phases, is stored in buffers or parameters of the
+    quantizers, so that training can be resumed from the network's state_dict.
 
     Args:
         name: the usual name of the method, shown at the start of a table row.
-        bits: the widths that this method object quantizes to.
-        supported_bits: widths that the method supports for w, a and g, always including 32.
+        bits: the bit widths to which this object quantizes.
+        supported_bits: all widths that the method supports for w, a and g. They always include 32.
         requires: what the method requires of the network.
-        traits: declared properties that `qbench check` tests. "odd", "monotone" and "idempotent"
-            describe the weight quantizer within a scale group; "monotone_input" and
-            "idempotent_input" describe the activation quantizer. "clipped_input": the gradient of
-            the activation quantizer is 0 beyond the levels and nonzero everywhere between them.
-            "cells_input": up to 8 bits, the backward pass of the activation quantizer needs only
-            the level (see `ops.compress_activations`). "no_master": the parameters themselves lie
-            on the levels, so they must not be averaged.
-        weight, input, output: factories of quantizers; see `QuantizerFactory` and `OutputFactory`.
-        prepare: (model, probe), called once, after the quantizers are installed and before the
-            optimizer is made. It is not called when a run is resumed.
-        phases: number of epochs -> first epoch of each phase except the first. At these epochs the
-            learning-rate schedule restarts and momentum is cleared.
-        on_epoch: (model, epoch, epochs, probe), called before an epoch's first batch. It is not
-            called when a run is resumed within that epoch.
-        loss: (model, logits, batch) -> scalar. None means the task's own loss.
-        step: (model, optimizer), called instead of optimizer.step(). It may round updates,
-            momentum and parameters.
-        needs_training: False for post-training quantization, where `prepare` does all the work and
-            no epoch is trained.
-        foreign_names: maps the end of a tensor's name in the authors' checkpoints to the end of its
-            name in qbench. A run that starts from such a checkpoint also loads its quantizers.
-        teachers: networks that the trainer moves to the device and keeps in eval mode.
+        traits: properties that the method declares and `qbench check` tests. "odd", "monotone" and "idempotent"
+            describe the weight quantizer within a scale group. "monotone_input" and "idempotent_input" describe the
+            activation quantizer. "clipped_input" means that the gradient of the activation quantizer is 0 beyond the
+            outermost levels and nonzero everywhere between them. "cells_input" means that, up to 8 bits, the backward
+            pass of the activation quantizer needs only the level of each element (`ops.compress_activations`).
+            "no_master" means that the parameters themselves are on the levels, so that they must not be averaged.
+        weight, input, output: factories of quantizers, of the types `QuantizerFactory` and `OutputFactory`.
+        prepare: function of (model, probe) that is called once, after the quantizers are installed and before the
+            optimizer is made. A resumed run does not call it again.
+        phases: function of the number of epochs that returns the first epoch of each phase except the first phase. At
+            the start of a phase, the learning-rate schedule restarts and momentum is cleared.
+        on_epoch: function of (model, epoch, epochs, probe) that is called before the first batch of an epoch. A run
+            that resumes within an epoch does not call it again.
+        loss: function of (model, logits, batch) that returns a scalar. None means the usual loss of the task.
+        step: function of (model, optimizer) that is called instead of optimizer.step(). It may round updates, momentum
+            and parameters.
+        needs_training: False for post-training quantization, in which `prepare` does all the work and no epoch is
+            trained.
+        foreign_names: maps endings of tensor names in the authors' checkpoints to the endings in qbench. With this map,
+            a run that starts from such a checkpoint also loads the parameters of quantizers.
+        teachers: teacher networks, which the training loop moves to the device and keeps in eval mode.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Method:
 
 
 def _ranges(widths: list[int]) -> str:
-    """Return ascending widths as text with ranges, such as 1-8, 16."""
+    """Return ascending widths as text with ranges, such as `1-8, 16`."""
     parts: list[list[int]] = []
     for width in widths:
         if parts and width == parts[-1][-1] + 1:

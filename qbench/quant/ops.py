@@ -1,12 +1,12 @@
 """Provides pure tensor functions for quantizers, including all straight-through estimators.
 
-A straight-through estimator wraps only the rounding (Bengio et al. 2013, arXiv 1308.3432). Scaling,
-clipping and squashing keep their true derivatives. No function writes to its input.
+A straight-through estimator replaces only the derivative of rounding (Bengio et al. 2013, arXiv 1308.3432). Scaling,
+clipping and functions such as tanh keep their true derivatives. No function modifies its inputs.
 
-Each quantizer of activations has two forms, and both are in the method's file. The plain form is
-the definition, which autograd differentiates. The fused form works in place and saves only one
-tensor (`fused_quantizer`). It is built from functions in `fused_kernels.py`. Tests check that both
-forms give equal results. `reference_kernels` selects the plain form.
+Each activation quantizer has two forms, and both are in the method's file. The plain form is the definition, which
+autograd differentiates. The fused form (`fused_quantizer`) works in place, saves only one tensor, and is built from
+functions in `fused_kernels.py`. Tests check that both forms give equal results. `reference_kernels` selects the plain
+form.
 
 The context managers in this module set context variables, which other threads do not inherit. The
 variables are read only in the forward pass, because autograd may run the backward pass in another
@@ -32,7 +32,10 @@ Context = Any
 """The context that autograd passes to a Function. It is `Any`, because torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
-"""Maximum number of cells of a step function (`Cells`). It is sufficient for 8 bits and the cells beyond both ends."""
+"""Maximum number of cells of a step function.
+
+It allows one cell for each level of an 8-bit quantizer, and the cells beyond both ends.
+"""
 
 TRANSFORMS = (
     "quantizers do not work inside torch.func.grad, vmap, jvp and other transforms of functions\n"
@@ -45,10 +48,11 @@ _compressing = ContextVar("compressing", default=False)
 
 
 def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Decorate a function of a tensor so that it converts float16 and bfloat16 inputs to float32 for its computation.
+    """Decorate a function of a tensor so that it computes float16 and bfloat16 inputs in float32.
 
-    The result has the input's type. Inputs in float32 and float64 are not converted. The conversion is needed because
-    float16 has only 11 significant bits, which are too few to separate the thresholds of 8 bits from the levels.
+    The result has the type of the input. Inputs of type float32 and float64 are not converted. The conversion is needed
+    because float16 has only 11 significant bits, which are too few to distinguish the thresholds of an 8-bit quantizer
+    from its levels.
     """
 
     @wraps(function)
@@ -78,11 +82,11 @@ def reference_kernels() -> Iterator[None]:
 
 @contextmanager
 def without_rounding() -> Iterator[None]:
-    """Make `round_ste` and `straight_through` return x within a `with` block.
+    """Make `round_ste` and `straight_through` return their input x within a `with` block.
 
-    Quantizers also use their plain definitions. A quantizer without rounding is the smooth function
-    that the backward pass differentiates. The gradients of learned scales can therefore be compared
-    with finite differences.
+    Within the block, quantizers use their plain definitions. A quantizer without rounding is the smooth function that
+    the backward pass differentiates. This allows a comparison of the gradients of learned scales with finite
+    differences.
     """
     with _switched(_rounding, False), reference_kernels():
         yield
@@ -92,7 +96,7 @@ def without_rounding() -> Iterator[None]:
 def compress_activations(on: bool = True) -> Iterator[None]:
     """Make activation quantizers save only one or two bytes per element for the backward pass, within a `with` block.
 
-    A quantizer does this only if its results stay the same.
+    A quantizer does this only if its gradients stay bit-identical.
     """
     with _switched(_compressing, on):
         yield
@@ -111,7 +115,7 @@ def _apply(function: type[Function], *args: object) -> Tensor:
 
 
 def named_transform(error: RuntimeError) -> Exception:
-    """Return an error that names torch.func if a transform of functions caused `error`, else `error`."""
+    """Return an error that names torch.func if one of torch.func's transforms caused `error`, else `error`."""
     caused = any(word in str(error) for word in ("functorch", "vmap", "forward AD"))
     return NotImplementedError(TRANSFORMS) if caused else error
 
@@ -156,7 +160,7 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Return exactly `value`, which has the shape of x, and pass its gradient to x unchanged.
+    """Return exactly `value`, and pass the gradient of the result to x unchanged. `value` has the shape of x.
 
     The tensors from which `value` was computed get no gradient. The usual `x + (value - x).detach()`
     is not used, because it is not exact in floating point and can differ from the level.
@@ -165,7 +169,7 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
 
 
 def on_backward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return x. In the backward pass, the gradient of x is `change(gradient of the output)`."""
+    """Return x. In the backward pass, x gets the gradient `change(gradient of the result)`."""
     return _apply(_OnBackward, x, change)
 
 
@@ -182,17 +186,18 @@ class _Surrogate(Function):
 
 
 def surrogate(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Return exactly `value`, and pass its gradient to x after multiplying the gradient by `slope`.
+    """Return exactly `value`. In the backward pass, x gets the gradient of the result times `slope`.
 
-    The slope is the derivative that a paper uses in place of the step function's derivative. Value
-    and slope have the shape of x. A boolean slope is a mask. If the slope was computed from x, it may
-    be differentiated once more.
+    The slope is the derivative that a paper uses instead of the derivative of the step function. `value` and `slope`
+    have the shape of x. A boolean slope is a mask. Second derivatives are possible if the slope was computed from x.
     """
     return _apply(_Surrogate, x, value.detach(), slope)
 
 
 class Cells(NamedTuple):
-    """The cells of a step function. A cell is an interval of x in which the function has one value and one slope.
+    """The cells of a step function.
+
+    A cell is an interval of x in which the function has one value and one slope.
 
     The backward pass needs to know only in which cell each element of x is.
     """
@@ -229,7 +234,7 @@ class _Fused(Function):
 
 
 class _Forms(NamedTuple):
-    """The functions of a fused quantizer; see `fused_quantizer`."""
+    """The arguments of `fused_quantizer` that are functions or cells."""
 
     plain: Values
     value: Values
@@ -237,7 +242,7 @@ class _Forms(NamedTuple):
 
 
 def _gradients_by_definition(plain: Values, grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
-    """Return the gradients of all inputs as functions of `grad` and the inputs, which autograd differentiates."""
+    """Return the gradients of all inputs, computed so that autograd can differentiate them again."""
     wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
     result = plain(*inputs)
     found = torch.autograd.grad(result, [inputs[i] for i in wanted], grad, create_graph=True, allow_unused=True)
@@ -256,26 +261,26 @@ def fused_quantizer(
     cells: Cells | None = None,
     repeatable: bool = True,
 ) -> Tensor:
-    """Quantize element by element, and save only one tensor for the backward pass.
+    """Apply an elementwise quantizer that saves only one tensor for the backward pass.
 
-    Inside `compress_activations`, this tensor contains the cells of the elements of x. Otherwise it is x.
+    Inside `compress_activations`, the saved tensor contains the cell of each element of x. Otherwise, x itself is
+    saved.
 
-    The next operation often needs the result of quantization for its own backward pass. Inside
-    `recompute_in_backward`, it computes the result again instead of saving it. The result must therefore not be
-    modified in place.
+    The next operation often needs the quantized values for its own backward pass. Inside `recompute_in_backward`, the
+    next operation does not save these values but recomputes them. The result must therefore not be modified in place.
 
     Args:
         x: the float values.
         learned: the learned parameters, such as scales, that get gradients.
-        plain: function of `(x, *learned)` that returns the quantized x by definition, in operations that autograd
-            differentiates, also for second derivatives.
-        value: function of `(x, *learned)` that returns the same result in as few passes over memory as possible. All
-            passes except the first work in place.
+        plain: function of `(x, *learned)` that returns the quantized x. It is the definition, and autograd can
+            differentiate it twice.
+        value: function of `(x, *learned)` that returns the same result in few passes over memory. All passes except the
+            first work in place.
         backward: function of `(grad, x, *learned)` that returns the gradient of x, or the gradients of x and all
             `learned`.
-        cells: the cells of the step function, or None. They are not used if there are more than `MAX_CELLS`.
-        repeatable: whether `value` returns the same result when it is called again. With random numbers, it does not.
-            The result is then saved and not computed again.
+        cells: the cells of the step function, or None. More than `MAX_CELLS` cells are ignored.
+        repeatable: whether `value` returns the same result when it is called again. Pass False if `value` uses random
+            numbers. The result is then saved and never recomputed.
     """
     if torch.compiler.is_compiling() or not _fused.get():
         return plain(x, *learned)
@@ -303,10 +308,9 @@ def _identity(x: Tensor) -> Tensor:
 
 @contextmanager
 def recompute_in_backward(x: Tensor) -> Iterator[None]:
-    """Make operations in a `with` block recompute x in their backward pass instead of saving x.
+    """Make operations within a `with` block recompute x in their backward pass instead of saving x.
 
-    This works only if x is a result of `fused_quantizer`. Instead of x, an operation saves a function that recomputes
-    x.
+    This works only if x is a result of `fused_quantizer`. An operation then saves a function that recomputes x.
     """
     recompute = None if torch.compiler.is_compiling() else getattr(x, "recompute", None)
     if recompute is None or not torch.is_grad_enabled():
@@ -321,7 +325,7 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
 
 
 def _storage(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Return the address, the shape and the strides of a tensor, which identify its memory."""
+    """Return the address, the shape and the strides of a tensor. Together, they identify its memory."""
     return x.data_ptr(), x.shape, x.stride()
 
 

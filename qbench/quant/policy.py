@@ -12,11 +12,11 @@ from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import FloatLayer
 
 Width = str | int
-"""`float`, `same` (the method's widths, as in other layers), a number of bits, or `w8` for weights alone."""
+"""The width of a layer: `float`, `same` (the method's widths), a number of bits, or `w8` (8 bits for weights alone)."""
 
 
 class PolicyError(ValueError):
-    """Raised if a rule matches no layer or is not valid. `key` is the rule's key below `layers`."""
+    """Raised if a rule matches no layer or is invalid. `key` is the configuration key of the rule below `layers`."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -25,22 +25,22 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Rules that set the widths of layers.
+    """Rules that determine the widths of layers.
 
-    The first rule that matches a layer applies. The order is `rules`, `first`, `last`,
-    `downsample`. Layers without a matching rule get `same`. A number of bits sets the width of
-    weights, and also of activations if the method's activation width is below 32. `w8` sets 8 bits
-    for weights, and leaves the layer's input in float.
+    The first rule that matches a layer applies. Rules are tried in the order `rules`, `first`, `last`, `downsample`.
+    Layers without a matching rule get `same`, which means the widths of the method. A number of bits sets the width of
+    the weights. It also sets the width of activations if the method's activation width is below 32. `w8` sets 8 bits
+    for the weights, and leaves the layer's input in float.
 
     Args:
         first, last: width of the first and of the last layer in execution order.
         downsample: width of 1x1 convolutions with `downsample` or `shortcut` in their name.
-        input: width of the image: `same` as the first layer's activations, `float` or a number of
-            bits. The image is rounded over `image_range`. The method's activation quantizer is not
-            used, because it is made for activations.
-        rules: layer-name pattern (fnmatch) -> width, in order.
-        image_range: lowest and highest values of the network's input image, each per channel or the
-            same for all channels. It must be given if the image is rounded.
+        input: width of the image: `same` (the first layer's activation width), `float` or a number of bits. The image
+            is rounded to evenly spaced levels over `image_range`, because the method's activation quantizer is not made
+            for images.
+        rules: maps patterns of layer names (fnmatch) to widths. The first matching pattern applies.
+        image_range: lowest and highest value of the network's input image, each one number for all channels or one per
+            channel. The range is required if the image is rounded.
     """
 
     first: Width = "float"
@@ -62,7 +62,7 @@ def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
     Layers that do not run in eval mode (auxiliary heads) are left out.
 
     Args:
-        example: images (N, C, H, W) to run; if None, the order of registration is returned.
+        example: images (N, C, H, W) on which the network runs. With None, the order of registration is returned.
     """
     names = list(quantizable(model))
     if example is None:
@@ -73,7 +73,7 @@ def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
 
 
 def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None = None) -> dict[str, Bits]:
-    """Return every layer's widths, in execution order.
+    """Return the widths of every layer by name, in execution order.
 
     Raises:
         PolicyError: a rule matches no layer.

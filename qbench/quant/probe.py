@@ -1,4 +1,4 @@
-"""Defines the probe, which is a fixed part of the training split on which methods take measurements."""
+"""Defines the probe: a fixed part of the training split that methods use for measurements."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 
 Batch = tuple[Tensor, Tensor]
-"""N normalized images of shape (N, C, H, W), as the network gets them, and their labels (N,)."""
+"""A batch: normalized images (N, C, H, W), and their labels (N,)."""
 
 
 class Probe:
-    """A fixed part of the training split, on which losses, gradients and layer outputs are measured.
+    """A fixed part of the training split, used to measure losses, gradients and layer outputs.
 
-    All measurements run in eval mode, do not change batch-norm statistics, and restore the random
-    state. No quantization method ever sees validation or test data.
+    All measurements run in eval mode, do not change batch-norm statistics, and restore the state of the random number
+    generators. Quantization methods never see validation or test data.
 
     Args:
-        batches: normalized images with labels, on the network's device.
+        batches: batches of normalized images with labels, on the network's device.
         loss: function of (logits, labels) that returns the mean loss of a batch as a scalar.
     """
 
@@ -32,7 +32,7 @@ class Probe:
             return self._mean_loss(model).item()
 
     def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the gradient of the mean loss for each parameter, by name. No `.grad` is changed."""
+        """Return the gradient of the mean loss for each parameter, by name. The attributes `.grad` are not changed."""
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with eval_mode_keeping_rng(model), torch.enable_grad():
             grads = torch.autograd.grad(self._mean_loss(model), list(named.values()), allow_unused=True)

@@ -1,11 +1,11 @@
 """Implements product quantization, which represents each sub-vector of weights by a codeword.
 
-The codewords are found by k-means, or they are fitted to the layer's responses. A response is the vector of the layer's
-outputs at one position of one image.
+The codewords are found by k-means on the weights, or they are fitted to the responses of the layer. A response is the
+vector of a layer's outputs at one position of one image.
 
 k-means is initialized by k-means++ with a fixed seed, and computes in float64. The codes therefore depend only on the
-weights, and not on random numbers that were generated before. scikit-learn is not used, because it is slow to import
-and starts its own threads. If a sub-vector is a single weight, the clustering is exact.
+weights, not on the state of the random number generators. scikit-learn is not used, because it is slow to import and
+starts its own threads. If sub-vectors are single weights, the clustering is exact.
 """
 
 import torch
@@ -25,7 +25,7 @@ SWEEPS = 3
 """Number of sweeps of block-coordinate descent over all subspaces."""
 
 RIDGE = 0.1
-"""Strength of the penalty on the distance from the float weights, in units of the inputs' mean square."""
+"""Strength of the penalty on the distance between quantized and float weights, in units of the inputs' mean square."""
 
 
 def product_codes(w: Tensor, subspace: int, codewords: int) -> tuple[Tensor, Tensor]:
@@ -49,14 +49,14 @@ def product_codes(w: Tensor, subspace: int, codewords: int) -> tuple[Tensor, Ten
 def subvectors(w: Tensor, subspace: int) -> Tensor:
     """Return weights (Ct, Cs) or (Ct, Cs, kh, kw) as sub-vectors (Ct, M, s) or (Ct, kh, kw, M, s).
 
-    Input channels of zeros are appended until the number of input channels is a multiple of s.
+    If the number of input channels is not a multiple of s, input channels of zeros are appended.
     """
     rows = F.pad(w.movedim(1, -1), (0, -w.shape[1] % subspace))
     return rows.reshape(*rows.shape[:-1], -1, subspace)
 
 
 def decode(codebooks: Tensor, codes: Tensor, channels: int) -> Tensor:
-    """Return the weights that the codes represent, of shape (Ct, Cs) or (Ct, Cs, kh, kw). `channels` is Cs."""
+    """Return the weights that codes represent, of shape (Ct, Cs) or (Ct, Cs, kh, kw). `channels` is Cs."""
     subspaces = torch.arange(len(codebooks), device=codes.device)
     return codebooks[subspaces, codes.long()].flatten(-2)[..., :channels].movedim(-1, 1)
 
@@ -78,7 +78,7 @@ def _clusters(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lloyd(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return k centers and the labels of n points, of shape (n, s). More than k points must be distinct."""
+    """Return k centers (k, s) and labels (n,) of points (n, s). More than k points must be distinct."""
     # k-means++: each further center is a random point. The probability of a point is proportional to its squared
     # distance from the nearest center.
     generator, centers = torch.Generator().manual_seed(0), points[:1]
@@ -102,7 +102,7 @@ def _squared_distances(points: Tensor, centers: Tensor) -> Tensor:
 def error_corrected(
     codebooks: Tensor, codes: Tensor, w: Tensor, inputs: Tensor, targets: Tensor, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
-    """Return codebooks and codes whose responses have a smaller error.
+    """Improve codebooks and codes so that the responses of the layer have a smaller error.
 
     The error is reduced by block-coordinate descent in float64.
 
@@ -143,7 +143,7 @@ def _fit_codewords(
 ) -> None:
     """Fit the codewords of a subspace in place, one after the other, by least squares.
 
-    D = P M s is the number of weights of one output, padding included.
+    D = P M s is the number of weights per output, including padding.
 
     Args:
         book: the codewords, of shape (K, s).

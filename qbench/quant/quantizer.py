@@ -1,4 +1,4 @@
-"""Defines the base class of quantizers and the properties that quantizers declare."""
+"""Defines the base class of quantizers, and the properties that a quantizer declares."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class Storage(NamedTuple):
     """The storage of a quantized weight tensor.
 
-    It has `codes` codes of `code_bits` bits each, and `extra_bytes` for scales and codebooks.
+    The storage consists of `codes` codes of `code_bits` bits each, and of `extra_bytes` bytes for scales and codebooks.
     """
 
     codes: int
@@ -19,21 +19,21 @@ class Storage(NamedTuple):
 
     @property
     def ideal(self) -> float:
-        """The number of bytes if every code is stored at its nominal width."""
+        """Number of bytes if every code takes exactly `code_bits` bits."""
         return self.codes * self.code_bits / 8 + self.extra_bytes
 
     @property
     def packed(self) -> int:
-        """The number of bytes if every code is stored in 1, 2, 4, 8, 16 or 32 bits.
+        """Number of bytes if every code takes 1, 2, 4, 8, 16 or 32 bits.
 
-        No code crosses a byte boundary.
+        With these widths, codes of up to 8 bits never cross a byte boundary.
         """
         lane = 1 << (self.code_bits - 1).bit_length()
         return -(-self.codes * lane // 8) + self.extra_bytes
 
 
 def one_group(values: Tensor) -> Tensor:
-    """Return a whole tensor as one scale group of scalars: (1, n, 1)."""
+    """Return a tensor of n elements as one scale group of scalars, of shape (1, n, 1)."""
     return values.reshape(1, -1, 1)
 
 
@@ -42,9 +42,9 @@ class Grid:
     """The values that a quantized tensor may take.
 
     Args:
-        points: (groups, levels, dimension), the allowed values of every scale group. The dimension
-            is 1 except for product codes. Scalars may be given in any order; they are sorted. Groups
-            with fewer levels are padded with NaN.
+        points: allowed values of every scale group, (groups, levels, dimension). The dimension is 1 except in product
+            quantization. Scalars may be given in any order and are sorted. Groups with fewer levels are padded with
+            NaN.
         arrange: function that reshapes a tensor to (groups, elements, dimension), so that the
             elements of a group can be compared with the points of that group.
     """
@@ -59,43 +59,43 @@ class Grid:
 
 
 class Quantizer(nn.Module):
-    """The base class of all quantizers: a module in a slot of a quantized layer.
+    """Base class of all quantizers. A quantizer is a module in a quantized layer's slot for weights, input or output.
 
-    `forward` depends on the slot. For weights and inputs it is `forward(x) -> x_hat`. For outputs
-    it is `forward(y, x) -> y`, where x is the layer's input; its backward pass may quantize dL/dy.
+    The arguments of `forward` depend on the slot. A quantizer of weights or inputs has `forward(x) -> x_hat`. A
+    quantizer of outputs has `forward(y, x) -> y`, where x is the layer's input, and its backward pass may quantize
+    dL/dy.
 
-    A subclass overrides the declarations below if the defaults do not fit. Verification, costs,
-    training and reports depend on these declarations, never on the class.
+    A subclass overrides the declarations below if the defaults do not fit. Verification, costs, training and reports
+    use these declarations and never test the class of a quantizer.
     """
 
     __call__: Callable[..., Tensor]
 
     positive_parameters: tuple[str, ...] = ()
-    """Names of parameters or buffers that must stay above 0; otherwise the run stops."""
+    """Names of parameters and buffers that must stay above 0. The run stops if one does not."""
 
     lr_scale: float = 1.0
-    """Factor on the learning rate of this module's own parameters."""
+    """Factor by which the learning rate of this module's parameters is multiplied."""
 
     weight_decay: float = 0.0
-    """Weight decay of this module's own parameters."""
+    """Weight decay of this module's parameters."""
 
     def grid(self, x: Tensor) -> Grid | None:
         """Return the values that quantized x may take, or None if no grid is declared.
 
-        x is the tensor to quantize: latent weights, a layer's input, or the gradient that arrives
-        at the layer's output.
+        x is the tensor that is quantized: latent weights, a layer's input, or the gradient of the layer's output.
         """
         return None
 
     @property
     def declares_grid(self) -> bool:
-        """Whether the class declares which values are allowed."""
+        """Whether the class overrides `grid`."""
         return type(self).grid is not Quantizer.grid
 
     def bytes(self, w: Tensor) -> Storage:
         """Return the storage of the quantized weights as codes.
 
-        Weight quantizers must override this.
+        Weight quantizers must override this method.
 
         Raises:
             NotImplementedError: the class does not define this method.
@@ -110,14 +110,14 @@ class Quantizer(nn.Module):
 
     @property
     def complete(self) -> bool:
-        """Whether all weights lie on the grid.
+        """Whether all weights are on the grid.
 
         The value is False while an incremental method leaves some weights in float.
         """
         return True
 
     def gradient_factor(self, x: Tensor) -> float:
-        """Return the factor by which the method deliberately scales its parameters' gradients."""
+        """Return the factor by which the method deliberately scales the gradients of learned parameters."""
         return 1.0
 
 

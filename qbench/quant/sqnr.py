@@ -3,7 +3,7 @@
 from math import log10
 
 MAX_SQNR = 140.0
-"""The largest SQNR that is reported, in dB. Float32's own rounding error, 2^-23 of the signal, is at 138.5 dB."""
+"""Largest SQNR that is reported, in dB. Rounding errors of float32 (2^-23 of the signal) correspond to 138.5 dB."""
 
 
 def sqnr_db(signal: float, noise: float) -> float:

@@ -1,4 +1,4 @@
-"""Verifies that a network is quantized, by counting the levels of the tensors that it uses."""
+"""Verifies that a network is quantized, by counting the levels in its quantized tensors."""
 
 import torch
 from torch import Tensor, nn
@@ -11,34 +11,34 @@ from qbench.quant.layers import BypassedActivation, QLayer, computed_weight, qua
 from qbench.quant.quantizer import Quantizer
 
 ROUNDING = 4e-7
-"""Largest distance from a level due to float32 rounding, relative to the group's largest level."""
+"""Largest distance from a level that float32 rounding may cause, relative to the group's largest level.
+"""
 
 ARITHMETIC = 1e-5
-"""Largest distance that a method's own arithmetic may cause, relative to the group's largest level.
+"""Largest distance from a level that a method's arithmetic may cause, relative to the group's largest level.
 
-The distance is also limited by `FRACTION_OF_STEP`."""
+`FRACTION_OF_STEP` also limits this distance."""
 
 FRACTION_OF_STEP = 0.05
-"""Limit on the distance in `ARITHMETIC`, as a fraction of the smallest step between levels."""
+"""Limit on the distance that `ARITHMETIC` allows, as a fraction of the smallest step between levels."""
 
 
 class NotQuantized(Exception):
-    """Raised if the network computes with values that are not on the declared grid of a quantizer."""
+    """Raised if the network computes with values that are not on the grid of a quantizer."""
 
 
 def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]:
     """Count the levels in every quantized layer, in one forward and backward pass.
 
-    Before that, the network runs on one image. This run checks that evaluation uses no weight
-    without its quantizer.
+    Before that, the network runs on one image, to check that evaluation uses no float weights.
 
     Returns:
-        For each layer and each of its quantized tensors (w, a, g): the largest number of levels
-        found in a scale group, and the number allowed.
+        For each layer and each of its quantized tensors (w, a, g): the largest number of levels that was found in a
+        scale group, and the allowed number.
 
     Raises:
-        NotQuantized: some value is not on the grid, a quantizer declares no grid, or evaluation does
-            not call a layer. The message names the layer and the tensor.
+        NotQuantized: a value is not on the grid, a quantizer declares no grid, or evaluation does not call a layer. The
+            message names the layer and the tensor.
     """
     layers = quantized_layers(model)
     parameters = [name for name, layer in layers.items() if computed_weight(layer) is None]
@@ -74,11 +74,11 @@ def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
 
 
 def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Return the fraction of negative inputs for each layer whose input levels are all at least 0.
+    """Return the fraction of negative inputs of each layer whose input levels are all at least 0.
 
-    Quantization sets such inputs to 0. This is intended if the quantizer replaces a ReLU, so these
-    layers are left out. Layers that read the image, and layers without negative inputs, are left
-    out too.
+    Quantization sets negative inputs of such a layer to 0. The result leaves out layers whose quantizer replaces a
+    ReLU, because this is then intended. It also leaves out layers that read the image and layers without negative
+    inputs.
     """
     bypassed = {name for name, module in model.named_modules() if isinstance(module, BypassedActivation)}
     intended = {layer for name, readers in getattr(model, "feeds", {}).items() if name in bypassed for layer in readers}
@@ -117,12 +117,12 @@ def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor
         if grid is None:
             raise NotQuantized(f"{what}: {type(quantizer).__name__} declares no grid")
         if not grid.points.shape[1]:
-            raise NotQuantized(f"{what}: its grid has no levels")
+            raise NotQuantized(f"{what}: the grid has no levels")
         index, distance = nearest_points(grid.arrange(after), grid.points)
     off = ~(distance <= _tolerance(grid.points))  # also true for NaN
     if off.any():
         raise NotQuantized(
-            f"{what}: {int(off.sum())} of {off.numel()} values lie off the {grid.points.shape[1]} levels"
+            f"{what}: {int(off.sum())} of {off.numel()} values are not on the {grid.points.shape[1]} levels"
         )
     used = torch.zeros(grid.points.shape[:2], dtype=torch.bool, device=index.device).scatter_(1, index, True)
     allowed = ~grid.points[..., 0].isnan()
@@ -130,11 +130,11 @@ def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor
 
 
 def _tolerance(points: Tensor) -> Tensor:
-    """Return the largest allowed distance between a value and its level, for each group.
+    """Return the largest allowed distance between a value and its level, for each scale group.
 
-    `points` is (G, L, D), and the result is (G, 1). For a group with largest magnitude `scale` and
-    smallest step `step`, the distance is max(ROUNDING scale, min(ARITHMETIC scale, FRACTION_OF_STEP
-    step)).
+    `points` is (G, L, D), and the result is (G, 1). `scale` is the largest magnitude of a group's points, and `step` is
+    the smallest distance between two points. The result is max(ROUNDING * scale, min(ARITHMETIC * scale,
+    FRACTION_OF_STEP * step)).
     """
     # The largest magnitude of the levels of each group, made positive for a group of zeros.
     scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)
@@ -147,10 +147,10 @@ def _tolerance(points: Tensor) -> Tensor:
 
 
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the points nearest to values, (G, n), and the distances, (G, n).
+    """Return the index of the point nearest to each value, (G, n), and the distance, (G, n).
 
-    Points are (G, L, D) and values (G, n, D). Scalar points (D = 1) must be ascending. NaN among
-    the points is padding.
+    Points have the shape (G, L, D), and values have the shape (G, n, D). Scalar points (D = 1) must be ascending. NaN
+    among the points is padding.
     """
     if values.shape[-1] > 1:
         return _nearest_vectors(values, points)

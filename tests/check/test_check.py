@@ -391,7 +391,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "twn: 9 properties hold, 4 are not applicable, " in good.stdout
     assert bad.returncode == 1
     assert "does not hold:  levels" in bad.stdout
-    assert "values lie off" in bad.stdout
+    assert "values are not on" in bad.stdout
     flat = run("rounded:build")
     assert flat.returncode == 1
     assert f"does not hold:  {REACH}" in flat.stdout

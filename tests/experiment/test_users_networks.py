@@ -270,10 +270,10 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         (
             "weight_norm",
-            "2: its weight is computed in every forward pass\nfirst call torch.nn.utils.remove_weight_norm",
+            "2: the weight is computed in every forward pass\nfirst call torch.nn.utils.remove_weight_norm",
         ),
-        ("parametrized", "2: its weight is computed in every forward pass\nfirst call torch.nn.utils.parametrize"),
-        ("pruned", "2: its weight is computed in every forward pass\nfirst call torch.nn.utils.prune.remove(layer, "),
+        ("parametrized", "2: the weight is computed in every forward pass\nfirst call torch.nn.utils.parametrize"),
+        ("pruned", "2: the weight is computed in every forward pass\nfirst call torch.nn.utils.prune.remove(layer, "),
         ("tied", "2 and 4 share a weight"),
     ],
 )
@@ -487,6 +487,6 @@ def test_scale_and_shift_are_removed_from_a_network_for_a_method_that_requires_i
     assert setup.baseline.config.model["norm"] == "no_affine", "the float baseline has no scale and shift either"
     result = run(planned_run(configure(*words, "method=xnor", "bits=auto")))
     assert result.status == "unsupported"
-    assert "which is not possible for conv1 and 1 more: relu is called 3 times, and feeds add, mean too" in str(
+    assert "which is not possible for conv1 and 1 more: relu is called 3 times, and also feeds add, mean" in str(
         result.reason
     )

@@ -89,8 +89,8 @@ def test_a_shared_activation_is_replaced_under_each_of_its_names() -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("functional", "conv3: it reads the function relu, which is no module nn.ReLU"),
-        ("sum", "conv2 and 1 more: act is called 2 times, and feeds add too"),
+        ("functional", "conv3: the layer reads the function relu, which is not a module nn.ReLU"),
+        ("sum", "conv2 and 1 more: act is called 2 times, and also feeds add"),
         ("unknown", "conv2: the origin of some values is not known"),
     ],
 )
@@ -99,7 +99,7 @@ def test_what_cannot_be_replaced_is_named(how: str, reason: str) -> None:
         install(xnor.build(), Shared(how), example=X)
     first, second = str(raised.value).split("\n")
     assert first.startswith(f"xnor replaces the activation function, which is not possible for {reason}")
-    assert second.startswith("give each of these layers an nn.ReLU of its own, or keep its input float: ")
+    assert second.startswith("give each of these layers its own nn.ReLU, or keep its input float: ")
     rule = second.partition("layers.rules={")[2].rstrip("'}").split(": ")
     assert rule[1] == "w1"
     allowed = Policy(rules={"conv[23]": "w1"})

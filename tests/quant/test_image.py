@@ -138,7 +138,7 @@ def test_the_range_of_the_image_is_not_guessed() -> None:
 
     with pytest.raises(Unsupported, match=r"0 reads the image, and the range of the image is not known\npass Policy"):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8), example=X)
-    with pytest.raises(Unsupported, match="0: its input is not known; call install with example="):
+    with pytest.raises(Unsupported, match="0: the input of this layer is not known; call install with example="):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((0.0,), (1.0,))))
     with pytest.raises(Unsupported, match="image_range has 2 and 2 channels, but images have 3"):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((0.0, 0), (1.0, 1))), example=X)

@@ -80,7 +80,7 @@ def test_a_weight_that_is_used_without_a_call_of_its_layer_is_refused(use: str) 
     with pytest.raises(Unsupported) as caught:
         install(dorefa.build(w=2), Net(USES[use]), example=X)
     assert str(caught.value) == (
-        "mid: its weight is also used without calling the layer, and would stay float there\n"
+        "mid: the weight is also used without calling the layer, where it would not be quantized\n"
         "call the layer, or leave it float: 'layers.rules={mid: float}'"
     )
     assert not quantized_layers(install(dorefa.build(w=2), Net(USES[use]), Policy(rules={"mid": "float"}), example=X))
@@ -111,7 +111,7 @@ ALIASES: dict[str, tuple[Callable[[Alias, Tensor], object], Callable[[Any, Tenso
 def test_a_tensor_that_shares_the_memory_of_a_weight_is_refused(alias: str) -> None:
     net = Alias(*ALIASES[alias])
     weight = net.mid.weight.detach().clone()
-    with pytest.raises(Unsupported, match="mid: its weight is also used without calling the layer"):
+    with pytest.raises(Unsupported, match="mid: the weight is also used without calling the layer"):
         install(dorefa.build(w=2), net, example=X)
     assert torch.equal(net.mid.weight, weight), "the weights are as before"
     model = install(dorefa.build(w=2), Alias(*ALIASES[alias]))
@@ -146,7 +146,7 @@ TRAINING: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("use", TRAINING)
 def test_a_weight_that_training_uses_without_a_call_of_its_layer_is_refused(use: str) -> None:
-    with pytest.raises(Unsupported, match="mid: its weight is also used without calling the layer in training,"):
+    with pytest.raises(Unsupported, match="mid: the weight is also used without calling the layer in training,"):
         install(dorefa.build(w=2), Net(TRAINING[use]), example=X)
 
 
@@ -231,14 +231,14 @@ def test_a_weight_that_is_computed_in_every_forward_pass_is_refused(kind: str) -
     change, remedy = COMPUTED[kind]
     net = Net()
     change(net.mid)
-    with pytest.raises(Unsupported, match=r"^mid: its weight is computed in every forward pass\n") as caught:
+    with pytest.raises(Unsupported, match=r"^mid: the weight is computed in every forward pass\n") as caught:
         install(dorefa.build(w=2), net, example=X)
     assert remedy in str(caught.value)
     assert RULE % "mid" in str(caught.value)
     after = install(dorefa.build(w=2), Net(), example=X).eval()
     change(after.mid)
     assert verify(after, X)["mid"]["w"].found <= 4, "the quantizer is still applied"
-    with pytest.raises(ValueError, match="mid: its weight is computed") as caught_value:
+    with pytest.raises(ValueError, match="mid: the weight is computed") as caught_value:
         fold_quantized_weights(after)
     assert remedy in str(caught_value.value)
 

@@ -56,7 +56,7 @@ def test_a_network_that_is_not_quantized_is_detected(part: str) -> None:
 
     slot = {"w": "weight_q", "a": "input_q", "g": "output_q"}[part]
     setattr(layer, slot, Through(getattr(layer, slot)))
-    with pytest.raises(NotQuantized, match=r"layer2.0.conv1: .* lie off"):
+    with pytest.raises(NotQuantized, match=r"layer2.0.conv1: .* are not on"):
         verify(model, X)
     setattr(layer, slot, IdentityQuantizer())
     with pytest.raises(NotQuantized, match="declares no grid"):
@@ -303,7 +303,7 @@ def test_nan_is_on_no_level(slot: str) -> None:
     (layer,) = quantized_layers(model).values()
     verify(model, X)
     setattr(layer, slot, OneNaN(getattr(layer, slot)))
-    with pytest.raises(NotQuantized, match=r"1 of \d+ values lie off"):
+    with pytest.raises(NotQuantized, match=r"1 of \d+ values are not on"):
         verify(model, X)
 
 
