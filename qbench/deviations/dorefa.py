@@ -1,4 +1,4 @@
-"""Deviations of public code from DoReFa-Net's paper and from the authors' present code."""
+"""Deviations of public code from DoReFa-Net's paper and from the current code of its authors."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +25,7 @@ def _max_magnitude(t: Tensor) -> Tensor:
 
 @in_float32
 def detached_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights. The backward pass treats the maximum as a constant."""
+    """Quantize weights. The backward pass treats the maximum of |tanh w| as a constant."""
     t = torch.tanh(w)
     return 2 * quantize_k(t / (2 * _max_magnitude(t)) + 0.5, bits) - 1
 
@@ -41,7 +41,7 @@ def rescaled_by_max(w: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def no_tanh_gradient(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights with dL/dw = dL/dw_hat, so the backward pass ignores tanh and the maximum."""
+    """Quantize weights with dL/dw = dL/dw_hat. The backward pass ignores tanh and the maximum."""
     return straight_through(w, quantize_weight(w.detach(), bits))
 
 
@@ -53,14 +53,14 @@ def sign_of_zero(w: Tensor) -> Tensor:
 
 @in_float32
 def unit_weights(w: Tensor) -> Tensor:
-    """Binarize weights to +-1. The gradient passes through tanh and the maximum, as it does with more bits."""
+    """Binarize weights to +-1. As with more bits, the gradient passes through tanh and the maximum."""
     t = torch.tanh(w)
     top = t.abs().max()
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
 
 
 class DetachedMax(DoReFaWeight):
-    """Weight quantizer whose backward pass treats the maximum as a constant."""
+    """Weight quantizer whose backward pass treats the maximum of |tanh w| as a constant."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -68,7 +68,7 @@ class DetachedMax(DoReFaWeight):
 
 
 class RescaledByMax(DoReFaWeight):
-    """Weight quantizer that rescales the quantized weights to the range of tanh w."""
+    """Weight quantizer that rescales quantized weights to the range of tanh w."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the quantized weights."""
@@ -104,7 +104,7 @@ class SignOfZero(DoReFaWeight):
         return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the bytes of the codes and the scale. A code needs two bits, because it has three values."""
+        """Return the bytes of the codes and the scale. A code needs two bits, because there are three levels."""
         return Storage(w.numel(), 2, 4)
 
 
@@ -129,7 +129,7 @@ class UnitWeights(DoReFaWeight):
 
 @in_float32
 def tanh_activation(x: Tensor, bits: int) -> Tensor:
-    """Quantize t = tanh(relu(x)), divided by the maximum of t over the batch."""
+    """Divide t = tanh(relu(x)) by the maximum of t over the batch, and quantize the quotient."""
     t = torch.tanh(x.clamp(min=0))
     return quantize_k(t / _max_magnitude(t), bits)
 
@@ -142,7 +142,7 @@ def tenth_of_activation(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def sign_activation(x: Tensor, bits: int) -> Tensor:
-    """Return 1 for x > 0 and 0 otherwise, with the gradient of the clip. The width is always one bit."""
+    """Return 1 for x > 0 and 0 otherwise, with the gradient of clip(x, 0, 1). The width is always one bit."""
     clipped = x.clamp(0, 1)
     return straight_through(clipped, clipped.detach().sign())
 
@@ -156,7 +156,7 @@ def _quantize_gradient(x: Tensor, bits: int, m: Tensor, noise: Tensor) -> Tensor
 
 
 def _sample_max(x: Tensor) -> Tensor:
-    """Return max|x| of each of the N samples, in the shape (N, 1, ..., 1)."""
+    """Return max|x| of each of the N samples, of shape (N, 1, ..., 1)."""
     return x.abs().amax(dim=tuple(range(1, x.dim())), keepdim=True)
 
 
@@ -168,7 +168,7 @@ def _noise(like: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def noise_per_sample(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) with noise that is the same random number for all elements of a sample."""
+    """Quantize a gradient (N, ...). The noise is one random number per sample instead of one per element."""
     m = _sample_max(x)
     return torch.where(m == 0, torch.zeros_like(x), _quantize_gradient(x, bits, m, _noise(m, bits)))
 
@@ -189,7 +189,7 @@ def no_noise(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def nan_on_zero(x: Tensor, bits: int) -> Tensor:
-    """Quantize a gradient (N, ...) by the printed formula, which gives 0 / 0 if all elements of a sample are zero."""
+    """Quantize a gradient (N, ...) by the paper's formula, which gives 0 / 0 if all elements of a sample are zero."""
     return _quantize_gradient(x, bits, _sample_max(x), _noise(x, bits))
 
 
@@ -235,7 +235,7 @@ class NanOnZero(DoReFaGradient):
 def _weights(kind: type[DoReFaWeight], what: str, source: str, *, binary: bool = False) -> Deviation:
     """Return a deviation of the weight quantizer.
 
-    It changes one-bit weights if `binary` is true, otherwise weights with more bits.
+    The deviation changes one-bit weights if `binary` is true, else weights with more bits.
     """
 
     def where(module: Quantizer) -> bool:
@@ -258,7 +258,7 @@ def _activations(
 ) -> Deviation:
     """Return a deviation that replaces the clip of activations.
 
-    If `binary` is true, it changes only one-bit activations.
+    If `binary` is true, the deviation changes only one-bit activations.
     """
 
     def apply(method: Method) -> Method:

@@ -1,4 +1,4 @@
-"""Deviations from HWGQ-Net's paper, in later code and in the defaults of the authors' code."""
+"""Deviations from HWGQ-Net's paper, found in later code and in the defaults of the authors' code."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 @in_float32
 def unscaled_weight(w: Tensor) -> Tensor:
-    """Return the signs of weights of any shape, where sign(0) = +1. The gradient passes unchanged."""
+    """Return the signs of weights, with sign(0) = +1. The gradient passes unchanged."""
     return straight_through(w, sign(w))
 
 
@@ -37,9 +37,10 @@ class UnscaledWeight(HWGQWeight):
 
 
 def old_constants(method: Method) -> Method:
-    """Return the method with activations quantized as step x round(x / step).
+    """Return the method with activations quantized to step * round(x / step).
 
-    The first threshold is therefore half a step, although the steps are optimal only for the paper's threshold of 0.
+    The first threshold is therefore half a step. The step sizes, however, are optimal only if the first threshold is 0,
+    as in the paper.
     """
     original = method.input
 

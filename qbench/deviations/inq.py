@@ -13,7 +13,7 @@ from qbench.quant.method import Method, Unsupported
 
 
 def zero_beyond(w: Tensor, levels: Tensor) -> Tensor:
-    """Return for each weight the nearest level, or 0 if |w| is at least 1.5 times the largest level."""
+    """Return the nearest level of each weight, or 0 if |w| is at least 1.5 times the largest level."""
     return torch.where(w.detach().abs() >= 1.5 * levels[-1], 0.0, round_to_levels(w, levels)).to(w.dtype)
 
 
@@ -22,7 +22,7 @@ class SmallestFirst(INQWeight):
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze more weights, smallest magnitudes first, until the fraction `portion` of the layer is frozen."""
+        """Freeze more weights, smallest magnitudes first, until a fraction `portion` of all weights is frozen."""
         _check_partition("smallest_first", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
@@ -31,7 +31,7 @@ class SmallestFirst(INQWeight):
 
 
 class OutlierToZero(INQWeight):
-    """Weight quantizer that freezes weights at zero if they are far beyond the largest level."""
+    """Weight quantizer that freezes weights at zero if their magnitude is at least 1.5 times the largest level."""
 
     def level(self, w: Tensor) -> Tensor:
         """Return the level that each weight would get if it were frozen."""
@@ -39,11 +39,11 @@ class OutlierToZero(INQWeight):
 
 
 class RemadeMasks(INQWeight):
-    """Weight quantizer that chooses every portion from all weights. Frozen weights can become free again."""
+    """Weight quantizer that selects each portion among all weights, so that frozen weights can become free again."""
 
     @torch.no_grad()
     def freeze_next(self, w: Tensor, portion: float, partition: str) -> None:
-        """Freeze the weights of largest magnitude, a fraction `portion` of the layer, and make all others free.
+        """Freeze the fraction `portion` of all weights that has the largest magnitudes, and free all other weights.
 
         Nothing changes if this fraction is already frozen.
         """

@@ -15,7 +15,7 @@ from qbench.quant.quantizer import Grid
 
 
 def _zeros_passing_gradient(x: Tensor) -> Tensor:
-    """Return a tensor of zeros with the shape of x. Its gradient passes to x unchanged."""
+    """Return zeros of the shape of x. The gradient of these zeros passes to x unchanged."""
     return straight_through(x, torch.zeros_like(x))
 
 
@@ -41,7 +41,7 @@ class UnclampedWeight(LSQWeight):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group, which has the step times every integer from -Qn to Qp in ascending order."""
+        """Return a grid with one group. Its levels are step * k for k = -Qn, ..., Qp, ascending."""
         grid = super().grid(w)
         return Grid(grid.points.sort(1).values, grid.arrange)
 
@@ -52,7 +52,7 @@ class UnclampedActivation(LSQActivation):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group, which has the step times every integer from -Qn to Qp in ascending order."""
+        """Return a grid with one group. Its levels are step * k for k = -Qn, ..., Qp, ascending."""
         return Grid(super().grid(x).points.sort(1).values)
 
 

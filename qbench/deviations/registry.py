@@ -1,7 +1,7 @@
-"""Registers known deviations of public code from the papers. `method.deviation=NAME` applies one of them.
+"""Registers known deviations of public code from the papers. `method.deviation=NAME` applies a deviation.
 
-Each other file in this folder has the name of a method and contains the deviations `DEVIATIONS` of that method. The
-files in `qbench/methods/` implement only the papers.
+Every other file in this folder has the name of a method. Its `DEVIATIONS` are the known deviations from this method.
+The files in `qbench/methods/` implement only the papers.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ class Deviation:
     """A flaw or variant found in public code.
 
     Args:
-        what: a sentence that states how the deviation differs from the paper.
+        what: a sentence that says how the deviation differs from the paper.
         source: the code in which the deviation was found, and where it was pointed out.
         apply: function that takes the paper's method and returns the deviating method.
         acts: function that takes widths and returns whether the deviation has an effect at these
             widths.
-        bits: example of widths at which the deviation has an effect. Tensors that the deviation
-            does not change are float at these widths.
+        bits: example of widths at which the deviation has an effect. Tensors that the deviation does not change have 32
+            bits in this example.
     """
 
     what: str
@@ -37,7 +37,7 @@ class Deviation:
 
 
 def deviations(method: str) -> dict[str, Deviation]:
-    """Return the known deviations of a method by name. A method without a file in this folder has no deviations."""
+    """Return the known deviations of a method by name. The result is empty if the method has no file in this folder."""
     if not method.isidentifier() or find_spec(f"qbench.deviations.{method}") is None:
         return {}
     known: dict[str, Deviation] = import_module(f"qbench.deviations.{method}").DEVIATIONS
@@ -64,9 +64,9 @@ def deviate(method_name: str, name: str, method: Method) -> Method:
 def recast(
     site: QuantizerFactory | None, kind: type[Quantizer], where: Callable[[Quantizer], bool] = lambda module: True
 ) -> QuantizerFactory | None:
-    """Return a factory that makes the same quantizers as `site` but gives them the class `kind`.
+    """Return a quantizer factory that works as `site` does, but changes the class of the quantizers to `kind`.
 
-    Their options and state stay the same.
+    The options and the state of the quantizers stay the same.
 
     Args:
         site: a factory of quantizers, or None.

@@ -1,4 +1,4 @@
-"""Deviations of public code from TTQ's paper and from the authors' code. Most of it is from ports to PyTorch."""
+"""Deviations of public code, mostly ports to PyTorch, from TTQ's paper and from the authors' code."""
 
 from dataclasses import replace
 
@@ -16,10 +16,10 @@ from qbench.quant.quantizer import Grid, Storage
 
 @in_float32
 def weights_for_gradient(w: Tensor, positive: Tensor, negative: Tensor, threshold: Tensor) -> Tensor:
-    """Ternarize weights. The gradient of the latent weights is their own value times a scale.
+    """Ternarize weights. The gradient of a latent weight is the weight itself times a scale, instead of dL/dw_hat.
 
-    The scale is Wp for weights above the threshold, Wn for weights below its negative, and 1 for the others. The true
-    gradient dL/dw_hat does not reach the latent weights.
+    The scale is Wp for weights above the threshold, Wn for weights below minus the threshold, and 1 for all other
+    weights.
     """
     latent = w.detach()
     one = torch.ones_like(latent)
@@ -56,7 +56,7 @@ class Unclamped(TTQWeight):
 
 
 class UnscaledTies(TTQWeight):
-    """Ternary quantizer in which weights whose magnitude is exactly the threshold become +-1."""
+    """Ternary quantizer that sets weights whose magnitude equals the threshold to +-1."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -70,12 +70,12 @@ class UnscaledTies(TTQWeight):
         return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the bytes of the codes and both scales. A code needs three bits, because it has five values."""
+        """Return the bytes of the codes and both scales. A code needs three bits, because there are five levels."""
         return Storage(w.numel(), 3, 8)
 
 
 class WeightsForGradient(TTQWeight):
-    """Ternary quantizer in which the gradient of a latent weight is its own value times a scale."""
+    """Ternary quantizer in which the gradient of a latent weight is the weight itself times a scale."""
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the ternarized weights."""
@@ -83,7 +83,7 @@ class WeightsForGradient(TTQWeight):
 
 
 def _with_weights(kind: type[TTQWeight], method: Method) -> Method:
-    """Return the method with weight quantizers of the class `kind`. Each training step keeps the scales above zero."""
+    """Return the method with weight quantizers of the class `kind`. Training steps keep their scales above zero."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Deviations from the usual reading of XNOR-Net, in public code and in the paper's printed formulas."""
+"""Deviations from XNOR-Net as usually implemented, found in public code or in the formulas as printed in the paper."""
 
 from dataclasses import replace
 
@@ -21,7 +21,10 @@ from qbench.quant.quantizer import Grid, Storage
 
 
 def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
-    """Return `binary`, with 0 wherever x is 0. The gradient is that of `binary`, which was computed from x."""
+    """Return `binary` with 0 wherever x is 0.
+
+    `binary` was computed from x. The gradient passes to `binary` unchanged.
+    """
     return straight_through(binary, torch.where(x.detach() == 0, 0.0, binary.detach()).to(binary.dtype))
 
 
@@ -29,8 +32,8 @@ def zero_at_zero(x: Tensor, binary: Tensor) -> Tensor:
 def printed_weight_gradient(w: Tensor) -> Tensor:
     """Binarize weights with dL/dw = (1 / n + alpha w 1{|w| <= 1}) dL/dw_hat.
 
-    The weights have shape (O, ...) for O output filters. n is the number of weights of a filter, and alpha is the
-    filter's scale.
+    w has the shape (O, ...) for O output filters. n is the number of weights per filter, and alpha is the scale of a
+    filter.
     """
     alpha, latent = filter_scale(w), w.detach()
     return surrogate(w, alpha * sign(w), alpha * latent * (latent.abs() <= 1) + 1 / w[0].numel())
@@ -51,12 +54,12 @@ class SignOfZeroWeight(BinaryWeight):
         return zero_at_zero(w, binarize_weight(w, gradient=self.gradient))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group per output filter, which has the levels -alpha, 0 and alpha."""
+        """Return a grid with one group per output filter. The levels of a group are -alpha, 0 and alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the bytes of the codes (two bits each, because they have three values) and of one scale per filter."""
+        """Return the bytes of codes and of one scale per filter. A code needs two bits for three levels."""
         return Storage(w.numel(), 2, 4 * len(w))
 
 
@@ -89,7 +92,7 @@ class PrintedActivation(BinaryActivation):
 
 
 def _has_paper_gradient(module: nn.Module) -> bool:
-    """Return True, or raise `Unsupported` if the quantizer uses the gradient of other code."""
+    """Return True. Raise `Unsupported` if the method has an option that selects the gradient of other code."""
     if isinstance(module, BinaryWeight) and module.gradient != "paper":
         raise Unsupported("deviation=printed_weight_gradient needs method.gradient=paper")
     return True

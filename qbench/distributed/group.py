@@ -1,7 +1,7 @@
-"""Defines the processes that share a run, and the ways in which they agree.
+"""Defines the group of processes that share a run, and how they exchange values.
 
-`Group` stands for a run in a single process. Every function then returns what this process alone has.
-`qbench.distributed.torch_group` has the group of several processes. This module does not import torch.
+The class `Group` is the group of a single process. Each of its functions returns the value of this process.
+`qbench.distributed.torch_group` defines the group of several processes. This module does not import torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Tensors: TypeAlias = "list[Tensor | None]"
-"""Tensors that are sent together. None stands for a tensor that does not exist, such as a missing gradient."""
+"""Tensors that are sent together. None means that a tensor does not exist, for example a missing gradient."""
 
 
 class Group:
-    """The processes of a run. All processes call the same functions in the same order.
+    """The processes of a run. All processes must call the same functions in the same order.
 
     Attributes:
-        rank: number of this process, from 0. Process 0 alone writes files and messages.
+        rank: index of this process, from 0. Only process 0 writes files and messages.
         size: number of processes.
     """
 
@@ -27,7 +27,7 @@ class Group:
     size: int = 1
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what `make` returns on process 0. The other processes do not call it."""
+        """Call `make` on process 0 only, and return its result on all processes."""
         return make()
 
     def gather(self, value: T) -> list[T]:
@@ -35,15 +35,15 @@ class Group:
         return [value]
 
     def largest(self, *numbers: int) -> list[int]:
-        """Return, for each of some numbers, the largest one among all processes."""
+        """Return, for each number, the largest value among all processes."""
         return list(numbers)
 
     def exchange(self, partner: int, tensors: Tensors, like: "Sequence[Tensor]") -> Tensors:
-        """Send tensors to a process, and return the tensors of this process.
+        """Send tensors to another process, and return the tensors that the other process sends.
 
         Args:
-            partner: rank of the other process, which calls this function with the rank of this process.
+            partner: rank of the other process. The other process must call this function with the rank of this process.
             tensors: the tensors to send.
-            like: one tensor for each of `tensors`, with the same shape, type and strides.
+            like: one tensor for each received tensor, with the same shape, type and strides.
         """
         raise NotImplementedError("a single process has no partner")

@@ -1,4 +1,4 @@
-"""Reads from the environment which of several processes this one is. torchrun sets these variables.
+"""Reads the rank of this process from environment variables that torchrun sets.
 
 This module does not import torch.
 """
@@ -17,11 +17,11 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among the processes of a run.
+    """The rank of this process among the processes of a run.
 
     Args:
-        rank, size: number of this process, from 0, and number of processes.
-        local_rank, local_size: the same among the processes on this machine.
+        rank, size: index of this process, from 0, and number of processes.
+        local_rank, local_size: the same numbers, counted among the processes on this machine.
     """
 
     rank: int
@@ -31,7 +31,7 @@ class Launch:
 
 
 def launch() -> Launch | None:
-    """Return the place of this process, or None if it is the only one."""
+    """Return the ranks of this process, or None if torchrun did not start it."""
     if any(name not in os.environ for name in VARIABLES) or int(os.environ["WORLD_SIZE"]) == 1:
         return None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -55,9 +55,12 @@ def refuse_processes(size: int, shards: int) -> None:
 
 
 def passed_on(status: int) -> int:
-    """Write this process's exit status for `qbench.distributed.torchrun`, and return 0. Elsewhere, return the status.
+    """Pass this process's exit status on to `qbench.distributed.torchrun`, if that program started it.
 
-    torchrun stops all processes as soon as one ends with another status than 0, with messages of its own.
+    The status is written to a file, and the function returns 0. If another program started the process, the function
+    returns the status.
+
+    A process must end with status 0, because torchrun otherwise stops all processes and prints its own messages.
     """
     folder = os.environ.get(STATUS_FOLDER)
     if not folder:

@@ -1,7 +1,8 @@
-"""Divides a global batch into shards, and adds what their passes give in a fixed order.
+"""Divides a global batch into shards, and adds up the results of the shards in a fixed order.
 
-Float addition depends on the order. The shards are therefore the leaves of a binary tree, whose sums are always made in
-the same pairs. A process computes the shards of one subtree, so the number of processes does not change a single bit.
+The result of float addition depends on the order. The shards are therefore the leaves of a binary tree, and sums are
+always computed along this tree. A process computes the shards of one subtree. The result is therefore bit-identical for
+any number of processes.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ class Shards:
     Args:
         count: number of shards, a power of two.
         seed: the seed of the run.
-        group: the processes of the run. Their number divides `count`.
+        group: the processes of the run. The number of processes must divide `count`.
     """
 
     count: int = 1
@@ -36,18 +37,18 @@ class Shards:
 
     @property
     def own(self) -> range:
-        """The numbers of the shards that this process computes."""
+        """Indices of the shards that this process computes."""
         each = self.count // self.group.size
         return range(self.group.rank * each, (self.group.rank + 1) * each)
 
     def draw_seed(self, purpose: str, step: int, shard: int = 0) -> int:
-        """Return a 63-bit seed for the random draws of a shard's pass, or of what all processes do alike."""
+        """Return a 63-bit seed for the random numbers of one shard, or for those that all processes share."""
         name = f"{purpose} {self.seed} {step} {shard}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
 
 def sum_in_pairs(parts: Iterable[T], add: Callable[[T, T], T]) -> T:
-    """Return the sum of 2^n parts: ((a + b) + (c + d)) + ... At most n + 1 sums exist at a time."""
+    """Return the sum of 2^n parts in the order ((a + b) + (c + d)) + ... At most n + 1 partial sums exist at a time."""
     waiting: list[tuple[int, T]] = []  # (number of parts in a sum, the sum)
     for part in parts:
         total, size = part, 1
@@ -59,10 +60,11 @@ def sum_in_pairs(parts: Iterable[T], add: Callable[[T, T], T]) -> T:
 
 
 class ShardedStep:
-    """Adds up the passes over the shards of one global batch.
+    """Adds up the results of the forward and backward passes over the shards of one global batch.
 
-    Every pass starts from the buffers that the network had before the step. Afterwards, a float buffer is the mean over
-    the shards. Another buffer is the maximum: a count of batches rises by one, and a flag is set if a shard has set it.
+    Every pass starts from the buffers that the network had before the step. After the step, a float buffer is the mean
+    over the shards. An integer or bool buffer is the maximum over the shards. A counter of batches therefore increases
+    by one, and a flag is set if any shard has set it.
 
     Args:
         model: the network.
@@ -76,10 +78,13 @@ class ShardedStep:
         self._before = [buffer.clone() for buffer in model.buffers()]
 
     def compute(self, passes: Iterable[Pass]) -> tuple[Tensor, Tensor]:
-        """Add the gradients of the global batch, and set the buffers. Return its loss () and correct predictions ().
+        """Add the gradients of the global batch to the parameters, and set the buffers.
+
+        Return the loss () and the number of correct predictions () of the global batch.
 
         Args:
-            passes: the passes over the shards of this process, in order. Each loss is divided by the number of shards.
+            passes: the passes over the shards of this process, in order. Each pass divides its loss by the number of
+                shards.
 
         Raises:
             ConfigError: a pass changes a parameter.
@@ -104,7 +109,7 @@ class ShardedStep:
         return loss, hits
 
     def _tensors(self, run: Pass) -> Tensors:
-        """Run a pass from the buffers before the step. Return loss, correct predictions, gradients and buffers."""
+        """Reset the buffers, and run a pass. Return the loss, correct predictions, gradients and buffers."""
         for buffer, before in zip(self._model.buffers(), self._before, strict=True):
             buffer.copy_(before)
         self._model.zero_grad()
@@ -116,7 +121,7 @@ class ShardedStep:
         return [loss, hits, *gradients, *(buffer.clone() for buffer in self._model.buffers())]
 
     def _add(self, first: Tensors, second: Tensors) -> Tensors:
-        """Return the sum of the tensors of two subtrees. The tensors of the first are overwritten."""
+        """Return the sum of the tensors of two subtrees. The tensors of the first subtree are overwritten."""
         buffers = 2 + len(self._parameters)
         total: Tensors = []
         for i, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -129,7 +134,7 @@ class ShardedStep:
         return total
 
     def _like(self, total: Tensors) -> list[Tensor]:
-        """Return a tensor of the same kind for each one of `total`."""
+        """Return a tensor of the same shape, type and strides for each tensor in `total`."""
         numbers = [tensor for tensor in total[:2] if tensor is not None]
         return [*numbers, *self._parameters, *self._before]
 
@@ -137,6 +142,6 @@ class ShardedStep:
         named = zip(self._model.named_parameters(), versions, strict=True)
         name = next(name for (name, parameter), version in named if parameter._version != version)
         return (
-            f"batch_shards={self._shards.count}: the forward pass changes the parameter {name}, each shard in its own "
-            "way\nset it in the method's function prepare or step, or leave batch_shards=1"
+            f"batch_shards={self._shards.count}: the forward pass changes the parameter {name} differently for each "
+            "shard\nset the parameter in the method's function prepare or step, or use batch_shards=1"
         )

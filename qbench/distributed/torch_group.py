@@ -1,6 +1,6 @@
-"""Joins the processes that torchrun has started, with torch.distributed.
+"""Connects the processes that torchrun started, by torch.distributed.
 
-Numbers and messages travel by gloo. Gradients of a CUDA device travel by NCCL if each process has a GPU of its own.
+gloo transfers numbers and messages. NCCL transfers gradients on CUDA devices if each process has its own GPU.
 """
 
 import os
@@ -24,18 +24,20 @@ from qbench.errors import ProcessLost, ResourceError
 
 T = TypeVar("T")
 SECONDS_FOR_ERROR = 2.0
-"""Seconds to wait for the error of a process whose connection is closed. The error is sent before that."""
+"""Maximum time in seconds to wait for the error of a process that closed its connection."""
 
 SECONDS_FOR_OTHERS = 10.0
-"""Seconds for which process 0 waits at its end for the others, and the others for process 0."""
+"""Maximum time in seconds for which, at the end, process 0 waits for the other processes, and these for process 0."""
 
 
 @contextmanager
 def joined_group() -> Iterator[Group]:
-    """Join the processes that were started together. Yield a group of one if there are no others.
+    """Connect the processes that torchrun started, and yield their group.
 
-    If one process raises an error inside the context, the others raise the same error. Without this, they would only
-    report a closed connection.
+    If there is only one process, its group has size 1.
+
+    If one process raises an error inside the context, the other processes raise the same error. Otherwise, the other
+    processes would only report a closed connection.
     """
     place = launch()
     if place is None:
@@ -57,7 +59,7 @@ class TorchGroup(Group):
     """The processes that torchrun has started. Processes other than 0 print nothing.
 
     Args:
-        place: the place of this process.
+        place: the ranks of this process.
     """
 
     def __init__(self, place: Launch) -> None:
@@ -76,7 +78,7 @@ class TorchGroup(Group):
             raise ResourceError(f"process {self.rank} cannot join the others by {address}: {reason}") from None
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what `make` returns on process 0. The other processes do not call it."""
+        """Call `make` on process 0 only, and return its result on all processes."""
         box: list[Any] = [make() if self.rank == 0 else None]
         with self._connected():
             dist.broadcast_object_list(box, src=0)
@@ -91,14 +93,14 @@ class TorchGroup(Group):
         return values
 
     def largest(self, *numbers: int) -> list[int]:
-        """Return, for each of some numbers, the largest one among all processes."""
+        """Return, for each number, the largest value among all processes."""
         values = torch.tensor(numbers, dtype=torch.int64)
         with self._connected():
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return [int(value) for value in values]
 
     def exchange(self, partner: int, tensors: Tensors, like: Sequence[Tensor]) -> Tensors:
-        """Send tensors to a process, and return the tensors of this process; see `Group.exchange`."""
+        """Send tensors to another process, and return the tensors that the other process sends (`Group.exchange`)."""
         exist = torch.tensor([tensor is not None for tensor in tensors], dtype=torch.uint8)
         theirs = self._swap(partner, exist, len(exist)).bool().tolist()
         sent = torch.cat([_bytes(tensor) for tensor in tensors if tensor is not None])
@@ -111,14 +113,18 @@ class TorchGroup(Group):
         ]
 
     def publish(self, error: BaseException) -> None:
-        """Give an error to the other processes. The first error counts."""
+        """Pass an error on to the other processes, unless another process has already done so."""
         error.add_note(f"on process {self.rank} of {self.size}:\n{''.join(traceback.format_exception(error))}")
         with suppress(Exception):  # the store may have ended with its process
             if self._store.add("qbench errors", 1) == 1:
                 self._store.set("qbench error", _pickled(error).hex())
 
     def leave(self, *, wait: bool) -> None:
-        """Close the connections. If `wait`, let process 0 end last: it writes results, and may keep the store."""
+        """Close the connections.
+
+        If `wait` is true, process 0 ends last, because it writes results and may host the store that connects the
+        processes.
+        """
         with suppress(Exception):
             dist.destroy_process_group()
         with suppress(Exception):  # the store may have ended with its process
@@ -128,7 +134,7 @@ class TorchGroup(Group):
                 self._store.wait(awaited, timedelta(seconds=SECONDS_FOR_OTHERS))
 
     def _swap(self, partner: int, sent: Tensor, size: int) -> Tensor:
-        """Send bytes to a process, and return the `size` bytes that it sends."""
+        """Send bytes to another process, and return the `size` bytes that the other process sends."""
         device = sent.device
         if device.type == "cuda" and not self._by_nccl:
             sent = sent.cpu()
@@ -141,7 +147,7 @@ class TorchGroup(Group):
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """Convert the error of a closed connection to the error of the other process, or to `ProcessLost`."""
+        """Convert the error of a closed connection to the error that another process raised, or to `ProcessLost`."""
         try:
             yield
         except RuntimeError as error:
@@ -157,10 +163,12 @@ class TorchGroup(Group):
                         return error
             time.sleep(0.05)
         self._print_alone()
-        return ProcessLost(f"process lost; to continue, repeat the command\nprocess {self.rank} found: {reason}")
+        return ProcessLost(
+            f"a process was lost; to continue, repeat the command\nprocess {self.rank} reports: {reason}"
+        )
 
     def _print_alone(self) -> None:
-        """Let the first process that calls this function print messages, and no other."""
+        """Allow only the first process that calls this function to print messages."""
         first = True
         with suppress(Exception):
             first = self._store.add("qbench prints", 1) == 1
@@ -168,12 +176,12 @@ class TorchGroup(Group):
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor in the order of its indices, as bytes (n,)."""
+    """Return the values of a tensor as bytes (n,), in row-major order."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def _pickled(error: BaseException) -> bytes:
-    """Return an error as bytes. An error that cannot be pickled keeps its name and message."""
+    """Return an error as bytes. If it cannot be pickled, an error with its name and message takes its place."""
     try:
         data = pickle.dumps(error)
         pickle.loads(data)

@@ -1,8 +1,8 @@
-"""Starts torchrun so that signals reach qbench, and qbench's exit status reaches the caller.
+"""Starts torchrun, passes signals on to qbench, and returns qbench's exit status.
 
     python -m qbench.distributed.torchrun --nproc-per-node=4 -m qbench method=dorefa batch_shards=4
 
-torchrun itself passes on only some signals, and ends with status 1 whatever the status of its processes is.
+torchrun alone passes on only some signals, and ends with status 1 if a process fails with any status.
 """
 
 import logging
@@ -20,9 +20,10 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun with its own arguments. Return the exit status of the process of lowest rank that has one.
+    """Run torchrun with the given arguments. Return the exit status of the process of lowest rank that wrote one.
 
-    If all processes were killed, or a signal came before they began, it is the status of an interrupted run.
+    If no process wrote a status, because all were killed or had not begun, the result is the status of an interrupted
+    run.
     """
     for name in SIGNALS.split(","):  # until torchrun has its own handlers, before it starts processes
         signal.signal(getattr(signal, name), _stop)

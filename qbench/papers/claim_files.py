@@ -1,8 +1,7 @@
 """Reads claims of papers from the node `claim` of the files below `conf/experiment/claims/`.
 
-A claim consists of comparisons. A comparison has two arms. An arm is a list of command-line
-overrides that describes a run, such as `method=ttq bits.w=2`. `scripts/claims.py` trains the runs of
-all arms over several seeds.
+A claim consists of comparisons. A comparison has two arms. An arm is a list of command-line overrides that describes a
+run, such as `method=ttq bits.w=2`. `scripts/claims.py` trains the runs of all arms with several seeds.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from qbench.errors import ConfigError
 from qbench.report.statistics.hypothesis_tests import TESTS
 
 BASELINE = "baseline"
-"""Value of `second` that selects the float baselines of the first arm's runs as the second arm."""
+"""Value of `second` that makes the float baselines of the first arm's runs the second arm."""
 MEASURES = ("top1", "drop", "gradient_mismatch")
 CLAIM_KEYS = ("says", "source", "note", "measure", "net", "comparisons")
 COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
@@ -29,10 +28,9 @@ class Comparison:
 
     Args:
         claim: the name of the claim.
-        name: the name of the comparison. It is the claim's name if the claim has only one comparison.
+        name: the name of the comparison. If the claim has only one comparison, this is the claim's name.
         first: command-line overrides of the first arm.
-        second: command-line overrides of the second arm. If it is None, the first arm is compared with its float
-            baseline.
+        second: command-line overrides of the second arm. None means the float baseline of the first arm.
         test: the kind of hypothesis test, one of `TESTS`.
         margin: the margin of the test, in the unit of the claim's measure.
     """
@@ -51,13 +49,13 @@ class Claim:
 
     Args:
         name: the path of the claim's file below the folder of claims, without suffix.
-        says: the claim in words.
-        source: the paper and the place in the paper that make the claim.
+        says: the claim as a sentence.
+        source: the paper, and where in the paper the claim is made.
         note: a remark on how the claim is tested.
-        measure: the number that is compared. `top1` is the test top-1 in percent after the last epoch. `drop` is this
-            top-1 minus the top-1 of the run's float baseline. `gradient_mismatch` is the cosine between the
-            straight-through gradients and the gradients of the smoothed network, averaged over layers (see
-            `analysis.gradient_mismatch`).
+        measure: the quantity that is compared. `top1` is the test top-1 in percent after the last epoch. `drop` is this
+            top-1 minus the top-1 of the run's float baseline. `gradient_mismatch` is the cosine similarity of
+            straight-through gradients and gradients of the smoothed network, averaged over layers
+            (`analysis.gradient_mismatch`).
         net: command-line overrides of the trained network on which `gradient_mismatch` is measured.
         comparisons: the comparisons that test the claim.
     """
@@ -72,7 +70,7 @@ class Claim:
 
     @property
     def arms(self) -> list[tuple[str, ...]]:
-        """Return the arms that must be trained. Each arm occurs once."""
+        """Return the different arms whose runs must be trained."""
         if self.measure == "gradient_mismatch":
             return [self.net]
         arms = [arm for c in self.comparisons for arm in (c.first, c.second) if arm is not None]
@@ -89,7 +87,10 @@ def read_claims(folder: Path) -> list[Claim]:
 
 
 def read_claim(path: Path, name: str) -> Claim:
-    """Return the claim of one experiment file. The errors are those of `read_claims`."""
+    """Return the claim in one experiment file.
+
+    Raises the same errors as `read_claims`.
+    """
     node = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("claim")
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: the file has no node `claim`, which states what is compared")
@@ -112,7 +113,7 @@ def read_claim(path: Path, name: str) -> Claim:
 
 
 def _comparison(path: Path, claim: str, entry: Mapping[str, object]) -> Comparison:
-    """Return a comparison after checking its entry.
+    """Check the entry of a comparison, and return the comparison.
 
     If the entry has no name, the comparison gets the claim's name.
     """
@@ -146,6 +147,6 @@ def _refuse_unknown(path: Path, node: Mapping[str, object], known: Sequence[str]
 
 
 def comparison_values(comparison: Comparison) -> dict[str, object]:
-    """Return a comparison as plain values for JSON. If the second arm is None, its value is `baseline`."""
+    """Return a comparison as values for JSON. If the second arm is None, its value is `baseline`."""
     values = dataclasses.asdict(comparison)
     return values | {"second": BASELINE if comparison.second is None else comparison.second}

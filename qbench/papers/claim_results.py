@@ -1,7 +1,7 @@
-"""Tests the comparisons of claims on finished runs, and makes a table of the results.
+"""Tests claims on finished runs, and makes a table of the results.
 
-The p-values are adjusted for the number of comparisons of all claims. `claim_files.py` explains claims, comparisons
-and arms.
+The p-values are adjusted for the total number of comparisons in all claims. `claim_files.py` explains claims,
+comparisons and arms.
 """
 
 import math
@@ -23,7 +23,7 @@ from qbench.runs.reader import DONE, RunRecord
 NOT_STARTED = "not started"
 """The status of a run that has no directory yet."""
 CAUTIOUS_SEEDS = 10
-"""With fewer seeds than this, a claim is tested with the degrees of freedom of the seeds (see `with_seed_dof`)."""
+"""With fewer seeds than this number, the test of a claim uses the degrees of freedom of the seeds (`with_seed_dof`)."""
 HEAD = ("claim", "source", "arms", "effect", "95 % interval", "n", "p (Holm)", "outcome", "n needed")
 
 
@@ -34,17 +34,17 @@ class ClaimResult:
     Args:
         comparison: the comparison that is tested.
         seeds: the seeds of the runs that are compared.
-        means: the mean of each arm over the seeds whose runs are done.
-        difference: the first arm's measure minus the second arm's, paired by seed.
-        problems: reasons why the test cannot be made, such as seeds without a result.
+        means: the mean of each arm over the seeds whose runs have finished.
+        difference: the measure of the first arm minus the measure of the second arm, paired by seed.
+        problems: reasons why the comparison cannot be tested, such as seeds without a result.
         notes: remarks on the difference.
-        fails_to_train: whether, in every seed, the first arm is done and the second arm has diverged.
-        p: the p-value before Holm's adjustment, or None if the test cannot be made.
+        fails_to_train: whether, for every seed, the first arm has finished and the second arm has diverged.
+        p: the p-value before Holm's adjustment, or None if the comparison cannot be tested.
         holds: whether the difference supports the claim.
-        p_holm: the p-value after Holm's adjustment, or None if the test cannot be made.
+        p_holm: the p-value after Holm's adjustment, or None if the comparison cannot be tested.
         outcome: the verdict in words.
-        seeds_needed: the number of seeds that would decide the comparison, as text. It is empty if the comparison is
-            decided or if the test cannot be made.
+        seeds_needed: text with the number of seeds that would probably decide the comparison. The text is empty if the
+            comparison is decided or cannot be tested.
     """
 
     comparison: Comparison
@@ -70,16 +70,16 @@ def evaluate_claim(
 ) -> ClaimResult:
     """Return the result of a comparison, before the verdict.
 
-    If any seed has failed or diverged, the result has a problem, because the remaining seeds are a biased sample. The
-    result still contains the difference over the remaining seeds.
+    If the run of any seed has failed or diverged, the comparison cannot be tested, because the remaining seeds are a
+    biased sample. The result still contains the difference over the remaining seeds.
 
     Args:
         comparison: the comparison.
         measure: the claim's measure, `top1` or `drop`.
         first: the runs of the first arm, by seed.
         second: the runs of the second arm, by seed.
-        hits: the hits of runs that were read from a file of many runs, by folder and directory. Hits of other runs are
-            read from their own files.
+        hits: for runs that were read from a record of many runs: which test images each run classified correctly, by
+            folder and directory. For all other runs, this is read from the run's own files.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
@@ -114,7 +114,10 @@ def evaluate_claim(
 
 
 def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: Mapping[int, float]) -> ClaimResult:
-    """Return the result of a comparison whose measure is not an accuracy. `first` and `second` map seeds to values."""
+    """Return the result of a comparison whose measure is not an accuracy.
+
+    `first` and `second` map seeds to values of the measure.
+    """
     seeds = sorted(set(first) & set(second))
     result = ClaimResult(comparison=comparison, seeds=seeds)
     if seeds:
@@ -125,10 +128,10 @@ def evaluate_values(comparison: Comparison, first: Mapping[int, float], second: 
 
 
 def _measured(run: RunRecord, measure: str, hits: Mapping[str, Hits]) -> RunAccuracy:
-    """Return a run's measure in percent, with its value per test image if predictions are stored.
+    """Return the measure of a run in percent, and its value for each test image if predictions are stored.
 
     Args:
-        run: a run that is done.
+        run: a finished run.
         measure: `top1`, `drop`, or `baseline` for the top-1 of the run's float baseline.
 
     Raises:
@@ -150,7 +153,7 @@ def _measured(run: RunRecord, measure: str, hits: Mapping[str, Hits]) -> RunAccu
 
 
 def _place(run: str) -> str:
-    """Return the last two parts of a run's path. They stay the same when the runs are moved."""
+    """Return the last two parts of a run's path, which do not change when the runs are moved."""
     return "/".join(Path(run).parts[-2:])
 
 
@@ -159,7 +162,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
-    """Return sentences about the seeds without a finished run, one for each status and reason.
+    """Return one sentence for each status and reason of seeds without a finished run.
 
     Args:
         arm: "first" or "second".
@@ -177,10 +180,10 @@ def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
 
 
 def decide_claims(family: Sequence[ClaimResult]) -> None:
-    """Set the verdict of every result after adjusting all p-values by Holm's method.
+    """Adjust all p-values by Holm's method, and set the verdict of every result.
 
-    A comparison that cannot be tested gets p = 1. The number of comparisons in the adjustment therefore does not
-    depend on which runs are finished.
+    A comparison that cannot be tested counts with p = 1. The number of comparisons in the adjustment therefore does not
+    depend on which runs have finished.
     """
     for one in family:
         if one.difference is not None and not one.problems:
@@ -201,9 +204,9 @@ def decide_claims(family: Sequence[ClaimResult]) -> None:
 
 
 def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
-    """Return the number of seeds that would decide a comparison, as text.
+    """Return a text with the number of seeds that would probably decide a comparison.
 
-    The significance level is the one that Holm's method uses for the smallest p-value.
+    The computation uses the significance level that Holm's method applies to the smallest p-value.
     """
     d = one.difference
     assert d is not None
@@ -219,7 +222,7 @@ def _seeds_needed(one: ClaimResult, comparisons: int) -> str:
 def claims_table(family: Sequence[ClaimResult], claims: Mapping[str, Claim]) -> Table:
     """Return a table with one row per comparison.
 
-    The table's `values` contain the same results as numbers, for use by programs.
+    For programs, the table's `values` contain the results as numbers.
     """
     table = Table(HEAD)
     for one in family:
@@ -245,7 +248,7 @@ def _second_arm(c: Comparison) -> str:
 
 
 def _border(c: Comparison) -> str:
-    """Return the claimed difference as text, such as `> 0.5` for a margin of 0.5."""
+    """Return the range of differences that supports the claim as text, such as `> 0.5` for a margin of 0.5."""
     return {"better": f"> {c.margin:g}", "at_least": f"> -{c.margin:g}", "equal": f"within {c.margin:g}"}[c.test]
 
 
@@ -253,7 +256,7 @@ def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
     """Return the cells of the effect, its 95 % confidence interval and the number of seeds.
 
     Args:
-        d: the difference between the arms, or None if it is not known.
+        d: the difference between the arms, or None if the difference is not known.
         places: number of decimal places.
     """
     if d is None:
@@ -264,7 +267,7 @@ def _effect_cells(d: Difference | None, places: int) -> tuple[str, str, str]:
 
 
 def _values(one: ClaimResult, claim: Claim) -> dict[str, object]:
-    """Return a result as plain values for JSON. Infinite numbers become None."""
+    """Return a result as values for JSON. Infinite numbers become None."""
     comparison = comparison_values(one.comparison)
     numbers = {} if one.difference is None else asdict(one.difference)
     return {

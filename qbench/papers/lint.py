@@ -1,6 +1,6 @@
-"""Finds contradictions and missing sources in the numbers that were copied from papers.
+"""Finds contradictions and missing sources in numbers that were copied from papers.
 
-Each rule is a function. It yields a finding, which is a row and a text, for every row that breaks the rule.
+Each rule is a function that yields a finding for every row that breaks the rule. A finding is a row and a text.
 """
 
 from collections import defaultdict
@@ -18,10 +18,10 @@ Finding = tuple[PublishedRow, str]
 
 
 def lint(rows: Sequence[PublishedRow], names: Names) -> list[str]:
-    """Return one line per finding in the rows, in the form `paper/id: rule: what is wrong`.
+    """Apply all rules to the rows, and return one line per finding: `paper/id: rule: what is wrong`.
 
-    A row's key `waive` suppresses the findings of a rule and gives the reason. If the row does not
-    break a waived rule, the waiver itself is a finding.
+    The key `waive` of a row suppresses the findings of a rule and gives the reason. If the row does not break this
+    rule, the waiver itself is a finding.
     """
     findings = [(row, rule, what) for rule, check in RULES.items() for row, what in check(rows, names)]
     broken = {(row.paper, row.top5_of or row.id, rule) for row, rule, _ in findings}
@@ -45,7 +45,7 @@ def duplicate_id(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def unknown_name(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a network, data set, method or metric whose name is not in `names.yaml` or `METRICS`."""
+    """Find a network, data set, method or metric with a name that is not in `names.yaml` or `METRICS`."""
     for row in rows:
         known = (("net", names.nets), ("dataset", names.datasets), ("method", names.methods), ("metric", METRICS))
         for key, allowed in known:
@@ -66,7 +66,7 @@ def no_origin(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row without a value and without a note, or with a value of unknown provenance."""
+    """Find a row that has neither a value nor a note, or has a value of unknown provenance."""
     for row in rows:
         if row.value is None and not row.note:
             yield row, "value is null: add a note that says why"
@@ -75,14 +75,14 @@ def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def no_baseline(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a quantized row without a float baseline and without a note that explains this."""
+    """Find a row of a quantized network that has neither a float baseline nor a note that says why."""
     for row in rows:
         if row.method != "float" and row.baseline is None and not row.baseline_note:
             yield row, "no float baseline: add baseline, or baseline_note with the reason"
 
 
 def no_recipe(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row without a recipe and without the reason why the row cannot be run."""
+    """Find a row that has neither a recipe nor a reason why it cannot be run."""
     for row in rows:
         if not row.recipe and not row.lacks:
             yield row, "no recipe: add recipe, or lacks with the reason why the row cannot be run"
@@ -103,7 +103,7 @@ def out_of_range(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
     """Find a value that is worse than guessing.
 
-    Such a value is probably an error that is recorded as an accuracy, or an accuracy that is recorded as an error.
+    Such a value is probably an error rate that was entered as an accuracy, or the reverse.
     """
     for row in rows:
         if row.metric.endswith("increase") or row.dataset not in names.datasets or row.metric not in METRICS:
@@ -116,9 +116,9 @@ def below_chance(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding
 
 
 def complement(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find two values for the same method, network and width whose sum is 100.
+    """Find two values whose sum is 100, for the same method, network and width.
 
-    One of the two values may be an error that is recorded as an accuracy.
+    One of the two values may be an error rate that was entered as an accuracy.
     """
     for group in _grouped(rows, lambda r: (r.method, r.dataset, r.net, str(r.bits), r.metric)):
         for first, second in combinations(group, 2):
@@ -137,20 +137,24 @@ def better_than_float(rows: Iterable[PublishedRow], names: Names) -> Iterator[Fi
 
 
 def two_nets(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find two networks with the same value, for the same method, width and data set."""
+    """Find two networks that have the same value with the same method, width and data set."""
     for group in _grouped(rows, lambda r: (r.method, r.dataset, str(r.bits), r.levels)):
         for first, second in combinations(group, 2):
             a, b = first.value, second.value
             if first.net == second.net or a is None or b is None or first.metric[:4] != second.metric[:4]:
                 continue
             if abs(first.accuracy(a) - second.accuracy(b)) < 0.005:
-                yield second, f"the value {b} for {second.net} is also that of {first.paper}/{first.id} for {first.net}"
+                yield (
+                    second,
+                    f"the value {b} for {second.net} is also the value of {first.paper}/{first.id} for {first.net}",
+                )
 
 
 def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
     """Find rows in which a top-1 value may have been confused with a top-5 value.
 
-    A row is reported if a run or a baseline has two values of one metric, or if top-5 is worse than top-1.
+    A row is reported if one run or one baseline has two different values of the same metric, or if top-5 is worse than
+    top-1.
     """
     rows = list(rows)
     for group in _grouped(rows, lambda r: (r.paper, r.metric, *_run_key(r))):
@@ -174,7 +178,7 @@ def top1_and_top5(rows: Iterable[PublishedRow], names: Names) -> Iterator[Findin
 
 
 def _run_key(row: PublishedRow) -> tuple[object, ...]:
-    """Return a key that is equal for all rows with values of the same run."""
+    """Return a key that is equal for all rows whose values come from the same run."""
     protocol = (row.policy, row.init, row.words, row.recipe, row.note, row.ran_by, row.source)
     return (row.table, row.method, row.dataset, row.net, str(row.bits), row.levels, *protocol)
 

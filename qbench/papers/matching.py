@@ -1,4 +1,4 @@
-"""Finds published results for the settings of a comparison, and computes the gaps to our results."""
+"""Finds published results for the settings of a comparison, and computes the differences from our results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +12,14 @@ from qbench.report.tables.table import Table
 from qbench.system.files import read_yaml
 
 METHOD_KEYS = ("norm", "act")
-"""Network keys that a method may set. Their values may differ from those of the published network."""
+"""Network keys that a method may set. These keys are ignored when networks are matched."""
 
 
 def with_published(tables: Sequence[Table]) -> list[Table]:
-    """Return copies of the tables in which each setting has the published results of its method and network.
+    """Return copies of the tables. Each setting gets the published results for its method and network.
 
-    Notes below a table say which values are from memory, which overrides the published recipes have, and which papers
-    have no result for a setting.
+    Notes below a table say which published values are from memory, which overrides published recipes contain, and which
+    papers have no result for a setting.
     """
     return [_with_published(table) for table in tables]
 
@@ -36,14 +36,14 @@ def _with_published(table: Table) -> Table:
 def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:
     """Return the published top-1 rows for a setting.
 
-    The rows are sorted by three criteria, most important first. Rows with a value come before rows without one, rows by
-    the method's authors before rows by others, and rows of better provenance before rows of worse provenance. A row
-    matches only if it has the same known deviations from the method as the setting.
+    A row matches only if the row and the setting have the same known deviations from the method. Rows with a value come
+    first. Among these, results of the method's authors come before results of others. Then, better provenance comes
+    before worse provenance.
 
     Args:
         setting: a setting of a comparison.
-        dataset: the setting's data set as named in the published rows, or None if they do not have it.
-        net: the setting's network as named in the published rows, or None if they do not have it.
+        dataset: the name of the setting's data set in the published rows, or None if no row uses this data set.
+        net: the name of the setting's network in the published rows, or None if no row uses this network.
     """
     options = setting.options.items()
     deviations = {f"method.{key}={value}" for key, value in options if key.endswith("deviation")}
@@ -59,7 +59,7 @@ def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[Pub
 
 
 def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
-    """Return the published value of a row, and the difference between our accuracy and this value."""
+    """Return the published value of a row, and our accuracy minus this value."""
     mean = setting.top1.mean
     ours = {"top1": mean, "top1_error": 100 - mean}
     if setting.difference is not None:
@@ -84,9 +84,9 @@ def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
 
 
 def _accuracy_text(row: PublishedRow) -> str:
-    """Return a row's value as text, converted so that a larger value is better.
+    """Return the value of a row as a text in which larger is better.
 
-    An error becomes an accuracy. An increase in error becomes an accuracy minus that of the float network.
+    An error becomes an accuracy. An increase in error becomes the accuracy minus the accuracy of the float network.
     """
     mark = "~" if row.provenance.startswith("memory") else ""
     if row.value is None:
@@ -98,7 +98,7 @@ def _accuracy_text(row: PublishedRow) -> str:
 
 
 def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) -> list[str]:
-    """Return the notes for a table (see `with_published`)."""
+    """Return the notes that `with_published` adds below a table."""
     first_matches = [(s.label, s.published[0]) for s in settings if s.published]
     notes = [published.REMEMBERED] if any(match.remembered for _, match in first_matches) else []
     if first_matches:
@@ -113,7 +113,10 @@ def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) ->
 
 
 def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
-    """Return a note that no result of the method's authors is known for a setting, or None if there is no paper."""
+    """Return a note if no result of the method's authors is known for a setting.
+
+    Return None if a result is known or the method has no paper.
+    """
     paper = _paper_of(setting.method)
     if paper is None:
         return None
@@ -126,7 +129,7 @@ def _absence(setting: Setting, dataset: str, net: str | None) -> str | None:
 def _paper_of(method: str) -> Paper | None:
     """Return the paper with the method's name.
 
-    If there is no such paper, return a paper whose authors ran the method. If there is none either, return None.
+    If no paper has this name, return a paper whose authors ran the method, or None if there is no such paper.
     """
     if method == "float":
         return None
@@ -136,12 +139,12 @@ def _paper_of(method: str) -> Paper | None:
 
 
 def _dataset_key(name: str) -> str | None:
-    """Return the name that a data set has in `figures/names.yaml`, or None if it is not there."""
+    """Return the name of a data set in `figures/names.yaml`, or None if the data set is not listed."""
     return next((key for key, known in names().datasets.items() if known.words == (f"dataset={name}",)), None)
 
 
 def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
-    """Return the name that a network with these keys has in `figures/names.yaml`, or None if it is not there."""
+    """Return the name of a network with these keys in `figures/names.yaml`, or None if the network is not listed."""
     from qbench.config.groups import conf_directory
 
     file = conf_directory() / "model" / f"{model}.yaml"

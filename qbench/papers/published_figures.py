@@ -1,8 +1,7 @@
 """Reads the published figures, which are numbers copied from papers.
 
-Each paper has a file `figures/<paper>.yaml` with bibliographic data, recipes and tables. A key that
-is set for a table applies to all rows of the table. `figures/names.yaml` has the names of networks,
-data sets and methods.
+Each paper has a file `figures/<paper>.yaml` with bibliographic data, recipes and tables. A key of a table applies to
+all rows of the table. `figures/names.yaml` contains the names of networks, data sets and methods.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from qbench.papers.row_types import PROVENANCES, Measured, Names, Paper, Publish
 
 FOLDER = Path(__file__).parent / "figures"
 INHERITED = ("policy", "init", "epochs", "augmentation")
-"""Keys of a recipe that apply to its rows. A row's own value of a key overrides the recipe's value."""
+"""Keys of a recipe that also apply to the rows that use the recipe. A value in the row has priority."""
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -41,9 +40,9 @@ def papers() -> tuple[Paper, ...]:
 
 
 def published_rows(paper: str | None = None, provenance: str | None = None) -> list[PublishedRow]:
-    """Return the rows whose provenance is the given one or better.
+    """Return the rows whose provenance is at least as good as the given provenance.
 
-    If the float baseline of such a row has a worse provenance, the row is returned without its baseline.
+    If the provenance of a row's float baseline is worse, the row is returned without the baseline.
 
     Args:
         paper: the key of one paper, or None for all papers.
@@ -69,7 +68,9 @@ def published_rows(paper: str | None = None, provenance: str | None = None) -> l
     return [
         row
         if (row.baseline_provenance or row.provenance) in allowed
-        else dataclasses.replace(row, baseline=None, baseline_note=f"its provenance is worse than {provenance}")
+        else dataclasses.replace(
+            row, baseline=None, baseline_note=f"the provenance of the baseline is worse than {provenance}"
+        )
         for row in rows
         if row.provenance in allowed
     ]
@@ -122,7 +123,7 @@ def _rows_of_entry(file: str, recipes: Mapping[str, Recipe], values: dict[str, A
 
 
 def _convert(kind: type[T], where: str, values: Mapping[str, Any]) -> T:
-    """Return a dataclass of type `kind` with the given values. `where` is the place named in error messages.
+    """Return a dataclass of type `kind` with the given values. `where` is the location for error messages.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has the wrong type.

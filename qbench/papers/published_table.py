@@ -1,7 +1,7 @@
 """Makes tables that show published numbers next to qbench's measurements.
 
-`published_figures.py` reads the published rows, `lint.py` finds impossible rows, and
-`scripts/experiments.py` writes an experiment file for each row that can be run.
+`published_figures.py` reads the published rows. `lint.py` finds errors in the rows. `scripts/experiments.py` writes an
+experiment file for each row that can be run.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ HEAD = (
 MISSING_HEAD = ("row", "dataset", "net", "bits", "metric", "claimed", "ran by", "provenance", "to run it")
 REMEMBERED = "~ from memory, not checked against the source: do not quote this value as the paper's"
 UNKNOWN = "? not known, or published only as a curve"
-SIGNS = "to float: accuracy minus that of the float network, in points; gap: our accuracy minus the claim, in points"
+SIGNS = "to float: accuracy minus the float network's accuracy, in points; gap: our accuracy minus the claim, in points"
 
 
 def published_tables(paper: str | None, provenance: str | None, missing: bool) -> list[Table]:
@@ -27,7 +27,7 @@ def published_tables(paper: str | None, provenance: str | None, missing: bool) -
     Args:
         paper: the key of one paper, or None for all papers.
         provenance: the worst provenance to show, or None for all provenances.
-        missing: whether to show only rows that qbench has not measured yet, each with the command
+        missing: whether to show only rows without a measurement by qbench, each with the command
             that runs it.
 
     Raises:
@@ -42,7 +42,7 @@ def published_tables(paper: str | None, provenance: str | None, missing: bool) -
 
 
 def missing_requirements(row: PublishedRow) -> str:
-    """Return the reason why a row has no experiment, or an empty string if the row has one."""
+    """Return the reason why a row has no experiment, or an empty text if the row has an experiment."""
     if row.lacks:
         return row.lacks
     net, dataset = names().nets[row.net], names().datasets[row.dataset]
@@ -51,10 +51,10 @@ def missing_requirements(row: PublishedRow) -> str:
 
 
 def command_words(row: PublishedRow) -> list[str]:
-    """Return the command-line overrides of a row's run.
+    """Return the command-line overrides of the run that reproduces a row.
 
     Raises:
-        ValueError: the row cannot be run (see `missing_requirements`).
+        ValueError: the row cannot be run. `missing_requirements` returns the reason.
     """
     if reason := missing_requirements(row):
         raise ValueError(f"{row.paper}/{row.id}: {reason}")
@@ -67,12 +67,14 @@ def command_words(row: PublishedRow) -> list[str]:
 
 
 def _pretrain_word(word: str) -> str:
-    """Return the override that has the same effect as `word`, but on the training of the float baseline."""
+    """Return the override that applies `word` to the training of the float baseline."""
     return f"optim@pretrain.{word}" if word.startswith("optim=") else f"pretrain.{word}"
 
 
 def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
-    """Return a sentence that a paper's authors have no result on a data set, or None if they have one.
+    """Return a sentence that says that a paper has no result on a data set.
+
+    Return None if the paper's authors have a result.
 
     If `net` is given, results with other networks are ignored.
     """
@@ -94,12 +96,12 @@ def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
 
 
 def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: bool = False) -> Table:
-    """Return a table of published values next to our measurements, with one line per row.
+    """Return a table with one line per published row, which shows the published value next to our measurement.
 
     Args:
         rows: the published rows.
         title: the title of the table.
-        missing: whether to show only rows that qbench has not measured yet, each with the command
+        missing: whether to show only rows without a measurement by qbench, each with the command
             that runs it.
     """
     rows = [row for row in rows if not (missing and row.measured)]
@@ -124,7 +126,7 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
 
 
 def _measured_values(row: PublishedRow) -> dict[str, float | None]:
-    """Return two differences in percentage points: our value minus the published one, and minus our float baseline.
+    """Return our value minus the published value, and our value minus our float baseline, both in percentage points.
 
     The result is empty if the row has no measurement.
     """
@@ -149,7 +151,7 @@ def _measured_cells(row: PublishedRow) -> tuple[str, ...]:
 
 
 def gap(row: PublishedRow, value: float) -> float | None:
-    """Return our value minus the published value, in percentage points of accuracy, or None if either is not known.
+    """Return our value minus the published value, in percentage points of accuracy, or None if a value is not known.
 
     If the published value is a range and our value is inside it, the result is 0.
     """
@@ -173,7 +175,7 @@ def to_float(row: PublishedRow) -> float | None:
 
 
 def format_claim(row: PublishedRow) -> str:
-    """Return the published value as text. A value from memory begins with `~`, and an unknown value is `?`."""
+    """Return the published value as text. Values from memory begin with `~`. An unknown value becomes `?`."""
     if row.value is None:
         return "?"
     return claim_mark(row) + format_percent(row.value) + ("" if row.upper is None else f"-{format_percent(row.upper)}")
@@ -201,7 +203,7 @@ def format_points(value: float | None) -> str:
 
 
 def _with_title(paper: Paper, table: Table) -> Table:
-    """Add the paper's title to its table, and notes on data sets for which the paper has no result."""
+    """Add the paper's title to its table, and notes on data sets on which the paper has no result."""
     name = "" if paper.title.startswith(paper.name) else f"{paper.name}: "
     table.title = f"{name}{paper.title} ({paper.year}), {paper.link}"
     table.notes = [] if not table.rows else table.notes

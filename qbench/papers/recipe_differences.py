@@ -1,4 +1,4 @@
-"""Compares the configuration of a run with that of the nearest published row of its method."""
+"""Compares the configuration of a run with the most similar published row of its method."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,18 @@ from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.naming import flat
 
 CANDIDATES = 4
-"""Number of similar rows among which the row with the fewest differing keys is chosen."""
+"""Number of most similar rows among which the row with the fewest different keys is selected."""
 KEYS_SHOWN = 12
-"""Maximum number of differing keys that are listed. Further keys are only counted."""
+"""Maximum number of different keys that are listed. Further keys are only counted."""
 NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
 def recipe_differences(run: RunIdentity) -> list[str]:
-    """Return sentences that compare a run with the nearest published row.
+    """Return sentences that compare a run with the most similar published row.
 
-    The sentences name the row's experiment, the keys whose values differ between this experiment and the run, and the
-    settings that the paper does not state. Only keys of the protocol and of the method are compared. Seeds, devices and
-    paths are not compared.
+    The sentences name the experiment of the row, the keys whose values differ between this experiment and the run, and
+    training details that the paper does not state. Only keys of the protocol and the method are compared, not seeds,
+    devices and paths.
     """
     if run.is_baseline:
         return []
@@ -75,7 +75,7 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
 
 
 def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a dotted key has this value in a configuration, which consists of nested dictionaries."""
+    """Return whether a dotted key has the given value in a configuration of nested dictionaries."""
     node: object = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -91,7 +91,7 @@ def _as_number(value: object) -> float | str:
 
 
 def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
-    """Return a note if the row's authors have no result for the run's network and data set, otherwise an empty list."""
+    """Return a list with one note if the row's authors have no result for the run's network and data set, else []."""
     datasets = [key for key, name in names().datasets.items() if f"dataset={run.dataset}" in name.words]
     nets = [key for key, name in names().nets.items() if f"model={run.model}" in name.words]
     sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None
@@ -107,9 +107,9 @@ def _compose_experiment(row: PublishedRow) -> RunIdentity:
 
 
 def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
-    """Return a text `key=ours (published: theirs)` for every key whose value differs.
+    """Return a text `key=ours (published: theirs)` for every key whose values differ.
 
-    A data set, network or optimizer with a different name is listed as one key, without its own keys.
+    If the data sets, networks or optimizers have different names, only the names are listed.
     """
     ours, theirs = _compared_keys(run), _compared_keys(published)
     for node, title in NODE_TITLES.items():
@@ -128,7 +128,7 @@ def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
 
 
 def _compared_keys(run: RunIdentity) -> dict[str, str]:
-    """Return the values, as text, of the keys that are compared. These keys describe protocol, method and widths."""
+    """Return the keys that are compared, with their values as text: keys of the protocol, the method and the widths."""
     method = {key: value for key, value in run.keys["method"].items() if key != "name"}
     values = flat(run.protocol | {"method": method, "bits": run.bits._asdict()})
     return {key: value.strip('"') for key, value in values.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from qbench.config.schema import BitWidths
 
 PROVENANCES = ("verified", "second-hand", "memory-high", "memory-medium", "memory-low", "unknown")
-"""Where a number comes from, best first.
+"""The possible provenances of a number, best first.
 
 - `verified`: the number was read in the named source.
 - `second-hand`: the number was read in a text that quotes the source.
@@ -20,16 +20,16 @@ CHECKPOINT = "authors' checkpoint, evaluated here"
 METRICS = ("top1", "top1_error", "top1_error_increase", "top5", "top5_error", "top5_error_increase")
 """Metrics in percent of the test images.
 
-An increase is the error minus the error of the row's float network, in percentage points.
+An increase in error is the error minus the error of the row's float network, in percentage points.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """qbench's measurement for a row, as mean and standard deviation over n seeds.
+    """qbench's measurement for a row: mean and standard deviation over n seeds.
 
-    The numbers are values of the row's metric. `baseline` is the mean of our float baselines. `top5`
-    and `baseline_top5` are the top-5 values of the same runs.
+    All numbers except top-5 values are in the row's metric. `baseline` is the mean of our float baselines. `top5` and
+    `baseline_top5` are top-5 values of the same runs.
     """
 
     value: float
@@ -46,11 +46,11 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the network of a row is trained. Several rows can share a recipe.
+    """The training recipe of one or more rows.
 
-    `words` are command-line overrides. `open` lists the settings that the source does not state.
-    `departs` lists our deviations from the source. With `pretrain: same`, the float baseline is
-    trained with the same optimizer and number of epochs. For the other keys see `PublishedRow`.
+    `words` are command-line overrides. `open` lists training details that the source does not state. `departs` lists
+    differences between our recipe and the source. With `pretrain: same`, the float baseline is trained with the same
+    optimizer and the same number of epochs. The other keys have the same meaning as in `PublishedRow`.
     """
 
     name: str
@@ -71,18 +71,17 @@ class PublishedRow:
     """One published number.
 
     Args:
-        value: the published number, or the lower end of a published range. None if it is not known.
+        value: the published number, or the lower end of a published range. None means that the number is not known.
         upper: the upper end of a published range, or None for a single number.
-        baseline: the published number of the float network, in the same metric and from the same
-            source.
+        baseline: the published number of the float network, in the same metric and from the same source. None means
+            that there is no such number.
         baseline_note: the reason why `baseline` is missing.
         baseline_provenance: the provenance of `baseline`, if it differs from the row's provenance.
-        levels: number of levels of the weights, if the bit widths do not determine it.
-        words: command-line overrides that are appended to those of the recipe.
+        levels: number of levels of the weights, if the bit widths do not determine this number.
+        words: command-line overrides that are appended to the overrides of the recipe.
         lacks: the reason why the row has no recipe.
-        waive: maps each lint rule that the row may break to the reason.
-        top5_of: the id of the row with the same run's top-1 value, if this row has a top-5 value.
-            Otherwise empty.
+        waive: maps each lint rule that the row is allowed to break to the reason.
+        top5_of: if this row is a top-5 value, the id of the row with the top-1 value of the same run, else empty.
     """
 
     paper: str
@@ -120,16 +119,16 @@ class PublishedRow:
         return not self.ran_by.startswith(THIRD)
 
     def accuracy(self, value: float) -> float:
-        """Return a value of the row's metric, converted so that a larger value is better.
+        """Convert a value of the row's metric so that a larger value is better.
 
-        An error becomes an accuracy. An increase in error changes its sign.
+        An error becomes 100 - error. An increase in error becomes its negative.
         """
         return -value if self.metric.endswith("increase") else 100 - value if "error" in self.metric else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoResult:
-    """A data set, and optionally a network, for which a paper has no result although other texts quote one."""
+    """A data set, and optionally a network, for which other texts quote a result that the paper does not contain."""
 
     dataset: str
     provenance: str
@@ -158,7 +157,7 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class NetName:
-    """The title of a network, and the command-line overrides that select it.
+    """The title of a network, and the command-line overrides that select this network.
 
     The overrides are empty if qbench does not have the network.
     """
@@ -169,7 +168,7 @@ class NetName:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetName:
-    """The title of a data set, its number of classes, and the command-line overrides that select it."""
+    """A data set's title and number of classes, and the command-line overrides that select this data set."""
 
     title: str
     classes: int
@@ -180,7 +179,7 @@ class DatasetName:
 class Names:
     """The networks, data sets and methods of the published figures, each by its key in the YAML files.
 
-    A method is represented only by its title.
+    The value of a method is its title.
     """
 
     datasets: Mapping[str, DatasetName]

@@ -121,7 +121,7 @@ def test_a_lost_process(tmp_path: Path, rank: int, alone: dict[str, str | None])
     wrong = {rank: {"at_step": STEPS_OF_BASELINE + 9, "step_fault": "kill"}}
     statuses, log = run(DOREFA, 2, tmp_path, wrong)
     assert statuses == [-9 if r == rank else 75 for r in range(2)], log
-    assert len(re.findall("^qbench: process lost; to continue, repeat the command$", log, re.MULTILINE)) == 1, log
+    assert len(re.findall("^qbench: a process was lost; to continue, repeat the command$", log, re.MULTILINE)) == 1, log
     assert not list(tmp_path.glob("*/dorefa-*/result.json"))
     check_same_end(tmp_path, 4 if rank else 1, alone)
 
