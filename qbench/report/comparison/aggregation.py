@@ -1,4 +1,4 @@
-"""Aggregates the runs of a setting: mean accuracy over seeds, cost, speed, verified levels."""
+"""Aggregates the runs of a setting: mean accuracy over seeds, cost, speed and verified levels."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,21 @@ from qbench.report.tables.units import si_format
 from qbench.runs.result import Result, TrainingSpeed
 
 NOT_FINE_TUNED = ("trained from scratch", "not trained")
-"""Beginnings of the protocol changes of runs that were not fine-tuned from a float baseline."""
+"""How protocol changes begin in runs that were not fine-tuned from a float baseline."""
 
 
 def aggregate(
     label: str, results: Sequence[Result], source: str, file_bytes: Mapping[str, int],
     learning_rate: SelectedLearningRate | None = None,
 ) -> Setting:  # fmt: skip
-    """Return the setting that the runs belong to, with its runs sorted by seed and directory.
+    """Return the setting that some results belong to. Its runs are sorted by seed and directory.
 
     Args:
         label: the method's name, followed by the options that differ between runs of the method.
-        results: one or more results of one method, protocol and widths, all with an accuracy.
+        results: one or more results with the same method, protocol and widths. All results have an accuracy.
         source: the kind of file that the results were read from.
-        file_bytes: sizes of exported packed files, by the run's directory.
-        learning_rate: how the learning rate was selected; only with lr_search=grid.
+        file_bytes: sizes of exported packed files in bytes, by directory of the run.
+        learning_rate: how the learning rate was selected, or None without lr_search=grid.
     """
     results = sorted(results, key=lambda r: (r.seed, r.run))
     first = results[0]
@@ -62,18 +62,18 @@ def aggregate(
 
 
 def with_control(settings: Sequence[Setting]) -> list[Setting]:
-    """Return settings with their differences from the float control, if the table has one.
+    """Return the settings with their differences from the float control of the table.
 
-    The control (`method=float init=float`) is a float network that starts from its float baseline
-    and trains for as many epochs as the other settings. A difference is over the seeds that both
-    settings have. A setting has no difference if no control has the normalization of its network, or
-    if the setting does not start from its float baseline.
+    The float control (`method=float init=float`) is a float network that starts from its float baseline and is trained
+    for as many epochs as the other settings. A difference uses the seeds that the setting and the control have in
+    common. A setting has no difference if no control has a network with the same normalization, or if the setting does
+    not start from its float baseline.
     """
     return [replace(setting, over_control=_over_control(setting, settings)) for setting in settings]
 
 
 def control_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return a note on the settings whose network has another normalization than every control."""
+    """Return notes on settings whose network has a normalization that no float control has."""
     controls = [setting for setting in settings if _is_control(setting)]
     missing: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
@@ -81,7 +81,7 @@ def control_notes(settings: Sequence[Setting]) -> list[str]:
             typed = " ".join(f"model.{key}={value}" for key, value in setting.network.items()) or "model.norm=auto"
             missing[typed].append(setting.name)
     return [
-        f"{', '.join(names)}: no float control has the same normalization; to add it: method=float init=float {typed}"
+        f"{', '.join(names)}: no float control has the same normalization; to add one: method=float init=float {typed}"
         for typed, names in missing.items()
         if controls
     ]
@@ -96,7 +96,7 @@ def _can_have_control(setting: Setting) -> bool:
 
 
 def _over_control(setting: Setting, settings: Sequence[Setting]) -> Estimate | None:
-    """Return the difference of a setting from its float control, or None without exactly one control."""
+    """Return the difference of a setting from its float control, or None if there is not exactly one control."""
     controls = [s for s in settings if _is_control(s) and s.network == setting.network]
     if len(controls) != 1 or not _can_have_control(setting):
         return None
@@ -114,7 +114,7 @@ def _seed_accuracy(result: Result) -> SeedAccuracy:
 
 
 def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[float]:
-    """Return one value per seed. If a seed has several runs, the value is their mean."""
+    """Return one value per seed. If a seed has several runs, the value is the mean over these runs."""
     grouped: dict[int, list[float]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         grouped[run.seed].append(value)
@@ -122,7 +122,10 @@ def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[floa
 
 
 def _mean_cost(results: Sequence[Result]) -> NetworkCost | None:
-    """Return the cost of the runs. Sizes that depend on the trained network, as with `dq`, are means."""
+    """Return the cost of the runs.
+
+    Sizes that depend on the trained network, as with `dq`, are averaged over the runs.
+    """
     known = [r.cost for r in results if r.cost]
     if not known or known.count(known[0]) == len(known):
         return known[0] if known else None
@@ -157,7 +160,7 @@ def _mean_speed(results: Sequence[Result]) -> TrainingSpeed | None:
 
 
 def _warnings(results: Sequence[Result]) -> tuple[str, ...]:
-    """Return every warning once. If only some seeds have a warning, these seeds are listed at its end."""
+    """Return every warning once. If only some seeds have a warning, its text ends with these seeds."""
     seeds: dict[str, dict[int, None]] = defaultdict(dict)
     for result in results:
         for warning in result.warnings:

@@ -16,8 +16,8 @@ class Column(NamedTuple):
     """A column of a table of settings.
 
     `key` returns the sort value of a row, or None for a row without a value. With `descending`, the largest value comes
-    first. `show` returns the text of a cell with a value. `empty` is the text of a cell without a value. A table in
-    which no setting has a value is without the column if it is `optional`.
+    first. `show` returns the text of a cell with a value. `empty` is the text of a cell without a value. An `optional`
+    column is left out of a table in which no setting has a value.
     """
 
     name: str
@@ -42,7 +42,7 @@ def _column(
     descending: bool = False,
     empty: str = "-",
 ) -> Column:
-    """Return a column of numbers, written in the format `form`."""
+    """Return a column of numbers with the format `form`."""
     return Column(name, group, key, lambda s: form.format(key(s)), descending, empty)
 
 
@@ -60,7 +60,7 @@ def _si_column(
 def _half_width(half: float | None) -> str:
     """Return the half-width of an interval as text.
 
-    If all seeds have the same value, return `-`, because the sample then does not show how much other seeds differ.
+    If all seeds have the same value, the result is `-`, because the sample does not show how much seeds differ.
     """
     return f"±{half:.2f}" if half else "-"
 
@@ -79,7 +79,7 @@ def _span(levels: LevelRange) -> str:
 def _published_key(setting: Setting) -> float | None:
     """Return the published top-1 in percent, which is the sort value of the column.
 
-    A claim without a known top-1 sorts after all other claims.
+    A published result without a known top-1 is sorted after all other published results.
     """
     if not setting.published:
         return None
@@ -133,7 +133,7 @@ COLUMNS = (
 
 
 def columns_in(groups: Iterable[str]) -> list[Column]:
-    """Return the columns of the groups and the columns of every table (method and widths), in a fixed order."""
+    """Return the columns of the given groups, and the columns method and widths, in a fixed order."""
     return [column for column in COLUMNS if column.group in ("", *groups)]
 
 

@@ -16,7 +16,7 @@ KEYS_LISTED = 4
 
 
 class Compared(NamedTuple):
-    """The values of a run that decide against which other runs it can be ranked."""
+    """The values of a run that determine with which other runs it can be ranked."""
 
     method: str
     bits: Bits
@@ -27,30 +27,32 @@ class Compared(NamedTuple):
 
 
 def compared_result(result: Result) -> Compared:
-    """Return the values of a result that decide against which other runs it can be ranked."""
+    """Return the values of a result that determine with which other runs it can be ranked."""
     protocol = result.protocol
     return Compared(result.method, Bits(**result.bits), result.dataset, result.model, protocol.hash, protocol.keys)
 
 
 class Unlike(NamedTuple):
-    """A statement on settings that are not ranked against each other. `advice` says what to type instead."""
+    """A statement about settings that are not ranked against each other. `advice` says what to type instead."""
 
     statement: str
     advice: str = ""
 
 
 def sweep_warnings(runs: Iterable[RunIdentity]) -> list[str]:
-    """Return a warning for each kind of settings in a sweep that cannot be ranked against each other."""
+    """Return warnings about methods in a sweep that cannot be ranked against each other."""
     compared = [Compared(r.method, r.bits, r.dataset, r.model, r.protocol_hash, r.protocol) for r in runs]
     found = [*unlike_widths(compared), *unlike_protocols(compared)]
     return [f"warning: {unlike.statement}\n{unlike.advice}".rstrip() for unlike in found]
 
 
 def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
-    """Return statements on methods with the same weight width, but without a common width of activations or gradients.
+    """Return statements about methods whose widths of activations or gradients differ.
 
-    Two methods can be ranked if they have common widths, or if other methods connect them. A method that has both
-    widths connects them, because it shows the cost of the difference in width.
+    Only methods with the same width of weights are considered.
+
+    Two methods can be ranked if both have runs with the same widths, or if other methods connect them. A method
+    connects two widths if it has runs with both, because these runs show the cost of the difference in width.
     """
     by_width: dict[int, dict[str, set[Bits]]] = defaultdict(lambda: defaultdict(set))
     for run in runs:
@@ -67,7 +69,7 @@ def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
 
 
 def unlike_protocols(runs: Iterable[Compared]) -> list[Unlike]:
-    """Return statements on methods that share no protocol, for each network and data set."""
+    """Return statements about methods that share no protocol, for each network and data set."""
     protocols: dict[tuple[str, str], dict[str, dict[str, Mapping[str, object]]]] = defaultdict(
         lambda: defaultdict(dict)
     )
@@ -91,7 +93,10 @@ def unlike_protocols(runs: Iterable[Compared]) -> list[Unlike]:
 
 
 def _connected(values: Mapping[str, Set[T]]) -> tuple[tuple[str, ...], ...]:
-    """Return groups of names. Two names are in the same group if they share a value, or if other names connect them."""
+    """Return groups of names.
+
+    Two names are in the same group if they share a value, or if a chain of other names that share values connects them.
+    """
     groups: list[set[str]] = []
     for name, own in values.items():
         linked = [group for group in groups if any(values[other] & own for other in group)]
@@ -123,7 +128,7 @@ def _unlike(by_group: Mapping[tuple[str, ...], Sequence[Bits]]) -> Unlike:
 
 
 def _takes(method: str, bits: Bits) -> bool:
-    """Whether a method can quantize activations and gradients, if `bits` has widths for them that are not float."""
+    """Return whether a method can quantize the activations and gradients that `bits` quantizes."""
     parts = [registry.widths(name) for name in method.split("+")]
     if len(parts) > 1 and bits.a == FLOAT:  # the method of the activations would have no effect
         return False

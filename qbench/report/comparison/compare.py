@@ -27,16 +27,16 @@ MISSING_TITLE = "failed or unsupported"
 def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     """Return one table per data set, network and protocol, and a table of missing results.
 
-    A row is a setting: one method with its options at its widths. The accuracy of a setting is the
-    mean over seeds of test top-1 after the last epoch. The difference in accuracy is measured from
-    each run's own float baseline. Runs of different protocols, or on different images, are never
-    averaged and never share a table. The titles of tables name the keys in which protocols differ.
-    With lr_search=grid, a setting contains only the runs of the learning rate that is best on
-    validation data. Test accuracies at the other rates are not shown.
+    A row of a table is a setting: one method with its options and its widths. The accuracy of a setting is the test
+    top-1 after the last epoch, averaged over seeds. The difference in accuracy is the mean difference between each run
+    and its float baseline. Runs with different protocols or different images are never averaged and never share a
+    table. The titles of tables name the keys in which the protocols differ. With lr_search=grid, a setting contains
+    only the runs with the learning rate that is best on validation data. Test accuracies with other learning rates are
+    not shown.
 
     Args:
         runs: the records that `qbench.runs.reader.read` returns.
-        by: keys of `naming.run_keys`. Runs with different values of these keys belong to separate tables.
+        by: keys of `naming.run_keys`. Runs with different values of these keys go to separate tables.
     """
     runs, duplicate_notes = without_duplicates(runs)
     results = separate_data_versions([run.result for run in runs if run.status == DONE and run.result is not None])
@@ -90,9 +90,12 @@ def _by_setting(results: Iterable[Result]) -> dict[tuple[str, ...], list[Result]
 
 
 def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
-    """Return the results by block, without the float baselines.
+    """Return the results by block, without float baselines.
 
-    A run that another run names as its pretrained checkpoint remains, because its own accuracy is in no other row.
+    The results of a block share data set, network and protocol.
+
+    If a run used another run's weights as a pretrained checkpoint, the other run stays in the result, because no other
+    row shows its accuracy.
     """
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {_directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}
@@ -104,7 +107,7 @@ def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
 
 
 def _split(results: Sequence[Result], by: Sequence[str]) -> list[tuple[str, list[Result]]]:
-    """Split results by the values of some keys; return (suffix of the title, results) pairs."""
+    """Split results by the values of some keys. Return pairs (suffix of the title, results)."""
     parts: dict[tuple[str, ...], list[Result]] = defaultdict(list)
     for result in results:
         keys = naming.run_keys(result) if by else {}
@@ -122,7 +125,7 @@ def _sort_key(value: str) -> tuple[bool, float, str]:
 
 
 def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
-    """Return the table of one block: float baselines, then settings by label and widths."""
+    """Return the table of one block: first float baselines, then settings sorted by label and widths."""
     settings, notes = list[Setting](), list[str]()
 
     def add(label: str, members: Sequence[Result], learning_rate: SelectedLearningRate | None = None) -> None:
@@ -151,10 +154,13 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
 
 
 def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, list[Result]]]:
-    """Return pairs of a label and its float baselines. The label names the network keys and the checkpoint.
+    """Return pairs (label, float baselines).
 
-    The row of a pretrained checkpoint has the accuracy that was measured before quantization: the result of the
-    checkpoint's own run is that of other weights (after the last epoch), and possibly of other images.
+    A label names the network keys and, for pretrained weights, the checkpoint.
+
+    The row of a pretrained checkpoint shows the accuracy that was measured before quantization. The result of the run
+    that made the checkpoint is not shown, because it belongs to other weights (after the last epoch), and possibly to
+    other images.
     """
     grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
@@ -173,7 +179,7 @@ def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, 
 
 
 def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple[str, list[Result]]]:
-    """Return the label and results of each setting, sorted by label, then by widths descending."""
+    """Return pairs (label, results), one per setting, sorted by label and then by descending widths."""
     members: dict[tuple[str, int, int, int], list[Result]] = defaultdict(list)
     for result in results:
         widths = result.bits
@@ -182,7 +188,7 @@ def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple
 
 
 def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
-    """Yield notes on several runs of one seed, and on runs read from logs."""
+    """Yield notes on seeds with several runs, and on runs that were read from logs."""
     if len({run.seed for run in setting.runs}) < len(setting.runs):
         names = ", ".join(Path(run.run).name for run in setting.runs)
         yield f"{setting.name}: some seeds have several runs, which are averaged: {names}"
@@ -192,7 +198,7 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
 
 
 def _diverged_notes(setting: Setting, failed: Sequence[Result]) -> Iterator[str]:
-    """Yield a note on the seeds that diverged. The mean leaves them out and may therefore be too high."""
+    """Yield a note on diverged seeds. The mean leaves these seeds out, and may therefore be too high."""
     seeds = {r.seed for r in failed if r.status == "diverged"} - {run.seed for run in setting.runs}
     if seeds:
         named = ", ".join(map(str, sorted(seeds)))
@@ -220,16 +226,19 @@ def _unlike_notes(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _with_epochs(change: str, result: Result) -> str:
-    """Return a change of the protocol in words. For training from scratch, add the number of epochs that it lacks."""
+    """Return a text that describes a change of the protocol.
+
+    For training from scratch, the text says how many epochs other methods have in addition.
+    """
     keys = result.protocol.keys
     epochs, before = keys.get("epochs"), (keys.get("pretrain") or {}).get("epochs")
     if not change.startswith("trained from scratch") or not epochs or not before:
         return change
-    return f"{change}, for {epochs} epochs; other methods have {before} more, in their float baseline"
+    return f"{change}, for {epochs} epochs; other methods have {before} more epochs, for their float baseline"
 
 
 def _commit_notes(results: Sequence[Result], context: _Context) -> Iterator[str]:
-    """Yield a note if several commits of qbench trained the runs of a table and their float baselines."""
+    """Yield a note if different commits of qbench trained the runs of a table and their float baselines."""
     names = {_directory_name(r.baseline.run) for r in results if r.baseline}
     every = [*results, *(context.baselines[name] for name in sorted(names & set(context.baselines)))]
     counts = Counter(" then ".join(map(short_commit, r.commits)) for r in every if r.commits)
@@ -257,10 +266,10 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
 
 
 def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
-    """Return the float baseline's result, as recorded by a run that starts from it.
+    """Return the result of a float baseline, as recorded by a run that starts from this baseline.
 
-    With `other_run`, the baseline's directory holds records of other weights or images (metrics, manifest). The result
-    then names the weights file, so that nobody reads these records as the baseline's.
+    With `other_run`, the metrics and the manifest in the baseline's directory belong to other weights or images. The
+    result then names the weights file instead of the directory, so that these records are not read as the baseline's.
     """
     assert result.baseline is not None
     run = Path(result.baseline.run)
