@@ -1,8 +1,8 @@
-"""Manages a run's directory: lock, config.yaml, checkpoints and result.
+"""Manages the directory of a run: lock, config.yaml, checkpoints and result.
 
-The path is derived from the run's identity. The same command therefore finds the same run again, also in a sweep or
-with a launcher. `result.json` is written last. Until then the directory contains checkpoints, so an interrupted run
-can continue.
+The path is derived from the identity of the run. The same command therefore finds the same run again, also in a sweep
+or with a launcher. `result.json` is written last. Before that, the directory contains checkpoints, so that an
+interrupted run can continue.
 """
 
 import json
@@ -23,7 +23,7 @@ from qbench.system import files
 from qbench.system.locks import locked
 
 FINAL = ("done", "unsupported")
-"""Statuses of final results. A final result is not computed again if the run is repeated."""
+"""Statuses of final results. If a command is repeated, a final result is not computed again."""
 KEPT_CHECKPOINTS = 2
 ARTIFACTS = ("metrics.jsonl", "last.pt", "best.pt", "predictions.npy", "log.txt")
 
@@ -32,17 +32,17 @@ PACKED_FILE = "network.qbench"
 
 
 MAX_HEADER_BYTES = 2**24
-"""Largest size of a packed file's header that is read."""
+"""Maximum size in bytes of the headers of packed files that are read."""
 
 
 NOT_PACKED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error)
-"""Errors that occur when another file is read as a packed file."""
+"""Types of errors that occur when a file of another kind is read as a packed file."""
 
 
 def packed_bytes(path: Path, identity: str) -> int | None:
-    """Return the size of the packed file in a run's directory, or None without a valid one.
+    """Return the size in bytes of the packed file in a run's directory, or None if there is no valid file.
 
-    It must be a whole packed file of the run with this identity, and as new as the result.
+    A valid file is complete, belongs to the run with the given identity, and is not older than the result.
     """
     with suppress(OSError):
         file = os.stat(f"{path}/{PACKED_FILE}")  # most runs have none, and building a Path takes longer
@@ -53,10 +53,10 @@ def packed_bytes(path: Path, identity: str) -> int | None:
 
 
 def _packed_identity(file: Path, size: int) -> str | None:
-    """Return the identity of the run that a packed file was exported from, or None if it is not a whole packed file.
+    """Return the identity of the run from which a packed file was exported, or None if the file is not complete.
 
-    Only the two headers are read, not the weights: the safetensors header, and the tensor `header` (compressed JSON;
-    see `qbench.deploy.container`).
+    The function reads the safetensors header and the tensor `header`, which is compressed JSON
+    (`qbench.deploy.container`). It does not read the weights.
     """
     with file.open("rb") as data, suppress(*NOT_PACKED):
         length = int.from_bytes(data.read(8), "little")
@@ -73,9 +73,9 @@ def _packed_identity(file: Path, size: int) -> str | None:
 
 
 def directory_name(identity: RunIdentity) -> Path:
-    """Return a run's folder below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash>.
+    """Return the folder of a run below `out`: <dataset>-<model>/<method>-w2a2g32-s0-<hash>.
 
-    The hash is the first eight digits of the identity's digest. A run with debug=true is below `debug`.
+    The hash is the first eight digits of the identity's digest. Folders of runs with debug=true are below `debug`.
     """
     folder = f"{path_component(identity.dataset)}-{path_component(identity.model)}"
     method = path_component(identity.method)
@@ -87,19 +87,19 @@ def directory_name(identity: RunIdentity) -> Path:
 
 
 def path_component(name: str) -> str:
-    """Return a name in which a dot replaces each group of characters that are unsafe in a path."""
+    """Return a name for use in a path. A dot replaces each group of characters that are unsafe in a path."""
     return re.sub(r"[^A-Za-z0-9._+]+", ".", name).strip(".")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run. The method `lock` creates it."""
+    """The directory of one run. The method `lock` creates the directory."""
 
     identity: RunIdentity
     path: Path
 
     def stored(self) -> Result | None:
-        """Return the stored result if it is final and belongs to this run."""
+        """Return the stored result if it is final and belongs to this run, else None."""
         result = load_result(self.path)
         if result is None or result.status not in FINAL or result.identity != self.identity.digest:
             return None
@@ -107,7 +107,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Create and lock the directory.
+        """Create the directory, and lock it.
 
         While another process holds the lock, call `waiting` every 0.5 s.
         """
@@ -117,12 +117,12 @@ class RunDirectory:
             yield
 
     def write_config(self) -> None:
-        """Write the whole configuration to config.yaml. The file is sufficient to repeat the run."""
+        """Write the complete configuration to config.yaml. The file is sufficient to repeat the run."""
         text = yaml.safe_dump(self.identity.config, sort_keys=False, allow_unicode=True)
         files.write(self.path / "config.yaml", text.encode())
 
     def new_result(self, status: str, reason: str | None = None) -> Result:
-        """Return a result whose identity fields are filled in."""
+        """Return a new result in which only the fields that identify the run are set."""
         identity = self.identity
         return Result(
             status=status, reason=reason, method=identity.method, options=identity.options,
@@ -140,9 +140,9 @@ class RunDirectory:
         return result
 
     def remove_checkpoints(self) -> None:
-        """Remove the checkpoints of a finished run, in case it was killed before it removed them.
+        """Remove the checkpoints of a finished run that was killed before it could remove them.
 
-        Do nothing if another process has the lock, or if the directory cannot be written to.
+        The method does nothing if another process has the lock or the directory is not writable.
         """
         if self.checkpoints():
             from filelock import FileLock
@@ -152,13 +152,13 @@ class RunDirectory:
                     path.unlink()
 
     def save_state(self, step: int, data: bytes) -> None:
-        """Write the checkpoint of a training step, and keep only the newest two checkpoints."""
+        """Write the checkpoint of a training step, and remove all but the two newest checkpoints."""
         files.write(self.path / f"state-{step}.pt", data)
         for path in self.checkpoints()[KEPT_CHECKPOINTS:]:
             path.unlink()
 
     def write_artifact(self, name: str, data: bytes) -> None:
-        """Write a file that remains after the run, such as last.pt."""
+        """Write a file that is kept after the run, such as last.pt."""
         files.write(self.path / name, data)
 
     def checkpoints(self) -> list[Path]:
@@ -171,11 +171,11 @@ class RunDirectory:
         return [path for _, path in sorted(by_step, reverse=True)]
 
     def has_result(self) -> bool:
-        """Whether result.json exists, with any status."""
+        """Whether result.json exists. The status does not matter."""
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:
-        """Remove the result of an earlier attempt. With `whole`, also remove all other files that the attempt wrote."""
+        """Remove the result of an earlier attempt. If `whole` is true, also remove all other files of the attempt."""
         paths = [self.path / "result.json"]
         if whole:
             paths += [*self.checkpoints(), *self.path.glob("events.out.tfevents.*")]
@@ -184,7 +184,7 @@ class RunDirectory:
             files.convert_os_errors(partial(path.unlink, missing_ok=True), path)
 
     def read_only(self) -> "RunDirectory":
-        """Return the directory for a process that writes nothing, because another process of the run does."""
+        """Return the directory for a process that does not write, because another process of the same run writes."""
         return ReadOnlyDirectory(self.identity, self.path)
 
     def _remove_temporary_files(self) -> None:
@@ -194,7 +194,7 @@ class RunDirectory:
 
 
 class ReadOnlyDirectory(RunDirectory):
-    """The directory of a run in a process that writes nothing."""
+    """The directory of a run, for a process that does not write to it."""
 
     def write_config(self) -> None:
         """Do nothing."""

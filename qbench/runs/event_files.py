@@ -1,4 +1,4 @@
-"""Reads hyper-parameters and final scalars from TensorBoard event files. Damaged files are supported."""
+"""Reads hyper-parameters and final scalars from TensorBoard event files, even if the files are damaged."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from qbench.system import files
 RECORD_OVERHEAD = 16
 """Number of bytes of a record in addition to its content."""
 MAX_TRIES = 2**16
-"""Maximum number of offsets at which the search for a record after damage tries to read. More would take minutes."""
+"""Maximum number of offsets that are tried in the search for the next record after damage. More would take minutes."""
 
 
 @dataclass
 class EventSummary:
-    """Hyper-parameters, the final metrics, and messages about parts that cannot be read."""
+    """Hyper-parameters, final metrics, and messages about parts of files that cannot be read."""
 
     hyperparameters: dict[str, bool | float | str] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class EventSummary:
 
 
 def read_summary(path: Path) -> EventSummary:
-    """Return the summary of all event files in a directory. Later files override earlier ones."""
+    """Return the summary of all event files in a directory. Values in later files override values in earlier files."""
     summary = EventSummary()
     paths = sorted(path.glob("events.out.tfevents.*"))
     if not paths:
@@ -51,7 +51,9 @@ def read_summary(path: Path) -> EventSummary:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the intact records of an event file. TensorBoard's own reader would stop at the first damaged record.
+    """Yield the intact records of an event file.
+
+    TensorBoard's reader would stop at the first damaged record.
 
     A record consists of the content's length (8 bytes), the checksum of the length (4), the
     content, and the checksum of the content (4). If only the content is damaged, the record is

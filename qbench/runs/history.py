@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl of one run: the records of epochs, and the last statistics of each layer."""
+"""Reads records of epochs and the last statistics of each layer from the metrics.jsonl of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ Record = dict[str, Any]
 
 
 def epochs(run: Path) -> dict[int, Record]:
-    """Return a map from epoch (from 0) to its record. Lines that cannot be read are skipped."""
+    """Return a map from epochs, counted from 0, to their records. Lines that cannot be read are skipped."""
     return {values["epoch"]: values for values in _epoch_records(run) if values.get("kind") == "epoch"}
 
 
 def observed(run: Path) -> dict[str, Record]:
-    """Return a map from layer to its last recorded statistics. The map is empty if no statistics were recorded."""
+    """Return a map from layers to the statistics that were recorded last. It is empty if there are none."""
     records = [values["layers"] for values in _epoch_records(run) if isinstance(values.get("layers"), dict)]
     return {name: layer for name, layer in records[-1].items() if isinstance(layer, dict)} if records else {}
 
 
 def _epoch_records(run: Path) -> list[Record]:
-    """Return the records of whole epochs. Records of single steps contain no epoch."""
+    """Return the records of complete epochs. Records of single steps are left out, because they contain no epoch."""
     try:
         lines = files.read(run / "metrics.jsonl").split(b"\n")
     except OSError:
@@ -32,9 +32,11 @@ def _epoch_records(run: Path) -> list[Record]:
 
 
 def baseline_directory(result: Result) -> Path | None:
-    """Return the directory of a run's float baseline, or None without a baseline or if it has other data.
+    """Return the directory of a run's float baseline.
 
-    A directory of the same name next to the run's directory is preferred to the recorded path.
+    The result is None if there is no baseline, or if the directory belongs to a run on other images.
+
+    If a directory with the baseline's name is next to the run's directory, it is used instead of the recorded path.
     """
     if not result.baseline:
         return None

@@ -1,4 +1,4 @@
-"""Reads the hits of a run (the correctly classified test images), and packs them for a file of many runs."""
+"""Reads the hits of a run (the correctly classified test images), and packs them for records of many runs."""
 
 import base64
 import hashlib
@@ -18,9 +18,9 @@ class Hits:
     """The hits of one run.
 
     Args:
-        labels_sha256: sha256 of the test images' labels (int64, in the order of the images). Runs
-            with the same value were tested on the same images.
-        correct: (N,) whether each image was classified correctly.
+        labels_sha256: sha256 of the labels of the test images (int64, in the order of the images). Runs with equal
+            values were tested on the same images.
+        correct: whether each of the N images was classified correctly, (N,) bool.
     """
 
     labels_sha256: str
@@ -42,7 +42,7 @@ def load_hits(run: Path, top1: float) -> Hits | None:
 
 
 def pack_hits(hits: Hits) -> dict[str, Any]:
-    """Return hits as plain values, with one bit per image."""
+    """Return hits as values for JSON, with one bit per image."""
     import numpy as np
 
     bits = base64.b64encode(np.packbits(hits.correct).tobytes()).decode()
@@ -50,7 +50,7 @@ def pack_hits(hits: Hits) -> dict[str, Any]:
 
 
 def unpack_hits(values: Mapping[str, Any], top1: float) -> Hits:
-    """Return the hits that `pack_hits` packed.
+    """Return the hits in the values that `pack_hits` returned.
 
     Raises:
         ValueError: the values are not packed hits, or they contradict `top1`.

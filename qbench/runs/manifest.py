@@ -1,4 +1,4 @@
-"""Records the versions, commit, machine and data of a run."""
+"""Records the software versions, commit, machine and data of a run."""
 
 import platform
 import subprocess
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 EQUAL_UNDER = ("commit", "torch build", "kind of device", "threads", "precision")
-"""The conditions for bit-identical results: they must be equal in both runs."""
+"""Conditions for bit-identical results of two runs. All these values must be equal in both runs."""
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn", "tensorboard")
 
 
@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the clone that contains this package. For an installed wheel, return None."""
+    """Return the commit of the git clone that contains this package, or None if the package is an installed wheel."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -43,7 +43,7 @@ def commit() -> str | None:
 
 @cache
 def changed() -> bool | None:
-    """Return whether the clone had uncommitted changes at the first call. Return None outside a clone."""
+    """Return whether the git clone had uncommitted changes at the first call. Return None outside a clone."""
     root = Path(__file__).parents[2]
     status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit() else None
     return None if status is None else bool(status)
@@ -56,7 +56,7 @@ def code_version() -> str | None:
 
 
 def code_versions(path: Path) -> list[str]:
-    """Return the code versions that trained a run, oldest first, from its manifest."""
+    """Return the code versions that trained a run, oldest first, as recorded in its manifest."""
     stored = (files.read_json(path) or {}).get("commits")
     return [word for word in stored if isinstance(word, str)] if isinstance(stored, list) else []
 
@@ -76,11 +76,11 @@ def write(
 
     Args:
         path: the file to write.
-        numerics: the runtime keys that can change the numbers.
-        device: the device on which the run is computed.
+        numerics: the configuration keys below `runtime` that can change numerical results.
+        device: the device on which the run computes.
         data: the data set's fingerprint.
-        resumed: whether an interrupted run continues. The code versions in the old manifest are then kept.
-        processes: number of processes that share the run.
+        resumed: whether the run continues an interrupted run. If true, the code versions in the old manifest are kept.
+        processes: number of processes that compute the run together.
     """
     import torch
 
@@ -109,7 +109,7 @@ def write(
 
 
 def changed_since(path: Path) -> list[str]:
-    """Return one message per change of commit or torch version since a manifest was written."""
+    """Return one message for each change of commit or torch version since a manifest was written."""
     stored = files.read_json(path) or {}
     found = stored.get("versions")
     versions_then = found if isinstance(found, dict) else {}

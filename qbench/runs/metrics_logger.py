@@ -1,4 +1,4 @@
-"""Writes a run's logs: metrics.jsonl, TensorBoard's event files, and lines of log.txt."""
+"""Writes the logs of a run: metrics.jsonl, TensorBoard event files, and log.txt."""
 
 import io
 import json
@@ -34,12 +34,13 @@ Record = tuple[str, int, Mapping[str, Json]]
 
 
 class MetricsLogger:
-    """Appends records to a run's directory.
+    """Appends records to metrics.jsonl and to TensorBoard event files.
 
     Args:
         path: the run's directory.
-        size: length of metrics.jsonl in bytes at the checkpoint. Later bytes and corrupt lines are removed.
-        step: training step at which the run continues. TensorBoard then hides later points of the earlier attempt.
+        size: length of metrics.jsonl in bytes when the checkpoint was written. Later bytes and corrupt lines are
+            removed.
+        step: training step at which the run continues. TensorBoard hides points of an earlier attempt after this step.
         tensorboard: whether to write event files.
 
     Attributes:
@@ -61,15 +62,15 @@ class MetricsLogger:
 
     @property
     def size(self) -> int:
-        """The length of metrics.jsonl in bytes, for the checkpoint."""
+        """Length of metrics.jsonl in bytes, which a checkpoint stores."""
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
-        """Append `{"kind": ..., "step": ..., **values}`. Also add numbers with a tag to TensorBoard."""
+        """Append `{"kind": ..., "step": ..., **values}`. Numbers that have a tag are also added to TensorBoard."""
         self.records([(kind, step, values)])
 
     def records(self, records: Sequence[Record]) -> None:
-        """Append several lines at once, each as in `record`."""
+        """Append several lines at once. Each line has the form that `record` writes."""
         whole = [{"kind": kind, "step": step} | dict(values) for kind, step, values in records]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in whole).encode()
 
@@ -84,7 +85,7 @@ class MetricsLogger:
             self.scalars(step, scalar_tags(kind, values))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add numbers to TensorBoard only. `values` maps tags to numbers."""
+        """Add numbers to TensorBoard, but not to metrics.jsonl. `values` maps tags to numbers."""
 
         def add(writer: "SummaryWriter") -> None:
             from tensorboard.compat.proto.summary_pb2 import Summary
@@ -98,7 +99,7 @@ class MetricsLogger:
     def histograms(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
         """Add a histogram of each tensor to TensorBoard.
 
-        Bins of equal width take 1/20 of the time of TensorBoard's default bins.
+        The bins have equal widths. This takes 1/20 of the time of TensorBoard's default bins.
         """
 
         def add(writer: "SummaryWriter") -> None:
@@ -110,7 +111,7 @@ class MetricsLogger:
         self._write(add)
 
     def counts(self, step: int, tensors: Mapping[str, "Tensor"]) -> None:
-        """Add counts (n,) to TensorBoard as histograms of 0 to n - 1."""
+        """Add counts (n,) to TensorBoard as histograms of the values 0 to n - 1."""
 
         def add(writer: "SummaryWriter") -> None:
             for name, tensor in tensors.items():
@@ -133,16 +134,17 @@ class MetricsLogger:
         layout: "Mapping[str, Mapping[str, Chart]]",
         texts: Mapping[str, str],
     ) -> None:
-        """Add the hyper-parameters, the tags of the final metrics, the charts, and texts.
+        """Add hyper-parameters, the tags of the final metrics, charts and texts to TensorBoard.
 
-        They are written to this run's event file. TensorBoard's own `add_hparams` would add a second run.
+        All are written to the event file of this run. TensorBoard's `add_hparams` is not used, because it would add a
+        second run.
 
         Args:
             hparams: names and values of the hyper-parameters.
             first: names of the hyper-parameters that TensorBoard shows by default.
             metrics: tags of the final metrics.
-            layout: category -> title -> chart. TensorBoard merges equal layouts of several runs.
-            texts: title -> plain text.
+            layout: charts by category and title. TensorBoard merges equal layouts of several runs.
+            texts: plain texts by title.
         """
 
         def add(writer: "SummaryWriter") -> None:
@@ -171,13 +173,13 @@ class MetricsLogger:
         """Flush and close the event file.
 
         Raises:
-            ResourceError: a part of the event file could not be written.
+            ResourceError: a part of the event file could not be written to disk.
         """
         self._write(lambda writer: writer.flush())
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the event file, even if a part of it cannot be written."""
+        """Close the event file. Errors in writing a part of it are ignored."""
         if self._writer:
             with suppress(OSError):
                 self._writer.close()
@@ -189,7 +191,7 @@ class MetricsLogger:
 
 
 class SilentLogger(MetricsLogger):
-    """Stands for the logger in a process that writes nothing, because another process of the run does."""
+    """Replaces the logger in a process that does not write, because another process of the same run writes."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lost = path, 0
@@ -200,7 +202,7 @@ class SilentLogger(MetricsLogger):
 
 
 def _print_unless_os_error(args: threading.ExceptHookArgs) -> None:
-    """Print the error that ended a thread. An OSError is not printed, because `flush` raises it again."""
+    """Print the error that ended a thread, unless it is an OSError, which `flush` raises again."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -229,13 +231,13 @@ def _bars(
 ) -> None:
     """Add a histogram with counts (n,) between edges (n + 1,).
 
-    `sums` contains the number, the sum, and the sum of squares of the values.
+    `sums` contains the number of values, their sum, and the sum of their squares.
     """
     writer.add_histogram_raw(name, edges[0], edges[-1], *sums, edges[1:], counts, step)
 
 
 def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
-    """Mark hyper-parameters as different between runs. TensorBoard shows such hyper-parameters first."""
+    """Mark hyper-parameters as different between runs, because TensorBoard shows such hyper-parameters first."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data
@@ -246,7 +248,7 @@ def _show_first(experiment: "Summary", names: Sequence[str]) -> None:
 
 
 def _as_code(content: str) -> str:
-    """Return text as a code block of Markdown. Bytes of a command line that are not UTF-8 are escaped."""
+    """Return text as a Markdown code block. Bytes that are not UTF-8, which command lines can contain, are escaped."""
     return indent(content.encode(errors="backslashreplace").decode(), "    ")
 
 

@@ -1,4 +1,4 @@
-"""Shows a run's progress: a live bar on a terminal, otherwise plain lines."""
+"""Shows the progress of a run: as a live bar on a terminal, else as lines of text."""
 
 import sys
 import time
@@ -16,12 +16,12 @@ PLAIN_LINES = 10
 """Approximate number of lines that are printed per stage if stderr is not a terminal."""
 
 REFRESH_SECONDS = 0.25
-"""Seconds between two updates of the live bar. Each update delays training by some milliseconds."""
+"""Time in seconds between two updates of the live bar. An update delays training by some milliseconds."""
 
 
 @dataclass
 class _Stage:
-    """A stage of training: `total` steps of `images` images. `first` steps were done earlier."""
+    """A stage of training: `total` steps of `images` images each. `first` steps were done before it was started."""
 
     title: str
     total: int
@@ -33,7 +33,7 @@ class _Stage:
     printed: int = -1
 
     def speed(self, done: int) -> float:
-        """Return the images per second since the stage began. `done` steps are complete."""
+        """Return the images per second since the start of the stage. `done` is the number of completed steps."""
         return (done - self.first) * self.images / max(time.perf_counter() - self.since, 1e-9)
 
 
@@ -41,11 +41,11 @@ class ProgressReporter:
     """Shows progress and messages of one process on stderr.
 
     Args:
-        live: whether to draw a bar if stderr is a terminal.
+        live: whether to show a live bar if stderr is a terminal.
         quiet: whether to show nothing. A sweep sets this, because it shows all runs in one view.
 
     Attributes:
-        log: the file to which messages are written; None before the run has a log file.
+        log: the file to which messages are written, or None as long as the run has no log file.
     """
 
     def __init__(self, *, live: bool = True, quiet: bool = False) -> None:
@@ -58,7 +58,7 @@ class ProgressReporter:
         self.log: Path | None = None
 
     def say(self, text: str) -> None:
-        """Print a message above the bar, and write it to log.txt."""
+        """Print a message, above the bar if there is one, and write the message to log.txt."""
         if self._bar:
             self._bar.console.print(text, highlight=False, markup=False)
         elif not self._quiet:
@@ -66,12 +66,12 @@ class ProgressReporter:
         self.keep(text)
 
     def keep(self, text: str) -> None:
-        """Write a message to log.txt only."""
+        """Write a message to log.txt without printing it."""
         if self.log:
             append_text(self.log, text)
 
     def start(self, title: str, total: int, done: int, images: int) -> None:
-        """Begin a stage of `total` steps of `images` images each. `done` steps are already complete."""
+        """Start a stage of `total` steps of `images` images each. `done` steps are already completed."""
         self.stop()
         self._stage = _Stage(title, total, done, images)
         if self._live:
@@ -80,7 +80,7 @@ class ProgressReporter:
             self._bar.add_task(title.partition("  ")[0], total=total, completed=done, text="")
 
     def step(self, done: int, loss: Callable[[], float]) -> None:
-        """Show that `done` steps are complete. `loss` is called only if the loss is shown."""
+        """Show that `done` steps are completed. `loss` is called only if the loss is shown."""
         stage, now = self._stage, time.perf_counter()
         if self._bar and now - stage.shown_at > REFRESH_SECONDS:
             stage.shown_at = now
@@ -88,7 +88,7 @@ class ProgressReporter:
             self._bar.update(self._bar.task_ids[0], completed=done, text=text)
 
     def epoch(self, done: int, record: Mapping[str, float]) -> None:
-        """Show the record of an epoch after `done` steps."""
+        """Show the record of an epoch. `done` is the number of completed steps."""
         stage = self._stage
         stage.note = f"train {record['train_top1']:.1f} %  "
         if "val_top1" in record:

@@ -1,4 +1,4 @@
-"""Reads runs from their results or logs, or from a file that records many runs."""
+"""Reads runs from their results or logs, or from records of many runs."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from qbench.system.locks import is_locked
 DONE = "done"
 FROM_LOGS = "from the logs"
 LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha256")
-"""Fields of a result that `dump_records` omits, because they are large or describe the machine and its files."""
+"""Fields of a result that `dump_records` omits, because they are large or describe the machine."""
 
 NAMED = re.compile(r".*-([0-9a-f]{8})")
 """The name of a run's directory, which ends with the first digits of the run's identity."""
@@ -40,11 +40,12 @@ Line = dict[str, Any]
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """A run directory with its result, or with the reason why there is none.
+    """A run directory with its result, or with the reason why there is no result.
 
-    `status` is the status of the result, or running, unfinished, corrupt or not begun. `unread` names the damaged parts
-    of the run's files. `recorded` is true if the run was read from a file of many runs, which may also contain the
-    run's `hits`. `file_bytes` is the size of an exported packed file in the run's directory.
+    `status` is the status of the result. If there is no result, it is running, unfinished, corrupt or not begun.
+    `unread` names damaged parts of the run's files. `recorded` is true if the run was read from a record of many runs,
+    which may also contain the `hits` of the run. `file_bytes` is the size of an exported packed file in the run's
+    directory.
     """
 
     path: Path
@@ -63,12 +64,12 @@ class RunRecord:
 
 
 def read(names: Iterable[str]) -> list[RunRecord]:
-    """Return all runs in directories and in files made by `dump_records`, sorted by path.
+    """Return all runs in directories and in records that `dump_records` made, sorted by path.
 
     Runs with debug=true are left out.
 
     Raises:
-        ConfigError: a name does not exist, or a file was not written by `dump_records`.
+        ConfigError: a path does not exist, or a file is not a record that `dump_records` made.
     """
     found: dict[Path, RunRecord] = {}
     recorded: dict[Path, RunRecord] = {}
@@ -92,12 +93,15 @@ def _read_directory(root: Path) -> dict[Path, RunRecord]:
 
 
 def _is_debug(run: RunRecord) -> bool:
-    """Return whether a run has debug=true, according to its result or, without a result, its config.yaml."""
+    """Return whether a run has debug=true.
+
+    If there is no result, the function reads the run's config.yaml.
+    """
     return bool(run.result.protocol.keys.get("debug")) if run.result else has_debug_config(run.path)
 
 
 def has_debug_config(path: Path) -> bool:
-    """Return whether config.yaml in a directory has debug=true. False without such a file."""
+    """Return whether the config.yaml of a directory has debug=true. The result is False if there is no such file."""
     try:
         return re.search(rb"^debug: true$", files.read(path / "config.yaml"), re.MULTILINE) is not None
     except OSError:
@@ -105,7 +109,7 @@ def has_debug_config(path: Path) -> bool:
 
 
 def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs, followed by their float baselines from the same folders."""
+    """Return the runs, followed by their float baselines that are in the same folders."""
     known = {run.path for run in runs}
     starts = [(run.path.parent, run.result.baseline) for run in runs if run.result and run.result.baseline]
     baselines = {folder / Path(start.run).name for folder, start in starts if not start.pretrained}
@@ -113,10 +117,10 @@ def with_baselines(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def dump_records(runs: Sequence[RunRecord]) -> str:
-    """Return runs as JSON for `load_records`, without the fields in `LEFT_OUT`.
+    """Return a record of runs as JSON, which `load_records` reads. The fields in `LEFT_OUT` are omitted.
 
-    Each protocol is written only once. A run with stored predictions gets its hits, one bit per
-    test image, so that a comparison can pair runs by image.
+    Each protocol is written only once. If predictions of a run are stored, the record contains the run's hits, one bit
+    per test image, so that a comparison can pair runs by image.
     """
     protocols: dict[str, Any] = {}
     records = []
@@ -136,10 +140,10 @@ def dump_records(runs: Sequence[RunRecord]) -> str:
 
 
 def load_records(file: Path) -> list[RunRecord]:
-    """Return the runs of a file that contains the output of `dump_records`.
+    """Return the runs in a record that `dump_records` made.
 
     Raises:
-        ConfigError: the file is corrupt or contains something else.
+        ConfigError: the file is corrupt or is not a record of runs.
     """
     try:
         values = json.loads(files.read(file))
@@ -239,12 +243,12 @@ def _metrics(path: Path) -> tuple[list[Line], str]:
 
 
 def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
-    """Return a result from config.yaml and the final line of metrics.jsonl.
+    """Return a result that is made from config.yaml and the final line of metrics.jsonl.
 
-    Return None if one of the two is missing.
+    The result is None if config.yaml or the final line is missing.
 
     Raises:
-        ValueError: config.yaml describes another run than the directory's name.
+        ValueError: config.yaml and the name of the directory belong to different runs.
     """
     final = next((line for line in reversed(lines) if line.get("kind") == "final"), None)
     file = path / "config.yaml"
@@ -269,7 +273,7 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
 
 
 def _result_from_events(path: Path, unread: list[str]) -> Result | None:
-    """Return a result from the event files, or None. Its protocol is not known.
+    """Return a result that is made from TensorBoard event files, or None. The protocol of the result is not known.
 
     Messages about parts that cannot be read are appended to `unread`.
     """
@@ -293,7 +297,7 @@ def _result_from_events(path: Path, unread: list[str]) -> Result | None:
 
 
 def _final_evaluation(record: Mapping[str, object]) -> Evaluation | None:
-    """Return the accuracies from keys such as `val_top1`; None if the test split is incomplete.
+    """Return the accuracies under keys such as `val_top1`, or None if an accuracy on the test split is missing.
 
     Raises:
         ValueError: a value is not a number or out of range.

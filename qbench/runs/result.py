@@ -1,4 +1,4 @@
-"""Defines the typed result of a run: the content of `result.json`."""
+"""Defines the result of a run, which is the content of `result.json`."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +14,7 @@ from qbench.cost.network_cost import NetworkCost
 from qbench.system import files
 
 SCHEMA = 3
-"""Version of result.json; results of other versions are not read."""
+"""Version of the format of result.json. Results with other versions are not read."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
@@ -25,7 +25,7 @@ STATUSES = ("done", "failed", "diverged", "unsupported")
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Top-1 and top-5 in percent, and the mean cross entropy, on one split."""
+    """Top-1 and top-5 in percent, and mean cross entropy, on one split."""
 
     top1: Percent
     top5: Percent
@@ -36,8 +36,8 @@ class Accuracy:
 class Evaluation:
     """The accuracy of one set of weights on the test and validation splits.
 
-    `val` is None without a validation split. `epoch` counts from 0 and is None if nothing was
-    trained.
+    `val` is None if there is no validation split. `epoch` is the epoch of the weights, counted from 0, or None if the
+    network was not trained.
     """
 
     test: Accuracy
@@ -47,10 +47,10 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineResult:
-    """A float baseline's directory, and its evaluations after the last and the best epoch.
+    """The directory of a float baseline, and its evaluations after the last and after the best epoch.
 
-    If the run starts from a checkpoint, the checkpoint's network is the baseline, evaluated before
-    it is quantized. `run` is then the path of the file, or of the directory with best.pt, and
+    If a run starts from a checkpoint, the baseline is the network in the checkpoint, which is evaluated before it is
+    quantized. In this case, `run` is the path of the checkpoint file, or of the directory that contains best.pt, and
     `sha256` is the digest of the file.
     """
 
@@ -61,13 +61,16 @@ class BaselineResult:
 
     @property
     def pretrained(self) -> bool:
-        """Whether the baseline is a checkpoint that `init` names, instead of a run that qbench trained for it."""
+        """Whether the baseline is a checkpoint that `init` names, instead of a float network that qbench trained."""
         return self.sha256 is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """The keys that must be equal to compare two runs, and their digest ("" if not known)."""
+    """The configuration keys that must be equal in two runs that are compared, and the digest of these keys.
+
+    The digest is "" if the protocol is not known.
+    """
 
     hash: str
     keys: dict[str, Any]
@@ -75,7 +78,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Training speed without evaluation, and peak memory of the process or CUDA device, in bytes."""
+    """Training speed without evaluation, and peak memory in bytes of the process or the CUDA device."""
 
     images_per_second: float
     seconds_per_epoch: float
@@ -87,15 +90,14 @@ class Result:
     """The content of `result.json`. docs/reference/run-directory.md describes each field.
 
     `final` is measured after the last epoch, and `best` after the epoch with the best validation accuracy. `verified`
-    maps a layer, and then w, a or g, to the number of levels found and allowed. `protocol_changes` describes the
-    changes to the shared protocol that the method requires. `run` is the run's directory, which is not stored in the
-    file.
+    maps a layer, and then w, a or g, to the number of used and allowed levels. `protocol_changes` describes how the
+    method changes the protocol that methods share. `run` is the directory of the run, which is not stored in the file.
 
-    `data_sha256` is the digest of the data set's fingerprint. The fingerprint contains the counts and the sha256 of
-    every split's images and labels in order. The digest is not part of `identity`, because the identity must be known
-    before any data is read. The digest shows whether a stored run was trained on the present data.
+    `data_sha256` is the digest of the data set's fingerprint, which contains the number of images and the sha256 of the
+    images and labels of each split. This digest is not part of `identity`, because the identity must be known before
+    any data is read. It shows whether a stored run was trained on the images that are present now.
 
-    `warnings` are facts that limit what the accuracy or the size means. `notes` are other remarks.
+    `warnings` are facts that a reader must know to interpret the accuracy or the size. `notes` are other remarks.
 
     `commits` are the commits of qbench that trained the run, oldest first. There are several commits if the run was
     continued after a change of the code.
@@ -135,7 +137,7 @@ class Result:
 
     @property
     def widths(self) -> str:
-        """The bit widths in one word, such as w2a2g32."""
+        """The bit widths as one word, such as w2a2g32."""
         return "".join(f"{key}{self.bits[key]}" for key in "wag")
 
     @property
@@ -144,7 +146,10 @@ class Result:
         return self.final.test.top1 if self.final else None
 
     def same_data(self, other: "Result") -> bool:
-        """Whether this run used the images of another run, as far as this run recorded its images."""
+        """Return whether this run and another run used the same data set with the same images.
+
+        The images count as equal if this run did not record the digest of its images.
+        """
         return self.dataset == other.dataset and self.data_sha256 in (None, other.data_sha256)
 
     @property
@@ -156,8 +161,8 @@ class Result:
 def load_result(path: Path) -> Result | None:
     """Return the result in a run directory.
 
-    Return None if the result is missing, corrupt or of another schema. The protocol must match its
-    hash, because tables read its keys.
+    The result is None if the file is missing or corrupt, or has another schema. The protocol must match the stored
+    hash, because tables read the keys of the protocol.
     """
     values = files.read_json(path / "result.json")
     if values is None or values.pop("sha256", None) != digest(values):
@@ -170,7 +175,7 @@ def load_result(path: Path) -> Result | None:
 
 
 def parse_result(values: dict[str, Any]) -> Result:
-    """Return a result from plain values. The type and range of every field are checked.
+    """Return a result from the values of a JSON object. The type and the range of every field are checked.
 
     Raises:
         ValueError: a field is missing or unknown, or has a wrong type or value.
@@ -219,7 +224,7 @@ def store_result(path: Path, result: Result) -> None:
 
 
 def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values, with the sha256 of their JSON under the key `sha256`."""
+    """Return the values with an additional key `sha256`, the digest of the values as JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     plain.pop("sha256", None)
     return plain | {"sha256": digest(plain)}

@@ -1,4 +1,4 @@
-"""Reads a run's config.yaml, and refuses a file that was edited after the run."""
+"""Reads the config.yaml of a run, and refuses a file that was edited after the run."""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,13 @@ from qbench.system import files
 
 
 def stored_config(run: Path, identity: str | None = None) -> Config:
-    """Return the configuration of a run, which must be the one that the run was trained with.
+    """Return the configuration with which a run was trained.
 
-    The checkpoints that `init` and `distill.teacher` name may be missing, because result.json
-    contains their digests.
+    The checkpoints that `init` and `distill.teacher` name need not exist, because result.json contains their digests.
 
     Args:
-        identity: digest of the run's identity, as stored with the weights. If it is None, the
-            configuration must match the identity in result.json. If there is no result either, any
-            configuration is accepted.
+        identity: digest of the run's identity, as stored with the weights. If this is None, the configuration must
+            match the identity in result.json. If there is also no result, any configuration is accepted.
 
     Raises:
         OSError: config.yaml cannot be read.
@@ -42,14 +40,14 @@ def stored_config(run: Path, identity: str | None = None) -> Config:
 
 
 def recorded_files(result: Result | None) -> dict[str, str]:
-    """Return a map from `init` and `distill.teacher` to the sha256 of the checkpoint that the key named."""
+    """Return the sha256 of the checkpoints that `init` and `distill.teacher` name, by key."""
     keys = result.protocol.keys if result else {}
     digests = {"init": keys.get("init"), "distill.teacher": (keys.get("distill") or {}).get("teacher")}
     return {key: str(value) for key, value in digests.items() if value}
 
 
 def _parse(values: Any, run: Path) -> Config:
-    """Return the configuration in a file's values. The checkpoints that the configuration names need not exist."""
+    """Return the configuration in the values of a file. Checkpoints that the configuration names need not exist."""
     if not isinstance(values, dict):
         raise ConfigError(f"the file contains {values!r}, not keys and values")
     init, teacher = values["init"], values["distill"]["teacher"]

@@ -1,4 +1,4 @@
-"""Defines what TensorBoard shows of a run in addition to single curves.
+"""Defines what TensorBoard shows about a run in addition to single curves.
 
 TensorBoard shows a figure with the levels of each layer, charts of several curves, and a row in the table of
 hyper-parameters.
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Columns = dict[str, bool | int | float | str]
-"""A run's row in the table of hyper-parameters: name -> value."""
+"""A row of the table of hyper-parameters: values by name."""
 Chart = list[str | list[str]]
-"""A chart of the custom-scalars tab: "Multiline" and the regular expressions of the tags."""
+"""A chart of the custom-scalars tab: the word "Multiline", and regular expressions that select tags."""
 
 METRICS = tuple(FINAL.values())
-"""The tags of the final metrics. Without a validation split, these columns exist but are empty."""
+"""Tags of the final metrics. Without a validation split, the columns of validation metrics are empty."""
 FIRST = ("method", "w", "a", "g", "seed")
-"""The columns that TensorBoard shows by default."""
+"""Columns that TensorBoard shows by default."""
 
 
 def _chart(tag: str) -> Chart:
@@ -39,7 +39,7 @@ def _layer_chart(tag: str) -> Chart:
 
 
 STATISTICS = ("top", "dead", "entropy", "flips", "frozen", "clipped", "grad")
-"""Statistics of a layer that are not parameters of the layer's quantizers."""
+"""Names of a layer's statistics that are not parameters of the layer's quantizers."""
 CHARTS: dict[str, dict[str, Chart]] = {
     "float and quantized": {
         "top-1 on training images, %": _chart("accuracy/train$"),
@@ -75,7 +75,7 @@ CHARTS: dict[str, dict[str, Chart]] = {
 def columns(
     method: str, bits: Bits, model: str, dataset: str, seed: int, epochs: int, optimizer: str, lr: float
 ) -> Columns:
-    """Return a run's row in the table of hyper-parameters. Every run has the same columns."""
+    """Return the row of a run in the table of hyper-parameters. Every run has the same columns."""
     return {
         "method": method, "w": bits.w, "a": bits.a, "g": bits.g, "model": model, "dataset": dataset, "seed": seed,
         "epochs": epochs, "optimizer": optimizer, "lr": lr,
@@ -85,10 +85,10 @@ def columns(
 def levels_figure(weights: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure | None":
     """Return a matplotlib figure with a panel per layer, or None without layers.
 
-    Latent weights are drawn as a histogram, quantized weights as lines at their levels.
+    Latent weights are drawn as a histogram. Quantized weights are drawn as lines at their levels.
 
     Args:
-        weights: layer -> latent and quantized weights.
+        weights: latent and quantized weights by layer.
     """
     if not weights:
         return None

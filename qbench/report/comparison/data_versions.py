@@ -1,4 +1,4 @@
-"""Separates runs that were measured on different images under one name of a data set."""
+"""Separates runs that used different images although their data sets have the same name."""
 
 import json
 from collections import defaultdict
@@ -9,14 +9,14 @@ from qbench.config.identity import digest
 from qbench.runs.result import Result
 
 KEY = "data"
-"""The protocol key for the first digits of the images' sha256. Only runs whose images differ have this key."""
+"""Protocol key that contains the first digits of the images' sha256. It is added only if images differ between runs."""
 
 
 def separate_data_versions(results: Sequence[Result]) -> list[Result]:
-    """Return the results. If runs used different images, the images become part of the protocol.
+    """Return the results. If runs used different images, a key for the images is added to their protocols.
 
-    Runs with the same keys of `dataset` have the same images unless the files were changed. If the
-    files were changed, the runs get different protocols. They then share no table and are not compared.
+    Two runs with the same keys of `dataset` use the same images unless the files were changed between the runs. If the
+    files were changed, the runs get different protocols. They are then in different tables and are not compared.
     """
     versions: dict[str, set[str]] = defaultdict(set)
     by_object: dict[tuple[str, int], str] = {}  # runs usually share the keys of their protocol

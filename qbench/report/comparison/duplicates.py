@@ -1,4 +1,7 @@
-"""Removes duplicate runs. A run may be in two directories, or in a directory and a file of many runs."""
+"""Removes duplicate runs.
+
+The same run may be in two directories, or in a directory and a record of many runs.
+"""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
@@ -6,9 +9,9 @@ from qbench.runs.reader import DONE, RunRecord
 
 
 def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
-    """Return every run once, and notes on the duplicates that are left out.
+    """Return every run once, and notes about the duplicates that are left out.
 
-    A run in a directory is preferred to the same run in a file of many runs.
+    If a run is in a directory and in a record of many runs, the run in the directory is returned.
     """
     kept: dict[Hashable, RunRecord] = {}
     duplicates: list[RunRecord] = []
@@ -23,13 +26,13 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
 
 def _same_images(run: RunRecord, other: RunRecord) -> bool:
-    """Whether two runs of one identity used the same images. An unknown digest equals every other digest."""
+    """Return whether two runs with the same identity used the same images. Unknown digests count as equal."""
     digests = {r.result.data_sha256 for r in (run, other) if r.result and r.result.data_sha256}
     return len(digests) < 2
 
 
 def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:
-    """Yield a note on the runs that are left out, and a note on those whose accuracy differs from the kept run's."""
+    """Yield a note on duplicates that are left out, and a note on duplicates with a different accuracy."""
     if not duplicates:
         return
     yield f"duplicate runs are left out: {duplicates[0].path}{_more(duplicates)}"

@@ -1,4 +1,4 @@
-"""Selects runs by the keys and values of the command line."""
+"""Selects runs by keys and values that were typed on the command line."""
 
 import json
 import re
@@ -14,22 +14,22 @@ VALUES_LISTED = 20
 RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
 WIDTHS = re.compile(r"(?:[wag]\d+)+")
 RunKeys = Mapping[str, str]
-"""The keys that a run can be selected by: key -> value as JSON."""
+"""The keys by which a run can be selected, with their values as JSON."""
 
 
 def select_runs(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], by: Sequence[str] = ()
 ) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs that match `where` with their float baselines, and notes on values not found.
+    """Return the runs that match `where`, their float baselines, and notes on values that no run has.
 
-    Baselines are kept even if they do not match, since differences are measured from them.
+    The baselines are kept even if they do not match, because differences are measured from them.
 
     Args:
-        where: key -> allowed values, as typed. A run matches if every key has an allowed value.
-        by: other keys. Each key must exist in at least one run.
+        where: maps keys to the allowed values, as typed. A run matches if it has an allowed value for every key.
+        by: further keys. At least one run must have each of these keys.
 
     Raises:
-        ConfigError: no run has a key, or no run has any of the values typed for a key.
+        ConfigError: no run has one of the keys, or none of the values that were typed for a key.
     """
     matched, notes = matching_runs(runs, where, by)
     return _with_baselines(matched, runs), notes
@@ -38,7 +38,10 @@ def select_runs(
 def matching_runs(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], by: Sequence[str] = ()
 ) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs that match `where`, and notes on values not found. For the arguments see `select_runs`."""
+    """Return the runs that match `where`, and notes on values that no run has.
+
+    The arguments are the same as for `select_runs`.
+    """
     if not runs or not (where or by):
         return list(runs), []
     keys = {id(run): naming.run_keys(run.result) for run in runs if run.result is not None}
@@ -59,10 +62,10 @@ def _unknown_key(key: str, known: Iterable[str]) -> str:
 def _absent_values(
     where: Mapping[str, Sequence[str]], runs: Sequence[RunRecord], keys: Mapping[int, RunKeys]
 ) -> list[str]:
-    """Return one note per value that no run has.
+    """Return one note for each typed value that no run has.
 
     Raises:
-        ConfigError: no run has any of the values typed for a key.
+        ConfigError: no run has any of the values that were typed for a key.
     """
     run_keys = [keys.get(id(run)) or _keys_of_directory(run) for run in runs]
     notes = []
@@ -82,16 +85,16 @@ def _absent_values(
 def _matching(
     runs: Sequence[RunRecord], where: Mapping[str, Sequence[str]], keys: Mapping[int, RunKeys]
 ) -> list[RunRecord]:
-    """Return the runs that match.
+    """Return the runs that match the typed values.
 
-    If a run has no result, its method, widths and seed are read from the directory name. The run is left out only if
-    one of these three contradicts the filter.
+    If a run has no result, its method, widths and seed are read from the name of its directory. Such a run is left out
+    only if one of these three values contradicts the filter.
     """
     return [run for run in runs if _matches(keys.get(id(run)) or _keys_of_directory(run), where, run.result is None)]
 
 
 def _with_baselines(kept: Sequence[RunRecord], runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the kept runs and their float baselines, in the order of `runs`."""
+    """Return the selected runs and their float baselines, in the order of `runs`."""
     starts = [run.result.baseline for run in kept if run.result and run.result.baseline]
     baseline_names = {_directory_name(baseline.run) for baseline in starts if not baseline.pretrained}
     chosen = {id(run) for run in kept}
@@ -107,7 +110,7 @@ def _directory_name(path: str) -> str:
 def _keys_of_directory(run: RunRecord) -> dict[str, str]:
     """Return method, widths and seed from the name of a run directory.
 
-    The dictionary is empty if the name has another form.
+    The result is empty if the name does not have the form of a run directory.
     """
     match = RUN_DIRECTORY.fullmatch(run.path.name)
     if not match:
@@ -118,7 +121,7 @@ def _keys_of_directory(run: RunRecord) -> dict[str, str]:
 
 
 def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches: bool) -> bool:
-    """Whether a run has one of the allowed values for every key.
+    """Return whether a run has an allowed value for every key.
 
     With `unknown_matches`, a key that the run does not have matches every value.
     """
@@ -132,7 +135,10 @@ def _matches(keys: RunKeys, where: Mapping[str, Sequence[str]], unknown_matches:
 
 
 def _equals(key: str, stored: str, typed: str) -> bool:
-    """Whether a stored JSON value equals the typed one: 0.001 equals 1e-3, w2a2g32 equals w2a2."""
+    """Return whether a stored JSON value equals a typed value.
+
+    For example, 0.001 equals 1e-3, and w2a2g32 equals w2a2.
+    """
     value = json.loads(stored)
     if isinstance(value, str):
         widths = key == "bits" and WIDTHS.fullmatch(typed)

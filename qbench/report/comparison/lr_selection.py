@@ -1,4 +1,4 @@
-"""`lr_search=grid`: selects the learning rate of a method at its widths by validation accuracy."""
+"""Selects the learning rate of a setting by validation accuracy, for `lr_search=grid`."""
 
 import math
 from collections import defaultdict
@@ -16,10 +16,10 @@ Accuracies = Mapping[float, Mapping[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedLearningRate:
-    """The learning rate of a grid with the best validation accuracy.
+    """The learning rate with the best validation accuracy in a grid of rates.
 
-    `validation` maps each rate of the grid, lowest first, to the mean validation top-1 over
-    `seeds`, or to None if the rate is not a candidate. `rate` is None if no rate could be selected.
+    `validation` maps each rate of the grid, in ascending order, to the mean validation top-1 over `seeds`. The value is
+    None if the rate is not a candidate. `rate` is None if no rate could be selected.
     """
 
     rate: float | None
@@ -27,13 +27,13 @@ class SelectedLearningRate:
     seeds: tuple[int, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return the selection as plain values."""
+        """Return the selection as values for JSON."""
         grid = [{RATE: rate, "val_top1_mean": accuracy} for rate, accuracy in self.validation.items()]
         return {RATE: self.rate, "seeds": list(self.seeds), "grid": grid}
 
 
 class Selection(NamedTuple):
-    """The selected rate, the runs at this rate, and notes on the selection."""
+    """The selected learning rate, the runs with this rate, and notes on the selection."""
 
     learning_rate: SelectedLearningRate
     runs: list[Result]
@@ -41,14 +41,16 @@ class Selection(NamedTuple):
 
 
 def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Result] = ()) -> Selection:
-    """Select the rate with the best mean validation top-1 over the seeds that all candidates have.
+    """Select the learning rate with the best mean validation top-1.
 
-    If several rates have the same accuracy, the one nearest to the recipe's rate is selected. A rate is not a candidate
-    if any of its seeds diverged, or if it has no accuracy yet.
+    The mean is over the seeds for which all candidate rates have a validation accuracy.
+
+    If several rates have the same accuracy, the rate nearest to the recipe's rate is selected. A rate is not a
+    candidate if a run with this rate diverged, or if no run with this rate has a validation accuracy.
 
     Args:
         name: the method and its widths, for notes.
-        runs: runs of one method, protocol and widths, all with a result, in any order.
+        runs: runs of one method, protocol and widths, in any order. All runs have a result.
         failed: runs of the same method, protocol and widths that ended without a result.
     """
     recipe_rate, rates = _grid(runs[0])
@@ -73,7 +75,7 @@ def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Res
 
 
 def _grid(run: Result) -> tuple[float, list[float]]:
-    """Return the recipe's rate and the rates of the grid, lowest first."""
+    """Return the recipe's learning rate, and all rates of the grid in ascending order."""
     keys = run.protocol.keys
     recipe_rate = float(keys["optim"]["lr"])
     return recipe_rate, sorted({scaled(recipe_rate, factor) for factor in keys["lr_grid"]["factors"]})
@@ -96,7 +98,7 @@ def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
 
 
 def _missing_notes(name: str, rates: Sequence[float], accuracies: Accuracies, failed: Sequence[Result]) -> list[str]:
-    """Return notes on the rates at which seeds are missing, and why."""
+    """Return notes on rates for which seeds are missing, with the reasons."""
     statuses = {(run.options[RATE], run.seed): run.status for run in failed}
     seeds = {seed for by_seed in accuracies.values() for seed in by_seed} | {seed for _, seed in statuses}
     gaps: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -115,6 +117,6 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def is_candidate(run: Result) -> bool:
-    """Whether a run belongs to a grid of learning rates, according to its protocol."""
+    """Return whether a run belongs to a grid of learning rates, according to its protocol."""
     keys = run.protocol.keys
     return isinstance(run.options.get(RATE), int | float) and {"optim", "lr_grid"} <= set(keys)

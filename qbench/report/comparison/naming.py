@@ -1,4 +1,4 @@
-"""Makes names for comparisons: titles of tables, labels of methods, keys of filters."""
+"""Makes names for comparisons: titles of tables, labels of methods, and keys by which runs can be selected."""
 
 import json
 from collections import defaultdict
@@ -12,7 +12,10 @@ from qbench.runs.result import Result
 
 
 class Block(NamedTuple):
-    """The data set, network and protocol hash of all runs in a table. The hash is "" if the protocol is not known."""
+    """The data set, network and protocol hash that all runs in a table share.
+
+    The hash is "" if the protocol is not known.
+    """
 
     dataset: str
     model: str
@@ -20,7 +23,10 @@ class Block(NamedTuple):
 
 
 def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
-    """Return one title per block: network, data set, and the protocol keys that differ between blocks."""
+    """Return one title per block.
+
+    A title names the network, the data set, and the protocol keys that differ between blocks.
+    """
     protocols = {block: _protocol_keys(runs[0].protocol.keys) for block, runs in blocks.items()}
     same_network: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for block, keys in protocols.items():
@@ -43,7 +49,7 @@ def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
 
 
 def differing_keys(protocols: Iterable[Mapping[str, object]]) -> list[str]:
-    """Return the keys, such as `optim.lr`, in which protocols differ."""
+    """Return the keys whose values differ between protocols, such as `optim.lr`."""
     return _differing([_protocol_keys(keys) for keys in protocols])
 
 
@@ -53,12 +59,12 @@ def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
-    """Return a protocol's keys in dotted form, with values as JSON. A missing `lr_search` becomes `none`."""
+    """Return the keys of a protocol in dotted form, with values as JSON. A missing `lr_search` becomes `none`."""
     return flat({"lr_search": "none", **keys} if "optim" in keys else keys)
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
-    """Return a flat dictionary of nested values. It maps dotted keys, such as `a.b`, to JSON."""
+    """Return nested values as a flat dictionary from dotted keys, such as `a.b`, to values as JSON."""
     if not isinstance(values, Mapping):
         return {prefix: json.dumps(values)}
     flattened: dict[str, str] = {}
@@ -70,7 +76,7 @@ def flat(values: object, prefix: str = "") -> dict[str, str]:
 def run_keys(run: Result) -> dict[str, str]:
     """Return the keys by which a user can select a run, with values as JSON.
 
-    They are the protocol's keys, the method, its options, the widths and the seed.
+    These are the keys of the protocol, the method, the method's options, the widths and the seed.
     """
     keys: dict[str, object] = {
         "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
@@ -99,19 +105,19 @@ def labels(results: Sequence[Result]) -> dict[int, str]:
 
 
 def method_identity(result: Result) -> str:
-    """Return a string that identifies a method with its options and network keys. It does not contain the widths."""
+    """Return a text that identifies a method with its options and network keys, but without the widths."""
     return result.method + json.dumps(variant(result), sort_keys=True)
 
 
 def setting_key(result: Result) -> tuple[str, ...]:
-    """Return the key of a run's setting; all runs of a setting have the same key."""
+    """Return the key of a run's setting. All runs of a setting have the same key."""
     return result.dataset, result.model, result.protocol.hash, method_identity(result), result.widths
 
 
 def options(result: Result) -> dict[str, object]:
     """Return a method's options, without the learning rate that a grid search varies.
 
-    For float networks, `init` is added.
+    For float networks, the result also contains `init`.
     """
     options = {key: value for key, value in result.options.items() if key != RATE}
     init = result.protocol.keys.get("init")
@@ -121,7 +127,7 @@ def options(result: Result) -> dict[str, object]:
 
 
 def variant(result: Result) -> dict[str, object]:
-    """Return a method's options and the run's network keys, which are named `model.KEY`.
+    """Return the options of a run's method, and the network keys of the run as `model.KEY`.
 
     Runs with different options or network keys belong to different settings.
     """
@@ -134,5 +140,5 @@ def network_keys(result: Result) -> str:
 
 
 def is_baseline(result: Result) -> bool:
-    """Whether a run trained a float network from scratch. Other runs can start from such a network."""
+    """Return whether a run trained a float network from scratch, so that other runs can start from it."""
     return result.method == "float" and result.protocol.keys.get("init") == "scratch"

@@ -1,8 +1,8 @@
-"""Tests which settings at the same widths differ, and which are equivalent.
+"""Tests which settings with the same widths differ, and which are equivalent.
 
-Each pair of settings at the same widths in a table is tested twice: for a difference, and for equivalence within a
-margin. Runs are paired by seed. If predictions are stored, they are also paired by test image. For each test, the
-p-values are adjusted by Holm's method. The adjustment covers all pairs of the same data set, network and protocol.
+Each pair of settings with the same widths in a table is tested twice: for a difference, and for equivalence within a
+margin. Runs are paired by seed. If predictions are stored, runs are also paired by test image. The p-values of each
+test are adjusted by Holm's method, over all pairs with the same data set, network and protocol.
 """
 
 from collections import defaultdict
@@ -32,12 +32,12 @@ from qbench.system import files
 def conclude(
     tables: Sequence[Table], margin: float = MARGIN, hits: Mapping[str, Hits] = MappingProxyType({})
 ) -> list[Table]:
-    """Return the tables of `compare`. Settings get their conclusions, and notes state them in words.
+    """Add conclusions to the settings in the tables of `compare`, and notes that state the conclusions in words.
 
     Args:
         margin: equivalence margin in points of top-1.
-        hits: run -> its hits, for runs that were read from a file of many runs. Hits of other runs
-            are read from their directories.
+        hits: maps a run's directory to the hits of the run (which test images are classified correctly), for runs that
+            were read from a record of many runs. For all other runs, the hits are read from their directories.
 
     Raises:
         ValueError: the margin is not above 0.
@@ -56,7 +56,7 @@ def conclude(
 
 
 def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, Hits]) -> list[Table]:
-    """Return tables of one protocol with conclusions, based on p-values adjusted together."""
+    """Return the tables of one protocol with conclusions. The p-values of all these tables are adjusted together."""
     cache = {
         run.run: load_run_accuracy(run.run, run.top1, hits[run.run])
         for table in tables
@@ -82,7 +82,7 @@ def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, 
 def _with_conclusions(
     settings: Sequence[Setting], pairs: Sequence[SettingPair], margin: float, hits: Mapping[str, Hits]
 ) -> list[Setting]:
-    """Return the settings with conclusions drawn from the pairs and the number of test images."""
+    """Return the settings with their conclusions, which follow from the pairs and the number of test images."""
     by_first: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         by_first[id(pair.first)].append(pair)
@@ -105,10 +105,10 @@ def _with_conclusions(
 
 
 def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[SettingPair]:
-    """Return the pairs with p-values adjusted by Holm's method.
+    """Return the pairs with p-values that are adjusted by Holm's method.
 
-    Undecided leading pairs (those with the best setting) also get the number of seeds that a verdict would need. Pairs
-    without a difference are not tested and do not count in the adjustment.
+    A pair is leading if it contains the best setting. Undecided leading pairs also get the number of seeds that a
+    verdict would need. Pairs whose difference is not known are not tested and do not count in the adjustment.
     """
     tested = [(i, pair.difference) for i, pair in enumerate(family) if pair.difference is not None]
     p_holm = holm([d.p for _, d in tested])
@@ -126,7 +126,7 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
 
 
 def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[SettingPair]:
-    """Return every pair of settings at the same widths. The setting with the higher mean comes first.
+    """Return every pair of settings with the same widths. The setting with the higher mean comes first.
 
     Float baselines are left out.
     """
@@ -151,8 +151,9 @@ Accuracies = dict[int, Callable[[], RunAccuracy]]
 def _compared(pair: Callable[..., SettingPair], first: Accuracies, second: Accuracies) -> SettingPair:
     """Return a pair with its difference, or with McNemar's p-value.
 
-    With two or more common seeds, the difference is paired by seed. Otherwise it is Welch's unpaired difference. If one
-    setting has a single seed, and the other has it too, McNemar's test is used.
+    If the settings have two or more seeds in common, the difference is paired by seed. Otherwise, if both have two or
+    more seeds, it is Welch's unpaired difference. If one setting has a single seed that the other setting also has,
+    McNemar's test compares the two networks.
     """
     groups = [first, second]
     seeds = sorted(first.keys() & second.keys())
@@ -173,7 +174,7 @@ def _compared(pair: Callable[..., SettingPair], first: Accuracies, second: Accur
 def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> Accuracies:
     """Return a map from seed to a function that returns the accuracy of the seed's run.
 
-    If a seed has several runs, the function returns the mean accuracy.
+    If a seed has several runs, the function returns the mean accuracy of these runs.
     """
     runs: dict[int, list[SeedAccuracy]] = defaultdict(list)
     for run in setting.runs:
@@ -191,7 +192,7 @@ def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> Accuracies:
 
 
 def count_test_images(run: Path) -> int | None:
-    """Return the number of test images from a run's manifest, or None if it is not recorded."""
+    """Return the number of test images in a run's manifest, or None if the number is not recorded."""
     data = (files.read_json(run / "manifest.json") or {}).get("data")
     count = data.get("test_images") if isinstance(data, dict) else None
     return count if isinstance(count, int) and count > 0 else None

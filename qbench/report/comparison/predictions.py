@@ -1,4 +1,4 @@
-"""Reads the test accuracy of single runs. If predictions are stored, also reads the hits: which images are correct."""
+"""Reads the test accuracy of single runs, and which test images each run classified correctly (hits)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class RunAccuracy:
 
     Args:
         top1: test top-1 in percent, or the difference in points.
-        images: sha256 of the labels of the test images; None without predictions.
-        hits: (N,) whether each image was classified correctly. For a difference of two runs, an entry is 1, 0 or -1.
-            None without predictions.
+        images: sha256 of the labels of the test images, or None if no predictions are stored.
+        hits: whether each of the N test images was classified correctly, (N,). For a difference of two runs, the
+            entries are 1, 0 or -1. None if no predictions are stored.
     """
 
     top1: float
@@ -30,18 +30,21 @@ class RunAccuracy:
 
 
 def load_run_accuracy(run: str, top1: float, hits: Hits | None = None) -> RunAccuracy:
-    """Return a run's accuracy with its hits. Without `hits`, they are read from an intact predictions.npy."""
+    """Return the accuracy and hits of a run.
+
+    If `hits` is None, the function reads predictions.npy. If this file is missing or damaged, the result has no hits.
+    """
     found = hits or load_hits(Path(run), top1)
     return RunAccuracy(top1, found.labels_sha256, found.correct) if found else RunAccuracy(top1)
 
 
 def same_test_images(runs: Sequence[RunAccuracy]) -> bool:
-    """Whether all runs have hits on the same test images."""
+    """Return whether all runs have hits, and all hits are on the same test images."""
     return runs[0].images is not None and len({run.images for run in runs}) == 1
 
 
 def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
-    """Return first minus second. The result has hits if both runs have hits on the same images."""
+    """Return the first accuracy minus the second. The result has hits if both runs have hits on the same images."""
     import numpy as np
 
     points = first.top1 - second.top1
@@ -51,7 +54,7 @@ def run_difference(first: RunAccuracy, second: RunAccuracy) -> RunAccuracy:
 
 
 def paired_difference(first: Sequence[RunAccuracy], second: Sequence[RunAccuracy]) -> Difference:
-    """Return the difference of two groups, paired by seed and, if possible, by test image."""
+    """Return the difference of two groups of runs, paired by seed and, if possible, by test image."""
     import numpy as np
 
     if same_test_images([*first, *second]):

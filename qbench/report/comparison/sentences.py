@@ -1,4 +1,4 @@
-"""Writes conclusions: how the best setting compares with others, and whether seeds or test images add more error."""
+"""Writes the conclusions of a comparison as sentences."""
 
 import math
 from collections import defaultdict
@@ -17,9 +17,10 @@ WITHOUT_IMAGES = "over seeds alone: the error of the test sample is left out"
 
 
 def sample_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return a note on which error is larger: that of the test sample, or that of the seeds.
+    """Return a note that says whether seeds or the sample of test images cause the larger error.
 
-    The list is empty if no setting has a known number of test images. Otherwise the first known number is used.
+    The list is empty if the number of test images is not known for any setting. Otherwise, the note uses the first
+    known number.
     """
     samples = [(s, c.test_images, c.test_sample_ci95_half) for s in settings if (c := s.conclusion)]
     known = [(setting, images, half) for setting, images, half in samples if images and half is not None]
@@ -40,11 +41,11 @@ def sample_notes(settings: Sequence[Setting]) -> list[str]:
 
 
 def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list[str]:
-    """Return a note on how pairs were compared, and a sentence for each combination of widths.
+    """Return a note that says how pairs were compared, and one sentence for each combination of widths.
 
     Args:
         pairs: all pairs of a table.
-        family: number of pairs in Holm's adjustment.
+        family: number of pairs over which Holm's method adjusted the p-values.
     """
     by_widths: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
@@ -65,13 +66,13 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list
 
 
 def _pairing(pair: SettingPair) -> str:
-    """Return how two settings were compared, and whether the intervals ignore the error of the test sample."""
+    """Return a text that says how two settings were paired, and whether the error of the test sample is left out."""
     left_out = "" if pair.difference and pair.difference.items else f" ({WITHOUT_IMAGES})"
     return (f"by {pair.paired_by}" if pair.paired_by else UNPAIRED) + left_out
 
 
 def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
-    """Return a sentence on how the best setting compares with the others at the same widths."""
+    """Return a sentence that compares the best setting with all other settings of the same widths."""
     best = pairs[0].first
     relations: dict[str, list[str]] = {
         "above": [], "below": [], "identical": [], "equivalent": [], "unadjusted": [], "undecided": [], "no spread": [],
@@ -94,7 +95,7 @@ def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
 
 
 def _errors(setting: Setting) -> str:
-    """Return the two errors of an accuracy in brackets, or an empty string if one of them is not known."""
+    """Return both errors of an accuracy in brackets, or an empty text if one error is not known."""
     over_seeds, sample = setting.top1.ci95_half, setting.conclusion and setting.conclusion.test_sample_ci95_half
     if not over_seeds or not sample:
         return ""
@@ -102,7 +103,10 @@ def _errors(setting: Setting) -> str:
 
 
 def _other(pair: SettingPair, margin: float) -> str:
-    """Return the second setting's label with the difference and, if undecided, the seeds needed."""
+    """Return the label of a pair's second setting, with the difference.
+
+    If the pair is undecided, the text also says how many more seeds are needed.
+    """
     d, label = pair.difference, pair.second.label
     if d is None:
         if pair.p_mcnemar is None:
@@ -130,7 +134,7 @@ def _seeds_to_decide(pair: SettingPair) -> str:
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    """Return names separated by commas. Only the first few are listed, and the others are counted."""
+    """Return names separated by commas. Only the first few names are listed, and all others are counted."""
     listed = names if len(names) <= NAMES_LISTED + 1 else names[:NAMES_LISTED]
     return ", ".join(listed) + (f" and {len(names) - len(listed)} others" if len(listed) < len(names) else "")
 

@@ -1,18 +1,16 @@
 """Tests two settings with an increasing number of seeds until a difference or equivalence is significant.
 
-This is a group-sequential test, and each test during the sampling is called a look. If every look
-tested at the level 5 %, the looks together would find differences where there are none. Look number
-k therefore tests at the level 0.05 / (k (k + 1)), a Bonferroni correction. The levels of all looks
-add up to at most 0.05, for any number of looks. A test can therefore continue later with a larger
-`max_seeds`, because earlier looks keep their levels. The test of difference and the test of
-equivalence may both use the whole level, because the true difference cannot be zero and also at
-least the margin.
+This is a group-sequential test. Each test during the sampling is called a look. If every look used the significance
+level 5 %, all looks together would too often find a difference that does not exist. Look number k therefore uses the
+level 0.05 / (k (k + 1)), which is a Bonferroni correction. For any number of looks, the levels add up to at most 0.05.
+Earlier levels do not depend on the number of looks, so a test can continue later with a larger `max_seeds`. The test of
+difference and the test of equivalence may both use the full level, because the true difference cannot be zero and at
+least as large as the margin at the same time.
 
-The rate of false decisions is at most 5 % if the seeds' differences are about normally distributed.
-It is larger if a few seeds of one setting collapse. If the first seeds contain no collapsed seed, they
-do not show that the means are equal. No test of the same seeds can avoid this. The verdict therefore
-comes with the p-value of the sign-flip test, which does not assume a normal distribution, and with a
-warning that names outlying seeds.
+The rate of false decisions is at most 5 % if the differences of the seeds are about normally distributed. The rate is
+larger if training collapses in a few seeds of one setting. If no seed of an early look collapsed, the data of this look
+do not show how the collapse changes the mean. No test of the same seeds can avoid this. The verdict therefore contains
+the p-value of the sign-flip test, which does not assume a normal distribution, and a warning that names outlying seeds.
 """
 
 import copy
@@ -37,7 +35,7 @@ NAMED_KEYS = 3
 """Maximum number of keys in the name of a setting. Further keys are only counted."""
 
 SeedAccuracies = tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]
-"""The accuracies of both settings, one entry per seed, with seeds in the same order."""
+"""The accuracies of the first and the second setting, with one entry per seed and the same order of seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +43,10 @@ class SequentialTest:
     """Two settings to compare, and the parameters of the test.
 
     Args:
-        first, second: the configurations of the settings. The test replaces their seeds.
+        first, second: the configurations of the two settings. The test sets their seeds.
         margin: equivalence margin in points of top-1.
-        max_seeds: maximum number of seeds. The last look is the last one of the schedule with at most so many seeds.
-        launcher: how missing runs are started: "" one at a time, "joblib" several at a time.
+        max_seeds: maximum number of seeds. Looks of the schedule that need more seeds are left out.
+        launcher: how missing runs are started: one at a time (""), or several at a time ("joblib").
     """
 
     first: Config
@@ -60,14 +58,14 @@ class SequentialTest:
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialResult:
-    """The result of the last look.
+    """The result of the last look of a test.
 
     Args:
-        verdict: the verdict on the first setting.
-        difference: first minus second in points.
+        verdict: the verdict on the first setting relative to the second setting.
+        difference: top-1 of the first setting minus top-1 of the second setting, in points.
         means: mean test top-1 of both settings in percent.
         level: the significance level of the last look.
-        by_seed: first minus second of every seed, in points.
+        by_seed: the same difference for every seed, in points.
     """
 
     verdict: Verdict
@@ -78,7 +76,7 @@ class SequentialResult:
 
 
 class MissingRunError(Exception):
-    """Raised if a run has no accuracy. The other runs alone would be a biased sample."""
+    """Raised if a run has no accuracy. The test stops, because the other runs alone would be a biased sample."""
 
     def __init__(self, runs: Sequence[RunRecord]) -> None:
         reason = runs[0].reason.partition("\n")[0]
@@ -90,9 +88,9 @@ class MissingRunError(Exception):
 
 
 def look_schedule(max_seeds: int) -> list[int]:
-    """Return the number of seeds at each look: 3 at first, then 1.5 times as many each time, rounded up.
+    """Return the number of seeds at each look: 3 at the first look, then 1.5 times as many as before, rounded up.
 
-    The numbers do not depend on `max_seeds`, except that looks with more seeds are left out.
+    Looks with more than `max_seeds` seeds are left out. The numbers of the other looks do not depend on `max_seeds`.
     """
     schedule, n = [FIRST_LOOK], math.ceil(GROWTH * FIRST_LOOK)
     while n <= max_seeds:
@@ -102,7 +100,7 @@ def look_schedule(max_seeds: int) -> list[int]:
 
 
 def look_level(number: int) -> float:
-    """Return the level of look number 1, 2, ...: 0.05 / (k (k + 1)). The sum over all looks is 0.05."""
+    """Return the significance level of look number k = 1, 2, ...: 0.05 / (k (k + 1)). The levels add up to 0.05."""
     return ALPHA / (number * (number + 1))
 
 
@@ -112,14 +110,14 @@ def decide(
     max_seeds: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> SequentialResult:
-    """Test two settings with an increasing number of seeds, up to a verdict or the last look.
+    """Test two settings with an increasing number of seeds until there is a verdict or the last look is done.
 
     Args:
-        accuracies: function that takes a number of seeds n and returns the n accuracies of each
-            setting, in the order of seeds.
+        accuracies: function that takes a number of seeds n and returns n accuracies for each setting, in the order of
+            seeds.
         margin: equivalence margin in points of top-1.
         max_seeds: maximum number of seeds.
-        report: called with a line of text after every look without a verdict.
+        report: callback that gets a line of text after every look without a verdict.
     """
     schedule = look_schedule(max_seeds)
     for number, n in enumerate(schedule, 1):
@@ -133,7 +131,7 @@ def decide(
 
 
 def _look(accuracies: SeedAccuracies, margin: float, level: float) -> SequentialResult:
-    """Test for a difference, then for equivalence, at one look."""
+    """Test for a difference and then for equivalence, as one look."""
     d = with_seed_dof(paired_difference(*accuracies))
     first, second = (sum(run.top1 for run in runs) / len(runs) for runs in accuracies)
     if d.p < level:
@@ -154,7 +152,7 @@ def run_sequential_test(
     Args:
         test: the settings to compare.
         run: function that trains missing runs and returns the `RunRecord` of every run.
-        report: called with a line of text after every look without a verdict.
+        report: callback that gets a line of text after every look without a verdict.
 
     Raises:
         MissingRunError: a run has no accuracy.
@@ -184,8 +182,9 @@ def _top1(record: RunRecord) -> float:
 def describe(test: SequentialTest, result: SequentialResult) -> str:
     """Return the verdict with its numbers in two sentences.
 
-    If a difference is tested, the confidence level of the interval is 1 - level. For equivalence it is 1 - 2 level,
-    because equivalence is tested by two one-sided tests at `level`.
+    For a verdict of equivalence, the text gives the confidence interval with the confidence level 1 - 2 * level,
+    because equivalence is tested by two one-sided tests at `level`. For all other verdicts, the confidence level is 1 -
+    level.
     """
     d, margin = result.difference, test.margin
     first, second = names(test)
@@ -215,7 +214,7 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
 
 
 def _warning(result: SequentialResult) -> str:
-    """Return a warning that names outlying seeds, or an empty string."""
+    """Return a warning that names outlying seeds, or an empty text if there are none."""
     seeds = ", ".join(map(str, outlying(result.by_seed)))
     if not seeds:
         return ""
@@ -226,7 +225,7 @@ def _warning(result: SequentialResult) -> str:
 
 
 def _advice(test: SequentialTest, result: SequentialResult) -> str:
-    """Return a sentence on how many more seeds would probably lead to a verdict, or why no number would."""
+    """Return a sentence that says how many more seeds would probably lead to a verdict, or why no number would."""
     d = result.difference
     next_level = look_level(len(look_schedule(test.max_seeds)) + 1)
     seeds = seeds_to_decide(d, test.margin, next_level)
@@ -239,10 +238,10 @@ def _advice(test: SequentialTest, result: SequentialResult) -> str:
 
 
 def names(test: SequentialTest) -> tuple[str, str]:
-    """Return the names of both settings: method, widths, and the keys in which they differ.
+    """Return a name for each setting: the method, the widths, and the keys in which the settings differ.
 
-    If the settings have the same method and widths, every differing key can be named. Otherwise only
-    differing keys of the protocol and the network are named.
+    If the settings have the same method and widths, the names can contain any key. Otherwise, they contain only keys of
+    the protocol and the network.
     """
     configs = test.first, test.second
     short = setting_name(test.first), setting_name(test.second)
@@ -254,10 +253,10 @@ def names(test: SequentialTest) -> tuple[str, str]:
 
 
 def _shared_keys(config: Config) -> dict[str, object]:
-    """Return the keys that all methods of a table share: those of the protocol and the network."""
+    """Return the keys that do not belong to a method: the keys of the protocol and of the network."""
     return run_identity(config).protocol | {"model": config.model}
 
 
 def setting_name(config: Config) -> str:
-    """Return a setting's method and widths, such as `dorefa w2a2g32`."""
+    """Return the method and the widths of a setting, such as `dorefa w2a2g32`."""
     return f"{config.method_name} {config.bits}"

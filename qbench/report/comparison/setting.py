@@ -1,7 +1,7 @@
-"""Defines a setting: all seeds of one method at its widths under one protocol.
+"""Defines a setting: all runs of one method with the same options, widths and protocol, over several seeds.
 
-All dataclasses are frozen. Conclusions, published results and groups of equal bytes are added
-later, to a copy made by `dataclasses.replace`.
+All dataclasses are frozen. Conclusions, published results and groups of equal bytes are added later to copies, which
+`dataclasses.replace` makes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from qbench.runs.result import TrainingSpeed
 class Estimate:
     """A mean over n seeds, with its standard deviation and the half-width of its 95 % confidence interval.
 
-    With one seed, standard deviation and half-width are None.
+    With one seed, the standard deviation and the half-width are None.
     """
 
     mean: float
@@ -30,7 +30,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean of one value per seed, with Student's confidence interval."""
+    """Return the mean of some values, one per seed, with Student's confidence interval."""
     if len(values) < 2:
         return Estimate(mean=mean(values))
     interval = paired(values, [0.0] * len(values))
@@ -45,7 +45,7 @@ class SeedAccuracy:
         seed: the run's seed.
         run: the run's directory.
         top1: test top-1 in percent.
-        baseline: directory of the run's float baseline; None without one.
+        baseline: directory of the run's float baseline, or None if there is no baseline.
         baseline_top1: test top-1 of the float baseline in percent.
     """
 
@@ -58,7 +58,7 @@ class SeedAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class LevelRange:
-    """The smallest and largest number of levels found in a layer, and the largest number allowed."""
+    """The smallest and the largest number of levels that layers use, and the largest allowed number."""
 
     fewest: int
     most: int
@@ -67,7 +67,10 @@ class LevelRange:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedLevels:
-    """The number of verified layers (the smallest over runs), and the levels found for w, a and g."""
+    """The number of verified layers, and the numbers of levels for w, a and g.
+
+    If the number of verified layers differs between runs, it is the smallest.
+    """
 
     layers: int
     found: Mapping[str, LevelRange]
@@ -81,12 +84,12 @@ class PublishedMatch:
         row: name of the paper and of the row in the published figures.
         metric: top1, top1_error or top1_error_increase.
         claimed, upper: the published value, or the range from `claimed` to `upper` if `upper` is given.
-        top1: the claim as top-1 in percent; None for an increase or an unknown value.
-        text: the claim as tables show it. A leading ~ marks a value quoted from memory.
-        to_float: the claim minus the paper's float baseline, in points.
-        gap: our accuracy minus the claim, in points.
-        ran_by, by_authors: who ran the published experiment, and whether they are the method's authors.
-        provenance, remembered, source: how the value is known.
+        top1: the published value as top-1 in percent, or None if the value is an increase or not known.
+        text: the published value as tables show it. A leading ~ marks a value from memory.
+        to_float: the published value minus the paper's float baseline, in points.
+        gap: our accuracy minus the published value, in points.
+        ran_by, by_authors: who ran the published experiment, and whether these people are the method's authors.
+        provenance, remembered, source: where the published value comes from, and whether it is from memory.
         words: command-line arguments that reproduce the row.
     """
 
@@ -108,32 +111,32 @@ class PublishedMatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One method at its widths under one protocol.
+    """One method with its options and widths under one protocol, over all its seeds.
 
     Args:
-        label: the method's name, followed by the options (as typed) that differ between its runs.
+        label: the method's name, followed by the options (as typed) that differ between runs of the method.
         method, options, bits: the method's name, options and widths.
-        network: the network keys that the method sets.
-        dataset, model, model_keys: the data set, the network, and the network's keys in the protocol.
+        network: the network keys that the method requires, with their values.
+        dataset, model, model_keys: names of the data set and the network, and the network's keys in the protocol.
         protocol: first 8 digits of the protocol's hash.
-        is_baseline: whether this is a float network trained from scratch. Other runs start from it.
-        fine_tuned: whether the network was trained on from its float baseline, for the protocol's epochs.
-        source: the kind of file that the runs were read from: result.json or the logs.
+        is_baseline: whether the network is a float network that was trained from scratch, from which other runs start.
+        fine_tuned: whether the network started from its float baseline and was trained for the protocol's epochs.
+        source: the kind of file from which the runs were read: result.json or logs.
         runs: one entry per run, sorted by seed.
         top1: test top-1 in percent after the last epoch, as an estimate over seeds. Runs of the
             same seed are averaged first.
-        difference: top-1 minus the top-1 of the run's float baseline, in points; None if any run
-            has no baseline.
-        over_control: top-1 minus that of the float control with the same normalization (see
-            `with_control`), in points, over the seeds that both have; None if there is no such control.
-        levels: number of levels that a quantized weight can take.
-        cost, speed, verified: None if not recorded for any run. Speed is the mean over runs, and
-            peak memory is the largest over runs.
-        file_bytes: the size of a run's exported packed file; None if no run has one.
-        learning_rate: how the learning rate was selected; only with lr_search=grid.
-        warnings: the warnings of the runs, each once. If only some seeds have it, they are listed.
-        conclusion, published, bytes_group: see `Conclusion`, `PublishedMatch` and
-            `columns.group_by_bytes`.
+        difference: top-1 minus the top-1 of the run's float baseline, in points. None if any run has no baseline.
+        over_control: top-1 minus the top-1 of the float control with the same normalization (`with_control`), in
+            points, over the seeds that both have in common. None if there is no such control.
+        levels: number of values that a quantized weight can take.
+        cost, speed, verified: cost, training speed and verified levels. Each is None if no run recorded it. Speeds are
+            means over runs, and peak memory is the maximum over runs.
+        file_bytes: the size of a run's exported packed file in bytes, or None if no run has such a file.
+        learning_rate: how the learning rate was selected, or None without lr_search=grid.
+        warnings: the warnings of all runs, each listed once. If only some seeds have a warning, its text names these
+            seeds.
+        conclusion, published, bytes_group: values of the classes `Conclusion` and `PublishedMatch`, and the group that
+            `setting_table.group_by_bytes` assigns.
     """
 
     label: str
@@ -165,7 +168,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The label and widths, such as `dorefa w2a2g32`."""
+        """The label and the widths, such as `dorefa w2a2g32`."""
         return f"{self.label} {self.bits}"
 
     @property
@@ -175,18 +178,18 @@ class Setting:
 
     @property
     def short_widths(self) -> str:
-        """The widths that are not float, such as `W4 A4`; `W32` if all are float."""
+        """The widths below 32 bits, such as `W4 A4`, or `W32` if all widths are 32 bits."""
         return " ".join(f"{k.upper()}{n}" for k, n in self.bits._asdict().items() if n != FLOAT) or f"W{FLOAT}"
 
     @property
     def baselines(self) -> list[str]:
-        """The directories of the float baselines, one per run with a baseline."""
+        """The directories of the float baselines, one for each run that has a baseline."""
         return [run.baseline for run in self.runs if run.baseline is not None]
 
     def to_json(self) -> dict[str, object]:
-        """Return the setting as plain values: a row of `qbench compare --format json`.
+        """Return the setting as values for JSON, as a row of `qbench compare --format json`.
 
-        Keys, besides those of the fields of the same name:
+        The result has the fields of the class under the same names, and these keys:
 
         - top1_mean, top1_std, top1_ci95_half: percent; n: number of seeds.
         - diff_mean, diff_ci95_half: top-1 minus the float baseline's, in points.

@@ -1,4 +1,4 @@
-"""Defines a pair of settings at the same widths and their difference."""
+"""Defines a pair of settings with the same widths, and their difference."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -11,21 +11,21 @@ from qbench.report.statistics.hypothesis_tests import equivalent
 
 @dataclass(frozen=True, kw_only=True)
 class SettingPair:
-    """Two settings at the same widths, the one with the higher mean first.
+    """Two settings with the same widths. The setting with the higher mean comes first.
 
     Args:
         first, second: the settings.
-        difference: first minus second in points. A paired difference covers only the common seeds
-            and may be below 0. None if fewer than two seeds can be compared.
-        paired_by: how runs are paired; see `PairConclusion`.
-        p_mcnemar: McNemar's p-value of two networks with the same seed and test images. None if
-            that test does not apply.
+        difference: top-1 of the first setting minus top-1 of the second setting, in points. A paired difference covers
+            only the common seeds and may therefore be below 0. None if fewer than two seeds can be compared.
+        paired_by: how runs are paired, as in `PairConclusion`.
+        p_mcnemar: McNemar's p-value of two networks with the same seed and test images. None if this test does not
+            apply.
         p_holm: p-value of "there is no difference", adjusted by Holm's method.
         p_equivalent_holm: p-value of "the means differ by the margin or more", adjusted by Holm's
             method.
-        leading: whether the first setting has the highest mean at these widths.
-        more_seeds: for undecided leading pairs, about how many more seeds would lead to a verdict.
-            None if even 1000 seeds would not.
+        leading: whether the first setting has the highest mean of all settings with these widths.
+        more_seeds: for undecided leading pairs, about how many more seeds would lead to a verdict. None if even 1000
+            seeds would not be enough.
     """
 
     first: Setting
@@ -40,7 +40,7 @@ class SettingPair:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict on the first setting relative to the second."""
+        """The verdict on the first setting relative to the second setting."""
         d = self.difference
         if d is None:
             return Verdict.NO_SPREAD
@@ -51,7 +51,7 @@ class SettingPair:
         return Verdict.EQUIVALENT if self.p_equivalent_holm < ALPHA else Verdict.UNDECIDED
 
     def conclusion(self, margin: float) -> PairConclusion:
-        """Return the conclusion about the first setting relative to the second."""
+        """Return the conclusion about the first setting relative to the second setting."""
         d, first, second = self.difference, self.first, self.second
         return PairConclusion(
             other=second.label,

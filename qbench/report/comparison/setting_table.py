@@ -1,4 +1,4 @@
-"""Chooses the columns of tables of settings, sorts the rows, and groups settings of equal bytes."""
+"""Selects the columns of tables of settings, sorts the rows, and groups settings of about equal size."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,31 +10,31 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.tables.table import Table
 
 BYTES_TOLERANCE = 0.05
-"""Largest difference in bytes between a setting and the smallest one of its group, as a fraction of the smallest."""
+"""Largest difference in bytes between a setting and the smallest setting of its group, relative to the smallest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRuns:
-    """A row of the table of missing results. Its runs lack a result for the same reason."""
+    """A row of the table of missing results: runs that have no result for the same reason."""
 
     status: str
     runs: tuple[str, ...]
     reason: str
 
     def to_json(self) -> dict[str, object]:
-        """Return the row as plain values."""
+        """Return the row as values for JSON."""
         return {"status": self.status, "runs": list(self.runs), "reason": self.reason}
 
 
 def settings_of(table: Table) -> list[Setting]:
-    """Return the settings of a table in the order of its rows. The list is empty for other kinds of tables."""
+    """Return the settings of a table in the order of its rows. The list is empty if the rows are not settings."""
     return [value for value in table.values if isinstance(value, Setting)]
 
 
 def with_columns(table: Table, columns: Sequence[Column]) -> Table:
-    """Return a table of settings with these columns. Other tables are returned unchanged.
+    """Return a table of settings with the given columns. Other kinds of tables are returned unchanged.
 
-    Optional columns without a value are left out.
+    Optional columns are left out if no setting has a value.
     """
     settings = settings_of(table)
     if not settings:
@@ -47,8 +47,8 @@ def with_columns(table: Table, columns: Sequence[Column]) -> Table:
 def sorted_by(table: Table, name: str) -> Table:
     """Return a table sorted by a column, or by accuracy within groups of equal bytes.
 
-    The best settings come first, and settings without a value come last. Only `values` is sorted.
-    Call `with_columns` to update `rows`.
+    The best settings come first, and settings without a value come last. The function sorts only `values` of the table.
+    Call `with_columns` afterwards to update `rows`.
 
     Raises:
         ConfigError: no such column.
@@ -67,7 +67,7 @@ def sorted_by(table: Table, name: str) -> Table:
 
 
 def find_column(name: str) -> Column:
-    """Return the column with a typed name; case is ignored, and the unit may be left out.
+    """Return the column with a typed name. Upper and lower case are equal, and the unit may be left out.
 
     Raises:
         ConfigError: no such column.
@@ -84,7 +84,7 @@ def find_column(name: str) -> Column:
 
 
 def group_by_bytes(settings: Iterable[Setting]) -> list[Setting]:
-    """Return settings sorted by size. Each setting has the number of its group of about equal bytes.
+    """Return the settings sorted by size. Settings of about equal size get the same group number.
 
     A setting without a cost has no group.
     """

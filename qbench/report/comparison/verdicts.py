@@ -1,4 +1,4 @@
-"""Defines verdicts on two settings, and the conclusions of a comparison."""
+"""Defines verdicts on pairs of settings, and the conclusions of a comparison."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ MARGIN = 0.5
 
 
 class Verdict(StrEnum):
-    """The verdict on the first of two settings.
+    """The verdict on the first of two settings, relative to the second setting.
 
     ABOVE and BELOW: the means differ significantly. EQUIVALENT: they differ by less than the margin
     (two one-sided tests). IDENTICAL: every seed and test image has the same result. UNDECIDED:
@@ -25,24 +25,25 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class PairConclusion:
-    """The conclusion about a setting and another setting that has a lower mean at the same widths.
+    """The conclusion about a setting and another setting with a lower mean and the same widths.
 
     Args:
         other: label of the other setting.
         paired_by: "seed and test image", "seed", or "" if unpaired or not tested.
-        n: number of seeds compared.
+        n: number of seeds that were compared.
         same_baselines: whether the runs of both settings start from the same float baselines.
-        difference: top-1 of this setting minus that of the other, in points, over the seeds
+        difference: top-1 of this setting minus top-1 of the other setting, in points, over the seeds that were
             compared.
-        ci95: 95 % confidence interval of the difference; None with too few seeds.
-        p, p_holm: p-values of "there is no difference", unadjusted and adjusted for all pairs.
+        ci95: 95 % confidence interval of the difference, or None if there are too few seeds.
+        p, p_holm: p-values of "there is no difference", without and with adjustment for the number of pairs.
         p_equivalent, p_equivalent_holm: the same p-values for "the means differ by the margin or
             more".
-        p_mcnemar: McNemar's p-value of the two networks' predictions, if they share only one seed. See `mcnemar`.
+        p_mcnemar: p-value of McNemar's test (`mcnemar`) on the predictions of two networks, if the settings have only
+            one seed in common.
         margin: equivalence margin in points.
         verdict: the verdict on this setting.
-        more_seeds: about how many more seeds would lead to a verdict. None if there already is a
-            verdict, or if even 1000 seeds would not lead to one.
+        more_seeds: about how many more seeds would lead to a verdict. None if there is a verdict already, or if even
+            1000 seeds would not be enough.
     """
 
     other: str
@@ -63,14 +64,14 @@ class PairConclusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Conclusion:
-    """The conclusions about a setting compared with others at the same widths.
+    """The conclusions about a setting in comparison with all other settings of the same widths.
 
     Args:
-        pairs: the conclusions about this setting and each setting with a lower mean.
-        winner: whether the setting has the highest mean and is significantly above all others.
-        test_images: number of test images; None if not known.
-        test_sample_ci95_half: half-width, in points, of the 95 % confidence interval for the test sample alone. None if
-            the number of test images is not known.
+        pairs: one conclusion about this setting for each setting with a lower mean.
+        winner: whether the setting has the highest mean and is significantly above all other settings.
+        test_images: number of test images, or None if it is not known.
+        test_sample_ci95_half: half-width, in points, of the 95 % confidence interval that covers only the error of the
+            test sample. None if the number of test images is not known.
     """
 
     pairs: tuple[PairConclusion, ...] = ()

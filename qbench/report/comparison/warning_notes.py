@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from qbench.report.comparison.setting import Setting
 
 MOST_WARNINGS = 3
-"""Maximum number of warnings of one setting below a table. Others are in result.json and on the HTML page."""
+"""Maximum number of warnings per setting below a table.
+
+All warnings are in result.json and on the HTML page.
+"""
 
 
 def warning_notes(settings: Sequence[Setting]) -> Iterator[str]:
-    """Yield the warnings of settings. Settings with the same warning share a note."""
+    """Yield the warnings of settings as notes. Settings with the same warning share a note."""
     names: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
         for warning in setting.warnings[:MOST_WARNINGS]:

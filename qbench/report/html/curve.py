@@ -13,9 +13,9 @@ RIGHT, TOP = 8, 6
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnLine:
-    """The points of a line, and the outline of its band. The band shows the range from the lowest to the highest seed.
+    """The points of a line, and the outline of its band from the lowest to the highest seed.
 
-    `kind` is the line's CSS class.
+    `kind` is the CSS class of the line.
     """
 
     kind: str
@@ -25,9 +25,9 @@ class DrawnLine:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveDrawing:
-    """The lines of a drawing, the sizes of the drawing, and the numbers on its axes.
+    """The lines of a drawing, its size, and the numbers on its axes.
 
-    `border` is the place between float and quantized training, or None without float training.
+    `border` is the x-coordinate between float and quantized training, or None without float training.
     """
 
     lines: list[DrawnLine]
@@ -64,7 +64,10 @@ class _Scale:
 
 
 def draw_curve(lines: Mapping[str, SeedCurve]) -> CurveDrawing | None:
-    """Return a drawing of learning curves, or None if `lines` is empty. The keys of `lines` are widths or "float"."""
+    """Return a drawing of learning curves, or None if `lines` is empty.
+
+    The keys of `lines` are widths as text, or "float".
+    """
     if not lines:
         return None
     epochs = [x for line in lines.values() for x in line.x]

@@ -1,4 +1,4 @@
-"""Collects the details of one setting for the HTML page: its runs, layers, options and comparisons."""
+"""Collects the details of one setting for the HTML page: runs, layers, options and comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PARTS = {"w": "weights", "a": "inputs", "g": "gradients"}
 
 
 class RunLine(NamedTuple):
-    """A row of the table of runs, with accuracies in percent and the training time as text."""
+    """A row of the table of runs. Accuracies are in percent, and the training time is a text."""
 
     seed: int
     top1: str
@@ -31,7 +31,7 @@ class RunLine(NamedTuple):
 
 
 class Note(NamedTuple):
-    """An override such as `method.clip=2`, and a remark on it."""
+    """An override, such as `method.clip=2`, and a remark on this override."""
 
     text: str
     remark: str
@@ -40,8 +40,8 @@ class Note(NamedTuple):
 class LayerRow(NamedTuple):
     """A row of the table of layers, as text.
 
-    `levels` maps each of w, a and g to the number of levels found. `sqnr` is the output's SQNR in dB. `parameters`
-    lists the values of the quantizers' parameters.
+    `levels` maps w, a and g to the number of levels that the layer uses. `sqnr` is the SQNR of the layer's output in
+    dB. `parameters` lists the values of the parameters of the quantizers.
     """
 
     name: str
@@ -52,7 +52,10 @@ class LayerRow(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The table of quantized layers. `parts` maps each of w, a and g for which there are levels to its full name."""
+    """The table of quantized layers.
+
+    `parts` maps w, a and g to their full names, if levels are known.
+    """
 
     rows: list[LayerRow]
     parts: dict[str, str]
@@ -70,7 +73,7 @@ class LayerTable:
 
 @dataclass(frozen=True, kw_only=True)
 class SettingDetails:
-    """The details of one setting on the page. `cards` lists the method cards as pairs (anchor, name)."""
+    """The details of one setting. `cards` lists links to method cards as pairs (anchor, name)."""
 
     id: str
     title: str
@@ -100,9 +103,9 @@ def setting_details(
     Args:
         anchor: the setting's id on the page.
         setting: the setting.
-        lines: learning curves of the setting's method. The keys are widths or "float".
-        results: results of the runs. The keys are the runs' directories.
-        cards: method cards, each with its `name`. The keys are the cards' anchors.
+        lines: learning curves of the setting's method. The keys are widths as text, or "float".
+        results: results of the runs, by directory.
+        cards: method cards by anchor. Each card has a `name`.
     """
     own_results = [results[run.run] for run in setting.runs if run.run in results]
     methods = {name for result in own_results for name in result.card}
@@ -125,9 +128,9 @@ def setting_details(
 
 
 def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
-    """Return a run's row in the table of runs.
+    """Return the row of a run in the table of runs.
 
-    `result` is None for a float baseline whose result.json was not read. Only its top-1 is then known.
+    `result` is None for a float baseline whose result.json was not read. Only the top-1 of such a baseline is known.
     """
     val = best = seconds = "-"
     if result and result.final and result.final.val:
@@ -153,7 +156,7 @@ def _options(results: Iterable[Result]) -> list[Note]:
 
 
 def _first_config(runs: Iterable[str]) -> str:
-    """Return the text of the first config.yaml that can be read in the given run directories."""
+    """Return the text of the first readable config.yaml in the given run directories."""
     for run in runs:
         try:
             return files.read(Path(run) / "config.yaml").decode(errors="replace")
@@ -179,7 +182,7 @@ def _layer_table(results: Sequence[Result]) -> LayerTable:
 
 
 def _span(counts: Sequence[LevelCount]) -> str:
-    """Return the numbers of levels found and allowed as text, such as `3-4 of 4` if runs differ."""
+    """Return the number of used levels and of allowed levels as text, such as `3-4 of 4` if runs differ."""
     if not counts:
         return ""
     ends = [sorted(c.found for c in counts), sorted(c.allowed for c in counts)]
@@ -187,7 +190,7 @@ def _span(counts: Sequence[LevelCount]) -> str:
 
 
 def _parameters(results: Sequence[Result], layer: str) -> str:
-    """Return the parameters of a layer's quantizers as text, taken from the first run that reports any."""
+    """Return the parameters of a layer's quantizers as text, from the first run that reports parameters."""
     reports = next((result.quantizers[layer] for result in results if layer in result.quantizers), {})
     return ", ".join(
         f"{slot}.{key} {value:.4g}" if isinstance(value, float) else f"{slot}.{key} {value}"

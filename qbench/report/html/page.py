@@ -1,8 +1,7 @@
 """Writes a comparison as one self-contained HTML page with tables, plots and the details of each setting.
 
-The file contains its style, script and plots. The page's content security policy forbids loading anything else. Jinja
-escapes all text that comes from results. If such text contained a script, the policy would also keep the script from
-running.
+The file contains all styles, scripts and plots. The content security policy of the page forbids loading anything else.
+Jinja escapes all text that comes from results. The policy also prevents scripts in such text from running.
 """
 
 import hashlib
@@ -54,7 +53,7 @@ class Head(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """The text of a cell, and the number by which the cell is sorted. The number is None for text."""
+    """The text of a cell, and the number by which the cell is sorted. The number is None if the cell contains text."""
 
     text: str
     number: float | None
@@ -64,7 +63,7 @@ class Cell(NamedTuple):
 class Row:
     """A row of a table on the page.
 
-    `name_place` is the index of the cell with the setting's name. `anchor` is the place of the setting's details.
+    `name_place` is the index of the cell with the setting's name. `anchor` is the HTML id of the setting's details.
     """
 
     anchor: str
@@ -82,7 +81,10 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One table of the page with its notes, plots and settings. `measure` labels the y-axis of learning curves."""
+    """One table of the page with its notes, plots and settings.
+
+    `measure` is the label of the y-axis of learning curves.
+    """
 
     id: str
     title: str
@@ -133,7 +135,7 @@ def html(tables: Sequence[Table], runs: Sequence[RunRecord]) -> str:
 
 
 def _finalize(value: object) -> object:
-    """Return a value for the template. In text, control characters except line ends are escaped."""
+    """Return a value for the template. In text, all control characters except line ends are escaped."""
     return printable(value, keep="\n\t") if type(value) is str else value
 
 
@@ -178,7 +180,7 @@ def _head(title: str, settings: Iterable[Setting]) -> Head:
 
 
 def _row(table: Table, i: int, anchor: str) -> Row:
-    """Return a row of the page. A row for missing runs contains the full reason why they are missing."""
+    """Return a row of the page. A row for missing runs contains the full reason why the runs are missing."""
     value, texts = table.values[i] if i < len(table.values) else None, table.rows[i]
     setting = value if isinstance(value, Setting) else None
     cells = []
@@ -210,7 +212,10 @@ def _plots(table: Table, runs: Sequence[RunRecord]) -> list[Plot]:
 
 
 def _inline_svg(svg: bytes, label: str) -> "Markup":
-    """Return matplotlib's SVG text changed for use in a page, with unique ids and without header and global style."""
+    """Return matplotlib's SVG text for use inside a page.
+
+    Ids are made unique. The header and the global style are removed.
+    """
     from markupsafe import Markup, escape
 
     text = svg.decode()
@@ -225,7 +230,8 @@ def _inline_svg(svg: bytes, label: str) -> "Markup":
 def _method_cards(results: Iterable[Result]) -> Cards:
     """Return the method cards by anchor.
 
-    If several versions of qbench recorded different texts for a method, there is one card for each text.
+    If runs recorded different texts for a method, for example with several versions of qbench, there is one card per
+    text.
     """
     cards: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:

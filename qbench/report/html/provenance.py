@@ -22,7 +22,7 @@ class PageProvenance(NamedTuple):
 
 
 def page_provenance(runs: Sequence[RunRecord]) -> PageProvenance:
-    """Return the provenance of a page with these runs."""
+    """Return the provenance of a page that shows the given runs."""
     environments = Counter[str]()
     times = []
     for run in runs:
@@ -36,7 +36,7 @@ def page_provenance(runs: Sequence[RunRecord]) -> PageProvenance:
 
 
 def _environment(manifest: Mapping[str, object]) -> str:
-    """Return the versions, commit, device and platform recorded in a manifest, as text."""
+    """Return a text with the versions, commit, device and platform in a manifest."""
     versions = manifest.get("versions")
     words = [f"{key} {value}" for key, value in versions.items()] if isinstance(versions, dict) else []
     words += [f"{key} {manifest[key]}" for key in ("commit", "device_name", "platform") if manifest.get(key)]

@@ -1,4 +1,4 @@
-"""Draws what a setting's method does to single weights and inputs, as small SVG curves."""
+"""Draws how a method quantizes single weights and inputs, as small SVG curves."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from qbench.report.quantizer_plots.transfer_curves import TransferCurve
 
 WIDTH, HEIGHT, MARGIN = 180, 150, 6
-"""Width and height of a drawing and the margin around its curve, in pixels."""
+"""Width and height of a drawing, and margin around the curve, in pixels."""
 POINTS = 120
-"""Number of points of a curve besides its jumps."""
+"""Number of points of a curve, in addition to the points at jumps."""
 MOST_JUMPS = 64
 """Maximum number of jumps that are drawn exactly."""
 
@@ -25,7 +25,7 @@ MOST_JUMPS = 64
 class QuantizerDrawing:
     """A curve from float values to quantized values, as points of an SVG polyline.
 
-    `what` is "weights" or "inputs". The other texts are the ends of the two axes, and the number of levels.
+    `what` is "weights" or "inputs". The other texts are labels: the ends of both axes, and the number of levels.
     """
 
     what: str
@@ -38,10 +38,10 @@ class QuantizerDrawing:
 
 
 def draw_quantizers(result: Result) -> list[QuantizerDrawing]:
-    """Return the curves of a result's method before training, with its options and widths.
+    """Return the curves of a result's method with its options and widths, measured before training.
 
-    Only qbench's own methods are drawn, because a comparison never runs code that a run's files name. Combined methods
-    have no drawing.
+    Only methods that are part of qbench are drawn, because a comparison never runs a user's code that a run's files
+    name. Combined methods are not drawn.
     """
     return _drawings(result.method, json.dumps(result.options), tuple(result.bits[key] for key in "wag"))
 

@@ -12,21 +12,21 @@ from qbench.report.tables.escape import printable
 
 AXES = {"w": "weight bits W", "a": "activation bits A", "g": "gradient bits G"}
 FRONT_LETTERS = 80
-"""Number of letters that fit below a panel of half the figure's width."""
+"""Number of letters that fit on a line below a panel of half the figure's width."""
 SeriesKey = tuple[str, str]
-"""The key of one line: the method's label, and the widths that are not on the x-axis, as text."""
+"""The key of a line: the method's label, and the text of the widths that are not on the x-axis."""
 COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
     "size": ("size (bytes, log scale)", "B", lambda s: s.cost.bytes_ideal if s.cost else 0.0),
     "bitops": ("BitOps per image (log scale)", "", lambda s: float(s.cost.bitops) if s.cost else 0.0),
 }
-"""Maps a cost to its axis label, its unit, and the function that returns this cost for a setting (0 if not known)."""
+"""Maps a kind of cost to the axis label, the unit, and a function from a setting to its cost (0 if not known)."""
 
 
 def bits(figure: Figure, data: PlotData) -> None:
-    """Draw accuracy over bit width.
+    """Plot accuracy over bit width.
 
-    A line shows one method. One width changes along the x-axis, and the other widths are fixed. Settings with float
-    weights have a separate panel, whose x-axis is the width of activations or gradients.
+    A line shows one method. One width changes along the x-axis, and the other two widths are fixed. Settings with float
+    weights are in separate panels, whose x-axis is the width of activations or gradients.
     """
     series = bit_series(data.quantized)
     places = {
@@ -57,10 +57,10 @@ def bits(figure: Figure, data: PlotData) -> None:
 
 
 def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Setting]]]:
-    """Return the settings of each line. The outer keys are the x-axis (w, a or g), and the inner keys are the lines.
+    """Return the settings of each line, by x-axis (w, a or g) and by line.
 
-    The key of a line contains the fixed widths as text, such as "A2 G6". If a method has several widths, and weights
-    and activations have equal bits in all of them, the text is "A=W".
+    The key of a line contains the fixed widths as text, such as "A2 G6". If a method has settings with several widths,
+    and weights and activations always have equal widths, the text is "A=W".
     """
     lines: dict[str, dict[SeriesKey, list[Setting]]] = {}
     for label in dict.fromkeys(s.label for s in settings):
@@ -76,12 +76,12 @@ def bit_series(settings: Sequence[Setting]) -> dict[str, dict[SeriesKey, list[Se
 
 
 def series_label(label: str, other: str) -> str:
-    """Return the legend text of a line. `other` are the widths that are fixed on this line."""
+    """Return the legend text of a line. `other` is the text of the widths that are fixed on the line."""
     return f"{label}, {other}" if other else label
 
 
 def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
-    """Draw float networks as horizontal lines, with confidence intervals as bands, and return the legend's handles."""
+    """Draw float networks as horizontal lines, with bands for confidence intervals. Return the legend's handles."""
     handles = {}
     for setting, dash in zip(floats, DASHES, strict=False):
         top1, half = setting.top1.mean, setting.top1.ci95_half
@@ -92,7 +92,7 @@ def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
 
 
 def pareto(figure: Figure, data: PlotData) -> None:
-    """Draw accuracy over size and accuracy over BitOps, each with its Pareto front."""
+    """Plot accuracy over size and accuracy over BitOps, each with its Pareto front."""
     stars = {s.label: Style(INK, STARS[i % len(STARS)], "") for i, s in enumerate(data.floats)}
     styles = stars | data.styles
     handles: dict[str, Artist] = {}
@@ -128,7 +128,7 @@ def front(settings: Sequence[Setting], cost: Callable[[Setting], float]) -> list
 
 
 def front_names(settings: Sequence[Setting], cost: Callable[[Setting], float]) -> list[str]:
-    """Return the lines of text that name the settings on the Pareto front by their numbers."""
+    """Return lines of text that list the settings on the Pareto front with their numbers."""
     names = [s.label if s.is_float else f"{s.label} {s.short_widths}" for s in front(settings, cost)]
     # a no-break space keeps the parts of a name on one line
     listed = [f"{place} {printable(name)}".replace(" ", "\N{NO-BREAK SPACE}") for place, name in enumerate(names, 1)]
@@ -138,8 +138,8 @@ def front_names(settings: Sequence[Setting], cost: Callable[[Setting], float]) -
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the points (cost, accuracy) on the Pareto front, cheapest first.
 
-    A point is on the front if no other point dominates it. Point p dominates point q if p is better in cost or accuracy
-    and not worse in either.
+    A point is on the front if no other point dominates it. Point p dominates point q if p is better than q in cost or
+    accuracy, and is not worse in the other.
     """
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1])):

@@ -10,7 +10,7 @@ from qbench.report.tables.escape import printable
 
 
 def curves(figure: Figure, data: PlotData) -> None:
-    """Draw the learning curves of each method, with float training at the left of quantized training."""
+    """Plot the learning curves of each method. Float training is at the left of quantized training."""
     every = [line for lines in data.curves.values() for line in lines.values()]
     first, last = min(line.x[0] for line in every), max(line.x[-1] for line in every)
     for panel in _small_multiples(figure, data.curves, MEASURES[data.measure], "epoch"):
@@ -20,7 +20,7 @@ def curves(figure: Figure, data: PlotData) -> None:
 
 
 def layers(figure: Figure, data: PlotData) -> None:
-    """Draw the SQNR of the outputs of all layers, with one panel per method."""
+    """Plot the SQNR of all layers' outputs, with one panel per method."""
     for panel in _small_multiples(figure, data.errors, "SQNR (dB)", "layer"):
         panel.set_xticks(range(len(data.layers)), [*map(printable, data.layers)], rotation=90, fontsize=5.5)
 
@@ -50,5 +50,5 @@ def _small_multiples(figure: Figure, methods: Curves, y_label: str, x_label: str
 
 
 def _widths_key(widths: str) -> list[tuple[str, int]]:
-    """Return a sort key for widths as text, which puts W2 before W10, and W2 before W2 A2."""
+    """Return a sort key for widths as text. It sorts W2 before W10, and W2 before W2 A2."""
     return [(part[0], int(part[1:])) for part in widths.split()]

@@ -13,16 +13,16 @@ from qbench.runs.reader import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class PlotData:
-    """The settings of one table and their curves.
+    """The settings of one table, and their curves.
 
     Args:
         title: the table's title.
         quantized: the settings with quantized networks.
         floats: the settings with float networks.
-        styles: maps a method's label to the look of its points.
+        styles: maps a method's label to the colour and shape of its points.
         curves: learning curves.
         measure: the measure that the learning curves show, a key of `MEASURES`.
-        errors: curves of the output SQNR over the layers.
+        errors: curves of the SQNR of layer outputs over the layers.
         layers: the names of the layers.
     """
 

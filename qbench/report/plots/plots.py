@@ -1,9 +1,9 @@
 """Plots a comparison: accuracy over bits, size and BitOps, learning curves, and output errors over layers.
 
-Methods have different colours (Okabe and Ito), markers and dashes. In plots of curves, widths have different colours
+Methods have different colours (of Okabe and Ito), markers and dashes. In plots of curves, widths have different colours
 and dashes. Float networks are black. Bars are Student's 95 % confidence intervals over seeds. With one seed, there is
-no bar. The band of a curve extends from the lowest seed to the highest. If accuracies differ much, the accuracy axis is
-logarithmic in the error, because this separates settings of high accuracy.
+no bar. The band of a curve extends from the lowest seed to the highest seed. If accuracies differ much, the accuracy
+axis is logarithmic in the error, so that settings with high accuracy can be distinguished.
 """
 
 import os
@@ -36,14 +36,14 @@ KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,
 }  # fmt: skip
 NEEDED = {"layers": "runs with stored layer metrics"}
-"""Maps a kind of plot to the runs that it needs, if finished quantized runs are not enough."""
+"""Maps a kind of plot to the runs that it needs, for plots that need more than finished quantized runs."""
 
 
 def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None:
     """Write plots of a comparison to a PNG, PDF or SVG file.
 
-    If the file's name without suffix is bits, pareto, curves or layers, the file contains only that
-    plot. Otherwise the file contains all plots.
+    If the name of the file without suffix is bits, pareto, curves or layers, the file contains only the plot of this
+    name. Otherwise, the file contains all plots.
 
     Raises:
         ConfigError: the suffix is not supported, or there is nothing to plot.
@@ -63,7 +63,7 @@ def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
 def comparison_figure(
     tables: Sequence[Table], runs: Sequence[RunRecord], kinds: Iterable[str], *, titled: bool = True
 ) -> Figure | None:
-    """Return a matplotlib figure with one row of panels for each table and kind of plot, or None without any plot."""
+    """Return a matplotlib figure with one row of panels per table and kind of plot, or None if there is no plot."""
     os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if MPLBACKEND names a backend that is not installed
     from matplotlib import rc_context
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -92,7 +92,7 @@ def comparison_figure(
 
 
 def encoded(figure: Figure, form: str, **style: object) -> bytes:
-    """Return the bytes of a figure's file. Equal figures have equal bytes.
+    """Return a figure as the bytes of a file. Equal figures give equal bytes.
 
     Args:
         figure: a matplotlib figure.
@@ -109,7 +109,7 @@ def encoded(figure: Figure, form: str, **style: object) -> bytes:
 
 
 def _height(kind: str, data: PlotData) -> float:
-    """Return the height in inches that a plot with its legend needs, or 0 if there is nothing to plot."""
+    """Return the height in inches of a plot with its legend, or 0 if there is nothing to plot."""
     if kind in ("curves", "layers"):
         lines = data.curves if kind == "curves" else data.errors
         if not lines:

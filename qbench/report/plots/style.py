@@ -1,4 +1,4 @@
-"""Defines how plots look: colours, points with confidence intervals, axes and legends."""
+"""Defines the style of plots: colours, points with confidence intervals, axes and legends."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import nan
@@ -14,24 +14,27 @@ if TYPE_CHECKING:
 Axes = Any
 Figure = Any
 Artist = Any
-"""Names for matplotlib's types, which are `Any` because matplotlib has no type hints."""
+"""Names for matplotlib's types. They are `Any`, because matplotlib has no type hints."""
 Dash = str | tuple[int, tuple[float, ...]]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-"""Markers of methods. The 11 markers and 6 colours repeat together only after 66 methods."""
+"""Markers of methods. Combinations of the 11 markers and 6 colours repeat only after 66 methods."""
 DASHES: tuple[Dash, ...] = (
     "-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)),
 )  # fmt: skip
 FILLS = ("full", "none", "left", "right", "bottom", "top")
 INK, GREY = "#010203", "#7f7f7f"
-"""INK is a shade of black that nothing else uses. The HTML page replaces it by its text colour."""
+"""Colours of plots.
+
+INK is a shade of black that nothing else uses, so that the HTML page can replace it by its text colour.
+"""
 WIDTH, ACROSS, DPI, LINE = 10.0, 4, 150, 0.17
 """Width of a plot in inches, number of small panels per row, dots per inch, and height of a text line in inches."""
 FAR, GOOD = 15.0, 75.0
-"""The accuracy axis is logarithmic if top-1 has a range of at least FAR points and its maximum is at least GOOD %."""
+"""The accuracy axis is logarithmic if top-1 values span at least FAR points and the largest one is at least GOOD %."""
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 100)
 
 
@@ -46,7 +49,7 @@ class Style(NamedTuple):
 def points(
     panel: Axes, x: Sequence[float], settings: Sequence[Setting], style: Style, fillstyle: str = "full"
 ) -> Artist:
-    """Draw settings as points with their 95 % confidence intervals."""
+    """Draw settings as points with 95 % confidence intervals."""
     y = [s.top1.mean for s in settings]
     halves = [nan if s.top1.ci95_half is None else s.top1.ci95_half for s in settings]
     look: dict[str, object] = {"lw": 0.9, "elinewidth": 0.8, "capsize": 1.8, "capthick": 0.8, "zorder": 3}
@@ -58,8 +61,8 @@ def points(
 def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) -> str:
     """Scale the accuracy axis of a panel and return the label of the axis.
 
-    The axis shows all means. A confidence interval is shown up to a half-width of 30 % of the range of the means.
-    Longer intervals are cut, because showing them would make the means hard to distinguish.
+    The axis shows all means. Confidence intervals with a half-width of up to 30 % of the range of the means are shown
+    completely. Longer intervals are cut off, because the means would otherwise be hard to distinguish.
 
     Args:
         panel: the panel.
@@ -83,7 +86,10 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
 
 
 def _log_error(top1: "float | NDArray[np.floating]") -> "NDArray[np.floating]":
-    """Return -log(101 - top1) for top-1 in percent. One point is added to the error so that 100 % is finite."""
+    """Return -log(101 - top1) for top-1 in percent.
+
+    The error is increased by one point, so that the result is finite at 100 %.
+    """
     import numpy as np
 
     return np.asarray(-np.log(np.maximum(101 - top1, 1e-9)))
@@ -108,7 +114,7 @@ def log_axis(panel: Axes, unit: str) -> None:
 
 
 def finish(panel: Axes, x_label: str, y_label: str) -> None:
-    """Label the axes of a panel, and draw its ticks, grid and frame in light colours."""
+    """Label the axes of a panel, and give light colours to its ticks, grid and frame."""
     panel.set_xlabel(x_label, color=INK)
     panel.set_ylabel(y_label, color=INK)
     panel.tick_params(colors=INK, labelsize=7.5, length=2.5)
@@ -119,7 +125,7 @@ def finish(panel: Axes, x_label: str, y_label: str) -> None:
 
 
 def _legend_columns(labels: Iterable[str]) -> int:
-    """Return the number of legend columns that fit into a figure, which depends on the longest label."""
+    """Return the number of legend columns that fit into a figure. It depends on the longest label."""
     return max(1, min(9, 150 // (9 + max(map(len, labels), default=0))))
 
 

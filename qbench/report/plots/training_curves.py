@@ -1,4 +1,4 @@
-"""Reads curves from the files metrics.jsonl: learning curves over epochs, and output errors over layers."""
+"""Reads curves from metrics.jsonl: learning curves over epochs, and output errors over layers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ from qbench.runs.result import Result
 
 MEASURES = {"val_top1": "validation top-1 (%)", "train_top1": "training top-1 (%)"}
 FLOAT_STAGE = "float"
-"""The name of the float baselines' curve."""
+"""The name of the curve of the float baselines."""
 PLOT_MAX_SQNR = 60.0
 """Maximum SQNR in dB in plots. The SQNR is computed from a float32 cosine, which cannot resolve larger values."""
 
 
 class SeedCurve(NamedTuple):
-    """The mean over seeds at each position x, and the lowest and the highest value of a seed at each x."""
+    """The mean, the lowest and the highest value over seeds at each position x."""
 
     x: list[int]
     mean: list[float]
@@ -33,8 +33,8 @@ Curves = dict[str, dict[str, SeedCurve]]
 def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | None]) -> tuple[Curves, str]:
     """Return the learning curves of settings and their float baselines, and the name of the measure.
 
-    The measure is validation top-1, or training top-1 if no run has a validation split. The first
-    epoch of quantized training has number 1. The last epoch of float training has number 0.
+    The measure is validation top-1, or training top-1 if no run has a validation split. Epochs are counted so that the
+    first epoch of quantized training is 1 and the last epoch of float training is 0.
 
     Args:
         settings: the settings to show.
@@ -70,7 +70,7 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
 def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
     """Return curves of `fitted_sqnr` over the layer index, and the names of the layers.
 
-    The metrics are those that each run recorded last.
+    The curves show the metrics that each run recorded last.
     """
     sqnr = {
         run.run: {name: fitted_sqnr(metrics) for name, metrics in observed(Path(run.run)).items()}
@@ -87,13 +87,14 @@ def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
 
 
 def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
-    """Return a layer's SQNR in dB, computed at the output scale that gives the smallest error.
+    """Return the SQNR of a layer's output in dB, with the output scaled so that the error is smallest.
 
-    The result is at most `PLOT_MAX_SQNR`. It is None if the run did not record the cosine between the layer's output
-    and the float output. At the best scale, the error has the fraction 1 - cosine^2 of the signal's power.
+    The result is at most `PLOT_MAX_SQNR`. It is None if the run did not record the cosine similarity of the layer's
+    output and the float output. With the best scale, the power of the error is the fraction 1 - cosine^2 of the
+    signal's power.
 
-    The scale is fitted for two reasons. The quantized weights of some methods, such as DoReFa, differ in scale from the
-    latent weights. And the next normalization layer removes the scale of the output anyway.
+    The scale is fitted for two reasons. First, the quantized weights of some methods, such as DoReFa, differ in scale
+    from the latent weights. Second, the next normalization layer removes the scale of the output in any case.
     """
     cosine = metrics.get("cosine")
     if not isinstance(cosine, int | float):
@@ -105,7 +106,7 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
     """Return the curve over seeds, or None if no seed has a value.
 
-    At each position x, mean, minimum and maximum are taken over the seeds that have a value at x.
+    The mean, minimum and maximum at a position x are over the seeds that have a value at x.
     """
     places = sorted(set().union(*seeds))
     at = [[seed[x] for seed in seeds if x in seed] for x in places]

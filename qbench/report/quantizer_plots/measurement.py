@@ -1,8 +1,8 @@
 """Measures how a method quantizes single values in a small layer.
 
-This module contains no formula of a method. It evaluates each quantizer to obtain values and derivatives. The weights
-are the quantiles of N(0, 1) in a seeded random order. The inputs come from a small network. A quantizer whose scale
-depends on a whole tensor computes the scale from these weights or inputs.
+This module contains no formulas of methods. It evaluates quantizers to obtain their values and derivatives. The weights
+are quantiles of N(0, 1) in a seeded random order. The inputs come from a small network. If the scale of a quantizer
+depends on a whole tensor, it is computed from these weights or inputs.
 """
 
 import copy
@@ -23,15 +23,15 @@ from qbench.report.quantizer_plots.transfer_curves import DRAWS, FEW_LEVELS, Cod
 PICKS = 512
 """Number of values at which derivatives are computed."""
 BISECTIONS, MAX_SHARPENED = 24, 64
-"""Number of bisection steps that locate a jump, and maximum number of jumps that are located."""
+"""Number of bisection steps per jump, and maximum number of jumps that are located by bisection."""
 GRADIENT_STD = 0.01
-"""Standard deviation of the gradient with respect to a layer's output."""
+"""Standard deviation of the gradients of a layer's output that are used in measurements."""
 
 Evaluate = Callable[[nn.Module], Tensor]
 
 
 def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return the curves, before training, of those of weights, inputs and outputs that a method quantizes.
+    """Return the curves of the weights, inputs and outputs that a method quantizes, measured before training.
 
     If the method quantizes nothing, return the curve of its float weights. The global random state is restored.
     """
@@ -48,10 +48,12 @@ def measure_quantizers(method: Method) -> list[QuantizerCurves | Codewords]:
 
 
 def forward_curves(method: Method) -> dict[str, TransferCurve]:
-    """Return only the forward curves of weights and inputs. Tensors that a method does not quantize have no curve.
+    """Return only the forward curves of weights and inputs.
 
-    This takes a tenth of the time of `measure_quantizers`. Product quantization, whose codes stand for several weights,
-    has no curve. The global random state is restored.
+    Tensors that a method does not quantize have no curve.
+
+    The function takes a tenth of the time of `measure_quantizers`. Product quantization has no curve, because a code
+    represents several weights. The global random state is restored.
     """
     curves: dict[str, TransferCurve] = {}
     with torch.random.fork_rng(devices=[]):
@@ -70,7 +72,10 @@ def forward_curves(method: Method) -> dict[str, TransferCurve]:
 
 
 def _weight_curves(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return one curve of the weights for each phase that `prepare` returns, or codewords for product quantization."""
+    """Return one curve of the weights for each phase that `prepare` returns.
+
+    For product quantization, return the codewords.
+    """
     probe = install_in_probe(method, 1, VALUES)
     if (size := _codeword_size(probe.layer)) > 1:
         return [_codewords(method, install_in_probe(method, VALUES // size, size))]
@@ -89,8 +94,8 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
         what: "weights" or "inputs".
         bits: the width in bits.
         quantizer: the quantizer that is measured.
-        x: the values at which the quantizer is evaluated. If `x` is the same tensor as `like`, only
-            the elements of the first scale group are kept.
+        x: the values at which the quantizer is evaluated. If `x` is the same tensor as `like`, the curve shows only the
+            elements of the first scale group.
         like: the tensor whose first scale group determines the levels.
         tensor: the float tensor whose histogram is drawn behind the curve.
     """
@@ -108,7 +113,7 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _forward(quantizer: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> tuple[Tensor, TransferCurve]:
-    """Return the indices of the points in the flattened x, and the curve. The arguments are those of `_curves`."""
+    """Return the indices of the curve's points in the flattened x, and the curve. The arguments are as in `_curves`."""
     places, levels = _first_scale_group(quantizer, like)
     places = places if x is like else torch.arange(x.numel())
     places = places[x.flatten()[places].argsort(stable=True)]
@@ -117,7 +122,7 @@ def _forward(quantizer: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> t
 
 
 def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCurves:
-    """Measure the optimizer step of a method without float weights.
+    """Measure the optimizer step of a method that keeps no float weights.
 
     The step applies the update x to weights that are zero.
     """
@@ -146,7 +151,7 @@ def _input_curves(method: Method) -> QuantizerCurves:
 
 
 def _inputs(method: Method) -> tuple[Quantizer, Tensor, Tensor, nn.Module]:
-    """Return the input quantizer, the values to evaluate, the layer's inputs in the probe, and the output quantizer."""
+    """Return the input quantizer, the values at which to evaluate it, the layer's inputs, and the output quantizer."""
     probe = install_in_probe(method, 1, VALUES)
     columns = VALUES
     if (size := _codeword_size(probe.layer)) > 1:
@@ -164,9 +169,9 @@ def _inputs(method: Method) -> tuple[Quantizer, Tensor, Tensor, nn.Module]:
 
 
 def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) -> TransferCurve:
-    """Move the two points next to each jump as close to the jump as bisection allows.
+    """Move the two points next to each jump closer to the jump, by bisection.
 
-    All jumps are located at the same time. The quantizer must act element by element.
+    All jumps are located at the same time. The quantizer must be an elementwise function.
     """
     jumps = curve.jumps
     if not 0 < len(jumps) <= MAX_SHARPENED:
@@ -183,7 +188,7 @@ def _sharpened(curve: TransferCurve, quantizer: Quantizer, shape: torch.Size) ->
 
 
 def _output_curves(method: Method) -> QuantizerCurves:
-    """Measure a layer's output quantizer on the outputs of one image and on gradients of these outputs."""
+    """Measure a layer's output quantizer, on the outputs for one image and on gradients of these outputs."""
     probe = install_in_probe(method, VALUES, 2)
     prepare(method, probe)
     quantizer, x = probe.layer.output_q, torch.ones(1, 2, 1, 1)
@@ -214,7 +219,7 @@ def _codewords(method: Method, probe: ProbeLayer) -> Codewords:
 
 
 def _codeword_size(layer: QConv2d) -> int:
-    """Return the number of weights that one level of the layer encodes."""
+    """Return the number of weights that one code of the layer represents."""
     grid = layer.weight_q.grid(layer.weight.detach())
     return 1 if grid is None else int(grid.points.shape[-1])
 
@@ -230,7 +235,7 @@ def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tens
 
 
 def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
-    """Return the results of `evaluate` on fresh copies of a module, stacked along a new first dimension.
+    """Evaluate a module on fresh copies, and stack the results along a new first dimension.
 
     A stochastic module is evaluated `DRAWS` times in training mode. A deterministic module is evaluated
     once in evaluation mode.
@@ -246,7 +251,7 @@ def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
 
 
 def _slopes(quantizer: Quantizer, x: Tensor, places: Tensor) -> Tensor:
-    """Return the derivative of an element's quantized value with respect to this element, for some elements of x.
+    """Return the derivatives of quantized values with respect to their own inputs, for some elements of x.
 
     `places` are the indices of these elements in the flattened x.
     """
@@ -262,11 +267,11 @@ def _slopes(quantizer: Quantizer, x: Tensor, places: Tensor) -> Tensor:
 
 
 def _transfer_curve(x: Tensor, values: Tensor, levels: Tensor, tensor: Tensor) -> TransferCurve:
-    """Return the curve from x to the mean of the values.
+    """Return the curve from x to the mean over evaluations.
 
     Args:
         x: n float values in ascending order, of shape (n,).
-        values: results of each evaluation, of shape (evaluations, n).
+        values: quantized values in each evaluation, of shape (evaluations, n).
         levels: the levels that the quantizer declares.
         tensor: the float tensor whose histogram is drawn behind the curve.
     """
@@ -280,7 +285,7 @@ def _sorted(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _evenly_spaced(x: Tensor) -> Tensor:
-    """Return the indices of elements that are spread evenly over the range of x. The elements of x ascend."""
+    """Return the indices of elements that are spread evenly over the range of x, which is ascending."""
     wanted = torch.linspace(x[0].item(), x[-1].item(), PICKS)
     places: Tensor = torch.unique_consecutive(torch.searchsorted(x, wanted).clamp(max=len(x) - 1))
     return places

@@ -1,4 +1,4 @@
-"""Draws figures of quantizers, either of one method or of all methods.
+"""Draws figures of quantizers: of one method, or of all methods.
 
 A figure has separate panels for weights, inputs and outputs. Tensors that a method does not quantize have no panels.
 """
@@ -26,7 +26,7 @@ from qbench.report.quantizer_plots.transfer_curves import Codewords, QuantizerCu
 WIDTH, DPI = 10, 120
 """Width of a figure in inches, and number of dots per inch."""
 COLUMNS, LISTED_THRESHOLDS = 3, 7
-"""Number of tiles per row of the poster, and maximum number of thresholds that are written below a curve."""
+"""Number of tiles per row of the poster, and maximum number of thresholds in the text below a curve."""
 TITLE = "Quantizers of all methods"
 SUBTITLE = (
     "Left: forward; right: backward; both measured on the quantizers before training. Weights follow N(0, 1); "
@@ -37,7 +37,7 @@ LETTERS = {"weights": "W", "inputs": "A", "outputs": "G"}
 
 
 def method_figure(method: Method, title: str, command: str) -> Figure:
-    """Return the figure of one method, with forward curves at the left and backward curves at the right."""
+    """Return the figure of one method. Forward curves are at the left, and backward curves at the right."""
     measured = measure_quantizers(method)
     height = 2.55 * len(measured) + 1.15
     figure = _figure(height)
@@ -60,7 +60,10 @@ def method_figure(method: Method, title: str, command: str) -> Figure:
 
 
 def poster_figure(methods: Mapping[str, Method]) -> Figure:
-    """Return the figure of all methods, with one tile for each tensor (weights, inputs, outputs) that is quantized."""
+    """Return the figure of all methods.
+
+    Each tensor (weights, inputs or outputs) that a method quantizes has one tile.
+    """
     tiles = [(name, curves) for name, method in methods.items() for curves in measure_quantizers(method)]
     tall, wide, top, bottom = 1.36, WIDTH / COLUMNS, 0.78, 0.5
     total_height = tall * -(-len(tiles) // COLUMNS) + top + bottom
@@ -124,7 +127,10 @@ def _titles(curves: QuantizerCurves | Codewords) -> tuple[str, str]:
 
 
 def _axes(curves: QuantizerCurves | Codewords) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Return the axis labels (x, y) of the left and the right panel. A few thresholds are added to the left x label."""
+    """Return the axis labels (x, y) of the left and the right panel.
+
+    The x label of the left panel also contains a few thresholds.
+    """
     if not isinstance(curves, QuantizerCurves):
         rank = f"of {curves.points.shape[1]} weights"
         return (f"the first {rank}", "the second"), (f"float w, the first {rank}", r"quantized $\hat{w}$")

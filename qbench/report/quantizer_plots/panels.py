@@ -1,4 +1,4 @@
-"""Draws one curve into one panel. The colours are those of Okabe and Ito, and the marks have different shapes."""
+"""Draws a curve into a panel, in the colours of Okabe and Ito. Marks also have different shapes."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,11 +18,14 @@ MAX_STEPS = 64
 MAX_LARGE_MARKS, MIN_ZOOMED = 9, 60
 """Maximum number of thresholds that get large marks, and minimum number of values in a magnified section."""
 BINS, MARGIN = 60, 0.08
-"""Number of bins of the histogram, and margin of an axis as a fraction of its range."""
+"""Number of bins of the histogram, and margin of an axis as a fraction of the axis range."""
 
 
 class PlotSizes(NamedTuple):
-    """The sizes in a plot: text, lines and marks in points, the axis fraction per tick label, the format of levels."""
+    """Sizes in a plot, and the format of levels.
+
+    The sizes of text, lines and marks are in points. The size of a tick label is a fraction of the axis.
+    """
 
     text: float
     line: float
@@ -37,7 +40,7 @@ LARGE, SMALL = PlotSizes(9, 2.2, 7, 0.08, ".3g"), PlotSizes(7, 1.5, 4, 0.13, ".2
 def draw_curve(
     panel: Axes, curve: TransferCurve, sizes: PlotSizes, frozen: Tensor | None = None, picks: Tensor | None = None
 ) -> None:
-    """Draw a curve x -> y as a staircase, as a mean with its band, or as dots if some values are frozen."""
+    """Draw a curve as a staircase, as a mean with a band, or as dots if some values are frozen."""
     x, y = curve.x.numpy(), curve.y.numpy()
     levels = curve.levels.numpy() if frozen is None else np.unique(y[frozen.numpy()])
     few = levels if 0 < len(levels) <= FEW_LEVELS else levels[:0]
@@ -61,7 +64,7 @@ def draw_curve(
 
 
 def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
-    """Draw a magnified section of the curve, with the five levels around zero, into a corner of the panel.
+    """Draw a magnified part of a curve into a corner of the panel: the five levels around zero.
 
     Nothing is drawn if the curve has few levels, or if too few values are between these five levels.
     """
@@ -80,7 +83,7 @@ def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
 
 
 def _draw_staircase(panel: Axes, curve: TransferCurve, width: float) -> None:
-    """Draw a staircase step by step, or a line if there are many steps or y is a mean."""
+    """Draw the steps of a staircase. If there are many steps or y is a mean, draw a line."""
     x, y = curve.x.numpy(), curve.y.numpy()
     if curve.band is not None:
         panel.fill_between(x, *(edge.numpy() for edge in curve.band), color=SKY, alpha=0.5, lw=0, zorder=2)
@@ -109,8 +112,8 @@ def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
 def draw_codewords(left: Axes, right: Axes, codewords: Codewords, sizes: PlotSizes) -> None:
     """Draw codewords and the vectors that they encode.
 
-    The left panel shows the first two dimensions. The right panel shows the quantized value of one weight of each
-    vector over its float value.
+    The left panel shows the first two dimensions. The right panel shows one weight of each vector, with its quantized
+    value over its float value.
     """
     size = sizes.mark**2
     left.scatter(*codewords.vectors[:, :2].T.numpy(), s=size / 8, color="0.75", lw=0)
@@ -124,7 +127,7 @@ def draw_codewords(left: Axes, right: Axes, codewords: Codewords, sizes: PlotSiz
 
 
 def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSizes) -> None:
-    """Draw single values: frozen ones as squares, free ones as dots."""
+    """Draw single values. Frozen values are squares, and free values are dots."""
     for which, marker, color in ((~frozen, ".", BLUE), (frozen, "s", ORANGE)):
         panel.plot(x[which].numpy(), y[which].numpy(), marker, color=color, ms=sizes.mark / 2, mew=0, zorder=3)
 
@@ -132,7 +135,8 @@ def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSiz
 def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
     """Draw the histogram of a float tensor in the background.
 
-    The highest bar is cut to the height of the second highest, because it may contain the many zeros after a ReLU.
+    The highest bar is cut off at the height of the second highest bar, because it may contain the many zeros after a
+    ReLU.
     """
     counts, edges = np.histogram(tensor.numpy(), bins=BINS)
     heights = (counts / max(np.sort(counts)[-2], 1)).clip(max=1)
@@ -140,7 +144,7 @@ def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
 
 
 def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list[Artist]:
-    """Return the legend entries for the graphical elements that occur in these curves."""
+    """Return the legend entries for the graphical elements that occur in the given curves."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -171,17 +175,17 @@ def format_number(value: float, digits: str) -> str:
 
 
 def _limits(*values: "NDArray[np.generic]") -> tuple[float, float]:
-    """Return the lower and the upper end of an axis on which all values are visible."""
+    """Return the lower and the upper end of an axis that shows all values."""
     low, high = (float(end(np.concatenate(values))) for end in (np.min, np.max))
     margin = MARGIN * ((high - low) or 1)
     return low - margin, high + margin
 
 
 def _spread_out(levels: list[float], gap: float) -> list[float]:
-    """Return the levels to label on an axis. Labels are at least `gap` apart.
+    """Return the levels that get a label on an axis. Labels are at least `gap` apart.
 
     The lowest level, the highest level and zero are chosen first. Then the level that is farthest from all chosen
-    levels is added. This is repeated as long as labels have room.
+    levels is added, as long as there is room for another label.
     """
     kept = [levels[0], *levels[1:][-1:]]
     rest = sorted(levels, key=abs)

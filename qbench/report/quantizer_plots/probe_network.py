@@ -1,4 +1,4 @@
-"""Defines the small network in which methods are measured. Its weights follow N(0, 1)."""
+"""Defines the small network in which quantizers are measured. Its weights follow N(0, 1)."""
 
 import copy
 from collections import OrderedDict
@@ -18,13 +18,13 @@ from qbench.quant.quantizer import Quantizer
 VALUES = 4096
 IMAGES, FEATURES, CLASSES = 64, 64, 3
 EPOCHS = 20
-"""Number of epochs within which incremental methods freeze all weights. The network is not trained in these epochs."""
+"""Number of epochs in which incremental methods freeze all weights. The network is not trained in these epochs."""
 
 
 class ProbeNetwork(nn.Sequential):
-    """Network of three 1x1 convolutions.
+    """A network of three 1x1 convolutions.
 
-    The middle convolution is quantized. Its input is normalized and has passed an activation.
+    The middle convolution is quantized. Its input comes from batch normalization and an activation function.
     """
 
     def __init__(self, rows: int, columns: int, norm: str) -> None:
@@ -75,10 +75,10 @@ def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
 
 
 def prepare(method: Method, probe_layer: ProbeLayer) -> list[tuple[str, Quantizer]]:
-    """Prepare a method, begin all its epochs, and return its weight quantizer in one or two phases.
+    """Prepare a method, start all its epochs, and return its weight quantizer in one or two phases.
 
-    Each phase is a pair of a name and the quantizer. The last pair is the state at the end. For incremental methods, it
-    is preceded by the state in the first epoch in which at least half of the weights, but not all, are frozen.
+    A phase is a pair (name, quantizer). The last phase is the state after all epochs. Incremental methods have another
+    phase before it: the first epoch in which at least half of the weights are frozen, but not all.
     """
     model, quantizer = probe_layer.model, probe_layer.layer.weight_q
     probe = Probe([(probe_layer.images, torch.arange(IMAGES) % CLASSES)], F.cross_entropy)

@@ -1,4 +1,4 @@
-"""Defines the measured curves of quantizers, which are functions of single values or codewords for vectors."""
+"""Defines measured curves of quantizers of single values, and codewords of quantizers of vectors."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class TransferCurve(NamedTuple):
 
     Args:
         x: n float values in ascending order, of shape (n,).
-        y: the function's value at each x, or its mean for a stochastic function, of shape (n,).
-        band: the smallest and the largest value at each x, both of shape (n,). None for a deterministic function.
+        y: value of the function at each x, of shape (n,). For a stochastic function, this is the mean.
+        band: smallest and largest value at each x, both of shape (n,), or None for a deterministic function.
         levels: the levels that the quantizer declares, in ascending order.
         tensor: the float tensor for which the function was measured.
     """
@@ -31,17 +31,17 @@ class TransferCurve(NamedTuple):
 
     @property
     def jumps(self) -> Tensor:
-        """The indices of the points directly before a jump of y. The result is empty for a stochastic function."""
+        """Indices of the points directly before a jump of y. There are none for a stochastic function."""
         return self.y.diff().nonzero().flatten() if self.band is None else torch.zeros(0, dtype=torch.long)
 
     @property
     def thresholds(self) -> Tensor:
-        """The positions of the jumps, each half way between the two neighbouring x."""
+        """Positions of the jumps, each in the middle between the two neighbouring x."""
         return (self.x[self.jumps] + self.x[self.jumps + 1]) / 2
 
     @property
     def heights(self) -> Tensor:
-        """The value y on each step of the staircase. There is one more step than there are jumps."""
+        """Value y on each step of the staircase. The number of steps is the number of jumps plus one."""
         return self.y[torch.cat([torch.zeros(1, dtype=torch.long), self.jumps + 1])]
 
 
@@ -53,10 +53,13 @@ class QuantizerCurves:
         what: "weights", "inputs" or "outputs".
         bits: the width in bits.
         forward: the curve from a float value to its quantized value.
-        picks: m indices into `forward.x`, of shape (m,). The values at these indices are spread evenly over the range.
-        slope: the derivative of the quantized value at each pick, of shape (m,). None for outputs.
-        backward: the curve from the incoming to the outgoing gradient, for outputs. Otherwise None.
-        frozen: whether each value of `forward.x` is frozen, of shape (n,). None if no values or all values are frozen.
+        picks: m indices into `forward.x`, of shape (m,). The x values at these indices are spread evenly over the
+            range.
+        slope: derivative of the quantized value at each of these indices, of shape (m,), or None for outputs.
+        backward: for outputs, the curve from the gradient before quantization to the quantized gradient. Otherwise
+            None.
+        frozen: whether each value of `forward.x` is frozen, of shape (n,), or None if no value or every value is
+            frozen.
         when: the name of the phase of an incremental method.
         notes: remarks that are needed to read the curve correctly.
     """

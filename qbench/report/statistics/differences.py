@@ -1,11 +1,11 @@
 """Computes differences between two methods: means, confidence intervals and p-values.
 
-Two groups of runs are paired by seed. If predictions are stored, they are also paired by test image.
+Two groups of runs are paired by seed. If predictions are stored, the runs are also paired by test image.
 
 Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`). `t.cdf` and `t.ppf` of `scipy.stats` return the
-same numbers but are slower. Importing `scipy.stats` takes 0.7 s instead of 0.2 s. Each call takes about 35 times as
-long, which matters with thousands of pairs. Tests compare the results with those of `scipy.stats`. scipy and numpy are
-imported inside the functions that use them.
+same numbers but are slower: the import takes 0.7 s instead of 0.2 s, and each call takes about 35 times as long, which
+matters with thousands of pairs. Tests compare the results with `scipy.stats`. scipy and numpy are imported inside the
+functions that use them.
 """
 
 import math
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 ALPHA = 0.05
-"""Level of significance; the confidence level is 1 - ALPHA = 95 %."""
+"""Significance level. The confidence level of intervals is 1 - ALPHA = 95 %."""
 NORMAL_QUANTILE = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, first minus second, with the values that significance tests need.
+    """A mean difference, first group minus second group, with the values that significance tests need.
 
     Args:
         mean: the estimated difference.
         low, high: ends of the 95 % confidence interval.
         n: number of seeds.
         p: two-sided p-value of "there is no difference".
-        standard_error: standard error of the mean; infinite with one seed, 0 if all seeds have the
-            same difference.
+        standard_error: standard error of the mean. It is infinite with one seed, and 0 if all seeds have the same
+            difference.
         dof: degrees of freedom of Student's distribution.
-        seed_variance: the part of the squared standard error that shrinks as 1 / (number of seeds).
-        item_variance: the part of the squared standard error that shrinks only with more test images.
-        items: number of test images; None if only the seeds' accuracies were compared.
+        seed_variance: the part of the squared standard error that decreases as 1 / (number of seeds).
+        item_variance: the part of the squared standard error that only more test images can decrease.
+        items: number of test images, or None if only the accuracies of the seeds were compared.
     """
 
     mean: float
@@ -55,12 +55,11 @@ class Difference:
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Return the mean difference of values paired by seed, with Student's interval (1908).
 
-    With one pair the interval is infinite and p is 1. If all differences are equal, the interval is
-    a single point, and Student's test would give p = 0. In that case the p-value is that of the
-    sign-flip test, 2^(1 - n) (Fisher 1935).
+    With one pair, the interval is infinite and p is 1. If all differences are equal, the interval is a single point,
+    and Student's test would give p = 0. The sign-flip test then gives the p-value, 2^(1 - n) for n pairs (Fisher 1935).
 
     Raises:
-        ValueError: there is no pair, or the groups have different lengths.
+        ValueError: the groups are empty or have different lengths.
     """
     import numpy as np
 
@@ -73,18 +72,17 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
-    """Return the difference in points of two groups, with both seeds and test items as samples.
+    """Return the difference of two groups in points, with a standard error that covers seeds and test items.
 
-    Both seeds and items are random samples, and all seeds are tested on the same items. The model is d = 100 (first -
-    second) = mean + seed + item + rest. The variance of the mean is then (MS_seeds + MS_items - MS_rest) / (seeds
-    items), from the mean squares of the two-way table without replication (Scheffé 1959, chapter 7). This is the
-    two-way cluster-robust variance of Cameron, Gelbach and Miller 2011, with unbiased parts. Negative components are
-    set to zero. The degrees of freedom are Satterthwaite's (1946). A bootstrap over seeds and items (Owen 2007) is not
-    used. It overestimates the variance with few seeds, and it draws random numbers.
+    Seeds and items are both random samples, and all seeds are tested on the same items. The model is d = 100 (first -
+    second) = mean + seed + item + rest. The mean squares (MS) of the two-way table without replication give the
+    variance of the mean: (MS_seeds + MS_items - MS_rest) / (seeds * items) (Scheffé 1959, chapter 7). This is the
+    two-way cluster-robust variance of Cameron, Gelbach and Miller 2011 with unbiased components. Negative components
+    are set to zero. The degrees of freedom follow Satterthwaite (1946). A bootstrap over seeds and items (Owen 2007) is
+    not used, because it overestimates the variance with few seeds and needs random numbers.
 
     Args:
-        first_hits, second_hits: (seeds, items) 1 where an item was classified correctly, otherwise
-            0.
+        first_hits, second_hits: 1 if an item was classified correctly, else 0, of shape (seeds, items).
 
     Raises:
         ValueError: the shapes differ, or a group is empty.
@@ -114,7 +112,10 @@ def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
 def _mean_squares(
     d: "NDArray[np.int8] | NDArray[np.float64]", mean: float, booleans: bool
 ) -> tuple[float, float, float]:
-    """Return the mean squares of seeds, items and rest. The table is 100 d (seeds, items), its mean is `mean`."""
+    """Return the mean squares of seeds, items and rest.
+
+    The table is 100 d, of shape (seeds, items), and `mean` is the mean of the table.
+    """
     import numpy as np
 
     seeds, items = d.shape
@@ -149,25 +150,25 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
 def with_seed_dof(d: Difference) -> Difference:
     """Return the difference with at most n - 1 degrees of freedom, where n is the number of seeds.
 
-    The degrees of freedom of `two_way` are an estimate. With two to five seeds, `two_way` returns p-values below 0.01
-    several times too often. Families of many pairs and repeated looks depend on such small p-values. With n - 1 degrees
-    of freedom, no p-value is below that of `paired` on the same seeds. There is one exception: if all seeds have the
-    same difference, `paired` returns a larger p-value.
+    The degrees of freedom in `two_way` are an estimate. With two to five seeds, p-values of `two_way` are below 0.01
+    several times too often. Tests of many pairs and repeated looks depend on such small p-values. With at most n - 1
+    degrees of freedom, the p-value is never below the p-value of `paired` on the same seeds. The only exception are
+    seeds that all have the same difference, for which `paired` returns a larger p-value.
     """
     dof = min(d.dof, d.n - 1.0)
     return d if dof == d.dof else _difference(d.mean, d.n, d.seed_variance, d.item_variance, dof, d.items)
 
 
 def half_width(d: Difference, alpha: float) -> float:
-    """Return the half-width of the 1 - alpha interval: t(1 - alpha / 2, dof) standard errors."""
+    """Return the half-width of the confidence interval of level 1 - alpha: t(1 - alpha / 2, dof) standard errors."""
     return math.inf if math.isinf(d.standard_error) else _quantile(1 - alpha / 2, d.dof) * d.standard_error
 
 
 def sample_error(percent: float, items: int) -> float:
     """Return the half-width, in points, of the 95 % confidence interval of a test accuracy.
 
-    The interval is the normal approximation of the binomial distribution. At 0 %, half an image is
-    counted as right, and at 100 % as wrong, so that the interval does not vanish.
+    The interval uses the normal approximation of the binomial distribution. So that it does not vanish, half an image
+    is counted as correct if the accuracy is 0 %, and half an image as wrong if it is 100 %.
 
     Args:
         percent: percentage of test images classified correctly.
@@ -185,8 +186,8 @@ def one_sided_p(d: Difference, border: float) -> float:
     1. t = (mean - border) / standard error.
     2. p = P(T >= t) = P(T <= -t) for Student's T with `dof` degrees of freedom.
 
-    If all seeds have the same difference, t is infinite. The sign-flip test is used instead: p is
-    2^-n for a difference above the border, otherwise 1. With one seed p is 1.
+    If all n seeds have the same difference, t is infinite. The sign-flip test is then used: p is 2^-n if the difference
+    is above the border, else 1. With one seed, p is 1.
     """
     return _upper_tail(d.mean - border, d.standard_error, d.dof, d.n)
 
@@ -203,7 +204,7 @@ def _upper_tail(distance: float, error: float, dof: float, n: int) -> float:
 
 
 def swapped(d: Difference) -> Difference:
-    """Return the difference second minus first."""
+    """Return the difference with both groups swapped: second group minus first group."""
     return Difference(
         -d.mean, -d.high, -d.low, d.n, d.p, d.standard_error, d.dof, d.seed_variance, d.item_variance, d.items
     )
@@ -212,7 +213,7 @@ def swapped(d: Difference) -> Difference:
 def _difference(
     mean: float, n: int, seed_variance: float, item_variance: float, dof: float, items: int | None
 ) -> Difference:
-    """Return a difference with interval and p-value, given the parts of the squared standard error."""
+    """Return a difference with its interval and p-value, computed from the parts of the squared standard error."""
     error = math.sqrt(seed_variance + item_variance)
     half = math.inf if math.isinf(error) else _quantile(1 - ALPHA / 2, dof) * error
     low, high = mean - half, mean + half
@@ -222,7 +223,7 @@ def _difference(
 
 
 def _variance(values: "NDArray[np.generic]") -> float:
-    """Return the unbiased variance (n - 1), exactly 0 if all values are equal up to rounding."""
+    """Return the unbiased variance (division by n - 1). It is exactly 0 if all values are equal up to rounding."""
     tolerance = 1e-12 * (1 + abs(values).max())
     return 0.0 if values.max() - values.min() <= tolerance else float(values.var(ddof=1))
 

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 TESTS = ("better", "at_least", "equal")
 EXACT_FLIPS = 16
-"""Up to this number of differences, the sign-flip test tries all signs."""
+"""Maximum number of differences for which the sign-flip test tries all choices of signs."""
 OUTLYING = 5
-"""A value farther from the median than this number of robust standard deviations is outlying."""
+"""Number of robust standard deviations from the median above which a value is outlying."""
 
 
 class Evidence(NamedTuple):
     """The evidence for or against a claim.
 
-    `p` is the p-value for the direction that the data favour. It is doubled because both directions are tested. `holds`
-    is true if this direction supports the claim.
+    `p` is the p-value of the direction that the data favour, doubled because both directions are tested. `holds` is
+    true if this direction supports the claim.
     """
 
     p: float
@@ -30,12 +30,12 @@ class Evidence(NamedTuple):
 
 
 def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
-    """Return the exact two-sided p-value of two networks' hits (N,) (McNemar 1947).
+    """Return the exact two-sided p-value for the hits of two networks, both (N,) (McNemar 1947).
 
-    The test uses only images that exactly one of the networks classifies correctly. If the networks are equally good,
-    each is correct on such an image with probability 1/2. The number of images that only the first network classifies
-    correctly then follows a binomial distribution. p is twice the lower tail at the smaller count. The test applies to
-    these two networks, not to other seeds of the same methods.
+    The test uses only images that exactly one of the two networks classifies correctly. If the networks are equally
+    good, each network is correct on such an image with probability 1/2. The number of images that only the first
+    network classifies correctly then follows a binomial distribution. p is twice the lower tail at the smaller of both
+    numbers. The result applies to these two networks, not to other seeds of the same methods.
     """
     import numpy as np
     from scipy import special
@@ -49,11 +49,11 @@ def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
 def sign_flip(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of the sign-flip test of paired differences (Fisher 1935).
 
-    Under the null hypothesis, every difference is as likely as its negative. p is the share of all
-    2^n choices of signs whose sum is at least as far from 0 as the observed one. Unlike Student's
-    test, it needs no normal distribution. With n differences, p is at least 2^(1 - n). Above 16
-    differences, the share of 2^16 random choices is returned. They have a fixed seed and include the
-    observed signs.
+    Under the null hypothesis, every difference is as likely as its negative. Each choice of signs for the n differences
+    gives a sum. p is the share of all 2^n choices whose sum is at least as far from 0 as the observed sum, so p is at
+    least 2^(1 - n). Unlike Student's test, the sign-flip test does not assume a normal distribution. For more than 16
+    differences, p is the share among 2^16 random choices, which are drawn with a fixed seed and include the observed
+    signs.
     """
     import numpy as np
 
@@ -68,10 +68,10 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def outlying(values: Sequence[float]) -> list[int]:
-    """Return the indices of values that are far from the others.
+    """Return the indices of values that are far from all other values.
 
-    A value is far if its distance from the median is more than 5 standard deviations, estimated as
-    1.4826 times the median distance from the median (Hampel 1974).
+    A value is far if its distance from the median is more than 5 robust standard deviations. A robust standard
+    deviation is 1.4826 times the median of all distances from the median (Hampel 1974).
     """
     import numpy as np
 
@@ -82,13 +82,13 @@ def outlying(values: Sequence[float]) -> list[int]:
 def equivalent(difference: Difference, margin: float) -> float:
     """Return the p-value of "the means differ by `margin` or more" (TOST, Schuirmann 1987).
 
-    It is the larger p-value of the hypotheses "at most -margin" and "at least margin".
+    The result is the larger of the p-values of the two hypotheses "at most -margin" and "at least margin".
     """
     return max(one_sided_p(difference, -margin), one_sided_p(swapped(difference), -margin))
 
 
 def evidence(difference: Difference, test: str, margin: float) -> Evidence:
-    """Return how strongly the data support or contradict a claim.
+    """Return whether the data support or contradict a claim, with the p-value.
 
     The claims are:
 
@@ -96,12 +96,12 @@ def evidence(difference: Difference, test: str, margin: float) -> Evidence:
     - at_least: first - second > -margin.
     - equal: first - second is within ±margin.
 
-    The smaller of the one-sided p-values of both directions is doubled. Then p < 0.05 means that
-    the 95 % confidence interval lies wholly on one side of the border (for `equal`, wholly within
-    the margins or wholly outside).
+    p is twice the smaller of the one-sided p-values of both directions. p < 0.05 therefore means that the 95 %
+    confidence interval is completely on one side of the border. For `equal`, it means that the interval is completely
+    inside or completely outside ±margin.
 
     Raises:
-        ValueError: there is no such test.
+        ValueError: `test` is none of these claims.
     """
     if test not in TESTS:
         raise ValueError(f"test={test}: must be one of {', '.join(TESTS)}")
@@ -116,7 +116,7 @@ def evidence(difference: Difference, test: str, margin: float) -> Evidence:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for the number of tests, in the given order (Holm 1979).
+    """Adjust p-values for the number of tests, and return them in the same order (Holm 1979).
 
     The step-down procedure keeps adjusted p-values monotone and at most 1.
     """

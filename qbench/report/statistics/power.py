@@ -1,4 +1,4 @@
-"""Computes the number of seeds at which a difference would be significant (power analysis)."""
+"""Computes how many seeds would make a difference significant (power analysis)."""
 
 import math
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 POWER = 0.8
 SEEDS_LIMIT = 1000
-"""Maximum number of seeds to try."""
+"""Maximum number of seeds that is tried."""
 
 
 def seeds_needed(
@@ -23,12 +23,14 @@ def seeds_needed(
     *,
     seeds_alone: bool = False,
 ) -> int | None:
-    """Return the number of seeds at which a test of this difference has the given power.
+    """Return the number of seeds with which a test of a difference has the given power.
 
-    The observed mean and variances are assumed to be the true values. `alpha` is two-sided. With `seeds_alone`, the
-    degrees of freedom are those of `with_seed_dof`. Return None if no number up to 1000 is enough. Possible reasons
-    are: the error from the test items is too large, the difference is equal to the margin of the test, or the variance
-    is not known because there was only one seed.
+    The observed mean and variances are assumed to be the true values. `alpha` is the two-sided significance level. With
+    `seeds_alone`, the degrees of freedom are limited as in `with_seed_dof`.
+
+    The result is None if no number up to 1000 is enough. There are three possible reasons: the error from the test
+    items is too large, the difference is equal to the margin of the test, or the variance is not known because there
+    was only one seed.
     """
     import numpy as np
 
@@ -54,7 +56,9 @@ def seeds_needed(
 def _power(
     difference: Difference, n: "NDArray[np.integer]", distances: tuple[float, float], alpha: float, seeds_alone: bool
 ) -> "NDArray[np.floating]":
-    """Return the power at each number of seeds n (m,). `distances` are those of the difference from two borders.
+    """Return the power at each number of seeds n, (m,).
+
+    `distances` are the distances between the difference and two borders.
 
     1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n, and
        the part from items stays constant.
@@ -79,9 +83,9 @@ def _power(
 
 
 def seeds_to_decide(difference: Difference, margin: float, alpha: float) -> int | None:
-    """Return the number of seeds at which a difference or equivalence would be significant.
+    """Return the number of seeds with which a difference or equivalence would probably be significant.
 
-    The degrees of freedom are those of `with_seed_dof`. Return None if no number up to 1000 is enough.
+    The degrees of freedom are limited as in `with_seed_dof`. The result is None if no number up to 1000 is enough.
     """
     counts = [seeds_needed(difference, "better", 0.0, alpha, seeds_alone=True)]
     if abs(difference.mean) < margin:  # `equivalent` is one-sided, `seeds_needed` two-sided

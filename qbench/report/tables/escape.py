@@ -1,7 +1,7 @@
 """Escapes text for each format of a table.
 
-Names, reasons and notes come from files that anybody may have written. They must not become control
-sequences, markup, formulas or commands in any format.
+Names, reasons and notes come from files that anybody may have written. Such text must not act as control sequences,
+markup, formulas or commands in any format.
 """
 
 import re
@@ -16,7 +16,7 @@ LINK = re.compile(r"\](?=[(\[:])")
 FORMULA = "=@＝＠"  # spreadsheets read the full-width signs too
 SIGNS = "+-＋－"
 NUMBER = re.compile(r"[+-]?[\d.]*[\d.,:;±+% -]*[A-Za-z]{0,3}")
-"""A number, which may have an error and a unit. Spreadsheets can read it without danger."""
+"""A number, possibly with an error and a unit. Such text is not dangerous in spreadsheets."""
 LATEX = {
     "\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "[": "{[}", "*": "{*}",  # at the start of a row, the \\ before it would take them as arguments
@@ -24,9 +24,9 @@ LATEX = {
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return text for a terminal, a plot or a page: one line, without control characters.
+    """Return text as one line without control characters, for a terminal, a plot or a page.
 
-    Characters that cannot be printed are written as in Python's strings, such as `\\x1b`. Characters
+    Characters that cannot be printed are written as in Python strings, such as `\\x1b`. Characters
     in `keep` are not changed.
     """
     if text.isprintable():
@@ -35,9 +35,9 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def markdown(text: str, *, links: bool = False) -> str:
-    """Return text for GitHub Markdown, also for cells of tables. HTML and column borders are escaped.
+    """Return text for GitHub Markdown and its table cells. HTML and column borders are escaped.
 
-    With `links`, links are not escaped. The project's own documents use this.
+    If `links` is true, links are not escaped. Only qbench's own documents use this option.
     """
     text = printable(text).replace("\\", "\\\\").replace("|", "\\|")
     text = TAG.sub("&lt;", ENTITY.sub("&amp;", text))

@@ -1,4 +1,4 @@
-"""Formats the row that is printed at the end of a run, with its accuracies, widths, size, BitOps and time."""
+"""Formats the row that a run prints at its end: accuracies, widths, size, BitOps and time."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", 
 
 
 def row(results: Sequence[Result], width: int | None = None) -> str:
-    """Return a table with one line per result, followed by the runs' directories and remarks.
+    """Return a table with one line per result, followed by the directories of the runs and remarks.
 
-    If the table is wider than `width` characters, it is printed vertically, with one line per cell.
+    If the table is wider than `width` characters, the result has one line per cell instead.
     """
     remarks = [line for result in results for line in _remarks(result)]
     table = text([Table(HEAD, [cells(result) for result in results])])
@@ -51,7 +51,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Return lines with a run's directory, and with the meaning of its accuracy or the reason why it is missing."""
+    """Return lines with a run's directory, and with what its accuracy measures or why it has no accuracy."""
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"

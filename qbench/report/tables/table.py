@@ -16,18 +16,18 @@ NUMBERS = frozenset("0123456789+-.±")
 
 @runtime_checkable
 class JsonRow(Protocol):
-    """An object in `Table.values` that is converted to JSON only when the table is written."""
+    """An object in `Table.values` that is converted to JSON when a table is written as JSON."""
 
     def to_json(self) -> dict[str, object]:
-        """Return the value as plain JSON values."""
+        """Return the object as values for JSON."""
 
 
 @dataclass
 class Table:
     """A table of text with a title, column heads, rows and notes.
 
-    `values` contains the object from which each row was made. The object is a plain value or a `JsonRow`, and it is
-    used for JSON output and for sorting.
+    `values` contains the object behind each row, for JSON output and for sorting. The object is a value for JSON or a
+    `JsonRow`.
     """
 
     head: tuple[str, ...]
@@ -84,7 +84,7 @@ def markdown(tables: Sequence[Table], *, links: bool = False) -> str:
 def comma_separated(tables: Sequence[Table]) -> str:
     """Return all tables as one CSV text.
 
-    The first column contains the table's title. In rows that contain a note, it contains `note`.
+    The first column contains the title of the table. In rows with a note, the first column contains `note`.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -101,7 +101,7 @@ def comma_separated(tables: Sequence[Table]) -> str:
 
 
 def as_json(tables: Sequence[Table]) -> str:
-    """Return JSON text with the title, rows and notes of every table. Cells are plain values, not formatted text."""
+    """Return JSON text with the title, rows and notes of every table. Rows contain numbers, not formatted text."""
     plain = [
         {"title": t.title, "rows": [v.to_json() if isinstance(v, JsonRow) else v for v in t.values], "notes": t.notes}
         for t in tables
