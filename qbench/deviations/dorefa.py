@@ -75,7 +75,7 @@ class RescaledByMax(DoReFaWeight):
         return rescaled_by_max(w, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group of 2^bits levels between -max|tanh w| and max|tanh w|."""
+        """Return a grid with one group, which has 2^bits levels between -max|tanh w| and max|tanh w|."""
         return Grid(super().grid(w).points * _max_magnitude(torch.tanh(w)))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -99,7 +99,7 @@ class SignOfZero(DoReFaWeight):
         return sign_of_zero(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group of the levels -E, 0 and E, where E = mean|w|."""
+        """Return a grid with one group, whose levels are -E, 0 and E, where E = mean|w|."""
         scale = w.abs().mean()
         return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
 
@@ -116,7 +116,7 @@ class UnitWeights(DoReFaWeight):
         return unit_weights(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group of the levels -1 and 1."""
+        """Return a grid with one group, whose levels are -1 and 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:

@@ -28,7 +28,7 @@ class UnscaledWeight(HWGQWeight):
         return unscaled_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group of the levels -1 and 1."""
+        """Return a grid with one group, whose levels are -1 and 1."""
         return Grid(w.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
     def bytes(self, w: Tensor) -> Storage:

@@ -51,7 +51,7 @@ class Unclamped(TTQWeight):
     positive_parameters: tuple[str, ...] = ()
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group of the levels -Wn, 0 and Wp, in ascending order."""
+        """Return a grid with one group, whose levels are -Wn, 0 and Wp in ascending order."""
         return Grid(super().grid(w).points.sort(1).values)
 
 
@@ -65,7 +65,7 @@ class UnscaledTies(TTQWeight):
         return ternarize_weight(w, self.positive, self.negative, delta) + ties
 
     def grid(self, w: Tensor) -> Grid:
-        """Return a grid with one group of the levels -Wn, 0, Wp, -1 and 1, in ascending order."""
+        """Return a grid with one group, whose levels are -Wn, 0, Wp, -1 and 1 in ascending order."""
         points = super().grid(w).points
         return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
 

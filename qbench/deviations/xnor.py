@@ -71,7 +71,7 @@ class SignOfZeroActivation(BinaryActivation):
         return zero_at_zero(x, binarize_activation(x))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return a grid with one group of the levels -1, 0 and 1."""
+        """Return a grid with one group, whose levels are -1, 0 and 1."""
         return Grid(x.new_tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1))
 
 

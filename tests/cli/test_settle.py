@@ -121,7 +121,7 @@ def test_a_collapsed_seed_is_named_and_the_sign_flip_test_stands_beside() -> Non
     assert "Sign-flip test over seeds: p = 0.25." in text
     text = run_sequential_test(test, stub({"w2a2g32": [95.0, 65.0, 95.1, 94.9, *first[4:]], "w4a4g32": [94.9] * 8}))
     assert "is not significantly different" in text
-    assert "Warning: the difference is far from the others in seed 1, 4; if seeds of one setting can collapse" in text
+    assert "Warning: the difference is far from all other differences in seed 1, 4; if training can collapse" in text
 
 
 def test_false_decisions_on_a_against_a() -> None:

@@ -529,7 +529,7 @@ def test_a_directory_stands_before_its_record(planted: tuple[str, Path], tmp_pat
     assert [settings for table in both if (settings := settings_of(table))] == [settings_of(alone[0])]
     notes = "\n".join(note for table in both for note in table.notes)
     assert "duplicate runs are left out: 0/first/digits-resnet8/dorefa-w2a32g32-s0" in notes
-    assert re.search(r"duplicates whose top-1 differs \(1\).* 87\.00, kept 97\.00$", notes, re.MULTILINE)
+    assert re.search(r"duplicates with a different top-1 \(1\).* 87\.00, kept 97\.00$", notes, re.MULTILINE)
 
 
 WRONG = [None, {}, [], "x", "", -40, 9600, True, float("nan"), [[]], {"a": None}]

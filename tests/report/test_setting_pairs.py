@@ -330,7 +330,7 @@ def test_one_seed_has_no_spread() -> None:
 def test_different_seeds_are_not_paired_and_several_runs_of_a_seed_count_once() -> None:
     table = concluded(setting("a", A), setting("b", B, seeds=[4, 5, 6, 7]))
     assert conclusions(table)[0].pairs[0].p == pytest.approx(stats.ttest_ind(A, B, equal_var=False).pvalue)
-    assert "compared unpaired, because their seeds differ" in table.notes[0]
+    assert "compared unpaired, because the seeds differ" in table.notes[0]
     twice = concluded(setting("a", [*A, 96.0], seeds=[0, 1, 2, 3, 3]), setting("b", B))
     assert conclusions(twice)[0].pairs[0].p == pytest.approx(stats.ttest_rel([*A[:3], 96.6], B).pvalue)
 

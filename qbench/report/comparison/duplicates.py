@@ -40,7 +40,7 @@ def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) 
     different = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
     if different:
         yield (
-            f"duplicates whose top-1 differs ({len(different)}), because of another version or machine: "
+            f"duplicates with a different top-1 ({len(different)}), because of another version or machine: "
             f"{different[0]}{_more(different)}"
         )
 

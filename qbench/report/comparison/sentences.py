@@ -12,7 +12,7 @@ from qbench.report.statistics.power import SEEDS_LIMIT
 
 NAMES_LISTED = 6
 """Maximum number of names in one part of a sentence. Further names are only counted."""
-UNPAIRED = "unpaired, because their seeds differ"
+UNPAIRED = "unpaired, because the seeds differ"
 WITHOUT_IMAGES = "over seeds alone: the error of the test sample is left out"
 
 

@@ -219,7 +219,7 @@ def _warning(result: SequentialResult) -> str:
     if not seeds:
         return ""
     return (
-        f" Warning: the difference is far from the others in seed {seeds}; if seeds of one setting can collapse, "
+        f" Warning: the difference is far from all other differences in seed {seeds}; if training can collapse, "
         "the mean and its interval are not reliable."
     )
 

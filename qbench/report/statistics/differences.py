@@ -64,7 +64,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     import numpy as np
 
     if not len(first) or len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} values: paired groups must have one value per seed each")
+        raise ValueError(f"{len(first)} and {len(second)} values: paired groups must have one value per seed")
     differences = np.subtract(first, second, dtype=float)
     n = len(differences)
     squared_error = _variance(differences) / n if n > 1 else math.inf
