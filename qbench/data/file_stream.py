@@ -223,7 +223,8 @@ def _identity(batch: DecodedBatch) -> DecodedBatch:
 def _ensure_fork_server() -> None:
     """Ensure that the fork server is running.
 
-    The fork server starts while signals are blocked. It and the workers therefore never receive these signals.
+    The fork server starts while signals are blocked. Blocked signals therefore never reach the fork server and the
+    workers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

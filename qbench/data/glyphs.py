@@ -23,9 +23,9 @@ We measured top-1 in % on the 10,000 test images (sampling error +-0.5 points) f
 
 The network is a pre-activation ResNet-8. It was trained for 10 epochs of the 10,810 training images on one thread, with
 SGD, learning rate 0.1, a cosine schedule and batches of 64. With one seed, top-1 was 95.7 at D = 1, 93.1 at D = 1.1 and
-88.1 at D = 1.2. With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5, 93.3 at D = 1 (mean of
-three seeds, from 92.9 to 93.6), and 52 at D = 1.5, where it was still rising. The default is D = 1.1, where float
-networks reach about 92 % and different bit widths give different accuracy.
+88.1 at D = 1.2. With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5 and 93.3 at D = 1 (mean of
+three seeds, from 92.9 to 93.6). At D = 1.5, top-1 was 52 and still rising. The default is D = 1.1, where float networks
+reach about 92 % and different bit widths give different accuracy.
 
 Rendering 22,000 images and computing their mean and standard deviation takes 1.8 to 2.5 s on one
 core.

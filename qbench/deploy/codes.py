@@ -6,18 +6,18 @@ One encoder works for all methods. It reads the levels and the scale groups from
 All weights of a scale group share the same levels. A layout says which weights form a scale group:
 
     tensor       all weights
-    channel      the weights of one index along the first axis
+    channel      all weights with the same index along the first axis
     bucket:N     N consecutive weights of the flattened tensor
-    subspace:D   sub-vectors of D input channels; each subspace of channels is a group, and each
-                 sub-vector has one code
+    subspace:D   all weights of D consecutive input channels; D weights share a code
 
 Levels are stored in one of three forms. The encoder chooses a form whose decoded floats are bit-identical to the floats
 that the quantizer returns:
 
-    steps        (first + step code) scale, with one scale per group
-    span         points[code] scale + low, with one scale and one low per group; the points are
-                 code / (count - 1), or a table that all groups share
-    book         a table of levels per group
+    steps        (first + step * code) * scale, with one scale per group
+    span         points[code] * scale + low, with one scale and one low per group
+    book         table[code], with one table of levels per group
+
+The points of the form `span` are code / (count - 1), or a table that all groups share.
 """
 
 from collections.abc import Iterator

@@ -5,9 +5,9 @@ A file is a container (`qbench.deploy.container`) with two arrays:
     floats   float32: float parameters, scales, codebooks, thresholds, levels
     codes    uint8: the codes of the weights, without gaps
 
-The header contains the steps of the network, the fields of `About`, and the shapes and layouts of all tensors in the
-order in which the arrays store them. The file contains no code. The network calls only functions in
-`qbench.deploy.network.FUNCTIONS`.
+The header contains the steps of the network and the fields of `About`. It also contains the shapes and layouts of all
+tensors, in the order in which the arrays store the tensors. The file contains no code. The network calls only functions
+in `qbench.deploy.network.FUNCTIONS`.
 """
 
 from collections.abc import Mapping

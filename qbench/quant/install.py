@@ -39,9 +39,9 @@ def install(
 
     Args:
         policy: selects the layers that are quantized. The default is all layers except the first and the last.
-        example: one batch of images (N, C, H, W). `install` runs the network on these images to find the execution
-            order, the layers that read the image, weights that are used without calling their layer, and the activation
-            functions in front of layers. With None, the network is not run, and layers are in the order of
+        example: one batch of images (N, C, H, W). `install` runs the network on these images. The run shows the
+            execution order, the layers that read the image, the activation functions in front of layers, and weights
+            that are used without calling their layer. With None, the network is not run, and layers are in the order of
             registration.
         act: whether activation functions in front of input quantizers are kept ("keep") or removed ("fused"). With
             "auto", the method decides (`Requires`).

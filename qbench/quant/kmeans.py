@@ -63,8 +63,9 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     far apart are almost equally good, the fraction is at most about (k / bins)², which is 6e-5 up to k = 781.
 
     The computation runs on the CPU. For n values, the time is proportional to n log n. In addition to the result, the
-    computation needs 16 bytes of memory per value, and 4 (k + 100) bytes per bin or, in the exact case, per distinct
-    value. It needs 4 more bytes per value if `values` has half precision, is not contiguous or is not on the CPU.
+    computation needs 16 bytes of memory per value and 4 (k + 100) bytes per bin. In the exact case, it needs 4 (k +
+    100) bytes per distinct value instead of per bin. If `values` has half precision, is not contiguous or is not on the
+    CPU, another 4 bytes per value are needed.
 
     Args:
         values: finite floating-point values of any shape.

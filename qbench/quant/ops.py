@@ -85,7 +85,7 @@ def without_rounding() -> Iterator[None]:
     """Make `round_ste` and `straight_through` return their input x within a `with` block.
 
     Within the block, quantizers use their plain definitions. A quantizer without rounding is the smooth function that
-    the backward pass differentiates. This allows a comparison of the gradients of learned scales with finite
+    the backward pass differentiates. Tests can therefore compare the gradients of learned scales with finite
     differences.
     """
     with _switched(_rounding, False), reference_kernels():

@@ -39,7 +39,7 @@ class Probe:
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
     def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's inputs and outputs for all images of the probe. They have no gradient.
+        """Return a layer's inputs and outputs for all images of the probe, without gradient.
 
         If the network calls the layer with tensors of several sizes, the results are vectors of all values.
         """

@@ -76,9 +76,8 @@ def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
 def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Return the fraction of negative inputs of each layer whose input levels are all at least 0.
 
-    Quantization sets negative inputs of such a layer to 0. The result leaves out layers whose quantizer replaces a
-    ReLU, because this is then intended. It also leaves out layers that read the image and layers without negative
-    inputs.
+    Quantization sets negative inputs of such a layer to 0. If the quantizer replaces a ReLU, this is intended, and the
+    layer is left out. Layers that read the image and layers without negative inputs are also left out.
     """
     bypassed = {name for name, module in model.named_modules() if isinstance(module, BypassedActivation)}
     intended = {layer for name, readers in getattr(model, "feeds", {}).items() if name in bypassed for layer in readers}

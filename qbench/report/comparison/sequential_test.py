@@ -4,8 +4,8 @@ This is a group-sequential test. Each test during the sampling is called a look.
 level 5 %, all looks together would too often find a difference that does not exist. Look number k therefore uses the
 level 0.05 / (k (k + 1)), which is a Bonferroni correction. For any number of looks, the levels add up to at most 0.05.
 Earlier levels do not depend on the number of looks, so a test can continue later with a larger `max_seeds`. The test of
-difference and the test of equivalence may both use the full level, because the true difference cannot be zero and at
-least as large as the margin at the same time.
+difference can be wrong only if the true difference is zero. The test of equivalence can be wrong only if the true
+difference is at least the margin. Both tests may therefore use the full level.
 
 The rate of false decisions is at most 5 % if the differences of the seeds are about normally distributed. The rate is
 larger if training collapses in a few seeds of one setting. If no seed of an early look collapsed, the data of this look
@@ -182,9 +182,8 @@ def _top1(record: RunRecord) -> float:
 def describe(test: SequentialTest, result: SequentialResult) -> str:
     """Return the verdict with its numbers in two sentences.
 
-    For a verdict of equivalence, the text gives the confidence interval with the confidence level 1 - 2 * level,
-    because equivalence is tested by two one-sided tests at `level`. For all other verdicts, the confidence level is 1 -
-    level.
+    The text contains a confidence interval, usually with the confidence level 1 - level. For a verdict of equivalence,
+    the confidence level is 1 - 2 * level, because equivalence is tested by two one-sided tests at `level`.
     """
     d, margin = result.difference, test.margin
     first, second = names(test)

@@ -167,8 +167,8 @@ def half_width(d: Difference, alpha: float) -> float:
 def sample_error(percent: float, items: int) -> float:
     """Return the half-width, in points, of the 95 % confidence interval of a test accuracy.
 
-    The interval uses the normal approximation of the binomial distribution. So that it does not vanish, half an image
-    is counted as correct if the accuracy is 0 %, and half an image as wrong if it is 100 %.
+    The interval uses the normal approximation of the binomial distribution. At an accuracy of 0 %, half an image is
+    counted as correct. At 100 %, half an image is counted as wrong. The half-width is therefore never 0.
 
     Args:
         percent: percentage of test images classified correctly.
