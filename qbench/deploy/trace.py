@@ -76,7 +76,7 @@ def trace(model: nn.Module, images: Tensor) -> Network:
         steps.append(step._replace(args=merged[0], kwargs=merged[1]))
     for name, tensor in first.tensors.items():
         if not _same(tensor, second.tensors.get(name)):
-            raise NotExportable(f"{name}: depends on the images by other code than torch functions")
+            raise NotExportable(f"{name}: depends on the images, but is not computed by torch functions")
     weights = {name: _encode(layer, layers[layer], weight) for name, (layer, weight) in first.weights.items()}
     return _live(steps, output, first.tensors, weights)
 

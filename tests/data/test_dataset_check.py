@@ -71,8 +71,8 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "images without channels": (with_images("train", lambda x: x[:, 0]), "torch.uint8 (36, 8, 8): must be uint8 (N, C"),
     "images of numpy": (with_images("train", lambda x: x.numpy()), "images of a split are a ndarray: must be uint8"),
     "more images than labels": (with_labels("train", lambda y: y[:-1]), "36 images but 35 labels"),
-    "test images of another size": (with_images("test", lambda x: x[..., 1:]), "test: images are (1, 8, 7), those"),
-    "test images in colour": (with_images("test", lambda x: x.repeat(1, 3, 1, 1)), "test: images are (3, 8, 8), those"),
+    "test images of another size": (with_images("test", lambda x: x[..., 1:]), "test: images are (1, 8, 7), but train"),
+    "test images in colour": (with_images("test", lambda x: x.repeat(1, 3, 1, 1)), "test: images are (3, 8, 8), but"),
     "crops larger than images": (with_crops_of(9), "train: images are (1, 8, 8): must be at least 9 x 9 pixels"),
     "float64 images": (with_images("train", lambda x: x.double()), "torch.float64 (36, 1, 8, 8): must be uint8 (N, C"),
     "std of 0": (lambda data: replace(data, std=(0.0,)), "std=(0.0,): must be above 0"),
@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "mean of 0 to 255": (lambda data: replace(data, mean=(127.5,)), "mean=(127.5,): must be 0 to 1"),
     "mean of three channels": (lambda data: replace(data, mean=(0.5,) * 3), "must be 1 numbers, one per channel"),
     "one class": (lambda data: replace(data, classes=1), "classes=1: must be an int from 2 on"),
-    "images of one class": (with_labels("train", torch.zeros_like), "train: all labels are 0: must be of two or more"),
+    "images of one class": (with_labels("train", torch.zeros_like), "train: all labels are 0: there must be two or"),
     "classes as float": (lambda data: replace(data, classes=4.0), "classes=4.0: must be an int"),
     "no training images": (lambda data: replace(data, train=data.train.take(torch.arange(0))), "train has no images"),
     "a split of torch": (
@@ -248,7 +248,7 @@ def test_grey_values_of_files_are_compared_too(tmp_path: Path) -> None:
     (note,) = other_scale(data)
     mean, train = brighter.images.float().mean(), dark(20).train.images.float().mean()
     assert note.startswith(f"test images have other grey values than train images: mean {mean:.0f} and")
-    assert f"instead of {train:.0f} and" in note
+    assert f"but {train:.0f} and" in note
 
 
 @pytest.mark.parametrize("build", [synthetic.build, digits.build, glyphs.build])

@@ -259,7 +259,10 @@ def refusal(model: nn.Module, images: Tensor, about: About = ABOUT) -> str:
         (("method=inq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
         (("method=slq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
         (("method=qd", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs"),
-        (("method=bwn",), "layer1.0.conv1: integer needs quantized activations, and those of this layer are float"),
+        (
+            ("method=bwn",),
+            "layer1.0.conv1: integer needs quantized activations, but the activations of this layer are float",
+        ),
         (
             ("method=xnor", "method.scale=K"),
             "does not support output scales that are computed for each image",
@@ -341,7 +344,7 @@ def test_sums_that_need_more_than_32_bits_are_refused() -> None:
     images = torch.rand(6, 1, 8, 8)
     install(dorefa.build(w=8, a=8), model, Policy(last="same"), example=images[:1])
     model[3].weight.data.fill_(1.0)[:, 0] = -1.0  # type: ignore[union-attr, operator, index]
-    assert "3: integer needs sums of products up to 2,147,483,647, and these reach 2,496,894,975" in refusal(
+    assert "3: integer needs sums of products of at most 2,147,483,647, but they reach 2,496,894,975" in refusal(
         model, images
     )
 
@@ -408,7 +411,7 @@ def test_a_damaged_file_is_refused(finished: Path, tmp_path: Path) -> None:
     [
         (header_change("version", 2), "has version 2 of the format; this qbench reads version 1"),
         (header_change("about", "shape", [1, 2**20, 2**20]), "damaged"),
-        (header_change("about", "classes", 3), "not one row of 3 logits"),
+        (header_change("about", "classes", 3), "expected: (1, 3)"),
         (header_change("about", {}), "damaged"),
         (header_change("steps", []), "damaged"),
         (header_change("steps", 0, 0, "system"), "calls an unknown function"),

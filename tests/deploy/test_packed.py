@@ -225,11 +225,14 @@ class Odd(nn.Module):
     [
         (lambda x: torch.special.i0(x), "does not know the function i0"),
         (lambda x: torch.from_numpy(x.detach().numpy().copy()) * x, r"reads values of a tensor .* \(numpy\)"),
-        (lambda x: torch.tensor(DRAWS.random(len(x))).float().reshape(-1, 1, 1, 1) * x, "not a function of torch"),
+        (
+            lambda x: torch.tensor(DRAWS.random(len(x))).float().reshape(-1, 1, 1, 1) * x,
+            "is not computed by torch functions",
+        ),
         (lambda x: x * float(x.sum()), r"reads values of a tensor .* \(__float__\)"),
         (lambda x: x.relu() if x.sum() > -1e9 else x, r"reads values of a tensor .* \(__bool__\)"),
         (lambda x: x * DRAWS.random(), "an argument of mul depends on the images"),
-        (lambda x: x.relu() if len(x) == 2 else x, "calls other functions on other images"),
+        (lambda x: x.relu() if len(x) == 2 else x, "calls different functions for different images"),
     ],
     ids=["unknown", "numpy", "constant", "value", "branch", "argument", "size"],
 )
@@ -358,7 +361,7 @@ def rewritten(whole: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
         (header_change("version", 2), "has version 2 of the format; this qbench reads version 1"),
         (header_change("about", "shape", [1, 2**20, 2**20]), "damaged"),
         (header_change("about", "shape", [1, 9]), "damaged"),
-        (header_change("about", "classes", 3), "not one row of 3 logits"),
+        (header_change("about", "classes", 3), "expected: (1, 3)"),
         (header_change("weights", "*", "shape", [2**30, 2**30]), "damaged"),
         (header_change("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
         (header_change("weights", "*", "book", [2**39]), "damaged"),

@@ -157,8 +157,8 @@ def test_a_method_trained_from_scratch_says_how_many_epochs_it_lacks(configure: 
     plant(configure("method=dorefa"), 97.0, 98.0)
     (table,) = tables(configure())
     assert table.notes == [
-        "gupta: trained from scratch, as the method requires, for 30 epochs; other methods have 60 more, in their "
-        "float baseline"
+        "gupta: trained from scratch, as the method requires, for 30 epochs; other methods have 60 more epochs, for "
+        "their float baseline"
     ]
 
 
