@@ -1,4 +1,4 @@
-"""Turns a quantized network into a plain one, whose parameters are the quantized weights."""
+"""Turns a quantized network into a float network whose parameters are the quantized weights."""
 
 import copy
 
@@ -11,20 +11,19 @@ from qbench.quant.verify import NotQuantized, verify_weights
 
 
 def fold_quantized_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of the network with effective weights and without weight quantizers.
+    """Return a copy of the network whose weights are the quantized weights, without weight quantizers.
 
-    Layers that share their latent weights get weights of their own.
+    Layers that share latent weights get separate weights.
 
     Raises:
-        ValueError: the weights of a layer are computed in every forward pass, or they are not on the
-            levels of their quantizer. Some methods also quantize weights outside of the forward
-            pass, in `prepare`, `on_epoch` or `step` of `Method`, which your own training loop has to
-            call.
+        ValueError: the weights of a layer are computed in every forward pass, or some weights are not on the levels of
+            their quantizer. Some methods also quantize weights in the functions `prepare`, `on_epoch` and `step` of
+            `Method`. Your training loop must call these functions.
     """
     layers = quantized_layers(model)
     for name, layer in layers.items():
         if remedy := computed_weight(layer):
-            raise ValueError(f"{name}: its weight is computed in every forward pass\nfirst {remedy}")
+            raise ValueError(f"{name}: the weight is computed in every forward pass\nfirst {remedy}")
     # All effective weights are computed before the first latent weight is replaced.
     weights = {name: effective_weight(layer).clone() for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -33,7 +32,7 @@ def fold_quantized_weights(model: nn.Module) -> nn.Module:
                 verify_weights(name, layer, weights[name])
             except NotQuantized as error:
                 raise ValueError(
-                    f"{error}\nthe method quantizes them in its functions prepare, on_epoch or step\n"
+                    f"{error}\nthe method quantizes weights in its functions prepare, on_epoch or step\n"
                     "call these functions in your training loop, or train with qbench.run"
                 ) from None
     folded = copy.deepcopy(model)

@@ -63,10 +63,10 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
 
 
 def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
-    """Count the levels of the effective weights of a layer with quantized weights.
+    """Count the levels in the weights that a layer uses in evaluation.
 
     Raises:
-        NotQuantized: some weights are still float, or they are not on the grid of their quantizer.
+        NotQuantized: some weights are still float, or are not on the grid of their quantizer.
     """
     if not layer.weight_q.complete:
         raise NotQuantized(f"{name}: weights are still float")
