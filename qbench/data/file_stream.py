@@ -42,8 +42,8 @@ class FileSplit:
         names: names of the files relative to `root`.
         labels: the labels, (N,) int64.
         side: size in pixels to which the shorter side of an image is resized before a crop of fixed size.
-        cache: decoded images of the files, or None.
-        rows: the rows of the images in the cache, int64 (N,).
+        cache: cache of decoded images, or None.
+        rows: row of each image in the cache, (N,) int64, or None without a cache.
     """
 
     root: str
@@ -71,12 +71,12 @@ class FileSplit:
         return replace(self, labels=self.labels.to(device))
 
     def take(self, index: Tensor) -> Self:
-        """Return the split of the images that an index tensor (n,) selects."""
+        """Return a split with only the images that an index tensor (n,) selects."""
         names, rows = tuple(self.names[i] for i in index.tolist()), self.rows
         return replace(self, names=names, labels=self.labels[index], rows=None if rows is None else rows[index])
 
     def cached(self, cache: "ImageCache", first: int) -> Self:
-        """Return the split with its images in a cache, from row `first` on."""
+        """Return the split with its images in a cache. `first` is the row of the first image."""
         return replace(self, cache=cache, rows=torch.arange(first, first + len(self)))
 
     def job(self, index: Tensor, draws: Tensor | None) -> "DecodeJob":
@@ -145,8 +145,8 @@ def decoded_batches(
         draws: uniform random numbers in [0, 1) for the augmentation, of shape (N, k), with k numbers per image of the
             split. None means centre crops.
         augment: the augmentation.
-        workers: number of worker processes, at most one per core of this process's share. If it is 0, this process
-            decodes the images.
+        workers: number of worker processes. At most one is started per core that this process may use. With 0, the
+            calling process decodes the images.
         device: the device of the batches.
 
     Raises:

@@ -55,8 +55,9 @@ def build(
     """Return the data set of a folder.
 
     Args:
-        cache: folder for decoded images, or nothing.
-        test: folder of the test images, or the share of test images in one folder of classes.
+        cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
+        test: name of the folder of test images, or the share of images that form the test split if `root` contains the
+            class folders.
         val: share of the training images in the validation split.
     """
     top = absolute_root(root)

@@ -1,11 +1,12 @@
 """Keeps decoded and resized images of a data set on disk, so that later runs do not decode them again.
 
-The images of `dataset.cache=DIR` are in `DIR/KEY`. The key is a hash of the files' content and of the size to which
-they are resized, so different data sets share a folder, and changed files get a new cache. The pixels of all images,
-uint8 (H, W, 3), follow each other in shards of 1 GiB, which are mapped into memory. `index.npy` has a row for each
-image: its shard, its first byte there, its height and its width. `sealed.json` is written last. It contains the size,
-the modification time and the sha256 of each file. If size or time have changed, the file is hashed again. A damaged
-cache is built again.
+With `dataset.cache=DIR`, the images are in `DIR/KEY`. The key is a hash of the content of the image files and of the
+size to which images are resized. Different data sets can therefore share DIR, and changed files get a new cache.
+
+The pixels of all images, uint8 (H, W, 3), are stored one after the other in files of 1 GiB (shards), which are mapped
+into memory. `index.npy` has a row for each image: the shard, the first byte in the shard, the height and the width.
+`sealed.json` is written last. It contains the size, the modification time and the sha256 of each file of the cache. If
+the size or the time of a file has changed, the file is hashed again. A damaged cache is built again.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ VERSION = 1
 SHARD_BYTES = 2**30
 """Size in bytes after which a new shard begins."""
 MAX_MAPPED = 1024
-"""Largest number of shards that are mapped at a time."""
+"""Maximum number of shards that are mapped into memory at the same time."""
 Index = npt.NDArray[np.int64]
 
 
@@ -50,7 +51,7 @@ class ImageCache:
     side: int
 
     def pixels(self, row: int) -> Pixels:
-        """Return an image as uint8 (H, W, 3), a view of the mapped file. `row` counts all images of the cache."""
+        """Return the image in a row of the index as uint8 (H, W, 3). The result is a view of the mapped file."""
         shard, start, height, width = (int(value) for value in _index(self.folder)[row])
         return _shard(self.folder, shard)[start : start + 3 * height * width].reshape(height, width, 3)
 
@@ -59,14 +60,14 @@ class ImageCache:
 
 
 def open_cache(top: Path, sha256: str, root: Path, names: Sequence[str], side: int) -> ImageCache:
-    """Return the cache of some image files. It is built if it does not exist or is damaged.
+    """Return the cache of some image files. The cache is built if it does not exist or is damaged.
 
-    Of several processes, one builds it, and the others wait.
+    If several processes need the same cache, one process builds the cache and the others wait.
 
     Args:
         top: the folder of all caches.
         sha256: the hash of the files.
-        root, names: the folder of the files, and their names in it.
+        root, names: the folder of the image files, and the names of the files relative to this folder.
         side: size in pixels to which the shorter side of each image is resized, or 0 if images keep their size.
 
     Raises:
@@ -86,7 +87,7 @@ def open_cache(top: Path, sha256: str, root: Path, names: Sequence[str], side: i
 
 
 def _build(folder: Path, root: Path, names: Sequence[str], side: int) -> None:
-    """Decode all images into a temporary folder, seal it, and rename it."""
+    """Decode all images into a temporary folder, write `sealed.json`, and rename the folder."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     gibibytes = len(names) * 3 * (4 * side * side / 3) / 2**30
     size = f", about {gibibytes:,.1f} GiB" if side and gibibytes > 1 else ""
@@ -107,7 +108,7 @@ def _build(folder: Path, root: Path, names: Sequence[str], side: int) -> None:
 
 
 def _write_shards(folder: Path, root: Path, names: Sequence[str], side: int) -> dict[str, list[str | int]]:
-    """Write all shards and the index. Return name -> [size, modification time, sha256] of each file."""
+    """Write all shards and the index. Return [size, modification time, sha256] of each file by name."""
     index, bad = np.zeros((len(names), 4), np.int64), list[tuple[str, str]]()
     sealed: dict[str, list[str | int]] = {}
 
@@ -135,13 +136,13 @@ def _write_shards(folder: Path, root: Path, names: Sequence[str], side: int) -> 
 def _bounded(
     pool: ThreadPool, decode: Callable[[str], Pixels | str], names: Sequence[str], ahead: int = 256
 ) -> Iterator[Pixels | str]:
-    """Yield the decoded images in order. At most `ahead` of them wait in memory."""
+    """Yield the decoded images in order. At most `ahead` decoded images are in memory."""
     for start in range(0, len(names), ahead):
         yield from pool.map(decode, names[start : start + ahead], chunksize=4)
 
 
 class _Shards:
-    """Writes images one after the other, and seals each shard when it is full."""
+    """Writes images one after the other. When a shard is full, its size, time and sha256 are recorded."""
 
     def __init__(self, folder: Path, sealed: dict[str, list[str | int]]) -> None:
         self._folder, self._sealed = folder, sealed
@@ -155,7 +156,7 @@ class _Shards:
         self._close()
 
     def add(self, pixels: Pixels) -> tuple[int, int]:
-        """Write an image. Return the number of its shard and its first byte there."""
+        """Write an image. Return the number of the shard and the position of the image's first byte in the shard."""
         if self._size >= SHARD_BYTES:
             self._close()
             self._number, self._size, self._sha256 = self._number + 1, 0, hashlib.sha256()
@@ -175,7 +176,7 @@ class _Shards:
 
 
 def _is_intact(folder: Path, count: int) -> bool:
-    """Return whether a cache is complete and its files have not changed since they were sealed."""
+    """Return whether a cache is complete and its files still have the content that `sealed.json` records."""
     sealed = files.read_json(folder / "sealed.json") or {}
     if sealed.get("images") != count or "index.npy" not in sealed.get("files", {}):
         return False

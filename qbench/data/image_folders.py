@@ -182,10 +182,9 @@ def dataset_from_files(
 
     Args:
         side: size in pixels to which the shorter side of each image is resized.
-        shape: (H, W) that all images must have, or None. If it is given, images are always kept in
-            memory.
-        cache: folder of decoded images (`qbench.data.image_cache`), or nothing. Images keep their size in it if crops
-            have a random area.
+        shape: (H, W) that all images must have, or None. If the shape is given, the images are always kept in memory.
+        cache: folder in which decoded images are kept (`qbench.data.image_cache`). If it is empty, decoded images are
+            not kept. If crops have a random area, the images in this folder keep their original size.
 
     Raises:
         DataError: some files are not complete images. The message names them.
@@ -250,10 +249,10 @@ def _common_shape(check: FileCheck, side: int, augment: Augment) -> tuple[int, i
 def _decode_all(
     root: Path, files: ImageFiles, side: int, shape: tuple[int, int], cache: ImageCache | None, first: int
 ) -> Split:
-    """Return a split in memory with all images. Each image must have the shape (H, W) after resizing.
+    """Decode all images into a split in memory. Each image must have the shape (H, W) after resizing.
 
     Args:
-        cache: decoded images of all files, or None. The images of the split begin at row `first`.
+        cache: cache with the decoded images of all files, or None. The first image of the split is in row `first`.
     """
     images = torch.empty(len(files.names), *shape, 3, dtype=torch.uint8)
     pixels = images.numpy()

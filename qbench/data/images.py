@@ -96,9 +96,9 @@ def load_crop(path: str | Path, side: int, augment: Augment, draws: Sequence[flo
 
 
 def crop_of(whole: Image.Image, side: int, augment: Augment, draws: Sequence[float] | None) -> Tensor:
-    """Return a crop of an RGB image as uint8 (size, size, 3); see `load_crop`.
+    """Return a crop of an RGB image as uint8 (size, size, 3). The other arguments are as in `load_crop`.
 
-    PIL copies only the pixels of the crop. The crop is the same as that of `crop_and_flip` in memory.
+    PIL copies only the pixels of the crop. The result is the same as the result of `crop_and_flip` on images in memory.
     """
     if draws is not None and augment.area:
         size = augment.size
@@ -114,7 +114,10 @@ def crop_of(whole: Image.Image, side: int, augment: Augment, draws: Sequence[flo
 
 
 def crop_of_pixels(pixels: Pixels, side: int, augment: Augment, draws: Sequence[float] | None) -> Tensor:
-    """Return the same as `crop_of`, from pixels uint8 (H, W, 3). If they need no resizing, only the crop is read."""
+    """Return the same crop as `crop_of`, from pixels uint8 (H, W, 3).
+
+    If the image needs no resizing, only the pixels of the crop are read.
+    """
     height, width = pixels.shape[:2]
     left, top, right, bottom = fixed_crop(height, width, augment, draws)
     inside = min(left, top) >= 0 and right <= width and bottom <= height
@@ -129,7 +132,7 @@ def fixed_crop(height: int, width: int, augment: Augment, draws: Sequence[float]
 
     Args:
         height, width: size in pixels of the image after resizing.
-        draws: see `load_crop`.
+        draws: the image's uniform random numbers in [0, 1), or None for the centre crop.
     """
     size, pad = augment.size, augment.pad
     if draws is None:

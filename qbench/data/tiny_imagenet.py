@@ -35,7 +35,7 @@ def build(
     """Return Tiny ImageNet.
 
     Args:
-        cache: folder for decoded images, or nothing.
+        cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
         val: share of the training images in the validation split.
     """
     if download:
