@@ -76,7 +76,7 @@ def read_cifar(published: CifarFiles, root: str, download: bool) -> tuple[Split,
 
     Raises:
         DataError: files are missing or damaged, or a download failed.
-        ResourceError: there is no disk space or no permission for the files.
+        ResourceError: the disk is full, or qbench may not write below `root`.
     """
     top = absolute_root(root)
     folder = top / published.folder

@@ -1,21 +1,22 @@
-"""Describes where kernels find what they read, and where they write. Addresses and strides are in bytes."""
+"""Defines the addresses and strides that kernels use, all in bytes."""
 
 from typing import NamedTuple
 
 
 class At(NamedTuple):
-    """Addresses that a layer reads and writes.
+    """Addresses in the memory that a kernel reads or writes.
 
     Args:
-        input: the first window of the input.
-        weights: vectors of weights, in the order in which they are read.
-        correction: a vector of integers for each output, added to it.
-        ramp, second_ramp: parameters of the two ramps of a finish.
-        residual: a map of floats, added to the values.
-        floats: the output as floats.
-        thresholds: thresholds of each vector of channels, and the channels in which codes decrease.
-        codes: the output as codes.
-        tables: the tables of all codes of 4 channels; see `qbench.deploy.kernel_tables`.
+        input: first window of the input map.
+        weights: vectors of weights, in the order in which the kernel reads them.
+        correction: integers that are added to the sums of products, one vector for each vector of the output.
+        ramp, second_ramp: parameters of the finish's first and second ramp.
+        residual: map of floats that is added to the values.
+        floats: output map of floats.
+        thresholds: thresholds of each vector of channels, and bits that mark the channels in which codes decrease with
+            the value.
+        codes: output map of codes.
+        tables: tables for all codes of 4 channels (`qbench.deploy.kernel_tables`).
     """
 
     input: int = 0
@@ -31,16 +32,17 @@ class At(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The part of the input that one output pixel reads: parts of consecutive bytes.
+    """Layout of the input that one output pixel reads, which consists of parts of consecutive bytes.
 
     Args:
-        rows: rows of the kernel.
-        row: from one row of the kernel to the next.
-        columns: parts of one row. It is 1 if all columns of the kernel are consecutive.
-        column: from one part of a row to the next.
-        down, right: from the window of one output pixel to those of the pixels below and to the right.
-        vectors: vectors of output channels that read the same input channels.
-        group: from the input channels of these vectors to those of the next.
+        rows: number of rows of the filter.
+        row: stride from one row of the filter to the next row.
+        columns: number of parts of one row, which is 1 if all columns of the filter are consecutive.
+        column: stride from one part of a row to the next part.
+        down, right: strides from the window of an output pixel to the window of the pixel below it, and of the pixel to
+            its right.
+        vectors: number of vectors of output channels that read the same input channels.
+        group: stride from the input channels of these vectors to the input channels of the next vectors.
     """
 
     rows: int
@@ -54,7 +56,7 @@ class Window(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """From one row, pixel, vector of channels and plane of a map to the next."""
+    """Strides of a map: from one row, pixel, vector of channels and plane to the next one."""
 
     row: int
     pixel: int

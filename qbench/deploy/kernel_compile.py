@@ -1,4 +1,4 @@
-"""Compiles the functions of kernels. All of them are closures over sizes, so that LLVM unrolls their loops."""
+"""Compiles the functions of kernels. The functions are closures over sizes, so that LLVM can unroll loops."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,10 +11,10 @@ Function = Callable[..., Any]
 
 
 def compiled(function: Function, **options: bool) -> Function:
-    """Return a function for other compiled functions, whose name states the constants of its closure.
+    """Compile a function that other compiled functions call. Its name gets a hash of the constants in its closure.
 
-    In stored code, numba finds functions by name. Functions of one factory would have the same name,
-    and one stored network would call those of another.
+    numba finds functions in stored code by name. Without the hash, functions made by the same factory would have the
+    same name, and one stored network would call the functions of another network.
     """
     constants = [_described(cell.cell_contents) for cell in function.__closure__ or ()]
     function.__qualname__ += "_" + hashlib.sha256(repr(constants).encode()).hexdigest()[:16]
@@ -28,7 +28,7 @@ def inlined(function: Function) -> Function:
 
 
 def _described(constant: Any) -> str:
-    """Return a text that differs for different constants: numbers, texts, or compiled functions."""
+    """Return a text that identifies a constant, which is a number, a text, or a compiled function."""
     name = getattr(getattr(constant, "py_func", constant), "__qualname__", None)
     return repr(constant) if name is None else str(name)
 

@@ -12,14 +12,14 @@ from qbench.deploy.kernel_tables import PAIR, product_tables
 
 
 class Format(Protocol):
-    """How a network stores codes."""
+    """Interface of the formats in which a network can store codes."""
 
     @property
     def tables(self) -> bool:
-        """The argument of `qbench.deploy.kernel_layers.Finish`."""
+        """Value of the argument `tables` of `qbench.deploy.kernel_layers.Finish`."""
 
     def new_map(self, memory: Memory, size: tuple[int, int, int], bits: int) -> Map:
-        """Return a new map of codes of 1 or 2 bits."""
+        """Add a map of 1-bit or 2-bit codes to the memory, and return the map."""
 
     def tables_at(self, memory: Memory, bits: int) -> int:
         """Return the address of the tables of codes."""
@@ -28,11 +28,11 @@ class Format(Protocol):
         """Return weights in the order in which the source reads them."""
 
     def source(self, x: Map, part: Part) -> str:
-        """Return the text of a convolution up to its arguments that both formats have."""
+        """Return the source text of a convolution, up to the arguments that both formats have in common."""
 
 
 class Planes(NamedTuple):
-    """Codes in planes of bits; see `qbench.deploy.kernel_planes`."""
+    """Stores codes in planes of bits (`qbench.deploy.kernel_planes`)."""
 
     tables: bool = False
 
@@ -50,7 +50,7 @@ class Planes(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Codes in tables; see `qbench.deploy.kernel_tables`. `odd` is that of all weights."""
+    """Stores codes in tables (`qbench.deploy.kernel_tables`). All weights have the same value of `odd`."""
 
     odd: bool
     tables: bool = True
@@ -69,11 +69,11 @@ class Tables(NamedTuple):
 
 
 def tables_are_faster() -> bool:
-    """Return whether this processor can look up bytes in vectors, and cannot count ones in vectors."""
+    """Return whether this processor can look up bytes in vectors but cannot count ones in vectors."""
     return has("avx2") and not has("avx512vpopcntdq")
 
 
 def code_format(weights: Iterable[BitWeights]) -> Format:
-    """Return the format that is fastest on this processor, for a network with these weights."""
+    """Return the format that is fastest on this processor for a network with the given weights."""
     kinds = {weight.odd for weight in weights}
     return Tables(*kinds) if tables_are_faster() and len(kinds) == 1 else Planes()

@@ -1,13 +1,13 @@
 """Compiles the kernel of one layer with numba.
 
-A layer has a source and a finish. The source computes values: of a convolution of codes (`planes` or
-`tables`), of a convolution of floats (`floats`), or of pooling (`pool`). The finish stores them as
-floats, or as codes. Sizes are constants of the compiled functions, so LLVM unrolls their loops. A layer
-computes 16 channels of one pixel at a time, as one vector.
+A kernel consists of a source and a finish. The source computes values: a convolution of codes (`planes` or `tables`), a
+convolution of floats (`floats`), or pooling (`pool`). The finish processes the values and stores them as floats, as
+codes, or both. Sizes are constants of the compiled functions, so LLVM can unroll loops. A kernel computes 16 channels
+of one pixel at a time, as one vector.
 
-Memory is one array of bytes. A map of floats has its channels last, in whole vectors. Maps of codes
-have one of two formats, see `qbench.deploy.kernel_planes` and `qbench.deploy.kernel_tables`. Maps have
-a border, which is the padding of convolutions.
+Memory is one array of bytes. A map is a feature map in this memory. In a map of floats, channels are the last axis and
+fill whole vectors. A map of codes has one of two formats (`qbench.deploy.kernel_planes` and
+`qbench.deploy.kernel_tables`). Maps have a border, which serves as the padding of convolutions.
 
 Layers of the same shape share a kernel but have different addresses. Addresses are therefore arguments of the kernel
 (class `At`).
@@ -58,7 +58,7 @@ def floats(window: Window, count: int) -> Source:
     """Return the source of a convolution of floats.
 
     Args:
-        count: floats in one part of the window.
+        count: number of floats in one part of the window.
     """
     rows, row, columns, column, down, right, vectors, group = window
 
@@ -82,10 +82,11 @@ def floats(window: Window, count: int) -> Source:
 def pool(
     window: Window, height: int, width: int, stride: tuple[int, int], padding: tuple[int, int], mean: bool
 ) -> Source:
-    """Return the source of the largest or the mean value in each window. A window of one pixel copies a map.
+    """Return the source of max pooling or average pooling. With windows of one pixel, it copies a map.
 
     Args:
-        height, width: pixels of the input. Pixels outside are not counted.
+        height, width: size of the input in pixels. Pixels outside the input do not count, neither in the maximum nor in
+            the mean.
     """
     rows, row, columns, column, down, right, _, _ = window
 
@@ -110,9 +111,9 @@ def pool(
 
 @cache
 def _ramp(linear: bool, bounded: bool) -> Function:
-    """Return the function slope x + offset, bounded, or the parts of it that a ramp has.
+    """Return a function that computes a ramp: slope * x + offset, clamped, or only one of these two operations.
 
-    The parameters are slopes, offsets, lowest and highest values of each channel.
+    The parameters of the ramp are slopes, offsets, lowest and highest values, per channel.
     """
 
     @inlined
@@ -138,13 +139,13 @@ class Finish(NamedTuple):
     """The operations on the values that a source computes, in the order of the arguments.
 
     Args:
-        integers: whether the values are integers.
-        ramp, residual, second_ramp: the parts of a ramp that values go through, whether they are added
-            to a residual, and the parts of another ramp.
-        floats: where they are stored as floats.
-        thresholds: number of thresholds, 0 to 3, that turn them into codes.
-        codes: where the codes are stored.
-        tables: whether codes are stored as tables, and not as planes.
+        integers: whether the source returns integers.
+        ramp, residual, second_ramp: the operations of the first ramp, whether a residual map is added, and the
+            operations of the second ramp.
+        floats: strides of the output map of floats, or None if the values are not stored as floats.
+        thresholds: number of thresholds that turn values into codes, 0 to 3. 0 means no codes.
+        codes: strides of the output map of codes, or None if no codes are stored.
+        tables: whether codes are stored as tables. If false, codes are stored as planes.
     """
 
     integers: bool = False
@@ -158,7 +159,7 @@ class Finish(NamedTuple):
 
     @property
     def integer_thresholds(self) -> bool:
-        """Whether integers are compared with thresholds, and do not become floats before."""
+        """Whether integers are compared with integer thresholds, without a conversion to floats."""
         return self.integers and not (any(self.ramp + self.second_ramp) or self.residual or self.floats)
 
 

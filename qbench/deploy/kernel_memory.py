@@ -15,7 +15,7 @@ HALF = LANES // 8
 
 
 class Part(NamedTuple):
-    """The windows of a convolution, and the number of consecutive bytes in each of their parts."""
+    """The windows of a convolution, and the number of consecutive bytes in each part of a window."""
 
     window: Window
     bytes: int
@@ -46,12 +46,12 @@ class Map(NamedTuple):
         return self.strides.pixel == 4 * self.channels != 4 * whole(self.channels)
 
     def windows(self, kernel: Pair, stride: Pair) -> Window:
-        """Return the windows of a kernel of this size, with each of its pixels as a part."""
+        """Return the layout of the windows of a filter. Each pixel of a window is a part."""
         row, pixel = self.strides.row, self.strides.pixel
         return Window(kernel[0], row, kernel[1], pixel, stride[0] * row, stride[1] * pixel)
 
     def parts(self, kernel: Pair, stride: Pair, dilation: Pair, groups: int, outputs: int) -> Part:
-        """Return the windows of a convolution. The pixels of a row are one part if they are consecutive."""
+        """Return the windows of a convolution. Consecutive pixels of a row form one part."""
         window = self.windows(kernel, stride)
         window = window._replace(row=dilation[0] * window.row, column=dilation[1] * window.column)
         vectors, pixel = whole(outputs) // LANES, self.strides.pixel
@@ -72,7 +72,7 @@ class Memory:
     """An array of bytes to which maps and constants are added.
 
     Args:
-        border: width in pixels of the border of zeros around each map.
+        border: width in pixels of the border around each map.
     """
 
     def __init__(self, border: int) -> None:
@@ -85,7 +85,7 @@ class Memory:
         return address
 
     def place(self, array: np.ndarray) -> int:
-        """Add a constant, unless it is there already, and return its address."""
+        """Add a constant, unless the memory already contains it, and return its address."""
         content = array.tobytes()
         if content not in self._addresses:
             self._addresses[content] = self._reserve(array.nbytes)
@@ -93,21 +93,21 @@ class Memory:
         return self._addresses[content]
 
     def floats(self, channels: int, height: int, width: int, dense: bool = False) -> Map:
-        """Return a new map of floats; `dense` pixels have no padded channels."""
+        """Add a map of floats. If `dense` is true, its channels are not padded to whole vectors."""
         pixel = 4 * (channels if dense else whole(channels))
         return self._map(channels, height, width, Strides(self._row(width, pixel), pixel, BYTES))
 
     def planes(self, channels: int, height: int, width: int, planes: int) -> Map:
-        """Return a new map of codes as planes of bits. Its border has the code 0."""
+        """Add a map of codes that are stored as planes of bits. The border has the code 0."""
         pixel = HALF * (whole(channels) // LANES)
         strides = Strides(self._row(width, pixel), pixel, HALF)
         return self._map(channels, height, width, strides._replace(plane=self._plane(height, strides)), planes)
 
     def tables(self, channels: int, height: int, width: int, border: np.ndarray) -> Map:
-        """Return a new map of codes as tables.
+        """Add a map of codes that are stored as tables.
 
         Args:
-            border: the table of codes 0.
+            border: the table that is stored in the border, which belongs to the code 0.
         """
         pixel = 4 * whole(channels)
         new = self._map(channels, height, width, Strides(self._row(width, pixel), pixel, BYTES))

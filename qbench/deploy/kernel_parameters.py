@@ -17,7 +17,7 @@ LANES = 16
 """Number of channels in a vector (`qbench.deploy.kernel_vectors`)."""
 
 CHANNELS = 4
-"""Channels of a table; see `qbench.deploy.kernel_tables`."""
+"""Number of channels of a table (`qbench.deploy.kernel_tables`)."""
 
 TOLERANCE = 1e-4
 """Largest allowed distance between a level and an integer multiple of the scale, as a fraction of the spacing."""
@@ -107,11 +107,12 @@ def bit_weights(weight: Encoded, shape: Sequence[int]) -> BitWeights:
 def pack_planes(planes: Tensor, parts: int) -> np.ndarray:
     """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_planes.planes` reads them.
 
-    The result (vectors of O, words, bits, 16) are words of 32 bits. A word holds two times 16 bits of
-    a part of the kernel. The last 16 bits of two parts share a word if their number in a part is odd.
+    The result has the shape (vectors of O, words, bits, 16) and consists of 32-bit words. A word contains two 16-bit
+    pieces of a part of the filter. If a part has an odd number of pieces, its last piece shares a word with the last
+    piece of the next part.
 
     Args:
-        parts: rows of the kernel, or all its pixels.
+        parts: number of parts of the filter: its rows, or all its pixels.
     """
     padded = _channels_last(planes)
     bits, outputs = padded.shape[:2]
@@ -126,8 +127,8 @@ def pack_planes(planes: Tensor, parts: int) -> np.ndarray:
 def pack_places(planes: Tensor) -> np.ndarray:
     """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_tables.tables` reads them.
 
-    The result (vectors of O, pairs of tables, bits, 2, 16) are bytes. A byte holds the bits of 4 channels, which are a
-    place in a table.
+    The result has the shape (vectors of O, pairs of tables, bits, 2, 16) and consists of bytes. A byte contains the
+    bits of 4 channels, which are an index into a table.
     """
     padded = _channels_last(planes)
     bits, outputs = padded.shape[:2]
@@ -147,7 +148,7 @@ def pack_floats(weights: Tensor, lanes: int) -> np.ndarray:
     """Return weights (O, C, H, W) in the order in which `qbench.deploy.kernel_layers.floats` reads them.
 
     Args:
-        lanes: floats that one pixel of the kernel reads.
+        lanes: number of floats that one pixel of the filter reads.
     """
     outputs, channels, rows, columns = weights.shape
     padded = np.zeros((whole(outputs), rows, columns, lanes), np.float32)

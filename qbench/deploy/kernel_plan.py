@@ -322,7 +322,7 @@ class Planner:
 
 
 def _bit_weights(network: Network) -> Iterator[BitWeights]:
-    """Yield the weights that kernels of codes can compute."""
+    """Yield the weights with which kernels can multiply codes."""
     for weight in network.weights.values():
         with suppress(NoKernel):
             yield bit_weights(weight, weight.shape)

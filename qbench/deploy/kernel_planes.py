@@ -1,8 +1,8 @@
-"""Convolutions of codes that are stored as planes of bits. They count ones in products of planes.
+"""Computes convolutions of codes that are stored as planes of bits, by counting ones in products of planes.
 
-A map of codes is one plane of bits, or two. A plane has 16 bits for each vector of channels, and its
-channels last. So one row of a convolution's kernel reads consecutive bits of a plane. With AVX-512
-(VPOPCNTDQ), one instruction counts the ones of 16 output channels.
+A map of codes consists of one or two planes of bits, one for each bit of a code. In a plane, channels are the last
+axis, with 16 bits per vector of channels. One row of a convolution's filter therefore reads consecutive bits of a
+plane. With AVX-512 (VPOPCNTDQ), one instruction counts the ones of 16 output channels.
 """
 
 from functools import cache
@@ -19,23 +19,23 @@ from qbench.deploy.kernel_vectors import BYTES, count_ones, load_half, load_inte
 def planes(
     window: Window, halves: int, plane: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool
 ) -> Function:
-    """Return the source of a convolution of codes, which counts ones in products of bit planes.
+    """Return the source of a convolution of codes, which counts the ones in products of bit planes.
 
     For weights in two's complement, w = w_0 - 2 w_1, and activations a = a_0 + 2 a_1:
 
         sum w a = ones(w_0 & a_0) + 2 ones(w_0 & a_1) - 2 ones(w_1 & a_0) - 4 ones(w_1 & a_1)
 
-    For weights that are odd integers, w = (2 w_0 - 1) + 2 (2 w_1 - 1), the result is
+    For weights that are odd integers, w = (2 w_0 - 1) + 2 (2 w_1 - 1), the source computes
 
         ones(w_0 ^ a_0) + 2 ones(w_0 ^ a_1) + 2 ones(w_1 ^ a_0) + 4 ones(w_1 ^ a_1)
 
-    and the sum of products is a constant of the output minus this result. The result is an exact integer, times
-    `unit`, plus the correction.
+    The sum of products is then a constant minus this result, with one constant for each output. All results are exact
+    integers. If `corrected` is true, the source returns the result times `unit` plus the correction.
 
     Args:
-        halves: words of 16 bits in one part of the window.
-        plane: bytes from the first plane of the input to the second.
-        w_bits, a_bits: 1 or 2.
+        halves: number of 16-bit words in one part of the window.
+        plane: number of bytes from the first plane of the input to the second plane.
+        w_bits, a_bits: widths of weights and activations in bits, 1 or 2.
     """
     rows, row, columns, column, down, right, vectors, group = window
     words, rest = halves // 2, halves % 2
@@ -82,7 +82,7 @@ def planes(
 
 @cache
 def _products(w_bits: int, a_bits: int, odd: bool) -> Function:
-    """Return the function that adds the products of one word of the activations with 16 words of the weights."""
+    """Return a function that multiplies one word of activations by 16 words of weights and adds up the products."""
 
     @inlined
     def product(w: Any, a: Any) -> Any:
@@ -109,7 +109,7 @@ def _products(w_bits: int, a_bits: int, odd: bool) -> Function:
 
 @inlined
 def _rests(memory: Any, place: Any, other: Any, both: Any) -> Any:
-    """Return the last 16 bits of a part of the window, and those of the next part."""
+    """Return the last 16 bits of a part of the window, joined with the last 16 bits of the next part."""
     low = load_half(memory, place)
     return low | load_half(memory, other) << 16 if both else low
 
@@ -119,8 +119,8 @@ def to_planes(thresholds: int, integers: bool, plane: int) -> Function:
     """Return the function (memory, at, parameters, place, values) that stores the codes of 16 values.
 
     Args:
-        thresholds, integers: see `qbench.deploy.kernel_thresholds.codes_of`.
-        plane: bytes from the first plane of the output to the second.
+        thresholds, integers: arguments of `qbench.deploy.kernel_thresholds.codes_of`.
+        plane: number of bytes from the first plane of the output to the second plane.
     """
     codes = codes_of(thresholds, integers)
 

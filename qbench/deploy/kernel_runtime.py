@@ -74,7 +74,7 @@ def _text(planned: Any) -> str:
 
 
 def _compiled(text: str, examples: tuple[np.ndarray, ...]) -> Callable[..., None]:
-    """Return the compiled function of a text, compiled for the types of the examples."""
+    """Compile the function in a source text for arguments with the types of the examples."""
     sources = [path.read_bytes() for path in sorted(FOLDER.glob("kernel_*.py"))]
     name = hashlib.sha256(b"".join([text.encode(), *sources])).hexdigest()[:16]
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

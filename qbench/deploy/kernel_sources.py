@@ -84,7 +84,7 @@ class Planner(Protocol):
 
 
 def pooled(x: Map, kernel: Pair, stride: Pair, padding: Pair, size: Size, mean: bool) -> Computed:
-    """Return the source of the largest or the mean values of windows."""
+    """Return the source of max pooling or average pooling."""
     source = f"pool({x.windows(kernel, stride)}, {x.height}, {x.width}, {stride}, {padding}, {mean})"
     return Computed(source, At(input=x.start(padding)), size, identity_ramp(size[0]), FLOAT_NUMBERS)
 
@@ -98,12 +98,12 @@ def _conv2d(
 
 def _linear(planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None = None) -> None:
     if len(planner.shapes[i]) != 2:
-        raise NoKernel("linear layers of other than features (N, C)")
+        raise NoKernel("linear layers whose input is not (N, C)")
     _convolution(planner, i, x, weight, bias, Geometry())
 
 
 def _convolution(planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None, geometry: Geometry) -> None:
-    """Plan a convolution, or a linear layer as a convolution whose kernel is the whole map."""
+    """Plan a convolution. A linear layer is a convolution whose filter is as large as the map."""
     network = planner.network
     operand = planner.operand(x)
     outputs, height, width = (*planner.shapes[i], 1, 1)[1:4]
@@ -140,7 +140,10 @@ def _float_convolution(
 def _code_convolution(
     planner: Planner, x: Operand, weights: BitWeights, bias: Tensor, geometry: Geometry, size: Size
 ) -> Computed:
-    """Plan a convolution of codes, whose sum of products is `constant + sign * number` for the computed number."""
+    """Plan a convolution of codes.
+
+    The sum of products is `constant + sign * number`, where `number` is the integer that the kernel computes.
+    """
     assert x.levels
     inputs, *kernel = weights.integers.shape[1:]
     if geometry.groups > 1 and inputs % LANES:
@@ -210,7 +213,7 @@ def _adaptive(planner: Planner, i: int, x: Ref, output_size: Any) -> None:
 def _mean(planner: Planner, i: int, x: Ref, dim: Any = None, keepdim: bool = False) -> None:
     rank = len(planner.shapes[x.step])
     if rank != 4 or not isinstance(dim, tuple) or {d % rank for d in dim} != {2, 3}:
-        raise NoKernel("means over other axes than height and width")
+        raise NoKernel("means over axes other than height and width")
     kernel = planner.operand(x).map.size[1:]
     _add_pool(planner, i, x, kernel, kernel, (0, 0), mean=True)
 

@@ -1,12 +1,12 @@
-"""Convolutions of codes that are stored as tables of their products. They look products up.
+"""Computes convolutions of codes that are stored as tables of products, by looking products up.
 
-The codes of 4 channels are stored as a table of 16 bytes: for each combination of 4 weights of 1 bit,
-the sum of the products. So a convolution needs no products: the bits of 4 weights are the place in the
-table, and one AVX2 instruction (`vpshufb`) looks up 32 of them. Processors without AVX-512 have no
-instruction that counts ones in vectors, and need several times as many instructions for planes of bits.
+The codes of 4 channels are stored as a table of 16 bytes, which contains the sum of products for each combination of
+four 1-bit weights. A convolution therefore computes no products: the bits of 4 weights are an index into the table, and
+one AVX2 instruction (`vpshufb`) looks up 32 sums. Processors without AVX-512 have no instruction that counts ones in
+vectors. For planes of bits, they need several times as many instructions.
 
-A vector of 16 channels has 4 tables, as many bytes as 16 floats. A map of tables has its channels last,
-so one row of a convolution's kernel reads consecutive tables, always in pairs.
+A vector of 16 channels has 4 tables, which take as many bytes as 16 floats. In a map of tables, channels are the last
+axis. One row of a convolution's filter therefore reads consecutive tables, always in pairs.
 """
 
 from functools import cache
@@ -38,9 +38,9 @@ PAIR = 2 * TABLE
 def product_tables(a_bits: int, odd: bool) -> np.ndarray:
     """Return the tables (256, 16) of all codes of 4 channels.
 
-    Bits 0 to 3 of a table's number are the low bits of the codes, and bits 4 to 7 the high bits. A place in the table
-    is made of the bits of 4 weights. The product of a code and a bit of a weight is their AND, or their XOR for odd
-    weights, in each plane of the code; see `qbench.deploy.kernel_planes.planes`.
+    Bits 0 to 3 of the index of a table are the low bits of the codes, and bits 4 to 7 are the high bits. The index
+    within a table consists of the bits of 4 weights. The product of a bit of a code and a bit of a weight is their AND,
+    or their XOR for odd weights (`qbench.deploy.kernel_planes.planes`).
     """
     numbers, places = np.arange(256)[:, None], np.arange(TABLE)
     planes = [numbers & 15, numbers >> 4][:a_bits]
@@ -51,13 +51,13 @@ def product_tables(a_bits: int, odd: bool) -> np.ndarray:
 
 
 def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool) -> Function:
-    """Return the source of a convolution of codes, which adds what it finds in tables.
+    """Return the source of a convolution of codes, which adds sums of products that it looks up in tables.
 
     The result is the integer of `qbench.deploy.kernel_planes.planes`.
 
     Args:
         pairs: pairs of tables in one part of the window.
-        w_bits, a_bits: 1 or 2.
+        w_bits, a_bits: widths of weights and activations in bits, 1 or 2.
     """
     rows, row, columns, column, down, right, vectors, group = window
     parts, step = rows * columns, w_bits * PAIR

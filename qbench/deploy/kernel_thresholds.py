@@ -18,7 +18,7 @@ def codes_of(thresholds: int, integers: bool) -> Function:
 
     Args:
         thresholds: 1 to 3.
-        integers: whether the values are integers.
+        integers: whether the source returns integers.
     """
     load = load_integers if integers else load_floats
 

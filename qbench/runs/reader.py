@@ -170,7 +170,7 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
 
 
 def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) -> RunRecord:
-    """Return the run in one directory. If there is no intact result, read the logs.
+    """Return the run in a directory. If there is no intact result, its logs are read.
 
     Args:
         load: function that returns the intact result in the directory, or None.
@@ -203,7 +203,10 @@ def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) ->
 
 
 def _is_named(path: Path, identity: str) -> bool:
-    """Whether a directory's name fits an identity: it ends with the identity's first digits, or with no digits."""
+    """Return whether the name of a directory fits an identity.
+
+    It fits if it ends with the first digits of the identity's digest, or with no digits.
+    """
     named = NAMED.fullmatch(path.name)
     return not named or not identity or identity.startswith(named[1])
 

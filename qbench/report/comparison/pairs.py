@@ -149,7 +149,7 @@ Accuracies = dict[int, Callable[[], RunAccuracy]]
 
 
 def _compared(pair: Callable[..., SettingPair], first: Accuracies, second: Accuracies) -> SettingPair:
-    """Return a pair with its difference, or with McNemar's p-value.
+    """Return a pair with its difference or its McNemar p-value.
 
     If the settings have two or more seeds in common, the difference is paired by seed. Otherwise, if both have two or
     more seeds, it is Welch's unpaired difference. If one setting has a single seed that the other setting also has,
