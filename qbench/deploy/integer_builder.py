@@ -14,7 +14,9 @@ Array = np.ndarray
 
 
 class NotInteger(Exception):
-    """Raised if a step cannot be computed in integers. The message is a verb phrase that follows the word `integer`."""
+    """Raised if a step cannot be computed in integers. The message follows the word `integer`, as in `integer does not
+    support ...`.
+    """
 
 
 class QuantizerPlace(NamedTuple):
