@@ -14,9 +14,7 @@ Array = np.ndarray
 
 
 class NotInteger(Exception):
-    """Raised if a step cannot be computed in integers. The message follows the word `integer`, as in `integer does not
-    support ...`.
-    """
+    """Raised if a step cannot be computed in integers. The message follows the word `integer`."""
 
 
 class QuantizerPlace(NamedTuple):
