@@ -1,4 +1,4 @@
-"""Chooses one bit width for each layer, so that the network meets a budget, by integer programming."""
+"""Chooses one bit width for each layer by integer programming, so that the whole network meets a budget."""
 
 import re
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from qbench.errors import ConfigError
 from qbench.report.tables.units import si_format
 
 WidthValues = Mapping[str, Mapping[int, float]]
-"""Maps a layer's name to a map from widths in bits to values."""
+"""Layer name -> width in bits -> value, such as a loss or a cost."""
 
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TOLERANCE = 1e-6
-"""Amount by which the solver's solution may exceed the budget, as a fraction of the budget."""
+"""Fraction of the budget by which the solver's solution may exceed the budget."""
 
 
 class Budget(NamedTuple):
@@ -33,10 +33,10 @@ class BudgetInfeasible(ValueError):
 
 
 def parse_budget(text: str) -> Budget:
-    """Return the budget that a text such as bytes=20k, bitops=1G or w=3 describes.
+    """Parse a budget such as bytes=20k, bitops=1G or w=3.
 
     Raises:
-        ConfigError: the text has another form.
+        ConfigError: the text is not of the form KIND=LIMIT.
     """
     match = re.fullmatch(r"(bytes|bitops|w)=(\d+(?:\.\d*)?|\.\d+)([kMGT]?)", text)
     if not match or (match[1] == "w" and match[3]):
@@ -48,24 +48,24 @@ def parse_budget(text: str) -> Budget:
 
 
 def sum_over_layers(values: WidthValues, widths: Mapping[str, int]) -> float:
-    """Return the sum of the layers' values at the chosen widths."""
+    """Return the sum over all layers of the value that a layer has at its chosen width."""
     return sum(values[name][width] for name, width in widths.items())
 
 
 def cost_range(costs: WidthValues) -> tuple[float, float]:
-    """Return the lowest and the highest total cost that a choice of widths can have."""
+    """Return the total cost of the cheapest choice of widths, and that of the most expensive choice."""
     return sum(min(layer.values()) for layer in costs.values()), sum(max(layer.values()) for layer in costs.values())
 
 
 def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int]:
-    """Return the width of each layer that gives the smallest sum of losses at a total cost of at most `limit`.
+    """Return one width per layer, chosen to minimize the sum of losses at a total cost of at most `limit`.
 
     scipy's milp (HiGHS) solves the problem, with one binary variable for each layer and width.
 
     Args:
         loss: loss of each layer at each width.
-        costs: cost of each layer at each width. The layers and widths are those of `loss`, and every layer has at least
-            one width.
+        costs: cost of each layer at each width, for the same layers and widths as `loss`. Every layer has at least one
+            width.
         limit: upper limit of the total cost.
 
     Raises:
@@ -81,7 +81,7 @@ def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict
 
 
 def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return the width of each layer in the optimum of the integer program, or None if the solver finds no solution."""
+    """Solve the integer program, and return the best width of each layer, or None if there is no solution."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -105,9 +105,10 @@ def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int
 
 
 def largest_uniform_width(costs: WidthValues, limit: float) -> dict[str, int] | None:
-    """Return, for each layer, the largest width that all layers support and at which their total cost meets the limit.
+    """Return the widths of the best uniform allocation, in which all layers have the same width.
 
-    The width is the same for all layers. Return None if there is no such width.
+    This width is the largest that every layer supports and whose total cost is at most the limit. Return None if there
+    is no such width.
     """
     shared = set.intersection(*(set(layer) for layer in costs.values()))
     for width in sorted(shared, reverse=True):

@@ -20,7 +20,7 @@ WIDTH = 12
 
 
 def description(path: Path) -> str:
-    """Return lines about a run: command, method, widths, data, recipe, accuracy, versions and notes.
+    """Return the description of a run: command, method, widths, data, recipe, accuracy, versions and notes.
 
     Raises:
         ConfigError: the directory contains no run.
@@ -43,7 +43,7 @@ def description(path: Path) -> str:
 
 
 def _outcome(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Yield the run, its status, its accuracy and that of its float baseline."""
+    """Yield the lines about the run, its status, its accuracy, and the accuracy of its float baseline."""
     result = record.result
     yield "run", str(path)
     yield "status", f"{record.status}{f': {record.reason}' if record.reason else ''}"
@@ -68,7 +68,7 @@ def _accuracy(evaluation: Evaluation) -> str:
 def _setup(
     values: Node | str, recipe: str, result: Result | None, manifest: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """Yield the command, the method, the layers, the data and the recipe."""
+    """Yield the lines about the command, the method, the layers, the data and the recipe."""
     typed = " ".join(map(str, manifest.get("command") or ()))
     if isinstance(values, str):
         yield "config", values
@@ -105,7 +105,7 @@ def _setup(
 
 
 def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
-    """Yield each method's title from its card, and its options."""
+    """Yield a line for each method, with the title of the method card and the method's options."""
     for node in nodes:
         name = str(node["name"])
         if name in ("none", "float") or ":" in name:
@@ -116,7 +116,7 @@ def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
 
 
 def _recipe(optim: Optim, epochs: int, result: Result | None) -> str:
-    """Return the recipe that the run's own training used, in words."""
+    """Return in words the recipe with which this run was trained, not the recipe of its float baseline."""
     untrained = result is not None and result.final is not None and result.final.epoch is None
     return "nothing was trained" if untrained else recipe_text(optim, epochs)
 
@@ -137,7 +137,7 @@ def recipe_text(optim: Optim, epochs: int) -> str:
 
 
 def _steps(optim: Optim) -> str:
-    """Return when a step schedule changes the learning rate, and by which factors."""
+    """Return, in words, the factors of a step schedule and the fractions of training at which they change."""
     if optim.schedule != "step":
         return ""
     at = " ".join(f"{milestone:g}" for milestone in optim.milestones)
@@ -148,11 +148,11 @@ def _steps(optim: Optim) -> str:
 
 DEFAULTS_OMITTED = ("momentum", "eps", "warmup", "label_smoothing", "clip_norm", "ema", "patience", "bias_lr",
                     "decay_norm_and_bias", "decay_until", "quantizer_lr", "quantizer_decay", "nesterov")  # fmt: skip
-"""Keys of a recipe that are named only if they differ from their defaults."""
+"""Keys of a recipe that the description shows only if their values differ from the defaults."""
 
 
 def _records(record: RunRecord, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield versions, commits, the machine, the time and the notes."""
+    """Yield the lines about versions, commits, the machine, the time and the notes."""
     versions = {name: version for name, version in (manifest.get("versions") or {}).items() if version}
     if versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -1,4 +1,4 @@
-"""Evaluates a finished run on its own test split or on that of another data set.
+"""Evaluates a finished run on the test split of its data set or of another data set.
 
 The results are accuracy, calibration error and predictions.
 """
@@ -32,10 +32,10 @@ PREDICTION_FIELDS = np.dtype([("index", "<i8"), ("label", "<i8"), ("predicted", 
 
 @dataclass(frozen=True)
 class EvaluatedSplit:
-    """Results on n test images.
+    """Results of a network on n test images.
 
-    `low` and `high` are the ends of the 95 % confidence interval of top-1. Both of them and
-    `calibration_error` are in percent.
+    `low` and `high` are the ends of the 95 % confidence interval of top-1. `low`, `high` and `calibration_error` are in
+    percent.
     """
 
     n: int
@@ -73,7 +73,7 @@ def evaluate(
     run: Path, words: Sequence[str] = (), *, weights: str = "last", predictions: Path | None = None,
     device: str = "auto",
 ) -> Table:  # fmt: skip
-    """Return a table with one row, which has the results of a finished run on a test split.
+    """Evaluate a finished run on a test split, and return a table with one row.
 
     Args:
         run: the directory of the run.
@@ -105,7 +105,10 @@ def evaluate(
 
 
 class Expected(NamedTuple):
-    """What a network expects of a data set; see `Dataset`. `owner` is `run` or `file`, for messages."""
+    """The properties that a data set must have to fit a network; see `Dataset`.
+
+    `owner` names what has the network in messages: `run` or `file`.
+    """
 
     shape: tuple[int, int, int]
     classes: int
@@ -116,7 +119,7 @@ class Expected(NamedTuple):
 
 
 def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
-    """Return the data set that `node` names, normalized with the network's own constants.
+    """Return the data set that `node` names, normalized with the constants with which the network was trained.
 
     Raises:
         ConfigError: the data set has a different image shape or different classes, or no test images.
@@ -130,8 +133,8 @@ def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
     if data.white != own.white:
         kinds = {255: "8-bit images", 1: "float images"}
         raise ConfigError(
-            f"dataset={node['name']} has {kinds[data.white]}; the {own.owner} was trained on {kinds[own.white]}, so "
-            "they cannot be normalized in the same way"
+            f"dataset={node['name']} has {kinds[data.white]}; the {own.owner} was trained on {kinds[own.white]}; "
+            "the two kinds need different normalization"
         )
     if not len(data.test):
         raise ConfigError(f"dataset={node['name']}: the test split is empty; choose another data set")
@@ -141,7 +144,10 @@ def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
 def measure(
     model: nn.Module, compute: Callable[[Tensor], Tensor], batches: Iterable[Batch], predictions: Path | None
 ) -> EvaluatedSplit:
-    """Return a network's results on the test images in `batches`. If `predictions` is a file, write them to it."""
+    """Return a network's results on the test images in `batches`.
+
+    If `predictions` is a path, write the predictions there.
+    """
     answers: list[Tensor] = []
     batch_confidences: list[Tensor] = []
 
@@ -167,7 +173,7 @@ def table(
 
     Args:
         place: the path of the run or of the exported file.
-        trained: method, widths, network and data set of training, as text.
+        trained: a text that names the method, the widths, the network and its training data set.
         other: whether `data` is not the data set of the run.
         debug: whether the run had debug=true.
     """

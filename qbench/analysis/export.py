@@ -34,7 +34,7 @@ from qbench.system import files
 
 
 class Export(NamedTuple):
-    """An exported file, its agreement with the run, and lines of text that describe both."""
+    """The path of an exported file, its agreement with the run, and lines of text about both."""
 
     path: Path
     agreement: Agreement
@@ -42,17 +42,18 @@ class Export(NamedTuple):
 
 
 def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: str = "last") -> Export:
-    """Export a finished run to a file, and verify it on the run's test images.
+    """Export a finished run to a file. Before the file is written, it is verified on the run's test images.
 
     Args:
         run: the directory of the run.
-        to: the form; see docs/guides/export.md.
-        out: the file to write; by default `network` with the form's ending, in the run's directory.
+        to: the form of the file, such as `packed` or `onnx`; see docs/guides/export.md.
+        out: the path of the file. By default, the file is in the run's directory and has a name from `DEFAULT_NAMES`.
         weights: the run's checkpoint, `last` or `best`.
 
     Raises:
         NotExportable: the run cannot be exported to this form.
-        CheckpointError: the run is not finished or damaged, or the exported network computes other values.
+        CheckpointError: the run is damaged or not finished, or the exported network and the run compute different
+            values.
     """
     finished = load_finished_run(run, weights, "cpu")
     path = out or run / DEFAULT_NAMES[to]
@@ -77,7 +78,7 @@ DEFAULT_NAMES: Mapping[str, str] = {
     "packed": PACKED_FILE, "onnx": "network.onnx", "int8": "network-int8.onnx",
     "qonnx": "network-qonnx.onnx", "integer": f"network-integer{SUFFIX}",
 }  # fmt: skip
-"""Form -> the name of its file in the run's directory."""
+"""Form of an export -> default name of the file in the run's directory."""
 
 
 def _about(finished: FinishedRun, weights: str, form: str) -> About:
@@ -103,7 +104,7 @@ class _Exported(nn.Module):
         """Return logits (N, classes).
 
         Raises:
-            ConfigError: the images have another shape than those of the run.
+            ConfigError: the shape of the images is not the shape that the network was trained on.
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != self.shape:
             wanted = ", ".join(map(str, self.shape))
@@ -112,17 +113,17 @@ class _Exported(nn.Module):
 
 
 def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, About]:
-    """Return the network of an exported file, and the file's description of the network.
+    """Return the network of an exported file, and the description of the network in the file.
 
     The input of the network is a batch of normalized images (N, C, H, W); see `About`.
 
     Args:
-        runtime: onnxruntime (the default) or openvino for ONNX files, numba for packed files, which
-            otherwise run in torch. Files of the form qonnx run in qonnx, integer files in NumPy.
+        runtime: `onnxruntime` (the default) or `openvino` for ONNX files, `numba` for packed files. Packed files run in
+            torch by default. Files of the form qonnx always run in the package qonnx, and integer files in NumPy.
 
     Raises:
         CheckpointError: the file is missing, damaged or not an exported file.
-        ConfigError: the runtime is missing, or does not run such a file.
+        ConfigError: the runtime is not installed, or it does not run files of this form.
     """
     try:
         data = files.read(file)
@@ -154,7 +155,7 @@ def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, Ab
 def evaluate_file(
     file: Path, words: Sequence[str] = (), *, predictions: Path | None = None, runtime: str | None = None
 ) -> Table:
-    """Return a table with one row, the results of an exported file on the test split of a data set.
+    """Evaluate an exported file on the test split of a data set, and return a table with one row.
 
     Args:
         words: overrides that name another data set. If empty, the run's own data set is used.
@@ -162,22 +163,23 @@ def evaluate_file(
         runtime: see `load_exported`.
 
     Raises:
-        CheckpointError: the file is damaged, or its run's data set holds other images now.
-        ConfigError: the data set does not fit the file's network, or a package is missing.
+        CheckpointError: the file is damaged, or the images of the run's data set have changed since training.
+        ConfigError: the data set does not fit the network in the file, or a package is missing.
     """
     model, about = load_exported(file, runtime)
     name = str(about.dataset.get("name", ""))
     if ":" in name and not any(word.startswith("dataset=") for word in words):
         raise ConfigError(
-            f"{file}: its data set is the function {name}, which is not in the file\nto run it, type dataset={name}"
+            f"{file}: the run's data set is your function {name}, and the file does not contain its code\n"
+            f"to run that code, type dataset={name}"
         )
     node = override_dataset(about.dataset, words) if words else about.dataset
     own = Expected(about.shape, about.classes, about.mean, about.std, about.white, "file")
     data = other_dataset(own, node)
     if not words and about.data_sha256 not in (None, images_sha256(data)):
         raise CheckpointError(
-            f"{file}: its run was trained on other images than dataset={name} holds now\n"
-            f"restore the images; to evaluate on these, type dataset={name}"
+            f"{file}: the images of dataset={name} have changed since the run was trained\n"
+            f"restore the old images; to evaluate on the new ones, type dataset={name}"
         )
     with _threads(about.threads):
         batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")
@@ -187,7 +189,7 @@ def evaluate_file(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Use as many threads as the verification of the export did, because the last bits of sums may depend on them."""
+    """Use as many threads as the export's verification, because the last bits of sums depend on this number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

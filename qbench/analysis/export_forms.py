@@ -1,4 +1,4 @@
-"""Finds the forms of files to which a planned run could be exported."""
+"""Finds the file forms to which `qbench export` could export a run that is not trained yet."""
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ from qbench.quant.probe import Probe
 
 FORMS = ("packed", "onnx", "int8", "qonnx", "integer")
 MAX_PARAMETERS, MAX_MACS = 1_000_000, 200_000_000
-"""Size of the largest network for which the forms are found."""
+"""Number of parameters of the largest network whose export forms are tested."""
 
 IMAGES = 16
 
 
 def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
-    """Return, for each form of `qbench export`, why the run could not be exported. An empty text means that it could.
+    """Return a map from each form of `qbench export` to the reason for a refusal, or to "" if the run is accepted.
 
-    The network has initial weights, and its quantizers see random images. Forms whose package is
-    missing are left out.
+    For this test, the network has initial weights, and its quantizers get random images. Forms
+    whose package is not installed are left out.
 
     Args:
         params: number of parameters.
@@ -47,7 +47,7 @@ def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
 
 
 def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
-    """Return the quantized network after all steps of the method except training, and random images."""
+    """Return random images, and the quantized network after all steps of the method except training."""
     model, method = setup.install(setup.float_model()), setup.method
     images, labels = torch.rand(IMAGES, *setup.data.shape), torch.randint(setup.data.classes, (IMAGES,))
     probe = Probe([(images, labels)], F.cross_entropy)
@@ -62,7 +62,7 @@ def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
 
 
 def _refusal(setup: ExperimentSetup, network: Network, form: str) -> str | None:
-    """Return why a network cannot have a form, an empty text if it can, or None if a package is missing."""
+    """Return the reason why a network cannot be exported to a form, "" if it can, or None if a package is missing."""
     data = setup.data
     about = About(
         form=form, title="", identity="", weights="last", dataset={}, shape=data.shape, classes=data.classes,
@@ -85,7 +85,7 @@ def _first_line(reason: NotExportable) -> str:
 
 
 def export_lines(refused: dict[str, str]) -> list[str]:
-    """Return a line with the forms that the export accepts, and a line for each reason for which it refuses forms."""
+    """Return one line that lists the accepted forms, and one line for each reason why forms are refused."""
     accepted = [form for form, reason in refused.items() if not reason]
     lines = [f"qbench export accepts the forms {', '.join(accepted)}"] if accepted else []
     for reason in dict.fromkeys(filter(None, refused.values())):

@@ -16,7 +16,7 @@ from qbench.runs.result import Result, load_result
 
 
 class FinishedRun(NamedTuple):
-    """The result, the setup and the network of a finished run. The network is in eval mode, on the run's device."""
+    """The result, the setup and the network of a finished run. The network is in eval mode and on the run's device."""
 
     result: Result
     setup: ExperimentSetup
@@ -24,7 +24,7 @@ class FinishedRun(NamedTuple):
 
 
 def load_finished_run(run: Path, weights: str = "last", device: str = "auto") -> FinishedRun:
-    """Return a finished run with the weights of the last epoch or those of the best validation accuracy.
+    """Load a finished run, with the weights of the last epoch or of the epoch with the best validation accuracy.
 
     Args:
         run: the directory of the run.
@@ -56,7 +56,7 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
 
 
 def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
-    """Return batches of the first validation images, and a note that names the split.
+    """Return batches of the first validation images, and a note that names the split of these images.
 
     If the run has no validation split, the batches contain training images.
     """
@@ -69,7 +69,7 @@ def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch]
 
 
 def probe_batches(setup: ExperimentSetup) -> list[Batch]:
-    """Return the batches of the probe, which are the training images on which methods measure statistics.
+    """Return batches of the probe, a fixed set of training images on which methods measure statistics.
 
     Batch normalization statistics are also recomputed on these images.
     """
@@ -88,12 +88,11 @@ def load_finished_network(
 
     Args:
         run: the directory of the run.
-        weights: `best` for the weights with the best validation accuracy, `last` for those of the
-            last epoch.
+        weights: `best` for the weights with the best validation accuracy, `last` for the weights of the last epoch.
         device: the value of `runtime.device` in the returned setup's configuration.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the data set holds other images.
+        CheckpointError: a file is missing or damaged, or the images of the data set have changed since training.
         DataError: the run's data set is missing.
     """
     config, state = stored_run(run, str(run), weights, device)

@@ -22,16 +22,16 @@ from qbench.quant.quantizer import Quantizer
 from qbench.report.tables.table import Table
 
 SIGMAS = (0.25, 0.5, 1.0)
-"""Standard deviations of the noise that are measured, in steps of the quantizer."""
+"""Measured standard deviations of the noise, in steps of the quantizer."""
 
 VERDICT_SIGMA = 0.5
-"""Standard deviation of the noise that verdicts on claims use, in steps of the quantizer."""
+"""Standard deviation of the noise, in steps of the quantizer, at which claims are judged."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LayerMismatch = dict[str, tuple[float, float]]
-"""Maps a layer to the cosine and the bias of its straight-through gradient."""
+"""Layer name -> cosine and bias of the layer's straight-through gradient."""
 Mismatch = dict[str, dict[str, LayerMismatch]]
-"""Maps sigma (as text) and then the name of a backward pass to the mismatch of all layers."""
+"""Sigma as text -> name of a backward pass -> mismatch of all layers."""
 
 
 def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: float) -> Tensor:
@@ -75,7 +75,10 @@ class SmoothedHalfWave(Quantizer):
 
 
 class _WithoutGradient(Quantizer):
-    """A quantizer that blocks gradients. It shows which layers have a gradient that passes through a quantizer."""
+    """A quantizer that blocks gradients.
+
+    If this quantizer changes the gradient of a layer, the layer's gradient passes through a quantizer.
+    """
 
     def __init__(self, quantizer: HWGQActivation) -> None:
         super().__init__()
@@ -89,9 +92,9 @@ def cosine_and_bias(gradient: Tensor, reference: Tensor) -> tuple[float, float]:
     """Return the cosine between a gradient and a reference, and the bias of the gradient.
 
     The bias is p / r - 1. Here, p is the length of the gradient's projection on the reference, and
-    r is the length of the reference. If the bias is 0 and the cosine is below 1, the gradient is
-    the reference plus a perpendicular part. If the bias is -1, the gradient is perpendicular to the
-    reference. If the gradient is zero, the cosine is 0 and the bias is -1.
+    r is the length of the reference. A bias of 0 with a cosine below 1 means that the gradient is the reference plus a
+    perpendicular vector. A bias of -1 means that the gradient is perpendicular to the reference. For a zero gradient,
+    the cosine is 0 and the bias is -1.
 
     Raises:
         ValueError: the reference is zero.
@@ -112,15 +115,15 @@ def gradient_mismatch(
     backwards: Sequence[str],
     sigmas: Sequence[float] = SIGMAS,
 ) -> Mismatch:
-    """Return the mismatch of all layers whose gradient passes through a half-wave quantizer.
+    """Return the gradient mismatch of every layer whose gradient passes through a half-wave quantizer.
 
     Batch normalization uses the statistics of each batch, as in training. The model is not changed.
 
     Args:
         model: a network with half-wave quantizers.
-        batches: images and labels. The gradients are those of the mean loss over all images.
+        batches: images and labels. The differentiated loss is the mean over all images.
         loss: the loss function.
-        backwards: names of the backward passes that are measured.
+        backwards: names of the backward passes to measure.
         sigmas: standard deviations of the noise, in steps of the quantizer.
 
     Raises:
@@ -144,7 +147,7 @@ def gradient_mismatch(
 
 
 def mismatch_of_run(run: Path, backwards: Sequence[str]) -> Mismatch:
-    """Return the mismatch of a finished run's network.
+    """Return the gradient mismatch of a finished run's network.
 
     The loss is cross entropy on the probe, which is a fixed set of training images.
     """

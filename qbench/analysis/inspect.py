@@ -1,6 +1,6 @@
-"""Makes a table of the quantized layers of a finished run.
+"""Builds a table of the quantized layers of a finished run.
 
-The columns show levels, SQNR, clipping, dead channels, and the accuracy with and without a layer's quantizers.
+The columns show levels, SQNR, clipping, dead channels, and how the accuracy depends on a layer's quantizers.
 """
 
 import math
@@ -22,26 +22,26 @@ HEAD = (
     "off: loss", "off: top-1", "only: loss", "only: top-1",
 )  # fmt: skip
 VERIFIED_IMAGES = 64
-"""Number of images on which levels are counted. It is the same number as at the end of a run."""
+"""Number of images on which levels are counted. The end of a run uses the same number."""
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One row of the table.
+    """One layer, shown as one row of the table.
 
     Args:
         layer: the layer's name.
         bits: the layer's widths.
-        levels: maps w and a to the numbers of levels found and allowed.
+        levels: for the tensors w and a, the number of levels found and the number of levels allowed.
         sqnr: the SQNR of the layer's output in dB, or None if the output is zero.
         fitted: the SQNR in dB after the best gain and offset are applied to each channel.
         clipped: percentage of inputs beyond the outermost levels, or None if inputs are not quantized.
         dead_in: the number of constant input channels, and the number of all input channels.
         dead_out: the number of constant output channels, and the number of all output channels.
-        off_loss, off_top1: change of loss and top-1 if only this layer's quantizers are disabled, relative to the
-            network with all layers quantized.
-        only_loss, only_top1: change of loss and top-1 if only this layer is quantized, relative to the network with all
-            quantizers disabled.
+        off_loss, off_top1: change of loss and top-1 when only this layer is in float, relative to the network with all
+            layers quantized.
+        only_loss, only_top1: change of loss and top-1 when only this layer is quantized, relative to the network with
+            all layers in float.
     """
 
     layer: str
@@ -76,8 +76,8 @@ def inspect(
         run: the directory of the run.
         weights: `last` or `best`, the checkpoint that is inspected.
         images: number of validation images on which the layers are measured.
-        bn_stats: `recompute` or `keep`, whether batch normalization statistics are recomputed whenever
-            quantizers are disabled.
+        bn_stats: `recompute` or `keep`: recompute batch normalization statistics whenever quantizers are disabled, or
+            keep them.
         sort: the order of the rows. `leave-one-out` sorts by the loss decrease when the layer's
             quantizers are disabled. `leave-one-in` sorts by the loss increase when only this layer
             is quantized. `sqnr` sorts by SQNR. In these three cases, the worst layer comes first.
@@ -99,7 +99,7 @@ def inspect(
         table.values.append(asdict(row) | {"bits": row.bits._asdict()})
     if "no_master" in setup.method.traits:
         table.notes.append(
-            f"{setup.method.name} keeps no float weights, so the columns off use the stored quantized weights"
+            f"{setup.method.name} keeps no float weights; the columns off are measured with its quantized weights"
         )
     table.notes += [
         f"{images_note}; all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",

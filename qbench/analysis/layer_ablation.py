@@ -1,6 +1,6 @@
-"""Measures a network's accuracy with one layer in float, and with all layers except one in float.
+"""Measures a network's accuracy with only one layer in float, and with only one layer quantized.
 
-A layer is in float if its quantizers are disabled. It then computes with its latent weights.
+A layer in float has its quantizers disabled, and computes with its latent weights.
 """
 
 import copy
@@ -26,7 +26,7 @@ class LayerAblation:
     Args:
         quantized: accuracy with all layers quantized.
         float_: accuracy with the quantizers of all layers disabled.
-        leave_one_out: maps a layer to the accuracy with the quantizers of only this layer disabled.
+        leave_one_out: maps a layer to the accuracy with only this layer in float.
         leave_one_in: maps a layer to the accuracy with only this layer quantized.
     """
 
@@ -66,10 +66,7 @@ class PrecedingActivation(Quantizer):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation of x.
-
-        The tensor x is not changed, because other layers may read it too.
-        """
+        """Return the activation function of x. The tensor x is not changed, because other layers may read x too."""
         y: Tensor = self.act(x.clone())
         return y
 
@@ -78,8 +75,8 @@ class PrecedingActivation(Quantizer):
 def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let the named layers compute in float with their latent weights, within a `with` block.
 
-    Other layers are unchanged. If all layers are named, the network computes the same values as in
-    `float_mode`. Parameters and buffers do not change.
+    Other layers compute as before. If all layers are named, the network computes the same values as in `float_mode`.
+    Parameters and buffers do not change.
     """
     layers, activations = quantized_layers(model), _preceding_activations(model)
     disabled = [layers[name] for name in names]
@@ -96,7 +93,7 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 
 def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the activation function that a layer's input quantizer has replaced, by layer."""
+    """Return a map from a layer to the activation function that the layer's input quantizer has replaced."""
     readers, modules = feeds(model), dict(model.named_modules())
     replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
     return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
@@ -109,8 +106,8 @@ def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Seq
         model: the network.
         batches: the images on which accuracy is measured.
         bn_batches: the images on which the mean and variance of batch normalization are recomputed, in a copy of the
-            network. If there are none, the statistics are kept. Some methods need the recomputation: their quantized
-            weights differ in scale from the latent weights, and the next normalization layer must remove this scale.
+            network. If there are no such images, the stored statistics are used. Methods whose quantized and latent
+            weights differ in scale need the recomputation, because the next normalization layer must remove this scale.
     """
     if bn_batches:
         model = copy.deepcopy(model)

@@ -33,11 +33,11 @@ from qbench.training.initial_weights import load_initial_weights
 
 
 class FloatBaseline(NamedTuple):
-    """A float network with its weights, and the data for measurements.
+    """A trained float network, and the data on which its layers are measured.
 
     Args:
         batches: the validation images on which accuracy is measured.
-        images_note: a note that states the number of these images and their split.
+        images_note: a note that states how many images `batches` contains, and from which split.
         probe: the training images on which methods measure statistics.
         bn_batches: the images on which batch normalization statistics are recomputed (see `measure_accuracy`).
     """
@@ -77,7 +77,7 @@ class FloatBaseline(NamedTuple):
 
 @dataclass
 class LayerSensitivity:
-    """Measurements and costs of each layer at each width.
+    """The measured sensitivity and the costs of each layer at each width.
 
     `loss`, `mse`, `bytes` and `bitops` map a layer's name to a map from widths to values.
 
@@ -88,7 +88,7 @@ class LayerSensitivity:
         mse: squared error of the layer's weights, divided by the number of weights of all layers.
         bytes: bytes of the layer's weights.
         bitops: BitOps of the layer for one image.
-        rest: maps a kind of budget to the cost of the network without these layers.
+        rest: maps a kind of budget to the cost of all layers that are not measured.
     """
 
     weights: dict[str, int]
@@ -102,7 +102,7 @@ class LayerSensitivity:
     def costs(self, kind: str) -> dict[str, dict[int, float]]:
         """Return the cost of each layer at each width, for a kind of budget.
 
-        For the kind `w`, the cost is the number of bits of all weights of the layer, which is an exact integer.
+        For the kind `w`, the cost is the number of bits of all weights of the layer. This number is an exact integer.
         """
         if kind != "w":
             return self.bytes if kind == "bytes" else self.bitops
@@ -112,18 +112,18 @@ class LayerSensitivity:
 def load_float_baseline(
     run: Path, words: Sequence[str], *, images: int, recompute_bn: bool, device: str
 ) -> FloatBaseline:
-    """Return the float network that a run started from, with the method that quantizes its layers.
+    """Load the float network that a run started from, and the method that quantizes its layers.
 
     Args:
         run: the directory of the run.
         words: command-line overrides that name the method. If empty, the run's method is used.
         images: number of validation images on which accuracy is measured.
-        recompute_bn: whether batch normalization statistics are recomputed for every measurement.
+        recompute_bn: whether to recompute batch normalization statistics for every measurement.
         device: the device on which the network is placed, a value of `runtime.device`.
 
     Raises:
         CheckpointError: the run or its float baseline is missing or damaged.
-        ConfigError: `words` do not configure a method for this network.
+        ConfigError: the overrides `words` do not configure a method that fits this network.
     """
     finished = load_finished_run(run, "best", device)
     trained = finished.setup
@@ -155,8 +155,8 @@ def load_float_baseline(
 def _float_weights(run: Path, finished: FinishedRun) -> tuple[Path, str | None]:
     """Return the path of the float weights and, if known, the identity that the file must have.
 
-    The float baseline is a run in the same folder. It is found by its identity, so that renamed
-    directories are found too.
+    The float baseline is a run in the same folder. The search compares identities, not names, so it finds renamed
+    directories too.
     """
     setup, init = finished.setup, stored_config(run).init
     if setup.method.name == "float":
@@ -226,9 +226,9 @@ def _float_weight(baseline: FloatBaseline, name: str) -> Tensor:
 
 
 def squared_error(w: Tensor, w_hat: Tensor) -> float:
-    """Return the squared error of quantized weights after they are multiplied by the scale that minimizes the error.
+    """Return the squared error of quantized weights, multiplied by the scale that minimizes this error.
 
-    The scale does not matter, because the next normalization layer removes it.
+    The scale of the weights has no effect on the network, because the next normalization layer removes the scale.
     """
     w, w_hat = w.double().flatten(), w_hat.double().flatten()
     power = w_hat @ w_hat
@@ -237,7 +237,7 @@ def squared_error(w: Tensor, w_hat: Tensor) -> float:
 
 
 def _other_costs(baseline: FloatBaseline, sensitivity: LayerSensitivity) -> dict[str, float]:
-    """Return the cost of the network without the measured layers, for each kind of budget."""
+    """Return the cost of all layers that are not measured, for each kind of budget."""
     widths = {name: next(iter(layer)) for name, layer in sensitivity.loss.items()}
     whole = count_cost(baseline.quantized(widths), baseline.setup.macs)
     return {

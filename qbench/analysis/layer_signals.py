@@ -1,4 +1,4 @@
-"""Measures the SQNR, the clipped inputs and the dead channels of quantized layers on images of the data set."""
+"""Measures the SQNR, the clipped inputs and the dead channels of quantized layers on images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,14 +22,14 @@ RELATIVE_SLACK = 1e-6
 
 @dataclass
 class LayerSignal:
-    """Statistics of a layer with C channels, from its float output y and its quantized output y_hat.
+    """Statistics of a layer with C output channels, computed from its float output y and its quantized output y_hat.
 
     Args:
         sums: sums of y, y_hat and their products over images and positions, each of shape (C,).
         count: number of values per channel in these sums.
         low, high: smallest and largest value of each channel, for the layer's inputs ("in") and outputs ("out").
-        clipped: number of inputs beyond the outermost levels, or None if inputs are not quantized.
-        inputs: number of all inputs.
+        clipped: number of input values beyond the outermost levels, or None if inputs are not quantized.
+        inputs: number of all input values.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class LayerSignal:
     def fitted_sqnr(self) -> float | None:
         """Return the SQNR after the best gain and offset are applied to each channel of y_hat.
 
-        A gain and an offset do not matter, because the next normalization layer removes them.
+        Gain and offset have no effect on the network, because the next normalization layer removes them.
         """
         y, z, yy, zz, yz = (self.sums[key] / self.count for key in ("y", "z", "yy", "zz", "yz"))
         y_variance, covariance, z_variance = yy - y * y, yz - y * z, zz - z * z
@@ -80,9 +80,9 @@ def _sqnr(signal: float, noise: float) -> float | None:
 
 @torch.inference_mode()
 def layer_signals(model: nn.Module, batches: Sequence[Batch]) -> dict[str, LayerSignal]:
-    """Return the signals of the quantized layers of a network in eval mode.
+    """Return the statistics of each quantized layer of a network in eval mode.
 
-    The float output is the output of the layer for the same input with its quantizers disabled.
+    The float output of a layer is its output for the same input, computed with the layer's quantizers disabled.
     """
     layers = quantized_layers(model)
     signals = {name: LayerSignal() for name in layers}
@@ -114,7 +114,7 @@ def _by_channel(layer: QLayer, x: Tensor) -> Tensor:
 def _count_clipped(grid: Grid, x: Tensor) -> int:
     """Return the number of values beyond the outermost levels.
 
-    If the lowest level is 0, values below 0 do not count as clipped, because they are rectified as by a ReLU.
+    If the lowest level is 0, negative values do not count as clipped, because a ReLU would also set them to 0.
     """
     points = grid.points[..., 0]
     slack = RELATIVE_SLACK * points.abs().nan_to_num(0).amax(1, keepdim=True)

@@ -43,7 +43,7 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
     total = sum(_add_run(table, run, estimator.run_cost(run)) for run in runs.values())
     for path, run in runs.items():
         if measured := packed_bytes(path, run.identity.digest):
-            table.notes.append(f"{path / PACKED_FILE}: {measured:,} bytes, measured; the size above is the ideal one")
+            table.notes.append(f"{path / PACKED_FILE}: {measured:,} bytes, measured; the table shows the ideal size")
     last = estimator.run_cost(planned[-1]) if planned else None
     device = last.setup.device.type if isinstance(last, RunCost) else "cpu"
     table.notes.append(
@@ -72,7 +72,7 @@ def _on_gpus(table: Table, planned: PlannedRun) -> str:
 
 
 def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[PlannedRun]:
-    """Return a list with the run, preceded by its float baseline if the run needs one."""
+    """Return the run, preceded by its float baseline if it needs one."""
     cost = estimator.run_cost(planned)
     if isinstance(cost, UnsupportedRun) or not cost.setup.needs_baseline:
         return [planned]
@@ -106,14 +106,14 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
 
 
 def _parameter_bytes(setup: ExperimentSetup, params: int) -> float:
-    """Return the bytes of weights, gradients and optimizer state, and of averaged weights if the run has them."""
+    """Return the bytes that a run needs for weights, averaged weights (if any), gradients and optimizer state."""
     recipe = setup.optim
     state = 2 if recipe.name != "sgd" else 1 if recipe.momentum else 0
     return 4 * params * (2 + state + (recipe.ema is not None))
 
 
 def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
-    """Return the table of a run's layers. Its totals equal those of `qbench compare`."""
+    """Return the table of a run's layers. The totals of this table equal the costs in `qbench compare`."""
     setup, whole, run = cost.setup, cost.cost, planned.identity
     layers = layer_costs(cost.model, setup.method, setup.macs)
     table = Table(LAYERS_HEAD, title=f"{run.model} on {run.dataset}, {run.method} {run.bits}")

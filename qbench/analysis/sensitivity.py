@@ -1,7 +1,7 @@
 """Chooses one bit width per layer, so that the network meets a budget.
 
-The results are a table of allocations, a table of layers, and a file of widths. An allocation is a choice of one width
-for each layer. A run can be trained with the widths in the file.
+An allocation is a choice of one width for each layer. The results are a table of allocations, a table of layers, and a
+file with the widths of one allocation. A run can be trained with this file.
 """
 
 import glob
@@ -34,16 +34,16 @@ from qbench.system import files
 
 HEAD = ("widths by", "bits", "bytes", "BitOps", "predicted loss", "measured loss", "top-1 %")
 MARK = "# qbench sensitivity "
-"""The text with which the first line of the written file begins."""
+"""Start of the first line of every file of widths that this module writes."""
 MEASURES = {"loss": "loss", "mse": "weight MSE"}
 LABELS = MEASURES | {"uniform": "uniform"}
 
 Allocations = dict[str, dict[str, int] | None]
-"""Maps a measure or `uniform` to the widths of the layers. The value is None if no uniform width meets the budget."""
+"""Measure or `uniform` -> width of each layer. The value of `uniform` is None if no uniform width meets the budget."""
 
 
 def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
-    """Return the best allocation by each measure, and the allocation with the largest uniform width for comparison.
+    """Return the best allocation by each measure and, for comparison, the best one with equal widths of all layers.
 
     Raises:
         ConfigError: no allocation meets the budget. The message states the lowest and the highest useful
@@ -85,14 +85,13 @@ def sensitivity(
         run: the directory of the run.
         words: command-line overrides that replace the run's method or layer policy. They must name a
             method if the run is a float run.
-        budget: text such as `bytes=20k` or `bitops=1G`, which limits the whole network, or `w=3`, which
-            limits the mean bits per weight. If empty, the run's own width is the budget.
-        measure: the allocation that is written. `loss` minimizes the sum of the loss increases of the
-            layers, each quantized alone. `mse` minimizes the squared error of the weights.
-        widths: the widths in bits among which the layers' widths are chosen.
+        budget: `bytes=20k` or `bitops=1G` limits the cost of the whole network, and `w=3` limits the mean number of
+            bits per weight. If empty, the limit is the width of the run's weights.
+        measure: which allocation is written to the file. `loss` minimizes the sum over layers of the loss increase when
+            only this layer is quantized. `mse` minimizes the squared error of the weights.
+        widths: the allowed widths of a layer, in bits.
         images: number of validation images on which the loss is measured.
-        bn_stats: `recompute` or `keep`, whether batch normalization statistics are recomputed after
-            quantization.
+        bn_stats: `recompute` or `keep`: recompute batch normalization statistics after quantization, or keep them.
         out: the path of the written file.
         device: the device on which the network is measured, a value of `runtime.device`.
     """
@@ -179,7 +178,7 @@ def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
 
 
 def _check_out(out: Path) -> None:
-    """Raise `ConfigError` if the file exists and was not written by this subcommand, or if it cannot be written."""
+    """Raise `ConfigError` if the file cannot be written, or if it exists and is not a file of widths by this module."""
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: no such directory: {out.parent}")
     try:
@@ -193,9 +192,9 @@ def _check_out(out: Path) -> None:
 
 
 def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline: FloatBaseline, table: Table) -> str:
-    """Return the text of the written file, which has the form of `layers.rules`.
+    """Return the text of the file of widths, which has the form of `layers.rules`.
 
-    The chosen widths come first. The run's own rules follow, and they apply to all other layers.
+    The chosen widths come first. The layer rules of the run follow; they apply to layers without a chosen width.
     """
     criterion = "loss increases of each layer quantized alone" if measure == "loss" else "squared errors of the weights"
     lines = [

@@ -25,7 +25,10 @@ from qbench.training import optimizer as optim
 from qbench.training.task import compute_logits
 
 TIMED_MACS = 2e9
-"""Approximate number of MACs of a timed forward pass. A training step of this size takes about 0.5 s on one core."""
+"""Approximate number of MACs in a timed forward pass.
+
+A training step with this many MACs takes about 0.5 s on one core.
+"""
 TIMING_SECONDS = 2.5
 """Seconds after which no more networks are timed. The times of later networks are estimated from the timed ones."""
 TIMED_STEPS = 3
@@ -37,8 +40,8 @@ class StepCost(NamedTuple):
 
     Args:
         seconds: time per image, in seconds.
-        saved: bytes per image that are kept for the backward pass.
-        fixed: bytes that are kept for the backward pass and do not depend on the number of images.
+        saved: bytes kept for the backward pass, per image.
+        fixed: bytes kept for the backward pass that do not depend on the number of images.
     """
 
     seconds: float
@@ -48,7 +51,7 @@ class StepCost(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCost:
-    """The setup, the network and the costs of a run. They are the same for all seeds."""
+    """The setup, the network and the costs of a run. Runs that differ only in the seed share these values."""
 
     setup: ExperimentSetup
     model: nn.Module
@@ -66,8 +69,8 @@ class UnsupportedRun:
 class CostEstimator:
     """Estimates the costs of runs.
 
-    Each network is built only once. Networks are timed until timing has taken `TIMING_SECONDS` in
-    total. `estimated` counts the networks that were not timed.
+    Each network is built only once. After timing has taken `TIMING_SECONDS` in total, further networks are not timed,
+    and their times are estimated. `estimated` counts all networks that were not timed.
     """
 
     def __init__(self) -> None:
@@ -90,9 +93,9 @@ class CostEstimator:
     def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
         """Return the step cost of a network.
 
-        If the network is small and there is time left, the step is timed. If the network is too large to be timed on a
-        CPU, the cost is estimated by `estimate_step`. Otherwise, the cost of the timed network with the most similar
-        MACs is multiplied by the ratio of the MACs.
+        A small network is timed while time for timing is left. For a network that is too large to be timed on a CPU,
+        `estimate_step` estimates the cost. Otherwise, the cost is that of the timed network with the closest number of
+        MACs, multiplied by the ratio of the two numbers of MACs.
         """
         macs = max(1, sum(setup.macs.values()))
         if _smallest_batch(setup, model) * macs > 2 * TIMED_MACS and setup.device.type == "cpu":
@@ -112,7 +115,7 @@ class CostEstimator:
 def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
     """Return the quantized network and its cost.
 
-    The network is on the meta device, where it uses no memory, unless its quantizers need values.
+    The network is on the meta device, where it uses no memory, unless its quantizers need the values of the weights.
     """
     try:
         model = setup.install(setup.float_model("meta"))
@@ -139,7 +142,7 @@ def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
     Args:
         setup: the setup of the run.
         macs: MACs of the network for one image.
-        smallest: the smallest batch size with which the network can be trained.
+        smallest: the smallest batch size at which the network can be trained.
     """
     model = setup.install(setup.float_model()).to(setup.device).train()
     optimizer = optim.build_optimizer(model, setup.optim)
@@ -155,8 +158,8 @@ def time_step(setup: ExperimentSetup, macs: int, smallest: int) -> StepCost:
 def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCost:
     """Return an estimate of the step cost, for a network that is too large to be timed.
 
-    The time is computed from the network's MACs and the measured speed of one convolution. The memory is
-    computed from tensor shapes.
+    The time is the network's MACs divided by the measured speed of one convolution. The memory is computed from tensor
+    shapes.
     """
     size = _smallest_batch(setup, model)
     images = torch.empty(size, *setup.data.shape, device=next(model.parameters()).device)
@@ -174,9 +177,9 @@ def estimate_step(setup: ExperimentSetup, model: nn.Module, macs: int) -> StepCo
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Return two numbers of bytes that a forward pass keeps for the backward pass.
+    """Return how many bytes a forward pass keeps for the backward pass, as two numbers.
 
-    The first number is for tensors whose first dimension is the number of images. The second number is for all other
+    The first number counts tensors whose first dimension is the number of images. The second number counts all other
     tensors except parameters.
     """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""Verifies exported files against their run, on the run's test images."""
+"""Verifies that exported files compute the same as their run, on the run's test images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,10 @@ from qbench.quant.layers import quantized_layers
 from qbench.quant.probe import Batch
 
 NARROW = 4
-"""Largest width in bits to which the first value of each pair of limits below applies."""
+"""Largest width in bits to which the first value of each pair below applies.
+
+The second value applies to larger widths.
+"""
 
 NARROW_TOLERANCE, WIDE_TOLERANCE = 2e-5, 2e-2
 """Tolerances of logits in ONNX files, relative to the largest logit."""
@@ -30,16 +33,16 @@ NARROW_CODES, WIDE_CODES = 0.0, 5e-4
 """Largest share of activation codes of integer files that may differ from those of a simulation in float64."""
 
 COMPARED_CODES, CODES_BATCH = 1_000_000, 50
-"""Number of codes after which no more codes are compared, and number of images that are compared at once."""
+"""Number of codes after which the comparison of codes stops, and number of images in one comparison."""
 
 NOISE_IMAGES = 64
 
 
 def verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
-    """Compare a packed file with its run. Return the agreement, and lines of text that describe it.
+    """Compare a packed file with its run. Return the agreement, and lines of text about the agreement.
 
     Raises:
-        NotExportable: some logits differ in at least one bit.
+        NotExportable: the logits of the file and of the run are not equal bit for bit.
     """
     content = packed.unpack_network(data, str(path))
     agreement = compare(finished.model, content.network.function(), run_images(finished))
@@ -54,7 +57,7 @@ def verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agree
 
 
 def verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) -> tuple[Agreement, list[str]]:
-    """Compare an ONNX file with its run in each runtime. Return the worst agreement, and lines that describe all.
+    """Compare an ONNX file with its run in each runtime. Return the worst agreement, and lines about all agreements.
 
     Raises:
         NotExportable: a predicted class differs, or logits differ by more than the tolerance.
@@ -90,7 +93,7 @@ def verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) ->
 VERIFIED_IN: Mapping[str, Sequence[str]] = {
     "onnx": ("onnxruntime",), "int8": ("onnxruntime", "openvino"), "qonnx": ("qonnx",),
 }  # fmt: skip
-"""Form -> the runtimes in which a file is verified."""
+"""Form of an export -> the runtimes in which a file of this form is verified."""
 
 
 def run_images(finished: FinishedRun) -> Iterator[Batch]:
@@ -99,7 +102,7 @@ def run_images(finished: FinishedRun) -> Iterator[Batch]:
 
 
 def first_images(finished: FinishedRun, count: int) -> Tensor:
-    """Return `count` test images. If there are fewer, images are repeated."""
+    """Return `count` test images. If the test split has fewer images, they are repeated."""
     images = torch.cat([images for images, _ in finished.setup.loader().unaugmented("test", count)])
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
@@ -107,7 +110,7 @@ def first_images(finished: FinishedRun, count: int) -> Tensor:
 def verify_integers(
     finished: FinishedRun, traced: Network, converted: Converted, data: bytes, path: Path
 ) -> tuple[Agreement, list[str]]:
-    """Compare an integer file with its run, and its codes with a simulation in float64.
+    """Compare an integer file with its run, and its activation codes with a simulation in float64.
 
     Raises:
         NotExportable: a predicted class differs, or too many codes differ.
@@ -130,6 +133,6 @@ def verify_integers(
 
 
 def _largest_width(finished: FinishedRun) -> int:
-    """Return the largest width of quantized weights and activations, or 0."""
+    """Return the largest width of the quantized weights and activations, or 0 if nothing is quantized."""
     layers = quantized_layers(finished.model).values()
     return max((width for layer in layers for width in layer.bits[:2] if width < FLOAT), default=0)

@@ -14,10 +14,10 @@ _one_call = threading.RLock()
 
 @contextmanager
 def exclusive_call() -> Iterator[Callable[[], int]]:
-    """Allow one call at a time: random generators, torch's settings and Hydra exist only once in a process.
+    """Allow only one call at a time, because random generators, torch's settings and Hydra's state are global.
 
-    Files are read again, because they may have changed since the last call. Yields a function that returns SIGINT
-    after Ctrl-C, else 0; see `stop_on_interrupt`.
+    Caches of files are cleared first, because the files may have changed since the last call. Yields a function that
+    returns SIGINT after Ctrl-C, and 0 before; see `stop_on_interrupt`.
     """
     with _one_call:
         clear_caches()
@@ -27,9 +27,9 @@ def exclusive_call() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def recorded_command(arguments: Sequence[str]) -> Iterator[None]:
-    """Let records (manifest, TensorBoard) hold the arguments of this call, not those of the user's program.
+    """Make the manifest and TensorBoard record the arguments of this call instead of the user's program.
 
-    They are in `sys.argv` for the duration of the call, which worker processes inherit.
+    During the call, `sys.argv` contains these arguments, and worker processes inherit them.
     """
     before = sys.argv
     sys.argv = ["qbench", *arguments]
@@ -44,10 +44,10 @@ def torch_settings_restored(*, training: bool) -> Iterator[None]:
     """Restore the random generators, the number of threads and the determinism of torch after a call.
 
     Args:
-        training: whether a run is trained inside.
+        training: whether the `with` block trains a run.
 
     Raises:
-        ConfigError: torch has settings that would change a run's result but not its identity.
+        ConfigError: the user's settings of torch would change a run's result, but are not part of the run's identity.
     """
     import torch
 
@@ -66,7 +66,7 @@ def torch_settings_restored(*, training: bool) -> Iterator[None]:
 
 
 def _check_defaults(training: bool) -> None:
-    """Refuse settings of torch that change computed values and are not part of a run's configuration."""
+    """Refuse settings of torch that change computed values but are not part of a run's configuration."""
     import torch
 
     if torch.get_default_dtype() != torch.float32:
@@ -82,4 +82,4 @@ def _check_defaults(training: bool) -> None:
 
 
 def _changed(found: str, fix: str) -> ConfigError:
-    return ConfigError(f"torch was set up in a way that changes results: {found}\nfirst call {fix}")
+    return ConfigError(f"torch has a setting that would change the results: {found}\nfirst call {fix}")

@@ -1,4 +1,4 @@
-"""Reads, compares and loads finished runs from Python, with the functions of the command line."""
+"""Reads, compares and loads finished runs from Python. The functions are those of the command line."""
 
 import json
 import logging
@@ -29,14 +29,14 @@ WEIGHTS = ("last", "best")
 
 
 class Runs(tuple[RunRecord, ...]):
-    """An immutable sequence of runs. `result` of a run is None if the run is not finished."""
+    """An immutable sequence of runs. The attribute `result` of an unfinished run is None."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return one flat dictionary per run: status, method, bits, accuracies in percent, and costs.
 
-        `top1` is the test accuracy after the last epoch. Keys such as `final.val.top1` and `best.test.top1` name the
-        epoch (last or best) and the split. The configuration keys whose values differ between the runs, such as
-        `optim.lr`, are also included. A run without a result has only `status`, `reason` and `run`.
+        `top1` is the test accuracy after the last epoch. Keys such as `final.val.top1` and `best.test.top1` state the
+        epoch (last or best) and the split. A dictionary also contains the configuration keys whose values differ
+        between the runs, such as `optim.lr`. A run without a result has only `status`, `reason` and `run`.
         """
         keys = [run_keys(run.result) if run.result else {} for run in self]
         found = [known for known in keys if known]
@@ -68,7 +68,7 @@ class Runs(tuple[RunRecord, ...]):
 
 
 class Tables(tuple[Table, ...]):
-    """The tables of a comparison. They print as text, and a notebook shows them as HTML."""
+    """The tables of a comparison, which print as text and are shown as HTML in a notebook."""
 
     def __str__(self) -> str:
         return text(self) if self else "no runs found"
@@ -80,19 +80,19 @@ class Tables(tuple[Table, ...]):
 
 
 def load(*words: str | Path, **keys: Value) -> Runs:
-    """Return the runs in directories or in a record, sorted by path.
+    """Return the runs that are stored in directories or in a record, sorted by path.
 
     Example:
         >>> runs = qbench.load("outputs")
         >>> runs = qbench.load("outputs", "method=dorefa,lsq", "bits.w=2")
 
     Args:
-        words: directories, records of `qbench compare --format record`, and filters `KEY=VALUE,...` as on the command
-            line of `qbench compare`.
+        words: directories, files written by `qbench compare --format record`, and filters `KEY=VALUE,...` as typed for
+            `qbench compare`.
         keys: filters as keyword arguments: key -> value or values.
 
     Raises:
-        ConfigError: a directory does not exist, or no run has a key or value.
+        ConfigError: a directory does not exist, or a filter names a key or value that no run has.
     """
     options = parse(command_words("load", words, keys))
     if not options.directories:
@@ -114,18 +114,18 @@ def compare(
     plot: str | Path | None = None,
     **keys: Value,
 ) -> Tables:
-    """Return tables of runs with conclusions, as `qbench compare` does.
+    """Return the tables and conclusions that `qbench compare` prints.
 
     Example:
         >>> tables = qbench.compare("outputs", "method=dorefa,lsq", columns="accuracy")
         >>> tables = qbench.compare(runs)
 
     Args:
-        places: directories, records, filters `KEY=VALUE,...`, and runs, such as those of `sweep` or `load`. Float
-            baselines of runs are read too.
-        by: keys; make one table per value of these keys.
+        places: directories, records, filters `KEY=VALUE,...`, and runs, such as those that `sweep` or `load` returns.
+            The float baselines of runs are read too.
+        by: configuration keys. There is one table for each combination of their values.
         sort: the column by which rows are sorted.
-        columns: sets of columns, such as `accuracy`.
+        columns: names of sets of columns, such as `accuracy`.
         margin: two settings are equivalent if their top-1 differs by less than this number of points.
         published: whether to add the published result of each setting.
         html: a .html file to which the comparison is written as one page.
@@ -151,22 +151,22 @@ def compare(
 def load_model(
     run: str | Path | RunRecord | Result, *, weights: str = "last", device: str = "auto", trust: bool = False
 ) -> "nn.Module":
-    """Return the quantized network of a finished run in eval mode, as `qbench evaluate` uses it.
+    """Return the quantized network of a finished run, in eval mode, as `qbench evaluate` does.
 
-    The network computes with quantized weights and activations. Its input is a batch of images of the run's shape,
-    scaled to [0, 1] and normalized with the constants of the run's data set. `load_finished_run` returns these
-    constants and the run's own batches.
+    The network computes with quantized weights and activations. Its input is a batch of images with the shape of the
+    run's images, scaled to [0, 1] and normalized with the constants of the run's data set. `load_finished_run` returns
+    these constants and batches of the run's data set.
 
     Args:
         run: a run, its result or its directory.
-        weights: `last` or `best`, the weights after the last epoch or those with the best validation accuracy.
+        weights: `last` for the weights of the last epoch, `best` for the weights with the best validation accuracy.
         device: where the network is placed: `auto`, `cpu`, `cuda` or `cuda:1`.
-        trust: whether to run code outside qbench that the run's configuration names.
+        trust: whether code outside qbench that the run's configuration names may run.
 
     Raises:
         ConfigError: an argument is not valid, or the run names code that is not trusted.
-        CheckpointError: the run is not finished, a file is missing or damaged, or the data set
-            contains other images.
+        CheckpointError: the run is not finished, a file is missing or damaged, or the images of the data set have
+            changed since training.
         DataError: the run's data set is missing.
     """
     if weights not in WEIGHTS:
@@ -184,7 +184,7 @@ def load_model(
 
 
 def _row(run: RunRecord) -> dict[str, Any]:
-    """Return the values of a run that every row has."""
+    """Return the values of a run that are in every row of `to_dicts`."""
     result = run.result
     row: dict[str, Any] = {"status": run.status, "reason": run.reason or None, "run": str(run.path)}
     if result is None:

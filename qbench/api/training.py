@@ -1,4 +1,4 @@
-"""Trains runs from Python, with the functions of the command line."""
+"""Trains runs and sweeps from Python. The functions are those of the command line."""
 
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ logger = logging.getLogger("qbench")
 
 
 class LogReporter(ProgressReporter):
-    """Shows no progress. Messages go to the logger `qbench`, which prints only warnings unless it is set up."""
+    """Sends messages to the logger `qbench`, and shows no progress. By default, this logger prints only warnings."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -33,28 +33,29 @@ class LogReporter(ProgressReporter):
 
 
 def run(*words: str, out: str | Path | None = None, progress: bool = False, **keys: Value) -> Result:
-    """Return the result of a run, as `qbench KEY=VALUE ...` does.
+    """Train a run, as `qbench KEY=VALUE ...` does, and return its result.
 
-    A stored result is returned at once. An unfinished run is continued from its last checkpoint. Otherwise the
-    float baseline is trained, unless it is stored, and then the run.
+    A stored result is returned at once. An unfinished run continues from its last checkpoint. Otherwise, the run's
+    float baseline is trained first, unless it is stored already.
 
     Example:
         >>> result = qbench.run("method=dorefa", "bits=w2a2")
         >>> result = qbench.run(method="dorefa", seed=1, **{"bits.w": 2})
 
-    A process trains one run at a time. A call from another thread waits. While a run trains, other threads must not
-    draw random numbers. Ctrl-C saves a checkpoint and raises `KeyboardInterrupt`; the same call then continues the
-    run. Warnings go to the logger `qbench`.
+    A process trains one run at a time, so a call from another thread waits. While a run trains, other threads must not
+    draw random numbers. Ctrl-C saves a checkpoint and raises `KeyboardInterrupt`. To continue the run, make the same
+    call again. Warnings go to the logger `qbench`.
 
     Args:
         words: `KEY=VALUE`, as typed on the command line.
         out: the directory below which the run is stored; `outputs` by default.
         progress: whether to show the progress on stderr.
-        keys: key -> value, instead of `words`. A text is read as on the command line, and None is `null`.
+        keys: the same as keyword arguments, key -> value. A string is parsed as on the command line, and None means
+            `null`.
 
     Raises:
         ConfigError: the configuration is not valid, or the method does not support it.
-        QbenchError: the run failed. The message is that of the command line.
+        QbenchError: the run failed. The message is the one that the command line prints.
     """
     arguments = command_words("run", words, _with_out(keys, out), CONFIG_DIRECTORY)
     with exclusive_call() as stop, recorded_command(arguments):
@@ -74,9 +75,10 @@ def run(*words: str, out: str | Path | None = None, progress: bool = False, **ke
 
 
 def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **keys: Value) -> Runs:
-    """Return the runs of a sweep, as `qbench -m KEY=VALUE,VALUE ...` does.
+    """Train a sweep, as `qbench -m KEY=VALUE,VALUE ...` does, and return its runs.
 
-    All runs are checked first. If a run fails, the others continue. The `status` of a failed run is not `done`.
+    All configurations are checked before the first run. If a run fails, the other runs continue. The `status` of a
+    failed run is not `done`.
 
     Example:
         >>> runs = qbench.sweep("method=dorefa,lsq", "bits=w2a2,w4a4", "seed=0,1,2")
@@ -87,12 +89,12 @@ def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **
     Args:
         words: `KEY=VALUE,...`, as typed on the command line.
         out: the directory below which the runs are stored; `outputs` by default.
-        progress: whether to show on stderr which runs are done.
-        keys: key -> value or values, instead of `words`.
+        progress: whether to show the progress of the sweep on stderr.
+        keys: the same as keyword arguments, key -> value or list of values.
 
     Raises:
         ConfigError: a configuration is not valid. No run is then trained.
-        CheckpointError: a stored result was measured on other images than the data set contains now.
+        CheckpointError: the images of a data set have changed since a stored result was measured.
     """
     typed = command_words("sweep", words, _with_out(keys, out), (*CONFIG_DIRECTORY, *MULTIRUN))
     arguments = [MULTIRUN[0], *(word for word in typed if word not in MULTIRUN)]

@@ -9,7 +9,7 @@ from qbench.errors import ConfigError
 
 Scalar = str | int | float | bool | Path | None
 Value = Scalar | Sequence[Scalar]
-"""The value of a keyword argument. In a sweep, a list or a range contains several values of its key."""
+"""Type of a keyword argument's value. In a sweep, a list or a range means one run for each of its items."""
 
 
 def command_words(
@@ -18,10 +18,10 @@ def command_words(
     """Return positional and keyword arguments as the words of a command line.
 
     Args:
-        call: the function that was called, for messages.
+        call: name of the called function, for error messages.
         words: directories, or `KEY=VALUE` as typed on a command line.
         keys: key -> value.
-        flags: the flags that are allowed among the words.
+        flags: the command-line flags that `words` may contain.
 
     Raises:
         ConfigError: a word is a flag that is not allowed, or a value cannot be typed on a command line.
@@ -35,10 +35,10 @@ def command_words(
 
 
 def as_typed(key: str, value: object) -> str:
-    """Return a value as it is typed after `KEY=`. A path is quoted, because it may contain any character.
+    """Return the text to type after `KEY=` for a value. A path is quoted, because it may contain any character.
 
     Raises:
-        ConfigError: the value has another type than `Value`.
+        ConfigError: the type of the value is not in `Value`.
     """
     if isinstance(value, str):
         return value
@@ -54,6 +54,6 @@ def as_typed(key: str, value: object) -> str:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """Return a quote, a `${` or the end of a path so that Hydra reads it, and backslashes before it, as characters."""
+    """Escape a quote, a `${` or the end of a path, with the backslashes before it, for Hydra's parser."""
     backslashes, found = match.groups()
     return 2 * backslashes + (f"\\{found}" if found else "")

@@ -1,4 +1,4 @@
-"""Checks that a stored run was trained on the images that its data set contains now.
+"""Checks that a data set has not changed since a stored run was trained on it.
 
 Images are not part of a run's identity, because the identity must be known before any data is read.
 Instead, results and checkpoints contain the digest of the images. It is compared whenever a result
@@ -20,7 +20,7 @@ from qbench.system.caches import cached_for_command
 
 
 def current_sha256(node: Node) -> str:
-    """Return the digest of the images that a data set contains now.
+    """Return the digest of a data set's current images.
 
     The images are read only if their files may have changed since they were read last.
 
@@ -43,7 +43,7 @@ def _current_sha256(node_json: str) -> str:
 
 
 def has_other_data(planned: PlannedRun, result: Result, warn: Callable[[str], object]) -> bool:
-    """Return whether a result was measured on other images than its data set contains now.
+    """Return whether the images of a data set have changed since a result was measured.
 
     If the images cannot be read, call `warn` and return False.
     """
@@ -58,10 +58,10 @@ def has_other_data(planned: PlannedRun, result: Result, warn: Callable[[str], ob
 
 
 def check_stored(runs: Sequence[PlannedRun]) -> None:
-    """Check that every stored result of some runs was measured on the images that its data set contains now.
+    """Check that the data sets of some runs have not changed since the runs' stored results were measured.
 
     Raises:
-        CheckpointError: results were measured on other images. The message names the first run.
+        CheckpointError: images have changed. The message names the first run concerned.
     """
     stored = [(planned, planned.directory.stored()) for planned in runs if not planned.config.rerun]
     warnings: dict[str, None] = {}
@@ -73,13 +73,13 @@ def check_stored(runs: Sequence[PlannedRun]) -> None:
 
 
 def check_same_data(run: Path, sha256: str, dataset: str) -> None:
-    """Check that a finished run was trained on the images that its data set contains now.
+    """Check that a data set has not changed since a finished run was trained.
 
     Args:
-        sha256: digest of the images that the data set contains now.
+        sha256: digest of the data set's current images.
 
     Raises:
-        CheckpointError: the images differ.
+        CheckpointError: the images have changed.
     """
     result = load_result(run)
     if result and result.data_sha256 not in (None, sha256):
@@ -87,9 +87,9 @@ def check_same_data(run: Path, sha256: str, dataset: str) -> None:
 
 
 def other_data_error(paths: Sequence[Path], dataset: str) -> CheckpointError:
-    """Return the error about runs that were trained on other images."""
+    """Return the error about runs whose data set has changed since they were trained."""
     were = f" and {len(paths) - 1} other runs were" if len(paths) > 1 else " was"
     return CheckpointError(
-        f"{paths[0]}{were} trained on other images than dataset={dataset} contains now\n"
-        "restore the images; or train on the new images: with rerun=true, or with out=DIR in another directory"
+        f"the images of dataset={dataset} have changed since {paths[0]}{were} trained\n"
+        "restore the old images; or train on the new ones, with rerun=true or in another directory out=DIR"
     )

@@ -121,7 +121,9 @@ def _stored(planned: PlannedRun, intact: bool, replace_other_data: bool, context
     if stored and has_other_data(planned, stored, context.reporter.say):
         if not replace_other_data:
             raise other_data_error([directory.path], stored.dataset)
-        context.reporter.say(f"warning: {directory.path} was trained on other images; the run starts over")
+        context.reporter.say(
+            f"warning: the images have changed since {directory.path} was trained; the run starts over"
+        )
         return None
     return stored
 

@@ -242,7 +242,7 @@ def test_a_plan_shows_the_measured_size_of_an_export(planned: Planned, untimed: 
     (config,) = compose.configurations(["method=lsq"])
     write_packed(directory, 1_234, planned_run(config).identity.digest)
     notes = planned("method=lsq")[0].notes
-    assert f"{directory / PACKED_FILE}: 1,234 bytes, measured; the size above is the ideal one" in notes
+    assert f"{directory / PACKED_FILE}: 1,234 bytes, measured; the table shows the ideal size" in notes
     os.utime(directory / PACKED_FILE, (0, 0))  # older than the result, so of other weights
     assert not any("1,234" in note for note in planned("method=lsq")[0].notes)
 

@@ -403,7 +403,7 @@ def test_a_data_set_of_code_is_run_only_if_it_is_typed(finished: Path, tmp_path:
     file.write_bytes(
         rewritten(export(finished).path.read_bytes(), header_change("about", "dataset", {"name": "os:system"}))
     )
-    with pytest.raises(ConfigError, match="which is not in the file"):
+    with pytest.raises(ConfigError, match="does not contain its code"):
         evaluate_file(file)
     assert evaluate_file(file, ["dataset=digits"]).rows
 
@@ -421,7 +421,7 @@ def test_a_file_is_not_evaluated_on_other_images_unless_they_are_typed(
         swapped = torch.where(labels < 2, 1 - labels, labels)
         other = replace(data, **{part: replace(getattr(data, part), labels=swapped)})
         monkeypatch.setattr(evaluate, "build_dataset", lambda node, other=other: other)
-        with pytest.raises(CheckpointError, match="other images than dataset=digits holds now"):
+        with pytest.raises(CheckpointError, match="images of dataset=digits have changed"):
             evaluate_file(file)
     assert evaluate_file(file, ["dataset=digits"]).values[0]["top1"] < before
 

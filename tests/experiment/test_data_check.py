@@ -22,7 +22,7 @@ from qbench.runs.reader import read
 from qbench.runs.result import load_result
 from qbench.system.caches import clear_caches
 
-OTHER = "trained on other images than dataset="
+OTHER = " have changed since "
 
 
 @pytest.fixture(autouse=True)
