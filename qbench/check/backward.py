@@ -1,4 +1,4 @@
-"""Checks the backward pass: all weights, inputs and parameters that are trained must get a correct gradient."""
+"""Checks the backward pass: weights, inputs and learned parameters must get correct gradients."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +15,9 @@ from qbench.quant.ops import without_rounding
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 FLOOR = 1e-4
-"""Largest gradient that is treated as zero, for upstream gradients of about 1.
+"""Largest gradient that counts as zero, if upstream gradients are about 1.
 
-Sums whose terms cancel leave rounding errors of this size.
+A sum whose terms cancel has a rounding error of this size.
 """
 
 TOLERANCE = 1e-4
@@ -37,8 +37,9 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
     A gradient is useful if it is finite and not zero everywhere.
 
-    Each quantizer is checked separately, so a quantizer that stops the gradient does not make earlier layers fail. The
-    check skips post-training methods, weights that require no gradient, and layers whose weights are all frozen.
+    Each quantizer is checked separately. If one quantizer stops the gradient, the check therefore does not also fail
+    for earlier layers. The check skips post-training methods, weights that require no gradient, and layers whose
+    weights are all frozen.
     """
     if not subject.make(bits).needs_training:
         raise NotApplicable("the method does not train")
@@ -57,7 +58,7 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """Yield pairs for each quantizer of a layer: what must get a gradient, and the gradients that it gets."""
+    """For each quantizer of a layer, yield the kind of tensors that must get gradients, and these gradients."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
@@ -90,9 +91,9 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 def _balanced_over_levels(result: Tensor) -> Tensor:
     """Return random upstream gradients whose sum over equal values is 0.
 
-    A scale changes all equal values by the same amount, so its gradient is 0 for these upstream gradients. Any other
-    gradient therefore has passed through the rounding. If most values occur only once, the tensor has no levels or too
-    many of them. In that case, the random gradients are returned without balancing.
+    A scale changes equal values by equal amounts, so the gradient through a scale is 0 for these upstream gradients. A
+    nonzero gradient therefore has passed through the rounding. If most values occur only once, the tensor has no levels
+    or too many levels. In that case, return unbalanced random gradients.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)
@@ -117,7 +118,7 @@ def _arrived(name: str, what: str, grads: list[Tensor | None]) -> None:
 def learned_parameters(subject: MethodUnderTest, bits: Bits) -> None:
     """Check that the gradients of learned parameters agree with finite differences.
 
-    Both are computed in float64, and rounding is switched off.
+    The gradients and the differences are computed in float64, with rounding switched off.
     """
     checked = 0
     for name, layer in subject.layers(bits):

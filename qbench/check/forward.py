@@ -20,7 +20,7 @@ DRAWS = 400
 """Number of times that each tensor is stochastically rounded."""
 
 CHANCE = 1e-9
-"""Probability that the mean error of unbiased rounding exceeds Hoeffding's bound by chance (Hoeffding 1963)."""
+"""Probability that unbiased rounding exceeds Hoeffding's bound on the mean error by chance (Hoeffding 1963)."""
 
 
 def levels(subject: MethodUnderTest, bits: Bits) -> None:
@@ -45,7 +45,7 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
-    """Return whether each level of the weights is a vector of several weights.
+    """Return whether each level is a vector of several weights, as in product quantization.
 
     A codebook of such vectors may have more entries than the width of one weight allows.
     """
@@ -54,14 +54,14 @@ def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
 
 
 def declared_grid(quantizer: Quantizer, x: Tensor) -> Grid:
-    """Return a quantizer's grid for the values x, or raise `PropertyViolation` if the quantizer declares no grid."""
+    """Return the grid that a quantizer declares for the values x. Without a grid, raise `PropertyViolation`."""
     if (grid := quantizer.grid(x)) is None:
         raise PropertyViolation(f"{type(quantizer).__name__} declares no grid")
     return grid
 
 
 def verified(model: nn.Module) -> dict[str, dict[str, LevelCount]]:
-    """Return the level counts of a network, by layer and tensor.
+    """Verify the values of a network, and return its level counts by layer and tensor.
 
     Raises:
         PropertyViolation: a value is not on its grid.
@@ -94,7 +94,7 @@ def function_of_weights(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that input quantizers have the declared traits: monotone, idempotent, and clipping of the gradient."""
+    """Check that input quantizers have the declared traits: monotone, idempotent, and clipped gradients."""
     traits = _declared_traits(subject, bits, "monotone_input", "idempotent_input", "clipped_input")
     for name, layer in subject.layers(bits):
         quantize, channels = layer.input_q, layer.weight.shape[1]
@@ -110,7 +110,7 @@ def function_of_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
-    """Raise `PropertyViolation` unless the gradient is 0 exactly where x is beyond the levels."""
+    """Check that the gradient is 0 for all x beyond the outermost levels, and nonzero for all other x."""
     points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
     low, high = float(points.min()), float(points.max())
     _, slope = gradient_of(quantize, x)
@@ -157,8 +157,8 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
 def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
     """Check that stochastic rounding is unbiased.
 
-    Each tensor is rounded `DRAWS` times. The difference between the mean result and the tensor must be at most
-    Hoeffding's bound.
+    Each tensor is rounded `DRAWS` times. The mean of the results may differ from the tensor by at most Hoeffding's
+    bound.
     """
     random = False
     for name, layer in islice(subject.layers(bits), 2):
@@ -177,7 +177,7 @@ def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of y that the output quantizer computes from the gradient `grad`."""
+    """Return the gradient before the output quantizer, computed from the gradient `grad` after it."""
     y = torch.zeros_like(grad).requires_grad_()
     return torch.autograd.grad(layer.output_q(y, x), y, grad)[0]
 

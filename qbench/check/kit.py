@@ -20,14 +20,14 @@ MAX_FAILURES = 6
 
 @dataclass
 class Finding:
-    """The result of one property.
+    """The result of checking one property.
 
     Args:
         name: the name of the property.
-        widths: number of widths at which the property was checked.
+        widths: number of combinations of widths at which the property was checked.
         reason: why the property does not apply, if it was not checked at any width.
-        failures: one line per width at which the property does not hold.
-        seconds: how long the check took.
+        failures: one line for each combination of widths at which the property does not hold.
+        seconds: duration of the check in seconds.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """`HOLDS`, `FAILS` or `NOT_APPLICABLE`."""
+        """The state of the property: `HOLDS`, `FAILS` or `NOT_APPLICABLE`."""
         return FAILS if self.failures else HOLDS if self.widths else NOT_APPLICABLE
 
 
 def check(subject: MethodUnderTest) -> list[Finding]:
-    """Return a finding for every property.
+    """Check every property of a method, and return one finding per property.
 
-    If the method raises an error during a check, the checked property does not hold. The checks run in one thread. At
-    the end, the number of threads and the random state are restored.
+    If the method raises an error during a check, the checked property does not hold. The checks use one thread.
+    Afterwards, the number of threads and the random state are restored.
     """
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -125,9 +125,9 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 
 
 def _verdict(findings: list[Finding]) -> str:
-    """Return the numbers of properties that do not hold, that hold, and that are not applicable, as text.
+    """Return, as text, how many properties fail, hold and are not applicable.
 
-    Counts of zero are left out, except that of the properties that hold.
+    The text always states how many properties hold. It leaves out the other two counts if they are zero.
     """
     count = Counter(finding.state for finding in findings)
     phrases = [

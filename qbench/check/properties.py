@@ -1,6 +1,6 @@
-"""The list of properties that every method must have.
+"""Lists the properties that every method must have.
 
-A property is checked by a function of the method under test and one of its widths. The function raises
+Each property has a function that checks it for a method at one combination of widths. The function raises
 `PropertyViolation` if the property does not hold, and `NotApplicable` if the property does not apply to the method.
 """
 

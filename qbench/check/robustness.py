@@ -22,7 +22,7 @@ from qbench.quant.method import Unsupported
 
 
 def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that a network whose widths are all 32 bits has exactly the float network's gradients."""
+    """Check that a network with all widths at 32 bits has exactly the same gradients as the float network."""
     try:
         method = subject.make(Bits())
     except Unsupported as reason:  # the method has an option that has no effect at 32 bits
@@ -43,7 +43,7 @@ def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def degenerate_tensors(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that values stay finite and on the levels if the weights are zero, constant or a single element."""
+    """Check that zero, constant or one-element weights give finite values that are on the levels."""
     norm = subject.make(bits).requires.norm or "affine"
     for what, fill in (("zero", 0.0), ("constant", 0.3), ("negative constant", -0.3), ("one-element", None)):
         model = tiny_network(norm) if fill is None else subject.float_network()

@@ -18,17 +18,17 @@ from qbench.quant.probe import Batch, Probe
 SHAPE, CLASSES, IMAGES, BATCH = (1, 8, 8), 3, 48, 16
 
 EPOCHS = 4
-"""Number of training epochs. Methods that quantize step by step quantize the whole network within these epochs."""
+"""Number of training epochs. Incremental methods quantize all weights within these epochs."""
 
 Make = Callable[[Bits], Method]
 
 
 class PropertyViolation(Exception):
-    """A property does not hold. The message says where, and how large the deviation is."""
+    """Raised if a property does not hold. The message states the place and the size of the deviation."""
 
 
 class NotApplicable(Exception):
-    """A property does not apply to the method. The message says why."""
+    """Raised if a property does not apply to the method. The message states the reason."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,21 @@ class MethodUnderTest:
 
     @property
     def supported_bits(self) -> list[Bits]:
-        """The default widths, and each supported width of w, a or g combined with 32 bits for the other two."""
+        """The combinations of widths to check.
+
+        These are the default widths, and each supported width of w, a or g combined with 32 bits for the other two.
+        """
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
     def float_network(self) -> nn.Module:
-        """Return a small convolutional network that the method supports. All calls return the same weights."""
+        """Return a small float convolutional network that the method supports. Its weights are equal in all calls."""
         torch.manual_seed(1)
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
 
     def network(self, bits: Bits, epoch: int = EPOCHS - 1) -> nn.Module:
-        """Return `float_network` after the method has been installed, prepared, and advanced to an epoch."""
+        """Return a copy of the float network that is quantized by the method, in the state of an epoch."""
         method = self.make(bits)
         key = bits, epoch if method.on_epoch else 0
         if key not in self._networks:
@@ -80,7 +83,7 @@ class MethodUnderTest:
 
 
 def advance(method: Method, model: nn.Module, data: Probe | None = None, last: int = EPOCHS - 1) -> None:
-    """Prepare a method and call its `on_epoch` for all epochs up to `last`. The network is not trained."""
+    """Prepare a method, and call its `on_epoch` for every epoch from 0 to `last`. The network is not trained."""
     data = data or probe()
     torch.manual_seed(2)
     if method.prepare:
@@ -99,7 +102,7 @@ def batches(shape: tuple[int, int, int] = SHAPE) -> list[Batch]:
 
 
 def probe(shape: tuple[int, int, int] = SHAPE) -> Probe:
-    """Return a probe over the first batch."""
+    """Return a probe, which gives the method the first batch for its measurements."""
     return Probe(batches(shape)[:1], F.cross_entropy)
 
 

@@ -19,7 +19,7 @@ RECIPE = Optim(name="sgd", lr=0.02, schedule="cosine", batch_size=16)
 
 
 class _Stop(Exception):
-    """Ends training in the middle of an epoch."""
+    """Raised to end training in the middle of an epoch."""
 
 
 def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
@@ -36,7 +36,7 @@ def round_trip(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def resume(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that training that is stopped within an epoch and resumed ends with exactly the same weights."""
+    """Check that stopping and resuming training within an epoch does not change the final weights at all."""
     if not subject.make(bits).needs_training:
         raise NotApplicable("the method does not train")
     whole, state = _task(subject, bits)
@@ -71,7 +71,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _task(subject: MethodUnderTest, bits: Bits, *, prepare: bool = True) -> tuple[Task, State]:
-    """Return a training task and the state of training before its first step."""
+    """Return a training task, and the state of training before the first step."""
     method, model = subject.make(bits), subject.float_network()
     install(method, model, example=torch.zeros(1, *SHAPE))
     torch.manual_seed(2)

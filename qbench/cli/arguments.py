@@ -1,4 +1,4 @@
-"""Defines the parser of a subcommand: argparse with errors that name the allowed values.
+"""Defines the base class of subcommand parsers: argparse with error messages that state the allowed values.
 
 A flag is typed in full, as `--flag VALUE` or `--flag=VALUE`. Flags and positional arguments may
 come in any order.
@@ -28,10 +28,10 @@ SUMMARIES = {
     "sensitivity": "Choose a bit width for each layer under a budget.",
     "settle": "Run more seeds of two settings until a test decides.",
 }
-"""Subcommand -> one-line summary, for `qbench --help` and the subcommand's own help."""
+"""Subcommand -> one-line summary. `qbench --help` and the help text of the subcommand show it."""
 
 WIDEST_HELP = 110
-"""Maximum line length of a help text; lines are shorter on narrower terminals."""
+"""Maximum line length of a help text. Narrower terminals get shorter lines."""
 
 
 def help_width() -> int:
@@ -49,11 +49,11 @@ class HelpFormatter(argparse.HelpFormatter):
 class SubcommandParser(argparse.ArgumentParser):
     """The parser of one subcommand.
 
-    Positional arguments are declared for the help text and for completion. `parse_words` returns all of them in one
-    list. The subcommand then decides whether a word is a directory or `KEY=VALUE`.
+    Positional arguments are declared only for the help text and for completion. `parse_words` returns them in one list.
+    The subcommand then decides which words are directories and which are `KEY=VALUE`.
 
     Args:
-        name: the subcommand, a key of `SUMMARIES`. Empty for a parser of flags that several subcommands share.
+        name: the subcommand, a key of `SUMMARIES`. It is empty for a parser of flags that several subcommands share.
         parents: parsers whose flags this parser accepts too.
         epilog: text printed below the flags.
     """
@@ -72,15 +72,15 @@ class SubcommandParser(argparse.ArgumentParser):
         )
         self.name = name
         self.suggestions: dict[str, Callable[[], Iterable[str]]] = {}
-        """Maps a flag or positional without `choices` to a function that returns the values to complete."""
+        """Flag or positional argument without `choices` -> function that returns the values for completion."""
         for parent in parents:
             self.suggestions |= parent.suggestions
 
     def parse_words(self, arguments: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-        """Return the positional arguments in the order typed, and the values of the typed flags.
+        """Return the positional arguments in the typed order, and the values of the typed flags.
 
         Raises:
-            ConfigError: an unknown flag, a flag without a value, a flag typed twice, or a value that is not allowed.
+            ConfigError: a flag is unknown, typed twice or lacks its value, or a value is not allowed.
         """
         arguments = list(arguments)
         self._refuse_repeated(arguments)
@@ -120,7 +120,7 @@ class SubcommandParser(argparse.ArgumentParser):
         return list(self.suggestions[flag]() if flag in self.suggestions else action.choices or ())
 
     def positionals(self) -> list[str]:
-        """Return the names of the positional arguments in the help text."""
+        """Return the names that the help text gives to the positional arguments."""
         return [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
 
     def positional_values(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Implements the subcommands. A function receives the words after the subcommand and returns the exit status."""
+"""Implements the subcommands. Each function receives the words after the subcommand and returns the exit status."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from qbench.system.signals import stop_on_signals
 
 
 def plan(arguments: list[str]) -> int:
-    """Print the runs that a command line would start, with costs and times, without training."""
+    """Print the runs that a training command would start, with their costs and times. Nothing is trained."""
     from qbench.config import compose
 
     configs = compose.configurations(arguments)
@@ -108,7 +108,7 @@ def compare(arguments: list[str]) -> int:
 
 
 def settle(arguments: list[str]) -> int:
-    """Run more seeds of two settings until they differ significantly or are equivalent; print the verdict."""
+    """Run seeds of two settings until the settings differ significantly or are equivalent. Print the verdict."""
     from qbench.cli.settle import parse
     from qbench.experiment import jobs, sweep
     from qbench.experiment.data_check import check_stored
@@ -179,7 +179,7 @@ def published(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """Print levels, errors and the effect on the loss for each quantized layer of a finished run."""
+    """For each quantized layer of a finished run, print levels, errors and the effect on the loss."""
     options = run_options.parse_inspect(arguments)
     from qbench.analysis.inspect import inspect as inspect_run
 
@@ -216,7 +216,7 @@ def sensitivity(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Print the accuracy of a finished run or an exported file on its test split, or on another data set."""
+    """Print the accuracy of a finished run or an exported file on test images."""
     options = run_options.parse_evaluate(arguments)
     if not options.run.is_dir():
         from qbench.analysis.export import evaluate_file
@@ -240,7 +240,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> int:
-    """Write a finished run to one file, verified against the run."""
+    """Write a finished run to one file, after verifying that the file computes the same as the run."""
     options = run_options.parse_export(arguments)
     from qbench.analysis.export import export as export_run
 

@@ -24,7 +24,7 @@ from qbench.runs.reader import RunRecord, dump_records, read
 class CompareOptions:
     """A parsed command line of `qbench compare`.
 
-    `where` maps each filter key to the values to keep.
+    `where` maps the key of a filter to the values that the filter keeps.
     """
 
     directories: tuple[str, ...]
@@ -42,10 +42,10 @@ class CompareOptions:
 def run_compare(arguments: Iterable[str]) -> str:
     """Return the text that `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints.
 
-    Plots and pages that the flags request are written to files.
+    If flags request plots or a page, these are written to files.
 
     Raises:
-        ConfigError: a flag, key or value does not exist, or no directory is given.
+        ConfigError: a flag, key or value does not exist, or no directory of runs is typed.
     """
     options = parse(arguments)
     made, runs = build_tables(options)
@@ -98,13 +98,13 @@ def tables(options: CompareOptions) -> list[Table]:
 
 
 def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables for these options, with conclusions, and the runs that the tables contain.
+    """Return the tables and conclusions for these options, and the compared runs.
 
     Args:
         others: runs to compare in addition to those in the directories.
 
     Raises:
-        ConfigError: a key or value does not exist, or no directory and no other runs are given.
+        ConfigError: a key or value does not exist, or there are neither directories nor other runs.
     """
     if not options.directories and not others:
         raise ConfigError("compare needs a directory of runs, such as: qbench compare outputs")
@@ -125,7 +125,7 @@ def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> t
 
 
 def _arranged(table: Table, options: CompareOptions) -> Table:
-    """Return the table with sorted rows and the chosen columns."""
+    """Return the table with its rows sorted and with only the chosen columns."""
     groups = [*options.columns, *([columns.PUBLISHED] if options.published else [])]
     groups += [columns.EQUAL_BYTES] if options.sort == columns.EQUAL_BYTES else []
     ordered = sorted_by(table, options.sort) if options.sort else table

@@ -3,10 +3,9 @@
 Hydra completes the keys inside groups.
 
 Packages that complete argparse parsers (argcomplete, shtab) are not used. The most frequent command line has no
-subcommand, and its arguments are overrides. Only Hydra can complete overrides, with a shell function that Hydra
-provides. A package would add a second shell function, but the shell allows only one function per command. Therefore a
-single shell function calls `qbench completion query`. This subcommand completes the other subcommands from their
-parsers, and passes overrides to Hydra.
+subcommand, and its arguments are overrides, which only Hydra can complete. Hydra and such a package each need their own
+shell function, but the shell allows one function per command. Therefore, one shell function calls `qbench completion
+query`. This subcommand completes the other subcommands from their parsers, and passes overrides to Hydra.
 """
 
 import glob
@@ -39,7 +38,7 @@ complete -o default -F _qbench_complete qbench"""
 
 
 def candidates(line: str, point: str = "") -> list[str]:
-    """Return completions of the word before the cursor, or none where a file name is expected.
+    """Return completions of the word before the cursor. Where a file name is expected, there are none.
 
     Args:
         line: the command line, starting with the program's name.
@@ -85,7 +84,7 @@ def _of_training(words: Sequence[str], current: str) -> Iterable[str]:
 def _overrides(words: Sequence[str], current: str) -> list[str]:
     """Return the completions of an override.
 
-    After a group, these are the group's options. Everywhere else they come from Hydra.
+    After `GROUP=`, the completions are the options of the group. All other completions come from Hydra.
     """
     key, equals, value = current.partition("=")
     group = key.partition("@")[0]
@@ -108,7 +107,7 @@ def _overrides(words: Sequence[str], current: str) -> list[str]:
 def _listed(typed: str, values: Iterable[str]) -> list[str]:
     """Return completions of the last item of a comma-separated list.
 
-    Each completion repeats the earlier items, followed by one of `values`.
+    Each completion consists of the earlier items of the list and one of `values`.
     """
     before = typed[: typed.rfind(",") + 1]
     return [f"{before}{value}" for value in values]

@@ -12,7 +12,7 @@ from qbench.report.tables.escape import printable
 BUG, SWEEP_WITH_FAILURES = 1, 8
 
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory", "overflow")
-"""Texts by which torch's out-of-memory messages are recognized."""
+"""Texts that occur in torch's out-of-memory messages."""
 
 WIDEST = 1000
 """Maximum line length of an error message. The middle of a longer line is left out."""
@@ -31,7 +31,7 @@ def drop_unwritten(stream: TextIO) -> None:
 
 
 def resource_error(error: BaseException) -> list[str]:
-    """Return a message if the error means that the system refused a resource.
+    """Return the lines of a message if the error means that the system refused a resource, such as memory.
 
     The list is empty for other errors.
     """

@@ -6,8 +6,8 @@ from qbench.cli.arguments import SUMMARIES, help_width
 
 OTHER_KEYS = "Other keys: seed, epochs, pretrain.epochs, init=auto|float|scratch|PATH, lr_search=none|grid, out, rerun"
 RESULTS = (
-    "Results are written below out (default: outputs), one directory per run. If you repeat a command, it prints "
-    "the stored row, or resumes an interrupted run. Exit status: 0 done, 1 bug, 2 usage, 3 data, 4 checkpoint, 5 "
+    "Every run has its own directory below out (default: outputs). If you repeat a command, it prints the "
+    "stored row, or resumes an interrupted run. Exit status: 0 done, 1 bug, 2 usage, 3 data, 4 checkpoint, 5 "
     "resources, "
     "6 diverged, 8 sweep with failures, 75 interrupted (can be resumed)."
 )
@@ -32,7 +32,7 @@ def help_screen() -> str:
         for name, summary in SUMMARIES.items()
     )
     return f"""\
-qbench: papers on low-precision CNNs on one trainer and one protocol
+qbench: compares methods for low-precision CNNs under one protocol
 
   qbench method=dorefa bits.w=2                  train, quantize, print a row
   qbench -m method=dorefa bits.w=1,2,4 seed=0,1  train all combinations

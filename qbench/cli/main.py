@@ -1,4 +1,4 @@
-"""Command-line entry point: runs a subcommand or, without a subcommand, trains.
+"""Command-line entry point. Runs a subcommand or, if none is typed, trains.
 
 Commands that print help, a list or a stored row do not import torch.
 """
@@ -19,11 +19,12 @@ from qbench.system.streams import keep_running_without_reader
 STARTUP_OBJECTS = 100_000
 """Number of new objects after which Python collects garbage.
 
-Start-up makes fewer objects. This saves a collection at start-up, which would take 30 ms and find nothing.
+Start-up creates fewer objects than this number, so Python does not collect garbage then. A collection at start-up would
+take 30 ms and free nothing.
 """
 
 TRACEBACK = "QBENCH_TRACEBACK"
-"""Environment variable. If it is set, errors are printed with their traceback."""
+"""Name of the environment variable that makes qbench print errors with their traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

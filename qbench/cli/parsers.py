@@ -1,7 +1,7 @@
 """Defines the parser of each subcommand: arguments, flags, allowed values and help texts.
 
-A module that only one subcommand needs is imported when that parser is made. This keeps help texts and completion fast.
-Training has no parser here: its arguments are Hydra's overrides and flags (`qbench.config.compose`).
+Modules that only one subcommand needs are imported when its parser is created, so that help texts and completion stay
+fast. Training has no parser here, because its arguments are overrides and flags of Hydra (`qbench.config.compose`).
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from qbench.report.comparison.verdicts import MARGIN
 METHOD = "METHOD"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 RECORD = "record"
-"""The output format that is not a table but one small file with all results, which `qbench compare` can read."""
+"""The output format that stores all results in one small file, which `qbench compare` can read."""
 PAPERS = Path(__file__).parents[1] / "papers" / "figures"
 LAUNCHERS = ("hydra/launcher=basic", "hydra/launcher=joblib")
 
 
 def listed_groups() -> dict[str, str]:
-    """Return a map from the argument of `qbench list` to the group.
+    """Return a map from each argument of `qbench list` to a group, such as `methods` -> `method`.
 
-    The arguments are the plurals of the groups, and `runs`, whose group is the empty string.
+    The argument `runs` is mapped to an empty string.
     """
     return {f"{group.removesuffix('s')}s": group for group in groups.group_names()} | {"runs": ""}
 
@@ -60,14 +60,15 @@ def _add_table_flags(parser: SubcommandParser) -> None:
         "--sort",
         type=some_text,
         metavar="COLUMN",
-        help="method, W, size, top-1, diff, ...; or equal-bytes: by accuracy among settings of about the same size",
+        help="a column, such as method, W, size, top-1 or diff; or equal-bytes: by accuracy among settings of about "
+        "the same size",
     )
     parser.suggestions["--sort"] = _sort_columns
     parser.add_argument(
         "--columns",
         type=list_of(columns.SETS),
         metavar="SET,...",
-        help=f"some of {','.join(columns.SETS)} (default: {','.join(columns.DEFAULT)})",
+        help=f"one or more of {','.join(columns.SETS)} (default: {','.join(columns.DEFAULT)})",
     )
     parser.suggestions["--columns"] = lambda: columns.SETS
 
@@ -92,7 +93,7 @@ def compare() -> SubcommandParser:
     parser.add_argument(
         "--published",
         action="store_true",
-        help="add the published result of each setting, who ran it, and the gap to it",
+        help="add columns with the published result of each setting, who measured it, and the gap between both results",
     )
     parser.add_argument(
         "--html",
@@ -120,8 +121,8 @@ def completion() -> SubcommandParser:
     parser.add_argument(
         "what",
         choices=("bash", "query"),
-        help="bash: print the function; query: print the candidates for the line in COMP_LINE (called by that "
-        "function)",
+        help="bash: print the shell function; query: print the candidates for the command line in COMP_LINE, which "
+        "the shell function does",
     )
     return parser
 
@@ -131,7 +132,7 @@ def describe() -> SubcommandParser:
     parser = SubcommandParser(
         "describe",
         epilog="The card lists formulas, choices where the paper is silent, and deviations in public code. The "
-        "description of a run has the command that repeats it, its data, recipe, accuracy, versions and notes.",
+        "description of a run states a command that repeats the run, and data, recipe, accuracy, versions and notes.",
     )
     parser.add_argument("method", metavar=METHOD, help="a method, package.module:function, or a run's directory")
     parser.suggestions[METHOD] = lambda: groups.option_names("method")
@@ -184,13 +185,13 @@ def published() -> SubcommandParser:
     from qbench.papers.row_types import PROVENANCES
 
     parser = SubcommandParser("published", parents=[format_flag()])
-    parser.add_argument("--paper", type=some_text, metavar="NAME", help="only the rows of this paper")
+    parser.add_argument("--paper", type=some_text, metavar="NAME", help="show only the rows of this paper")
     parser.suggestions["--paper"] = lambda: [file.stem for file in PAPERS.glob("*.yaml") if file.stem != "names"]
-    add_choice(parser, "--provenance", PROVENANCES, "only rows whose source has at least this quality")
+    add_choice(parser, "--provenance", PROVENANCES, "show only rows whose source has at least this quality")
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="only rows that are not measured yet, each with the command to run it or with what is missing",
+        help="show only rows that are not measured yet, each with a command that runs it or the reason why none can",
     )
     return parser
 
@@ -202,8 +203,8 @@ def settle() -> SubcommandParser:
 
     parser = SubcommandParser(
         "settle",
-        epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more, until a difference or equivalence "
-        "is significant. All tests together have a significance level of 5 %, even if you add seeds later.",
+        epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more seeds, until a difference or "
+        "equivalence is significant. All tests together have a significance level of 5 %, even if you add seeds later.",
     )
     parser.add_argument(
         "settings",

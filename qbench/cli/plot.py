@@ -24,12 +24,12 @@ USAGE = "qbench plot METHOD [bits.w=2 method.KEY=VALUE ...] [--out FILE], or qbe
 COLOURS = 64
 """Number of colours in a PNG's palette; a small palette keeps the file small."""
 MOST_BITS_SHOWN = 5
-"""The largest bit width whose levels a small plot can show."""
+"""The largest bit width at which a small plot can show all levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions:
-    """A parsed command line of `qbench plot`, with either the overrides of a method or the poster flag."""
+    """A parsed command line of `qbench plot`, which plots either one method or the poster of all methods."""
 
     overrides: tuple[str, ...] = ()
     poster: bool = False
@@ -37,7 +37,7 @@ class PlotOptions:
 
 
 def draw(arguments: Iterable[str]) -> str:
-    """Plot one method, or with `--poster` all methods, to a file, and return the file's name.
+    """Plot one method (or all methods, with `--poster`) to a file, and return the file's name.
 
     Raises:
         ConfigError: the method, key, width, flag or file format does not exist.
@@ -88,10 +88,10 @@ def _poster() -> Any:
 
 
 def illustrative_bits(method: "Method") -> "Bits":
-    """Return bit widths at which a method has few enough levels to distinguish them in a plot.
+    """Return bit widths at which a plot can show all levels of a method.
 
-    The method's default widths are used if they give few levels. Otherwise the width is 2 bits, or 4 bits for
-    gradients. If the method does not support this width, its smallest supported width is used.
+    A default width of the method is kept if it gives few enough levels. Otherwise, the width is 2 bits (4 bits for
+    gradients) or, if the method does not support this width, its smallest supported width.
     """
     from qbench.bits import FLOAT, Bits
 

@@ -1,6 +1,6 @@
-"""Defines the command-line options of inspect, sensitivity, evaluate and export.
+"""Defines the command-line options of the subcommands inspect, sensitivity, evaluate and export.
 
-This module does not import torch, so mistakes in the options are reported at once.
+This module does not import torch, so errors in the options are reported at once.
 """
 
 import os
@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The directory of a finished run, overrides, and the flags that most of these subcommands accept."""
+    """The options that most of these subcommands share: the run's directory, overrides and common flags."""
 
     run: Path
     overrides: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
     """Parse a command line of `qbench evaluate` (for errors see `_parse`). The run may be an exported file.
 
     Raises:
-        ConfigError: see `_parse`; or a flag has no effect on an exported file.
+        ConfigError: see `_parse`. Also raised if a flag has no effect on an exported file.
     """
     values = _parse(run_parsers.evaluate(), arguments, "[dataset=NAME ...]", takes_file=True)
     options = EvaluateOptions(**values)
@@ -97,7 +97,7 @@ def parse_export(arguments: Iterable[str]) -> ExportOptions:
     """Parse a command line of `qbench export` (for errors see `_parse`).
 
     Raises:
-        ConfigError: see `_parse`; or the file to write has another ending, or its directory does not exist.
+        ConfigError: see `_parse`. Also raised if the file to write has a wrong ending, or its directory does not exist.
     """
     options = ExportOptions(**_parse(run_parsers.export(), arguments, ""))
     ending = ".qbench" if options.to in ("packed", "integer") else ".onnx"
@@ -116,12 +116,13 @@ def _parse(
     """Return the fields of a `RunOptions`.
 
     Args:
-        overrides_usage: the overrides that the subcommand accepts, as text for error messages. Empty if there are none.
+        overrides_usage: the overrides that the subcommand accepts, as text for error messages. It is empty if the
+            subcommand accepts no overrides.
         takes_file: whether the run may be a file instead of a directory.
 
     Raises:
-        ConfigError: there is no run or more than one, a flag or value is unknown, the subcommand
-            does not accept one of the arguments, or the run names code and `--trust` is missing.
+        ConfigError: the command line does not name exactly one run, a flag or value is unknown, an argument is not
+            accepted, or the run names code outside qbench and `--trust` is missing.
     """
     words, flags = parser.parse_words(arguments)
     exists = os.path.exists if takes_file else os.path.isdir

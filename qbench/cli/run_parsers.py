@@ -1,4 +1,4 @@
-"""Defines the parsers of subcommands on one finished run, and flags that several subcommands share."""
+"""Defines the parsers of subcommands that analyse one finished run, and their common flags."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ def add_choice(parser: SubcommandParser, flag: str, choices: Iterable[str], help
 def format_flag(*more: str) -> SubcommandParser:
     """Return a parser of the flag `--format`.
 
-    Its allowed values are the table formats and those in `more`.
+    The allowed values are the table formats and the values in `more`.
     """
     parser = SubcommandParser()
     add_choice(parser, "--format", (*FORMATS, *more), "output format of the tables (default: text)")
@@ -28,7 +28,7 @@ def format_flag(*more: str) -> SubcommandParser:
 
 
 def run_flags() -> SubcommandParser:
-    """Return a parser of the flags that all subcommands on one finished run share."""
+    """Return a parser of the flags that all subcommands for one finished run share."""
     parser = SubcommandParser(parents=[format_flag()])
     parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
     parser.add_argument("--device", type=some_text, help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -42,7 +42,7 @@ def _add_trust(parser: SubcommandParser) -> None:
 
 
 def measurement_flags() -> SubcommandParser:
-    """Return a parser of the flags for measuring the effect of a layer on the loss."""
+    """Return a parser of the flags that control how the effect of a layer on the loss is measured."""
     parser = SubcommandParser()
     parser.add_argument(
         "--images", type=integer(1), metavar="N", help="number of validation images to measure on (default: 500)"
@@ -51,7 +51,7 @@ def measurement_flags() -> SubcommandParser:
         parser,
         "--bn-stats",
         ("recompute", "keep"),
-        "batch normalization statistics after a layer is changed (default: recompute)",
+        "recompute or keep batch normalization statistics after a layer is changed (default: recompute)",
     )
     return parser
 
@@ -83,7 +83,7 @@ def evaluate() -> SubcommandParser:
         parser,
         "--runtime",
         RUNTIMES,
-        "what runs an exported file: onnxruntime (default) or openvino for ONNX files, numba for packed files with "
+        "runtime for an exported file: onnxruntime (default) or openvino for ONNX files, numba for packed files with "
         "weights and activations of 1 or 2 bits",
     )
     return parser
@@ -101,9 +101,10 @@ def export() -> SubcommandParser:
         parser,
         "--to",
         EXPORT_FORMS,
-        "form of the file (default: packed). packed: codes of the true width, logits equal to the run's bit for bit; "
-        "onnx: integer weights, standard operators; int8: an ONNX file that runtimes compute in 8-bit integers; "
-        "qonnx: Quant nodes for FINN and hls4ml; integer: integer arithmetic with thresholds, runs in NumPy",
+        "form of the file (default: packed). packed: codes of the true width, and the same logits as the run, bit for "
+        "bit; onnx: ONNX with integer weights and standard operators; int8: ONNX that runtimes compute in 8-bit "
+        "integers; qonnx: ONNX with Quant nodes, for FINN and hls4ml; integer: integer arithmetic with thresholds, in "
+        "NumPy",
     )
     parser.add_argument(
         "--out",
@@ -123,8 +124,9 @@ def inspect() -> SubcommandParser:
         parser,
         "--sort",
         ("leave-one-out", "leave-one-in", "sqnr", "order"),
-        "order of rows (default: leave-one-out), worst first. leave-one-out: by change of the loss with only this "
-        "layer in float; leave-one-in: with only this layer quantized; sqnr: by SQNR; order: as in the network",
+        "order of rows, worst layer first (default: leave-one-out). leave-one-out: by the loss decrease when only this "
+        "layer is in float; leave-one-in: by the loss increase when only this layer is quantized; sqnr: by SQNR; "
+        "order: as in the network",
     )
     return parser
 

@@ -17,12 +17,12 @@ from qbench.runs.directory import directory_name
 
 
 def parse(arguments: Iterable[str]) -> SequentialTest:
-    """Read `SETTING SETTING [--margin X] [--max-seeds N] [hydra/launcher=NAME]`.
+    """Parse `SETTING SETTING [--margin X] [--max-seeds N] [hydra/launcher=NAME]`.
 
     A setting is the directory of a run or a quoted command line.
 
     Raises:
-        ConfigError: the arguments have another form, or the two settings cannot be compared.
+        ConfigError: the arguments do not have this form, or the two settings cannot be compared.
     """
     words, flags = parsers.settle().parse_words(arguments)
     launchers = [word for word in words if word.startswith("hydra") and " " not in word]

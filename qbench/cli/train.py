@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> int:
-    """Train one run and print its row. With -m, train all combinations and print a table."""
+    """Train one run and print its row. With -m, train a run for each combination of values, and print a table."""
     from qbench.config import compose
 
     sweep = any(flag in arguments for flag in compose.MULTIRUN)
@@ -41,7 +41,7 @@ def train(arguments: list[str]) -> int:
 
 @contextmanager
 def joined_group() -> Iterator[Group]:
-    """Join the processes that torchrun has started. torch is imported only if there are several."""
+    """Join the processes that torchrun has started. torch is imported only if there is more than one process."""
     if launch() is None:
         yield Group()
     else:
@@ -52,7 +52,7 @@ def joined_group() -> Iterator[Group]:
 
 
 def runs_of(arguments: list[str]) -> "list[PlannedRun]":
-    """Return the runs that the arguments of a training command define. Nothing is written.
+    """Return the runs that a training command defines. Nothing is written.
 
     Raises:
         ConfigError: the arguments do not define valid runs.
@@ -72,9 +72,9 @@ def runs_of(arguments: list[str]) -> "list[PlannedRun]":
 
 
 def refuse_missing_devices(devices: Iterable[str]) -> None:
-    """Refuse a device that this machine lacks, even if a result from another device is stored.
+    """Refuse a device that this machine does not have, even if the run's result is already stored.
 
-    torch is imported only if a device other than the CPU is typed.
+    torch is imported only if the command line names a device other than the CPU.
     """
     for name in dict.fromkeys(devices):
         if name not in ("auto", "cpu"):
@@ -86,7 +86,7 @@ def refuse_missing_devices(devices: Iterable[str]) -> None:
 def train_one(planned: "PlannedRun", stop: Callable[[], int], group: Group) -> int:
     """Train one run and print its row.
 
-    If the row is already stored, it is printed without importing torch.
+    A stored row is printed without importing torch.
     """
     from qbench.report.tables.run_row import row
 
@@ -104,10 +104,11 @@ def stored_result(planned: "PlannedRun", warn: Callable[[str], object]) -> "Resu
     """Return the stored result of a run, or None if the run must be trained. torch is not imported.
 
     Args:
-        warn: is called with a warning if the result was computed by another version of the code or on another device.
+        warn: function that is called with a warning if another version of the code or another device computed the
+            result.
 
     Raises:
-        CheckpointError: the result was measured on other images than the data set contains now.
+        CheckpointError: the images of the data set have changed since the result was measured.
     """
     from qbench.experiment.data_check import check_stored
     from qbench.report.tables.escape import printable
@@ -119,7 +120,7 @@ def stored_result(planned: "PlannedRun", warn: Callable[[str], object]) -> "Resu
     result = None if planned.config.rerun else directory.stored()
     if result:
         for change in manifest.changed_since(directory.path / "manifest.json"):
-            warn(f"this result was stored under {printable(change)}; to train again, add rerun=true")
+            warn(f"this result was computed with {printable(change)}; to train again, add rerun=true")
         device = str((files.read_json(directory.path / "manifest.json") or {}).get("device") or "auto")
         if planned.config.runtime.device.partition(":")[0] not in ("auto", device):
             warn(f"this result was computed on {printable(device)}; to train again, add rerun=true")
@@ -140,7 +141,7 @@ def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
 
 
 def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int]) -> int:
-    """Train the runs of a sweep. Print the tables, the conclusions, and commands to continue with."""
+    """Train the runs of a sweep. Print the tables, the conclusions, and useful next commands."""
     from qbench.report.comparison.compare import compare as comparison_tables
     from qbench.report.comparison.pairs import conclude
     from qbench.report.tables.table import text
@@ -162,11 +163,11 @@ def records_of(
 
     Args:
         arguments: the command line, which names the launcher.
-        progress: whether to show the runs in progress on stderr, and to warn about settings that are not ranked
-            against each other.
+        progress: whether to show the runs in progress on stderr, and to warn about settings that will not be compared
+            with each other.
 
     Raises:
-        CheckpointError: a stored result was measured on other images than the data set contains now.
+        CheckpointError: the images of a data set have changed since a stored result was measured.
     """
     from qbench.config import compose
     from qbench.experiment import jobs, sweep
@@ -184,6 +185,6 @@ def records_of(
 
 
 def next_commands(folders: Iterable[str]) -> str:
-    """Return the lines that end a sweep: the folders of the runs, and what to type next."""
+    """Return the last lines of a sweep's output: the folders of the runs, and commands to type next."""
     names = shlex.join(dict.fromkeys(folders))
     return f"\nruns   {names}\nnext   qbench compare {names}\n       qbench compare {names} --html report.html"

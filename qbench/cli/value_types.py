@@ -1,6 +1,6 @@
 """Defines types of flag values for argparse.
 
-A type is a function that converts a text. If the text is not allowed, the function raises an error. The error names the
+A type is a function that converts a text. If the text is not allowed, the function raises an error that states the
 allowed values.
 """
 
@@ -27,7 +27,7 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
 
 def list_of(choices: Iterable[str] | None = None) -> Callable[[str], tuple[str, ...]]:
-    """Return a type for a comma-separated list. If `choices` is given, it must contain all items."""
+    """Return a type for a comma-separated list. If `choices` is given, every item must be one of them."""
     check: Callable[[str], str] = str if choices is None else one_of(choices)
 
     def convert(value: str) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def integer(low: int, high: int | None = None, what: str = "a whole number") -> 
 
 
 def points(value: str) -> float:
-    """Convert a margin in percentage points of top-1, which must be above 0 and at most 100."""
+    """Convert a margin in percentage points of top-1. It must be above 0 and at most 100."""
     try:
         margin = float(value)
     except ValueError:
@@ -77,14 +77,14 @@ def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
 
 
 def some_text(value: str) -> str:
-    """Return the value. An empty text is refused."""
+    """Return the text unchanged. An empty text is refused."""
     if not value:
         raise argparse.ArgumentTypeError("needs a value")
     return value
 
 
 def some_path(value: str) -> Path:
-    """Convert the name of a file."""
+    """Convert the name of a file to a path. An empty name is refused."""
     return Path(some_text(value))
 
 
@@ -97,7 +97,7 @@ def weight_widths(value: str) -> tuple[int, ...]:
 
 
 def prediction_file(value: str) -> Path:
-    """Convert the name of a file of predictions, whose directory must exist."""
+    """Convert the name of a file to which predictions are written. The directory of the file must exist."""
     path = Path(value)
     if path.suffix not in PREDICTION_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{value}: must end in {' or '.join(PREDICTION_SUFFIXES)}")

@@ -1,4 +1,4 @@
-"""Finds the command line of a stored configuration."""
+"""Finds a command line that gives a stored configuration."""
 
 import copy
 import shlex
@@ -18,20 +18,21 @@ from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
 NODES = {"model": "resnet8", "dataset": "digits", "method": "float", "activation": "none"}
-"""Group -> default option, for groups whose option is stored under `name`."""
+"""Group -> default option. Only groups whose node stores the option under `name` are included."""
 OPTIMIZERS = {"optim": "optim", "pretrain.optim": "optim@pretrain.optim"}
-"""Key of a recipe in the configuration -> the word before `=OPTION` on the command line."""
+"""Key of a recipe in the configuration -> the text before `=OPTION` on the command line."""
 NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
 
 
 def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str | None:
-    """Return `qbench KEY=VALUE ...` for the values of a configuration: options of groups, and keys that differ.
+    """Return the command line `qbench KEY=VALUE ...` that gives a configuration, or None if there is none.
 
-    Return None if no command line gives the same run. This is so for a run of a learning-rate grid, if a checkpoint
-    was deleted, and for functions outside qbench, which are not imported here.
+    The command line contains options of groups, and keys whose values differ from those of the options. No command line
+    gives a run of a learning-rate grid, or a run whose initial checkpoint was deleted. For functions outside qbench,
+    the result is also None, because they are not imported here.
 
     Args:
-        recorded: as in `run_identity`.
+        recorded: see `run_identity`.
     """
     if foreign_code(values):
         return None
@@ -53,12 +54,15 @@ def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str
 
 
 def _counts(key: str, is_baseline: bool) -> bool:
-    """Return whether a key must be typed if it differs. A float baseline has its recipe under `pretrain`."""
+    """Return whether a key that differs from its default must be typed.
+
+    A float baseline has its recipe under `pretrain`.
+    """
     return key not in NOT_TYPED and not (is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
 
 
 def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, dict[str, Any]]:
-    """Return the node composed from `words`, and the entries of `values` that are missing or different in this node."""
+    """Return the node that Hydra composes from `words`, and all entries of `values` that this node lacks or changes."""
     (node,) = compose.compose_nodes(words, sweep=False)
     found = dict(_leaves(to_dict(from_node(copy.deepcopy(node)))))
     differing = {
@@ -68,7 +72,10 @@ def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[Dic
 
 
 def _leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values. The rules of layers are one value, because their patterns contain dots."""
+    """Yield dotted keys with their values.
+
+    All layer rules together are one value, because their patterns contain dots.
+    """
     for name, value in values.items():
         key = f"{place}{name}"
         if isinstance(value, Mapping) and key != "layers.rules" and name != ADDED:
@@ -95,7 +102,7 @@ def _nearest_option(recipe: Mapping[str, Any]) -> str:
 
 
 def _has(node: DictConfig, key: str) -> bool:
-    """Return whether the chosen options have a key. If not, the key is typed with a `+`."""
+    """Return whether the chosen options have a key. A key that they do not have is typed with a `+`."""
     place, _, name = key.rpartition(".")
     parent = OmegaConf.select(node, place) if place else node
     return parent is not None and name in parent

@@ -1,4 +1,4 @@
-"""Composes configurations from `conf/` and the command line, with Hydra."""
+"""Composes configurations from `conf/` and the command line. Hydra does the composition."""
 
 import os
 import sys
@@ -42,10 +42,10 @@ HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configurations of a command line: one or, with -m, one per combination.
+    """Return the configurations that a command line defines. With -m, there is one per combination of values.
 
-    With lr_search=grid there is one configuration per learning rate. The list is empty if Hydra only prints something,
-    as with `--cfg job`.
+    With lr_search=grid, there is also one per learning rate. The list is empty if Hydra only prints something, as with
+    `--cfg job`.
 
     Raises:
         ConfigError: the command line does not define a valid configuration.
@@ -74,13 +74,13 @@ def configurations(arguments: list[str]) -> list[Config]:
 
 
 def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:
-    """Return the composed configurations of all combinations.
+    """Return one composed configuration for each combination of values.
 
-    Each one is composed only once. Hydra's sweeper would compose it twice.
+    Each configuration is composed only once, whereas Hydra's sweeper would compose it twice.
 
     Args:
         overrides: `KEY=VALUE` words.
-        sweep: whether a list of values defines several combinations.
+        sweep: whether comma-separated values define several combinations.
         folder: the user's own configuration directory.
     """
     register_sources()
@@ -111,7 +111,7 @@ def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) 
 
 @contextmanager
 def _instead_of_users_hydra() -> Iterator[None]:
-    """Set aside the Hydra state of the calling program, which may itself be a Hydra application."""
+    """Hide the Hydra state of the calling program within a `with` block. That program may itself use Hydra."""
     users = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -121,17 +121,20 @@ def _instead_of_users_hydra() -> Iterator[None]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a user's configuration directory with a file that qbench has too. Hydra would use the file of qbench."""
+    """Refuse a user's configuration directory that has a file with the name of a file in `conf/`.
+
+    Hydra would ignore the user's file.
+    """
     if not folder.is_dir():
         raise ConfigError(f"{CONFIG_DIRECTORY[0]} {folder}: no such directory")
     for file in sorted(folder.rglob("*.yaml")):
         own = conf_directory() / file.relative_to(folder)
         if own.is_file() and own.read_bytes() != file.read_bytes():
-            raise ConfigError(f"{file}: qbench has a file of this name, which would be used instead; rename it")
+            raise ConfigError(f"{file}: qbench has a file of this name and would ignore yours; rename your file")
 
 
 def launcher(arguments: Iterable[str]) -> str | None:
-    """Return the launcher that a command line names, such as joblib, or None."""
+    """Return the launcher that a command line names, such as joblib, or None if it names no launcher."""
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     return chosen[-1] if chosen and chosen[-1] != "basic" else None
 
@@ -179,7 +182,7 @@ def sorted_out(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     """Split a command line into two lists: Hydra's flags with their values, and the overrides.
 
     Raises:
-        ConfigError: a flag or a flag's value does not exist, a flag with a value is typed twice, or an argument
+        ConfigError: a flag or a flag's value is unknown, a flag that takes a value is typed twice, or another argument
             is not `key=value`.
     """
     flags: list[str] = []

@@ -1,8 +1,8 @@
-"""Defines fields for the configuration's dataclasses: allowed values, and the marks `free` and `added`.
+"""Defines dataclass fields for the configuration, with allowed values and the marks `free` and `added`.
 
-A `free` key cannot change a result, so it is never part of a run's identity. Examples are a device and a folder. An
-`added` key was introduced after results had been stored. It is part of the identity only if its value differs from its
-default. Stored results therefore keep their identity and protocol.
+A `free` key, such as a device or a folder, cannot change a result. It is therefore never part of a run's identity. An
+`added` key was introduced after results had been stored. It is part of a run's identity only if its value differs from
+the default, so stored results keep their identity and protocol.
 """
 
 import math
@@ -29,12 +29,12 @@ def marked(
     added: bool = False,
     free: bool = False,
 ) -> T:
-    """Return a dataclass field with its marks and, optionally, a test for allowed values.
+    """Return a dataclass field with marks and, optionally, a test of its values.
 
     Args:
         holds: the test, a function that returns whether a value is allowed.
-        allowed: the allowed values in words, for the error message.
-        added: whether the key was added later; see the module's docstring.
+        allowed: description of the allowed values, for the error message.
+        added: whether the key was introduced after results had been stored; see the module's docstring.
         free: whether the key cannot change a result.
     """
     check = {"holds": holds, "allowed": allowed} if holds else {}
@@ -53,7 +53,7 @@ def within(
 ) -> T:
     """Return a field for a finite number from `low` to `high`.
 
-    Both ends are allowed. `above` excludes `low`, and `below` excludes `high`.
+    By default, `low` and `high` themselves are allowed. `above` excludes `low`, and `below` excludes `high`.
     """
     text = f"a number {'above' if above else 'from'} {low:.12g}"
     text += f" to {'below ' if below else ''}{high:.12g}" if high < math.inf else " on"
@@ -84,14 +84,14 @@ def layer_width(default: int | str) -> int | str:
 
 
 def is_width(x: object) -> bool:
-    """Return whether x is `float`, `same`, a number of bits, or a width of only the weights such as `w8`."""
+    """Return whether x is a layer's width: `float`, `same`, a number of bits, or `w8` for 8-bit weights only."""
     if isinstance(x, str):
         return x in ("float", "same") or weight_width(x) is not None
     return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT
 
 
 def parse_bits(text: str) -> dict[str, int | None]:
-    """Return the widths in a text such as `w2a2g6`, with None for each absent width."""
+    """Parse widths such as `w2a2g6`. Widths that the text does not contain are None."""
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
         raise ConfigError(

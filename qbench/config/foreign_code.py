@@ -1,8 +1,8 @@
-"""Finds code outside qbench that a stored configuration names.
+"""Finds functions outside qbench that a stored configuration names.
 
-A run's directory may come from somebody else. Its config.yaml can name any function as
-`package.module:function`, which would be imported from the working directory. Such code runs only
-if the user allows it.
+A run's directory may come from somebody else. The config.yaml in this directory can name any
+function as `package.module:function`, and qbench would import the function from the working
+directory. Such code runs only if the user allows it.
 """
 
 from collections.abc import Collection, Mapping
@@ -29,11 +29,11 @@ def refuse_foreign_code(run: Path, named: str, fix: str, known: Collection[str] 
     """Refuse a run whose config.yaml names code outside qbench, except the code in `known`.
 
     Args:
-        named: name of the run in the message.
+        named: name of the run for the message.
         fix: what to type to run the code.
 
     Raises:
-        ConfigError: config.yaml names such code.
+        ConfigError: config.yaml names code that is neither in qbench nor in `known`.
     """
     try:
         values = files.read_yaml(run / "config.yaml")

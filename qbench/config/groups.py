@@ -8,9 +8,9 @@ from qbench.config import registry
 
 
 def conf_directory() -> Path:
-    """Return the folder of YAML files.
+    """Return the folder `conf` of YAML files.
 
-    In a clone the folder is next to the package. In an installed package it is inside the package.
+    In a clone, it is next to the package. In an installation, it is inside the package.
 
     The folder next to the package takes precedence, because an editable installation leaves a stale copy inside the
     package.
@@ -21,9 +21,9 @@ def conf_directory() -> Path:
 
 
 def option_names(group: str) -> list[str]:
-    """Return a group's options: YAML files, and entry points of installed packages.
+    """Return the options of a group, which are YAML files and entry points of installed packages.
 
-    A file whose name starts with `_` is no option: other files of the group include it.
+    A file whose name starts with `_` is not an option. Other files of the group include it.
     """
     folder = conf_directory() / group
     paths = [path for path in folder.rglob("*.yaml") if not path.name.startswith("_")]
@@ -44,9 +44,6 @@ def group_names() -> list[str]:
 
 
 def format_names(option_names: Iterable[str]) -> str:
-    """Return names in one line.
-
-    Names in a folder are counted instead of listed, as in `ttq/... (7)`.
-    """
+    """Return names as one line of text. Names inside a folder are only counted, as in `ttq/... (7)`."""
     counts = Counter("".join(name.partition("/")[:2]) for name in option_names)
     return ", ".join(f"{name}... ({count})" if name.endswith("/") else name for name, count in counts.items())

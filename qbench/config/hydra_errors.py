@@ -1,4 +1,4 @@
-"""Translates errors of Hydra and OmegaConf into messages.
+"""Translates errors of Hydra and OmegaConf into messages of qbench.
 
 A message states what was typed, the nearest existing name, and the allowed values.
 """
@@ -64,9 +64,9 @@ def _missing_option(path: str) -> str:
 
 
 def _unknown_key(key: str, arguments: list[str]) -> str | None:
-    """Return the message about a key that does not exist in the chosen groups.
+    """Return the message about a key that does not exist in the chosen options.
 
-    Return None if the key exists or the groups do not compose.
+    Return None if the key exists, or if Hydra cannot compose the chosen options.
     """
     chosen = [a for a in arguments if a.partition("=")[0] in group_names() and "," not in a]
     try:

@@ -1,8 +1,8 @@
-"""Defines the identity of a run: the configuration keys that determine its result.
+"""Defines the identity of a run, which is the set of configuration keys that determine its result.
 
 The identity contains every configuration key that can change the result. It also determines the run's protocol and
-folder. `qbench plan` and the search for stored results need the identity before any data is read. The fingerprint of
-the data is therefore not part of it. The result records the fingerprint as `data_sha256`.
+folder. `qbench plan` and the search for stored results need the identity before any data is read. The identity
+therefore does not contain the fingerprint of the data, which the result records as `data_sha256`.
 
 Some keys were added after results had been stored. They are part of the identity and the protocol only if their value
 differs from the default. Stored results therefore keep their identity and stay comparable. On a dataclass field, the
@@ -33,15 +33,15 @@ CACHE = "cache"
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """The identity of a run, made once from its configuration.
+    """The identity of a run.
 
     Args:
         digest: sha256 of `keys`.
-        keys: all keys that determine the result, and the schema's version.
-        protocol: the keys that two runs must share to be compared.
+        keys: all keys that determine the result, with their values, and the schema's version.
+        protocol: the keys whose values must be equal in two runs that are compared.
         protocol_hash: sha256 of `protocol`.
         method: the method's name, such as `ttq+hwgq`.
-        options: the keys of the method; see `_options`.
+        options: the options of the method; see `_options`.
         is_baseline: whether the run is a float baseline.
         config: the whole configuration, as config.yaml stores it.
     """
@@ -64,8 +64,8 @@ def run_identity(config: Config, recorded: Mapping[str, str] | None = None) -> R
     """Return the identity of the run that a configuration describes.
 
     Args:
-        recorded: `init` and `distill.teacher` -> sha256 of the checkpoint that the key named when
-            the run was trained. By default the checkpoints are read.
+        recorded: the keys `init` and `distill.teacher` -> sha256 of the checkpoint that the key named when the run was
+            trained. By default, the checkpoints are read to compute these digests.
     """
     keys = _identity_keys(config, recorded or {})
     protocol = _protocol(config, keys)
@@ -88,7 +88,7 @@ def run_identity(config: Config, recorded: Mapping[str, str] | None = None) -> R
 
 
 def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
-    """Return all keys that determine the result, as plain values."""
+    """Return all keys that determine the result, with plain values."""
     keys: Node = {"schema": SCHEMA, **decisive_keys(config)}
     for group in ("model", "dataset", "method", "activation"):
         keys[group] = without_added(keys[group])
@@ -132,11 +132,11 @@ def without_added(node: Node) -> Node:
 
 
 def _protocol(config: Config, keys: Node) -> Node:
-    """Return the keys that two runs must share to be compared.
+    """Return the keys whose values must be equal in two runs that are compared.
 
-    Initial weights or a teacher that the method requires belong to the method, not to the protocol. The same is true
-    of the network's norm and act. In a run of a learning-rate grid, the protocol contains the recipe's rate and the
-    grid, but not the run's rate.
+    Initial weights or a teacher that the method requires are part of the method, not of the protocol. The network's
+    keys `norm` and `act` are not part of the protocol either. In a run of a learning-rate grid, the protocol contains
+    the recipe's learning rate and the grid, but not the run's own learning rate.
     """
     shared = copy.deepcopy(keys)
     for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -156,10 +156,10 @@ def _protocol(config: Config, keys: Node) -> Node:
 
 
 def _options(config: Config) -> Node:
-    """Return the keys of the method. Keys of a composed activation method are named `activation.KEY`.
+    """Return the options of the method. Options of a separate activation method are named `activation.KEY`.
 
-    Initial weights or a teacher that the method requires are options too, because a run without them is a different
-    run. In a run of a learning-rate grid, the learning rate is also an option. Added keys at their default and
+    Initial weights and a teacher are options too if the method requires them, because a run without them is a different
+    run. In a run of a learning-rate grid, the learning rate is also an option. Added keys at their defaults and
     `deviation: none` are left out.
     """
     options = {key: value for key, value in without_added(config.method).items() if key != "name"}
@@ -174,7 +174,7 @@ def _options(config: Config) -> Node:
 def digest(values: Mapping[str, Json]) -> str:
     """Return the sha256 of plain values.
 
-    The order of the keys does not matter, and 1.0 is the same as 1.
+    The digest does not depend on the order of keys, and it is equal for 1.0 and 1.
     """
     return text_digest(canonical_json(values))
 

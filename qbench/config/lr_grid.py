@@ -1,7 +1,7 @@
 """Implements `lr_search=grid`, which trains one run per learning rate of a grid.
 
-The grid is the same for every method, and its runs are ordinary runs.
-`qbench.report.comparison.lr_selection` selects the rate by validation accuracy.
+All methods use the same grid, and each learning rate is an ordinary run. `qbench.report.comparison.lr_selection`
+selects the learning rate by validation accuracy.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from qbench.errors import ConfigError
 
 
 def runs(config: Config) -> list[Config]:
-    """Return the configurations of the grid, one per learning rate. Without a grid, return only `config`.
+    """Return the configurations of the grid, one per learning rate.
 
-    `optim.lr_end` is scaled by the same factor as `optim.lr`. A float baseline or a run without training remains a
-    single run.
+    With lr_search=none, return only `config`. `optim.lr` and `optim.lr_end` are multiplied by the same factor. A float
+    baseline or a run without training remains a single run.
 
     Raises:
-        ConfigError: a grid is given without lr_search=grid, or the selection has no validation split.
+        ConfigError: keys of the grid are set without lr_search=grid, or there is no validation split for the selection.
     """
     grid = config.lr_grid
     if grid.lr is not None or grid.lr_end is not None:
@@ -48,9 +48,9 @@ def _at(config: Config, factor: float) -> Config:
 
 
 def _trains(config: Config) -> bool:
-    """Return whether any epoch is trained. Post-training quantization trains none.
+    """Return whether a run trains at least one epoch. Post-training quantization trains none.
 
-    The answer is yes for a method that cannot be built. Its run then reports the error.
+    If the method cannot be built, return True. The run then reports the error.
     """
     nodes = [node for node in (config.method, config.activation) if node["name"] != "none"]
     try:

@@ -1,4 +1,4 @@
-"""Refuses words `KEY=VALUE` and `~KEY` that Hydra would accept, but that have no clear meaning."""
+"""Refuses overrides `KEY=VALUE` and `~KEY` that Hydra would accept although their meaning is unclear."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ MOST_COMBINATIONS = 10_000
 
 
 def check_overrides(words: Iterable[Override]) -> None:
-    """Refuse several values of one key and several options of one group. Hydra would silently use the last.
+    """Refuse several values of one key or several options of one group. Hydra would silently use the last of them.
 
     Examples are `epochs=1 epochs=2`, a list for a group (`bits=[w2a2,w4a4]`), and two equal keys in braces
     (`layers.rules={conv1: 8, conv1: 4}`). Also refuse to remove a group or a key of the schema.
@@ -69,10 +69,10 @@ def _repeated_in_braces(word: str) -> str | None:
 
 
 def refuse_deletions(words: Iterable[Override], node: DictConfig) -> DictConfig:
-    """Return a composed configuration. Refuse a word `~KEY` that removes a key of the chosen option.
+    """Return the composed configuration, but refuse an override `~KEY` that removes a key of a chosen option.
 
-    Without this key, the function of the network, data set or method would silently use its default argument. Keys
-    that the option does not have may be removed, because an experiment file may set them for another option.
+    Without the key, the function that builds the network, data set or method would silently use a default argument. A
+    key that the option does not have may be removed, because an experiment file may have set it for another option.
     """
     for word in words:
         group, _, inside = str(word.key_or_group).partition(".")
@@ -87,7 +87,7 @@ def _removed(word: Override) -> ConfigError:
 
 
 def _instead(key: str) -> str:
-    """Return what to type instead of `~key`."""
+    """Return the line of a message that says what to type instead of `~key`."""
     item = _schema_field(key)
     if key in group_names() or item is None:
         return f"type {key}={'NAME' if key in group_names() else 'VALUE'}"

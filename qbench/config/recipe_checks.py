@@ -1,4 +1,4 @@
-"""Checks that the keys of a training recipe fit together."""
+"""Checks that the values in a training recipe are consistent."""
 
 import math
 
@@ -32,7 +32,7 @@ def check_schedule(optim: Optim, path: str) -> None:
 
 
 def check_recipes(optim: Optim, epochs: int, pretrain: Pretrain) -> None:
-    """Check a run's recipe and that of its float baseline."""
+    """Check the recipe of a run and the recipe of its float baseline."""
     for path, recipe, length in (("", optim, epochs), ("pretrain.", pretrain.optim, pretrain.epochs)):
         if length and recipe.warmup >= length:
             raise ConfigError(f"{path}optim.warmup={recipe.warmup:g}: must be below {path}epochs={length}")

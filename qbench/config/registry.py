@@ -1,8 +1,8 @@
 """Maps names to functions that build methods, models and data sets.
 
-A name is one of three things: a file below `qbench/<group>/` with a function `build`, an entry point of another package
-in the group `qbench.<group>`, or a user's `package.module:name` of a function or class. A configuration node contains
-a name and the arguments of its function (see `signature.py`).
+A name has one of three meanings: a file below `qbench/<group>/` with a function `build`; an entry point that another
+package registers in the group `qbench.<group>`; or a user's function or class, named as `package.module:name`. A
+configuration node contains a name and the arguments of the named function (see `signature.py`).
 """
 
 import ast
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
 VAL = 0.1
-"""Share of the training images that are the validation split, of a user's data set without a split of its own."""
+"""Share of the training images that become the validation split, if a user's data set returns no such split."""
 
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
-"""Epochs and Adam's learning rates for a user's data set without a recipe in YAML."""
+"""The recipe for a user's data set if no YAML file states one: epochs, and learning rates of Adam."""
 
 NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", ADDED)
 """Keys of a node that are not arguments of the function that the node names."""
@@ -71,7 +71,7 @@ def card(name: str) -> str:
 
 
 def widths(name: str) -> str:
-    """Return which widths of w, a and g a method has, without importing its module.
+    """Return which of the widths w, a and g a method has, without importing the method's module.
 
     A method outside qbench is assumed to have all three.
     """
@@ -84,7 +84,7 @@ def widths(name: str) -> str:
 
 
 def known_deviations(name: str) -> dict[str, tuple[str, str]]:
-    """Return deviation -> (description, source) for a method, without importing its module."""
+    """Return a map from each known deviation of a method to (description, source), without importing its module."""
     path = Path(__file__).parents[1] / "deviations" / f"{name}.py"
     if not name.isidentifier() or not path.exists():
         return {}
@@ -113,7 +113,7 @@ def known_deviations(name: str) -> dict[str, tuple[str, str]]:
 
 
 def sections(card: str) -> dict[str, str]:
-    """Return the text below each heading of a card. The keys of the result are the headings.
+    """Split a method card into a map from headings to texts.
 
     A heading is a single unindented word above indented text.
     """
@@ -146,12 +146,13 @@ def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
     """Call the function that a node names, with the node's other keys as arguments.
 
     Args:
-        node: `name`, arguments of the function, and optionally `family`, which is the file if several names share one.
-        fixed: other arguments. Those that the function does not accept are ignored.
+        node: the key `name`, arguments of the function, and optionally `family`. This is the name of the file with the
+            function, if several names share a file.
+        fixed: further arguments. Arguments that the function does not accept are ignored.
 
     Raises:
-        ConfigError: the function does not accept a key, a value has the wrong type or is out of range, or an argument
-            has no value.
+        ConfigError: the function does not accept a key, a value has the wrong type or is out of range, or a required
+            argument has no value.
     """
     factory, options, known = checked(group, node, fixed)
     check_missing(group, str(node["name"]), known, {**options, **fixed})
@@ -164,7 +165,7 @@ def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
 def checked(
     group: str, node: Mapping[str, Any], fixed: Collection[str] = ()
 ) -> tuple[Factory, Node, Mapping[str, inspect.Parameter]]:
-    """Return a node's function, the arguments in the node, and all arguments.
+    """Return the function that a node names, the arguments in the node, and all arguments including `fixed`.
 
     Raises:
         ConfigError: the function does not accept a key, a key is in `fixed`, or a value has the wrong
@@ -186,13 +187,13 @@ def checked(
 
 
 def takes(group: str, node: Mapping[str, Any], key: str) -> bool:
-    """Return whether the function that a node names has an argument of this name."""
+    """Return whether the function that a node names has an argument with the given name."""
     name = str(node["name"])
     return key in arguments(group, name, find(group, str(node.get("family", name))))
 
 
 def defaults(group: str, name: str) -> Node:
-    """Return the node of a function without a YAML file, made from the arguments' defaults."""
+    """Return the node of a function without a YAML file, made from the default values of its arguments."""
     factory = find(group, name)
     known = arguments(group, name, factory)
     node: Node = default_values(group, known)

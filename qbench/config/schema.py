@@ -2,8 +2,8 @@
 
 The values are in `conf/`.
 
-`qbench.config.identity` defines when two configurations are the same run. This module does not import torch. Help texts
-and commands whose run is already finished therefore print at once.
+`qbench.config.identity` defines when two configurations are the same run. This module does not import torch, so that
+help texts and the rows of finished runs are printed at once.
 """
 
 import copy
@@ -21,17 +21,17 @@ from qbench.bits import FLOAT, Bits
 from qbench.config.fields import layer_width, marked, one_of, printable, within
 
 SCHEMA = 2
-"""Version of the run identity. If it changes, the same configuration becomes a different run.
+"""Version of the run identity.
 
-A new key does not need a new version. It is marked as `added` (see `qbench.config.identity`), so it is not part of the
-identity at its default value.
+If this number changes, the same configuration becomes a different run. A new key does not need a new version. It is
+marked as `added` (see `qbench.config.identity`), so a run in which it has its default value keeps its identity.
 """
 
 BASELINE_MODEL = {"act": "auto", "head": "keep"}
-"""Keys of the network that do not apply to a float baseline, with their defaults."""
+"""Keys of the network that have no effect on a float baseline, with their defaults."""
 
 RATE = "optim.lr"
-"""Name of the additional option of runs in a learning-rate grid."""
+"""Name of the method option that contains the learning rate, in runs of a learning-rate grid."""
 
 STARTS = ("float", "scratch", "method")
 """Values of `init` that are not paths. `auto` becomes `method` if the method trains from scratch."""
@@ -42,10 +42,7 @@ Node = dict[str, Any]
 
 @dataclass
 class BitWidths:
-    """Bit widths of weights, activations and gradients as typed.
-
-    None means the method's default.
-    """
+    """Bit widths of weights, activations and gradients, as typed. None means the default width of the method."""
 
     w: int | None = within(None, 1, FLOAT)
     a: int | None = within(None, 1, FLOAT)
@@ -61,9 +58,9 @@ class BitWidths:
 
 @dataclass
 class Optim:
-    """Optimizer, learning-rate schedule, batch size and other settings of a training step.
+    """Optimizer, learning-rate schedule, batch size, and other values that define a training step.
 
-    `accumulate` batches of `batch_size` images make one update of the weights.
+    The gradients of `accumulate` batches of `batch_size` images together give one update of the weights.
     """
 
     name: str = one_of("adam", "adam", "adamw", "radam", "sgd")
@@ -108,8 +105,8 @@ def _ascending(values: object) -> bool:
 class LearningRateGrid:
     """The learning rates of `lr_search=grid`, given as multiples of the recipe's learning rate.
 
-    In a run of the grid, `lr` and `lr_end` here are the recipe's rates. The run's own rates are
-    under `optim`.
+    In a run of the grid, `lr` and `lr_end` of this class are the learning rates of the recipe. The learning rates of
+    the run itself are under `optim`.
     """
 
     factors: list[float] = field(
@@ -124,10 +121,7 @@ class LearningRateGrid:
 
 
 def scaled(rate: float, factor: float) -> float:
-    """Return rate * factor, rounded to 12 digits.
-
-    This gives, for example, 0.0003 instead of 0.00030000000000000003.
-    """
+    """Return rate * factor, rounded to 12 digits, to obtain for example 0.0003 instead of 0.00030000000000000003."""
     return float(f"{rate * factor:.12g}")
 
 
@@ -176,10 +170,7 @@ def _share_of_gpus(value: object) -> bool:
 
 @dataclass
 class Runtime:
-    """Settings of the execution of a run.
-
-    Keys marked `free` cannot change the results.
-    """
+    """Settings of how a run is executed, such as device and precision. Keys marked `free` cannot change the results."""
 
     device: str = marked("auto", free=True)
     threads: int = within(1, 1, 1024)
@@ -238,7 +229,7 @@ class Config:
 
     @property
     def starts_from_file(self) -> bool:
-        """Return whether the run starts from a checkpoint file or another run, by its path."""
+        """Return whether `init` is the path of a checkpoint file or of another run."""
         return self.init not in STARTS
 
     @property
@@ -280,13 +271,13 @@ def baseline_config(config: Config, norm: str | None = None) -> Config:
 
 
 def sweep_hint(key: str, values: Iterable[object]) -> str:
-    """Return the line of a message that shows how to type a sweep over a list of values."""
+    """Return a line that shows how to type a sweep over several values, for error messages."""
     typed = ",".join(map(str, values))
     return f"one run for each value: -m {key}={typed}" if "," in typed else f"type {key}={typed or 'VALUE'}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` with a word of `known` similar to `word`, or an empty string."""
+    """Return `; did you mean ...?` with the most similar word of `known`, or an empty string if none is similar."""
     words = list(known)
     same = [other for other in words if other.lower() == word.lower()]
     close = same or difflib.get_close_matches(word, words, n=1, cutoff=0.55)

@@ -1,7 +1,8 @@
 """Inspects the arguments of the functions and classes that build methods, models and data sets.
 
-qbench fills in some arguments by name: a method's widths, an image's shape, and the number of classes. Every other
-argument needs a default value, and becomes a key of the configuration that has the type of this value.
+qbench recognizes some arguments by name and fills them in: a method's widths, the shape of an image, and the number of
+classes. Every other argument must have a default value. It becomes a key of the configuration with the type of the
+default value.
 """
 
 import inspect
@@ -17,29 +18,29 @@ CLASS_COUNTS = ("classes", "num_classes", "n_classes")
 """Allowed names of the argument for the number of classes."""
 
 FILLED = {"method": ("w", "a", "g"), "model": ("shape", *CLASS_COUNTS), "dataset": ()}
-"""Group -> the arguments that qbench fills in. The default values of a method's widths are its `bits`."""
+"""Group -> the arguments that qbench fills in. The default values of a method's widths become its key `bits`."""
 
 FORMS = {
     "method": "build(*, w=2, a=32, g=32)",
     "model": "Net(), Net(num_classes) or build(shape, classes)",
     "dataset": "build()",
 }
-"""Group -> the calls that qbench tries, for messages."""
+"""Group -> the calls that qbench tries, as text for messages."""
 
 
 def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter]:
     """Return the arguments of a function or class that can be given by name.
 
-    A function of a network with `**kwargs` and without a known name for the number of classes has the argument
-    `num_classes` too, as the functions of torchvision do.
+    A function that builds a network may have `**kwargs` but no known name for the number of classes. It is then assumed
+    to accept `num_classes`, like the functions of torchvision.
 
     Raises:
-        ConfigError: the arguments are not known, as those of some functions written in C.
+        ConfigError: Python does not know the arguments, as is the case for some functions written in C.
     """
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
-        raise ConfigError(f"{group}={name}: its arguments are not known\nallowed: {FORMS[group]}") from None
+        raise ConfigError(f"{group}={name}: Python does not know its arguments\nallowed: {FORMS[group]}") from None
     named = {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     kinds = {p.kind for p in parameters.values()}
     takes_any = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds  # both: nn.Module's own
@@ -49,7 +50,7 @@ def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter
 
 
 def default_values(group: str, known: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Return the default values of the arguments that are keys. Values that YAML cannot represent are left out."""
+    """Return the default values of the arguments that become keys. Values that YAML cannot represent are left out."""
     values = {key: p.default for key, p in known.items() if key not in FILLED[group]}
     return {
         key: list(value) if isinstance(value, tuple) else value
@@ -63,15 +64,15 @@ def check_missing(group: str, name: str, known: Mapping[str, Parameter], given: 
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in given:
             raise ConfigError(
-                f"{group}={name}: no value for its argument {key}; tried {FORMS[group]}\n"
-                f"give {key} a default value: it then becomes the key {group}.{key}"
+                f"{group}={name}: its argument {key} has no value; tried {FORMS[group]}\n"
+                f"give {key} a default value in the code; you can then type {group}.{key}=VALUE"
             )
 
 
 def has_type(value: object, parameter: Parameter) -> bool:
-    """Return whether a value has the type of an argument's default, or another type of its annotated union.
+    """Return whether a value has the type of an argument's default value, or a type from the argument's annotation.
 
-    In a union such as `str | float | list[float]`, only numbers and lists are recognized.
+    If the annotation is a union such as `str | float | list[float]`, only its numbers and lists are recognized.
     """
     others = {get_origin(kind) or kind for kind in get_args(parameter.annotation)}
     if isinstance(value, bool):

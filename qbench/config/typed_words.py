@@ -1,4 +1,4 @@
-"""Guesses what a user meant by a word of the command line that is not KEY=VALUE."""
+"""Guesses what a user meant by a command-line argument that is not KEY=VALUE."""
 
 import dataclasses
 import os.path
@@ -13,10 +13,10 @@ def as_key_value(word: str, following: Sequence[str] = ()) -> str | None:
     """Return `KEY=VALUE` for a key that was typed in another form, such as `--method lsq` or `method: lsq`.
 
     Args:
-        following: the words after it.
+        following: the arguments after this one, which may contain the value.
 
     Returns:
-        None if the word is not a key.
+        The text `KEY=VALUE`, or None if the argument is not a key.
     """
     key, _, value = word.lstrip("-").partition("=")
     key = key.rstrip(":")
@@ -40,9 +40,9 @@ def unknown_word_message(word: str, following: Sequence[str], subcommands: Seque
 
 
 def own_code_hint(group: str, name: str) -> str:
-    """Return a line that shows how to type a user's own module or folder of images; "" if there is none.
+    """Return a line that shows how to type a user's own module or image folder, or "" if neither exists.
 
-    `name` is what was typed as an option of the group.
+    `name` is the typed option of the group.
     """
     if group == "dataset" and os.path.isdir(name):
         return f"\nfor a folder of images, type dataset=folder dataset.root={name}"

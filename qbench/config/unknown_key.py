@@ -1,9 +1,9 @@
 """Makes the message about a key that does not exist.
 
-The message names the nearest key in the whole configuration, and all keys of the node.
+The message names the most similar key of the whole configuration, and all keys of the node that was typed.
 
-A key is suggested only if the user probably meant it. There are four cases: the typed name is the name of a key in
-another node, a misspelled key, part of a key's name (`workers` for `runtime.num_workers`), or a common synonym.
+A key is suggested only if the user probably meant it. The typed name must be one of the following: a key of another
+node, a misspelled key, part of a key (`workers` for `runtime.num_workers`), or a common synonym of a key.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from qbench.config.identity import ADDED
 from qbench.config.schema import Config
 
 TYPO, SIMILAR = 0.75, 0.6
-"""Smallest similarity (difflib's ratio) to a key of the same node.
+"""Smallest similarities (difflib's ratio) at which a key of the same node is suggested.
 
-Keys above `TYPO` are tried before all other guesses, keys above `SIMILAR` after them.
+A key above `TYPO` is suggested before all other guesses. A key above `SIMILAR` is suggested if no other guess fits.
 """
 
 FIELD_WORDS = {
@@ -107,7 +107,7 @@ def schema_paths(schema: type, place: str = "") -> Iterator[str]:
 
 
 def _as_typed(key: str, declared: Sequence[str]) -> str:
-    """Return a key as it must be typed. A key that is not in the composed configuration gets a `+` in front."""
+    """Return a key as the user must type it, with a `+` in front if the composed configuration lacks the key."""
     return f"+{key}" if key in declared else key
 
 

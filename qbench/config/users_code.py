@@ -15,8 +15,8 @@ def users_function(group: str, name: str) -> Factory:
     """Return the function or class that `name` refers to.
 
     Raises:
-        ConfigError: the name is not valid, or there is no such module, function or class.
-        QbenchError: the module cannot be imported, because its code raises an error.
+        ConfigError: the name is not valid, or the module, function or class does not exist.
+        QbenchError: the code of the module raises an error when it is imported.
     """
     module_name, _, attribute = name.partition(":")
     search_working_directory()  # the user's file may be there
@@ -36,14 +36,14 @@ def users_function(group: str, name: str) -> Factory:
         raise ConfigError(f"{group}={name}: {attribute} is not a function")
     if hasattr(function, "parameters") and not inspect.isclass(function):
         raise ConfigError(
-            f"{group}={name}: {attribute} is a {type(function).__name__} that exists already; it must be made for "
-            f"each run, from the run's seed\nname its class, or a function that returns a new one"
+            f"{group}={name}: {attribute} is an object of class {type(function).__name__}; every run needs a new "
+            f"object, made with the run's seed\ntype the name of the class, or of a function that returns a new object"
         )
     return function
 
 
 def _check_name(group: str, module: str, attribute: str) -> None:
-    """Raise `ConfigError` if the parts of a name cannot be those of a module and a function."""
+    """Raise `ConfigError` if a name does not have the form of a module and a function."""
     if all(part.isidentifier() for part in [*module.split("."), attribute]) and not module.endswith(".py"):
         return
     path = module.removesuffix(".py").strip("./").replace("/", ".").replace(os.sep, ".")

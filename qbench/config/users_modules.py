@@ -1,7 +1,7 @@
-"""Imports modules of the user as a new process would: as their files are now, from the working directory as it is now.
+"""Imports modules of the user from their current files in the current working directory, as a new process would.
 
-The content of a module's file is part of a run's identity. In a Python session, Python would keep the module as it was
-when it was first imported, and the identity would belong to other code.
+The content of a module's file is part of a run's identity. A Python session would normally keep the module as it was at
+the first import. The identity would then belong to different code than the imported code.
 """
 
 import hashlib
@@ -13,16 +13,17 @@ from pathlib import Path
 from types import ModuleType
 
 _executed: dict[str, str] = {}
-"""Module -> sha256 of the file that was executed last."""
+"""Module -> sha256 of its file at the last import."""
 
 _searched: list[str] = []
-"""The working directory that was added to `sys.path`. Empty if it was there already."""
+"""The working directory that was added to `sys.path`, or an empty text if `sys.path` contained it already."""
 
 
 def search_working_directory() -> None:
-    """Put the working directory into `sys.path`, in place of the one that was added before.
+    """Put the working directory into `sys.path`, in place of the working directory that was added before.
 
-    Modules of that one are forgotten, unless a new process would find the same files.
+    Modules from the previous working directory are imported again on next use, unless a new process would find the same
+    files.
     """
     here = os.getcwd()
     importlib.invalidate_caches()
@@ -44,11 +45,10 @@ def search_working_directory() -> None:
 def import_current(name: str) -> ModuleType:
     """Return a module as a new process would import it.
 
-    A module that is imported again is a new module. Objects of the old one keep their code.
+    A module that is imported again is a new module object. Objects that the old module created keep the old code.
 
     Raises:
-        ImportError: there is no such module, or it is the notebook or script itself, whose code has no file that
-            can be imported.
+        ImportError: the module does not exist, or it is the running notebook or script, which cannot be imported.
     """
     if name == "__main__":
         raise ImportError(
@@ -73,7 +73,7 @@ def _found_file(name: str) -> str | None:
 
 
 def _is_stale(name: str, module: ModuleType) -> bool:
-    """Whether the file of an imported module has changed, or may have changed, since it was executed."""
+    """Return whether the file of an imported module has changed, or may have changed, since the import."""
     if name in _executed:
         return _executed[name] != _digest(module)
     return _file(module).is_file() and _file(module).stat().st_ctime >= _process_start()  # imported by the user
@@ -96,7 +96,7 @@ def _digest(module: ModuleType) -> str:
 
 
 def _process_start() -> float:
-    """Return the time at which this process started, in seconds since the epoch; 0 where there is no /proc."""
+    """Return the time at which this process started, in seconds since 1970, or 0 on systems without /proc."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:

@@ -37,7 +37,7 @@ NODES = ("model", "dataset", "method", "activation")
 def from_dict(values: Mapping[str, object]) -> Config:
     """Return the configuration from the values of a stored `config.yaml` (see `from_node`).
 
-    Interpolations are refused. A stored configuration has none, and they could read the environment.
+    Interpolations `${...}` are refused, because a stored configuration has none and they could read the environment.
     """
     _check_no_interpolation(values)
     try:
@@ -105,7 +105,7 @@ def _check_plain(value: object, path: str = "") -> None:
 
 
 def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
-    """Refuse a plain value in place of a group of keys. The error names the allowed values."""
+    """Refuse a plain value in place of a group of keys. The error message states what is allowed."""
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)
     for item in dataclasses.fields(schema):
@@ -129,9 +129,9 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 def _filled(config: Config) -> Config:
     """Fill in the method's widths. Convert a float run from scratch to a float baseline.
 
-    If the method requires initial weights or a teacher, the value `auto` becomes `method`. The run then has the same
-    protocol as runs of other methods. A value that the user typed defines a separate protocol, under which other
-    methods can run too.
+    If the method requires initial weights or a teacher, the value `auto` becomes `method`, and the run keeps the
+    protocol of runs of other methods. If the user typed a value instead, this value is part of the protocol, and other
+    methods can run under this protocol too.
     """
     if config.init == "imagenet":
         config.init = _imagenet_weights(config)
@@ -160,9 +160,9 @@ def _filled(config: Config) -> Config:
 
 
 def _one_step(config: Config) -> None:
-    """Change a configuration to that of a debug run: at most one epoch, no warm-up, and no stored result is reused.
+    """Change a configuration for a debug run: at most one epoch, no warm-up, and no use of stored results.
 
-    The training set is later reduced to the images of one weight update (`qbench.experiment.setup`).
+    `qbench.experiment.setup` later reduces the training set to the images of one weight update.
     """
     config.epochs, config.pretrain.epochs, config.rerun = min(config.epochs, 1), 1, True
     for optim in (config.optim, config.pretrain.optim):
@@ -173,7 +173,7 @@ def _imagenet_weights(config: Config) -> str:
     """Return the path of torchvision's ImageNet weights for the run's network.
 
     Raises:
-        CheckpointError: the file is not on this machine, or it is damaged.
+        CheckpointError: the file of weights is missing or damaged.
         ConfigError: torchvision has no weights for this network.
     """
     from qbench.system.torchvision import imagenet_weights  # imports torch
@@ -188,7 +188,7 @@ def _imagenet_weights(config: Config) -> str:
 def _refuse_stored_values(config: Config) -> None:
     """Refuse values that only stored configurations may have.
 
-    A configuration is a stored one if the node of its method has no key `bits`.
+    In a stored configuration, the node of the method has no key `bits`.
     """
     if "bits" not in config.method:
         return
@@ -207,7 +207,7 @@ def _refuse_stored_values(config: Config) -> None:
 def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
     """Set unset widths to those of the method.
 
-    If another method quantizes the activations, their width comes from that method.
+    If a separate method quantizes the activations, the width of the activations comes from that method.
     """
     name = config.activation["name"]
     if name != "none":
@@ -223,7 +223,7 @@ def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str
 
 
 def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
-    """Replace `auto`. Refuse keys of a teacher if there is no teacher."""
+    """Replace the value `auto` of `distill.name`. Refuse keys that describe a teacher if there is no teacher."""
     if distill.name == "auto":
         distill.name = "method" if requires_teacher else "none"
     if distill.teacher != "baseline" and not os.path.isdir(distill.teacher):
@@ -237,7 +237,7 @@ def _fill_distill(distill: Distill, requires_teacher: bool) -> None:
 
 
 def _check(config: Config) -> None:
-    """Check the declared ranges and the YAML nodes."""
+    """Check the declared ranges of all keys, and the YAML nodes."""
     _check_ranges(config)
     check_recipes(config.optim, config.epochs, config.pretrain)
     for group in NODES:
@@ -263,7 +263,7 @@ def _check_shards(config: Config) -> None:
 
 
 def _check_named(group: str, node: Node) -> None:
-    """Check that a YAML node has a name and all keys that are named under its key `added`."""
+    """Check that a YAML node has a name, and that it has every key that is listed under its key `added`."""
     if not isinstance(node.get("name"), str):
         raise ConfigError(f"{group}.name is missing; type {group}=NAME")
     added = node.get(ADDED) or {}
@@ -289,7 +289,7 @@ def _check_ranges(node: object, path: str = "") -> None:
 
 
 def _unknown_key(key: str, node: DictConfig) -> str:
-    """Return the message about an unknown key, with the nearest key and all keys of the node."""
+    """Return the message about an unknown key, with the most similar key and all keys of the node."""
     if key == "experiment":
         return "experiment: no such key\nthe first line of an experiment file must be `# @package _global_`"
     tree = OmegaConf.to_container(node)

@@ -1,8 +1,8 @@
 """Counts a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
-The BitOps of a layer are its MACs x weight bits x activation bits. The BitOps of a network are
-summed over all layers and all other matrix products, such as those in attention. A float tensor
-counts as 32 bits. Bytes include parameters, scales and codebooks, but not batch-norm statistics.
+The BitOps of a layer are its MACs x weight bits x activation bits, where float tensors have 32 bits. The BitOps of a
+network are the sum over all layers and over other matrix products, such as those in attention. Bytes include
+parameters, scales and codebooks, but not batch-norm statistics.
 """
 
 import warnings
@@ -26,11 +26,11 @@ MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
 NOTED_SHARE = 0.01
-"""Smallest number of values outside the parameters that is noted, as a fraction of the number of parameters."""
+"""Smallest number of values outside the parameters that gives a note, as a fraction of the number of parameters."""
 
 
 def _matrix_vector_flops(matrix: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of a product of a matrix or vector with a vector."""
+    """Return the FLOPs of a matrix-vector product or a dot product."""
     return 2 * matrix.numel()
 
 
@@ -39,7 +39,7 @@ def _added_matrix_vector_flops(_: torch.Size, matrix: torch.Size, *__: object, *
 
 
 def _bilinear_flops(first: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of `F.bilinear`, one MAC per weight and row of the inputs, as for a linear layer."""
+    """Return the FLOPs of `F.bilinear`: one MAC per weight and input row, as for a linear layer."""
     return 2 * first[0] * weight.numel()
 
 
@@ -49,16 +49,16 @@ UNCOUNTED_BY_TORCH = {
     torch.ops.aten.addmv: _added_matrix_vector_flops,
     torch.ops.aten._trilinear: _bilinear_flops,
 }
-"""Products that torch's counter does not know -> their FLOPs, from the shapes of their arguments."""
+"""Operation that torch's FLOP counter does not know -> function that returns the FLOPs for the arguments' shapes."""
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Return the MACs of every layer with weights in a float network, for one image.
 
-    Layers with weights are convolutions, linear layers, and all other modules that have parameters
-    with two or more dimensions. Modules that multiply matrices themselves are included too. The
-    network itself has the name "". The MACs are counted on the meta device, which needs no memory
-    and no arithmetic. If the network does not run on the meta device, it runs on the CPU.
+    Layers with weights are all modules that have parameters with two or more dimensions, such as convolutions and
+    linear layers. Modules that multiply matrices in their own forward function are included too. The network itself has
+    the name "". The forward pass runs on the meta device, which needs no memory and no arithmetic, or on the CPU if the
+    network does not run on the meta device.
 
     Args:
         model: the float network. It is not changed.
@@ -76,7 +76,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
 
 
 def _own_macs(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
-    """Return the MACs of every module, without those of the modules inside it."""
+    """Return the MACs of every module, not counting the MACs of the modules inside it."""
     own: Counter[str] = Counter()
 
     def call(name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -104,9 +104,9 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
-    """Return a sentence that names the float layers of a network, if some of them cannot be quantized.
+    """Return a sentence that names the float layers of a network, if some of these layers cannot be quantized.
 
-    The result is None if all float layers could be quantized, and for a float network.
+    Return None if all float layers could be quantized, or if the whole network is float.
     """
     quantized, modules = quantized_layers(model), dict(model.named_modules())
     left = [name for name in macs if name not in quantized]
@@ -118,28 +118,29 @@ def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
     more = f" and {len(words) - MOST_NAMES} more" if len(words) > MOST_NAMES else ""
     return (
         f"{len(macs) - len(left)} of {len(macs)} layers with weights are quantized; "
-        f"left float: {', '.join(words[:MOST_NAMES])}{more}"
+        f"left in float: {', '.join(words[:MOST_NAMES])}{more}"
     )
 
 
 def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
-    """Return a sentence that names the layers of a quantized network that do not run in evaluation, or None.
+    """Return a sentence that names the layers of a quantized network that evaluation does not use, or None.
 
-    Their weights are float and count in the size.
+    The weights of such layers are float, and the network's size includes them.
     """
     modules = dict(model.named_modules())
     idle = [name for name, count in macs.items() if not count and type(modules[name]) in QUANTIZED_CLASS]
     if not quantized_layers(model) or not idle:
         return None
     more = f" and {len(idle) - MOST_NAMES} more" if len(idle) > MOST_NAMES else ""
-    return f"not called in evaluation, but counted in the size as float layers: {', '.join(idle[:MOST_NAMES])}{more}"
+    names = ", ".join(idle[:MOST_NAMES])
+    return f"layers that evaluation does not use, but that the size includes as float layers: {names}{more}"
 
 
 def values_outside(model: nn.Module, images: Tensor) -> str | None:
-    """Return a sentence about the values that a network uses besides its parameters, or None if there are few of them.
+    """Return a sentence about values that a network uses besides its parameters, or None if there are few.
 
-    Such values are not counted in the size. Parameters that are not registered, such as those of
-    layers in a Python list, are not trained either.
+    The network's size does not include such values. If they are unregistered parameters, such as those of layers in a
+    Python list, they are not trained either.
 
     Args:
         images: a few images (N, C, H, W).
@@ -168,7 +169,7 @@ def values_outside(model: nn.Module, images: Tensor) -> str | None:
     count = sum(t.numel() for t in held if t.is_floating_point())
     if count < NOTED_SHARE * sum(p.numel() for p in model.parameters()):
         return None
-    return f"the network computes with {count:,} values that are not parameters: they are float, and not in the size"
+    return f"the network computes with {count:,} values that are not parameters; the size does not include them"
 
 
 def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:

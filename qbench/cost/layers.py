@@ -1,4 +1,4 @@
-"""Computes the levels and the cost of each layer of a quantized network. The network may be on the meta device."""
+"""Computes the levels and the cost of each layer of a quantized network, which may be on the meta device."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Levels(NamedTuple):
     """Number of weights that one level represents. This number is above 1 for product quantization."""
 
     per: str
-    """The tensor part that shares one scale: "layer", "channel", or "N values" for a group of N values."""
+    """The part of a tensor that shares one scale: "layer", "channel", or "N values" for a group of N values."""
 
     steps: int | None
     """The largest level divided by the step, if all levels are multiples of one step.
@@ -48,7 +48,7 @@ class LayerCost:
 
     bits: Bits
     quantizers: Mapping[str, str]
-    """Maps a tensor (w, a or g) to the class of its quantizer. Only quantizers that declare a grid are included."""
+    """Tensor (w, a or g) -> class of the quantizer. Only quantizers that declare a grid are included."""
 
     weights: Levels | None
     inputs: Levels | None
@@ -63,7 +63,7 @@ class LayerCost:
 
 
 LevelsOf = Callable[..., Levels | None]
-"""Function from (slot, class and shape of a small layer, bits) to the levels, or to None if they are not known.
+"""Maps (slot, class and shape of a small layer, bits) to the levels, or to None if the levels are not known.
 
 The slot is "weight" or "input".
 """
@@ -133,7 +133,7 @@ def _input_levels(layer: QLayer, levels_of: LevelsOf) -> Levels | None:
 
 
 def _small_shape(layer: FloatLayer) -> tuple[int, ...]:
-    """Return the shape of the weights, with the channels reduced to at most `MAX_CHANNELS`."""
+    """Return the shape of the weights, with at most `MAX_CHANNELS` channels."""
     outputs, inputs, *kernel = layer.weight.shape
     return (min(outputs, MAX_CHANNELS), min(inputs, MAX_CHANNELS), *kernel)
 
@@ -164,7 +164,7 @@ def _levels(method: Method, slot: str, kind: type[nn.Module], shape: tuple[int, 
 
 
 def _small_layer(kind: type[nn.Module], shape: tuple[int, ...]) -> FloatLayer:
-    """Return a float layer of a class with weights of a shape."""
+    """Return a float layer of the given class, with weights of the given shape."""
     outputs, inputs, *kernel = shape
     if issubclass(kind, TransposedConvolution):
         outputs, inputs = inputs, outputs

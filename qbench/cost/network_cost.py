@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class NetworkCost:
     """Parameters, operations for one image, and bytes of a network.
 
-    `bitops` are MACs x weight bits x activation bits, summed over the layers. `bytes_ideal` assumes
-    that every code is stored at its nominal width. `bytes_packed` assumes that every code takes 1,
-    2, 4, 8, 16 or 32 bits. Both numbers of bytes include scales and codebooks. `bits_per_weight` is
-    the mean over quantized weights, or 32 if no weights are quantized.
+    `bitops` are MACs x weight bits x activation bits, summed over the layers. `bytes_ideal` is the
+    size if every code takes exactly its bit width. `bytes_packed` is the size if every code takes
+    1, 2, 4, 8, 16 or 32 bits. Both sizes include scales and codebooks. `bits_per_weight` is the
+    mean over quantized weights, or 32 if no weights are quantized.
     """
 
     params: int

@@ -1,7 +1,7 @@
 """Decides which runtimes support the arithmetic of a quantized network.
 
-The formats of each runtime come from the documents named below. No runtime is measured. If `qbench export` has been
-asked whether it accepts a network, its answer is used.
+The number formats of each runtime come from the documents named below, not from measurements. If the caller knows which
+export forms accept the network, the decision uses this knowledge.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from qbench.cost.layers import LayerCost, Levels
 
 
 class Runtime(NamedTuple):
-    """A kind of runtime: its name, the arithmetic that it supports, and the documents that describe this arithmetic."""
+    """A kind of runtime, with its name, its supported arithmetic, and the documents that describe this arithmetic."""
 
     name: str
     arithmetic: str
@@ -39,13 +39,13 @@ WIDTH_INT8 = 8
 
 
 def runs_on(layers: Sequence[LayerCost], refused: Mapping[str, str] | None = None) -> list[str]:
-    """Return one line per runtime that supports the layers' arithmetic, or the reason why no runtime does.
+    """Return one line per runtime that supports the layers' arithmetic, or a line that says why there is none.
 
     Args:
         layers: the layers of a network. Only quantized layers are considered, because any runtime
             can run float layers.
-        refused: forms of `qbench export` (`int8`, `qonnx`), each with the reason why the network
-            cannot be exported, or an empty text.
+        refused: form of `qbench export` (`int8`, `qonnx`) -> reason why the network cannot be exported to this form, or
+            an empty text if it can.
     """
     quantized = [layer for layer in layers if layer.bits.w < FLOAT or layer.bits.a < FLOAT]
     if not quantized:
@@ -68,7 +68,7 @@ def runs_on(layers: Sequence[LayerCost], refused: Mapping[str, str] | None = Non
 def _no_runtime(layers: Iterable[LayerCost]) -> str:
     """Return the reason why no runtime supports these layers, or why the supported runtimes are not known yet.
 
-    The result is an empty text if the levels decide which runtimes support the layers.
+    Return an empty text if there is no such reason. The supported runtimes then depend on the levels.
     """
     if all(layer.bits.a == FLOAT for layer in layers):
         why = "activations are float, so weight codes save storage but are converted to floats before use"

@@ -470,4 +470,4 @@ def test_warnings_are_logged(out: Path, caplog: pytest.LogCaptureFixture) -> Non
         qbench.run(*WORDS, out=out, seed=1)
     manifest.write_text(text)
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("this result was stored under torch 0.")
+    assert caplog.messages[0].startswith("this result was computed with torch 0.")

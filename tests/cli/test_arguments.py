@@ -34,7 +34,9 @@ def test_help_lists_every_flag_and_argument(name: str, capsys: pytest.CaptureFix
 def test_the_screen_lists_subcommands_groups_and_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], [], ["help"], ["-m", "--help"], ["help", "nosuch"]):
         assert main(words) == 0
-    first, *rest = re.split(r"(?=^qbench: papers on low-precision CNNs)", capsys.readouterr().out, flags=re.MULTILINE)
+    first, *rest = re.split(
+        r"(?=^qbench: compares methods for low-precision CNNs)", capsys.readouterr().out, flags=re.MULTILINE
+    )
     assert first == ""
     assert len(rest) == 5
     assert len(set(rest)) == 1

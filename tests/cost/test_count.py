@@ -98,7 +98,7 @@ def test_what_cannot_be_quantized_counts_as_float_and_is_named() -> None:
     model, macs = Mixed(), count_macs(Mixed(), SHAPE)
     install(dorefa.build(w=2, a=4), model, Policy(last="same", rules={"fc": "float"}), example=X)
     assert coverage(model, macs) == (
-        "1 of 8 layers with weights are quantized; left float: the network itself (Mixed), conv1, rnn (LSTM), "
+        "1 of 8 layers with weights are quantized; left in float: the network itself (Mixed), conv1, rnn (LSTM), "
         "embedding (Embedding), attention (MultiheadAttention), "
         "attention.out_proj (NonDynamicallyQuantizableLinear), fc"
     )
@@ -166,7 +166,7 @@ def test_functions_of_torch_that_hold_weights_are_not_forgotten() -> None:
     assert macs == {"": 36 * 4 * 27, "fc": 8, "mid": 16}
     install(uniform.build(), model, Policy(first="same", image_range=((0.0,), (1.0,)), input="float"), example=X)
     assert coverage(model, macs) == (
-        "1 of 3 layers with weights are quantized; left float: the network itself (Functional), fc"
+        "1 of 3 layers with weights are quantized; left in float: the network itself (Functional), fc"
     )
 
 

@@ -298,7 +298,7 @@ def test_what_the_first_layer_reads_is_found_before_anything_trains(configure: C
 def test_the_row_names_what_is_left_float(configure: Configure, words: list[str]) -> None:
     planned = planned_run(configure(*words, "model=users_networks:transformer"))
     line = (
-        "2 of 6 layers with weights are quantized; left float: 1, 2.self_attn (MultiheadAttention), "
+        "2 of 6 layers with weights are quantized; left in float: 1, 2.self_attn (MultiheadAttention), "
         "2.self_attn.out_proj (NonDynamicallyQuantizableLinear), 4"
     )
     assert line in plan([planned])[-1].notes
@@ -428,7 +428,7 @@ def test_a_network_without_any_gradient_is_refused(configure: Configure, words: 
 
 def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, words: list[str]) -> None:
     planned = planned_run(configure(*words, "model=users_networks:Auxiliary"))
-    line = "not called in evaluation, but counted in the size as float layers: aux"
+    line = "layers that evaluation does not use, but that the size includes as float layers: aux"
     assert line in plan([planned])[-1].notes
     assert line in run(planned).warnings
 
