@@ -5,8 +5,8 @@
     result = qbench.run("method=dorefa", "bits=w2a2")
     print(result.top1)
 
-docs/reference/python.md describes the functions. Each is imported when it is first used, so that `import qbench` takes
-no time and does not import torch.
+docs/reference/python.md describes the functions. Each function is imported on first use, so that `import qbench` is
+fast and does not import torch.
 """
 
 from typing import TYPE_CHECKING

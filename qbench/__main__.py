@@ -1,4 +1,4 @@
-"""Lets `python -m qbench` run the command `qbench`."""
+"""Makes `python -m qbench` run the command `qbench`."""
 
 import sys
 

@@ -20,16 +20,16 @@ class Bits(NamedTuple):
 
 
 def weight_width(text: str) -> int | None:
-    """Return the width in a text such as `w8`, which leaves activations in float; None for other text."""
+    """Return the width in a text such as `w8`, which quantizes only the weights. Return None for other text."""
     match = re.fullmatch(r"w(\d{1,2})", text)
     return int(match[1]) if match and 1 <= int(match[1]) <= FLOAT else None
 
 
 @dataclass(frozen=True)
 class LevelCount:
-    """Number of levels that occur in a tensor, and number that its grid allows.
+    """Number of levels found in a tensor, and number of levels that the tensor's grid allows.
 
-    Both numbers are those of the scale group that has the most levels.
+    Both numbers belong to the scale group with the most levels.
     """
 
     found: int

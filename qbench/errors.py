@@ -1,4 +1,6 @@
-"""Defines the errors that are shown to users. Each class has an exit status. Any other exception is a bug (status 1).
+"""Defines the errors that qbench shows to users.
+
+Each class has an exit status. Any other exception is a bug (status 1).
 
 A message has at most three lines: what was found, what is allowed, what to type instead.
 """
@@ -7,25 +9,25 @@ from pathlib import Path
 
 
 class QbenchError(Exception):
-    """An error with a message for the user; `status` is the process's exit status."""
+    """An error with a message for the user. `status` is the exit status of the process."""
 
     status = 1
 
 
 class ConfigError(QbenchError):
-    """The command line or a configuration file is wrong."""
+    """The command line or a configuration file is not valid."""
 
     status = 2
 
 
 class DataError(QbenchError):
-    """A data set is missing or damaged, or it has another form than expected."""
+    """A data set is missing or damaged, or its form is not as expected."""
 
     status = 3
 
 
 class CheckpointError(QbenchError):
-    """A checkpoint or a stored result is damaged or does not fit."""
+    """A checkpoint or a stored result is damaged, or it does not fit the run."""
 
     status = 4
 
@@ -43,11 +45,11 @@ class Diverged(QbenchError):
 
 
 class ProcessesDiffer(QbenchError):
-    """Several processes of a run must compute the same, but do not."""
+    """The processes of a run have different values where the values must be equal."""
 
 
 class Interrupted(QbenchError):
-    """A signal stopped the run, or one of its processes was lost; the same command continues it."""
+    """A signal stopped the run, or a process of the run was lost. The same command continues the run."""
 
     status = 75
 
@@ -68,4 +70,4 @@ class Busy(Interrupted):
 
 
 class ProcessLost(Interrupted):
-    """One of several processes of a run ended without an error of its own, for example because it was killed."""
+    """One of several processes of a run ended without raising an error, for example because it was killed."""

@@ -1,4 +1,4 @@
-"""Builds data set, method and network, each from one node of the configuration."""
+"""Builds the data set, the method and the network, each from one node of the configuration."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from qbench.training.random_state import seed_everything
 
 
 def build_dataset(node: Node) -> Dataset:
-    """Return the data set that a node names. Runs in the same process share it.
+    """Return the data set that a node names. All runs in this process share the returned object.
 
     Raises:
         ConfigError: a key or value of the node is not valid.
@@ -53,7 +53,10 @@ def _dataset(node_json: str) -> Dataset:
 
 
 def _created_dataset(node: Node) -> Dataset:
-    """Return the data set of the function that a node names. A user's function returns one of several forms."""
+    """Call the function that a node names, and return its result as a data set.
+
+    A user's function may return one of several forms.
+    """
     name, val = str(node["name"]), float(node.get("val", registry.VAL))
     returned = registry.create("dataset", _arguments(node))
     if has_validation(returned) and val != registry.VAL and not registry.takes("dataset", node, "val"):
@@ -67,18 +70,18 @@ def _created_dataset(node: Node) -> Dataset:
 
 
 def _arguments(node: Node) -> Node:
-    """Return the node of a data set without the share of validation images, if its function does not take it."""
+    """Return the node of a data set, without the key `val` if the data set's function has no such argument."""
     takes_val = registry.takes("dataset", node, "val")
     return {key: value for key, value in node.items() if key != "val" or takes_val}
 
 
 def images_sha256(data: Dataset) -> str:
-    """Return the digest of a data set's fingerprint, which covers all images and labels in order."""
+    """Return the sha256 of all images and labels of a data set, in their order."""
     return digest({key: value for key, value in data.fingerprint().items() if key != "files_ignored"})
 
 
 def build_imageless_dataset(node: Node) -> Dataset | None:
-    """Return a data set without images, or None if the image shape and counts are not known.
+    """Return a data set without images, or None if the shape and the number of images are not known.
 
     Raises:
         ConfigError: a key or value of the node is not valid.
@@ -94,10 +97,10 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
     """Return the method at the given widths, combined with an activation method if one is named.
 
     Args:
-        activation: node of the method that quantizes the activations. Its name is `none` if `method` does that itself.
+        activation: node of a separate method for the activations. Its name is `none` if `method` quantizes them itself.
 
     Raises:
-        ConfigError: a key or value of the method does not exist.
+        ConfigError: a key or value of the method is not valid.
         Unsupported: the method does not support the widths or options, or the methods cannot be combined.
     """
     if activation["name"] == "none":
@@ -107,7 +110,7 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
 
 
 def _create_method(node: Node, bits: Bits, key: str) -> Method:
-    """Return the method that a node names. Error messages call the node `key`."""
+    """Return the method that a node names. `key` is the name of the node in error messages."""
     try:
         method = registry.create("method", node, **bits._asdict())
         if not isinstance(method, Method):
@@ -122,7 +125,7 @@ def _create_method(node: Node, bits: Bits, key: str) -> Method:
 
 
 def method_card(node: Node) -> dict[str, str]:
-    """Return the choices and deviations of a method's card, and the known deviation in use."""
+    """Return the choices and deviations in a method's card, and the known deviation that the node selects."""
     sections = registry.sections(registry.card(node["name"]))
     card = {key.lower(): sections[key] for key in ("Choices", "Deviations") if key in sections}
     deviation = registry.known_deviations(node["name"]).get(str(node.get("deviation", "none")))
@@ -134,8 +137,8 @@ def method_card(node: Node) -> dict[str, str]:
 def build_model(node: Node, data: Dataset, method: Method, seed: int, device: str = "cpu") -> nn.Module:
     """Return the float network that a node describes, with initial weights drawn from a seed.
 
-    `norm: auto` becomes the normalization that the method requires. From a user's network without an argument `norm`,
-    `no_affine` removes scale and shift of all batch normalizations.
+    `norm: auto` means the normalization that the method requires. If a user's network has no argument `norm` and the
+    method requires `no_affine`, the scale and shift of all batch normalizations are removed.
 
     Args:
         device: where the network is made; on `meta` it needs no memory.
@@ -168,7 +171,7 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
 
 
 def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
-    """Return the networks of `conf/model` that fit a checkpoint file's weights, as words to type."""
+    """Return the networks of `conf/model` that fit the weights in a checkpoint file, as overrides to type."""
     method = build_method({"name": "float"}, {"name": "none"}, Bits())
     found = []
     for words, node in _networks():
@@ -179,7 +182,7 @@ def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
 
 
 def _networks() -> Iterator[tuple[str, Node]]:
-    """Yield (words to type, node) for each network of `conf/model`, and for each form of a network with two forms."""
+    """Yield (overrides to type, node) for each network of `conf/model`. A network with two forms has two entries."""
     for name in option_names("model"):
         if not option_file("model", name).is_file():  # of another package
             continue

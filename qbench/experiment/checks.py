@@ -54,7 +54,7 @@ def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_
 
 
 def check_distill(distill: Distill, method: Method) -> None:
-    """Refuse a teacher that the method does not use, or that has no effect."""
+    """Refuse a teacher that the method does not use, or that has no effect because nothing is trained."""
     if distill.name == "method" and not method.requires.teacher:
         raise Unsupported(f"{method.name} does not use a teacher with these options; add distill=none")
     if distill.on and not method.needs_training:
@@ -62,10 +62,10 @@ def check_distill(distill: Distill, method: Method) -> None:
 
 
 def check_starts(init: str | None, distill: Distill) -> None:
-    """Refuse initial weights and teachers from runs with debug=true. A debug run itself may use them.
+    """Refuse initial weights and teachers from debug runs, unless the run itself is a debug run.
 
     Args:
-        init: the file or directory of the initial weights, or None without one.
+        init: the file or directory of the initial weights, or None if the key `init` names neither.
         distill: the node that names the teacher.
     """
     teacher = distill.teacher if distill.on and not distill.by_baseline else None
@@ -74,7 +74,7 @@ def check_starts(init: str | None, distill: Distill) -> None:
         if name and has_debug_config(path if path.is_dir() else path.parent):
             raise ConfigError(
                 f"{key}={name}: the weights of a run with debug=true mean nothing\n"
-                "name a run without it, or add debug=true to this run"
+                "name a run without debug=true, or add debug=true to this run"
             )
 
 
@@ -89,15 +89,15 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
     if optim.patience is not None and not len(data.val):
         raise ConfigError("optim.patience needs a validation split; type dataset.val=0.1 or remove optim.patience")
     if not len(data.test):
-        raise ConfigError(f"dataset={name}: its test split is empty")
+        raise ConfigError(f"dataset={name}: the test split is empty; choose another data set")
 
 
 def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int]) -> None:
-    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that fills a phase of training.
+    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that is not shorter than each phase.
 
     Args:
-        key: where the recipe is in the configuration, such as `pretrain.optim`.
-        borders: first epoch of each phase, and the number of epochs.
+        key: the dotted key of the recipe in the configuration, such as `pretrain.optim`.
+        borders: the first epoch of each phase, followed by the number of epochs.
     """
     _, batches = batch_size_and_steps(data, optim.batch_size)
     if optim.accumulate > batches:
@@ -112,7 +112,7 @@ def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int])
 
 
 def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
-    """Refuse two different keys for the weight decay of a method's quantizers."""
+    """Refuse two keys that both set the weight decay of the method's quantizers."""
     for node in nodes:
         own = node.get("decay")
         if None not in (own, optim.quantizer_decay) and own != defaults("method", str(node["name"])).get("decay"):
@@ -123,9 +123,9 @@ def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
 
 
 def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
-    """Refuse a user's network that fails on the images, or that does not return logits of the classes.
+    """Refuse a user's network that fails on the images, or that does not return one logit per class.
 
-    On the meta device, where a network may fail although it is right, its own error is raised.
+    On the meta device, even a correct network may fail. There, the error of the network itself is raised.
 
     Raises:
         ConfigError: the network does not fit the images or the classes.
@@ -140,25 +140,26 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
             f"model={name}: fails on images of shape {(2, *data.shape)} (N, C, H, W): {reason}\n"
-            "make the network fit the images: an argument shape of the function gets their (C, H, W)"
+            "make the network fit the images: qbench passes their (C, H, W) to an argument with the name shape"
         ) from error
 
 
 def check_shards(data: Dataset, optim: Optim, shards: int) -> None:
-    """Refuse shards that do not divide a batch that the number of training images has reduced."""
+    """Refuse shards that do not divide the batch, if the batch was reduced to the number of training images."""
     size, _ = batch_size_and_steps(data, optim.batch_size)
     if size % shards:
         raise ConfigError(
-            f"batch_shards={shards} does not divide {size}, the number of training images, to which "
-            f"optim.batch_size={optim.batch_size} is reduced\ntype optim.batch_size={size - size % shards or 1}"
+            f"batch_shards={shards} does not divide {size}, the number of training images; "
+            f"optim.batch_size={optim.batch_size} is reduced to this number\n"
+            f"type optim.batch_size={size - size % shards or 1}"
         )
 
 
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
     """Refuse a user's network without the normalization that the method requires.
 
-    The networks of qbench have an attribute `norm` and meet the requirement. Other networks are searched for batch
-    normalization.
+    A network of qbench has an attribute `norm` and always meets the requirement. Any other network is searched for
+    batch normalization layers.
     """
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)

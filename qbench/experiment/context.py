@@ -1,4 +1,4 @@
-"""Defines what the caller of a run provides: progress display and stop requests."""
+"""Defines the objects that the caller of a run provides, such as the progress display."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ class RunContext:
         return self.group.rank == 0
 
     def agree(self, save: bool) -> tuple[int, bool]:
-        """Return the signal that asks some process to stop, or 0, and whether some process wants to save."""
+        """Return the signal that asks any process to stop (or 0), and whether any process wants to save."""
         number, saves = self.group.largest(self.stop(), int(save))
         return number, bool(saves)
 
@@ -60,7 +60,8 @@ class RunContext:
     def evaluation_batches(self, loader: "Loader", split: str) -> "Iterator[Batch]":
         """Yield the batches of a split that this process evaluates.
 
-        Before each of them, all processes raise `Interrupted` if a signal asks one of them to stop.
+        Before each batch, all processes raise `Interrupted` if a signal has asked one of them to
+        stop.
         """
         group = self.group
         if group.size == 1:
@@ -73,7 +74,10 @@ class RunContext:
 
     @contextmanager
     def lock(self, directory: RunDirectory) -> Iterator[None]:
-        """Hold the lock of a run's directory. Process 0 takes it for all processes of the run."""
+        """Hold the lock of a run's directory within a `with` block.
+
+        Process 0 takes the lock for all processes of the run.
+        """
         group, waiting = self.group, self.waiting(directory.path)
 
         def wait() -> None:
@@ -90,7 +94,7 @@ class RunContext:
             yield
 
     def waiting(self, path: Path) -> Callable[[], None]:
-        """Return the function to call while another process has locked a run's directory.
+        """Return a function to call repeatedly while another process has locked a run's directory.
 
         The function reports the wait once. It raises `Interrupted` if a signal asks the run to stop, and `Busy` if
         this process does not wait for runs.

@@ -1,9 +1,9 @@
 """Checks that a data set has not changed since a stored run was trained on it.
 
 Images are not part of a run's identity, because the identity must be known before any data is read.
-Instead, results and checkpoints contain the digest of the images. It is compared whenever a result
-or a checkpoint is used.
-This module does not import torch unless images must be read.
+Instead, results and checkpoints contain a digest of the images. Whenever a result or a checkpoint
+is used, this digest is compared with the digest of the current images. This module does not import
+torch unless images must be read.
 """
 
 import json
@@ -22,7 +22,7 @@ from qbench.system.caches import cached_for_command
 def current_sha256(node: Node) -> str:
     """Return the digest of a data set's current images.
 
-    The images are read only if their files may have changed since they were read last.
+    The images are read only if their files may have changed since the last reading.
 
     Raises:
         DataError: the files are missing or damaged.

@@ -1,4 +1,4 @@
-"""Sets device, threads, determinism and memory allocation of this process."""
+"""Sets the device, number of threads, determinism and memory allocation of this process."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
 
 
 def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return a function that calls `run` under bfloat16 autocast and returns its output in float32."""
+    """Return a function that calls `run` under bfloat16 autocast, and returns the output of `run` in float32."""
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -29,14 +29,14 @@ def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Call
 
 
 class _Bf16Network(nn.Module):
-    """Base class that runs the forward pass of a network's own class under bfloat16 autocast."""
+    """Base class that adds bfloat16 autocast to the forward pass of a network's class."""
 
     def forward(self, images: Tensor) -> Tensor:
         return bf16_autocast(super().forward, images.device)(images)
 
 
 def as_bf16_network(model: nn.Module) -> nn.Module:
-    """Make a network's own forward pass compute in bfloat16, in place, and return the network."""
+    """Change a network in place so that its forward pass computes in bfloat16, and return the network."""
     model.__class__ = type(type(model).__name__, (_Bf16Network, type(model)), {})
     return model
 
@@ -55,8 +55,8 @@ def configure_torch(runtime: Runtime) -> None:
 def tune_malloc() -> None:
     """Make glibc keep the memory of freed activations.
 
-    By default glibc returns large blocks to the system and requests the same blocks again, page by
-    page, in every training step. Other C libraries are left unchanged.
+    By default, glibc returns large blocks to the system, and requests the same blocks again in every training step,
+    page by page. With other C libraries, this function does nothing.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if library is not None and hasattr(library, "mallopt"):
@@ -65,9 +65,9 @@ def tune_malloc() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device with a name. `auto` means the first CUDA device or, without CUDA, the CPU.
+    """Return the device for a value of `runtime.device`. `auto` means the first CUDA device or, without CUDA, the CPU.
 
-    Several processes of a run on one machine take its CUDA devices in turn.
+    If several processes of a run are on one machine, they take the CUDA devices of this machine in turn.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available() and (place := launch()) is not None:
         return torch.device("cuda", place.local_rank % torch.cuda.device_count())

@@ -29,10 +29,10 @@ from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
 NOTED_SHARE = 0.01
-"""The row has a warning if at least this share of a layer's inputs is negative and becomes 0."""
+"""Share of a layer's inputs. If at least this share is negative and becomes 0, the run's row has a warning."""
 
 VERIFIED_IMAGES = 64
-"""Number of training images for which the levels of activations and gradients are verified."""
+"""Number of training images on which the levels of activations and gradients are verified."""
 
 
 def final_result(
@@ -46,7 +46,7 @@ def final_result(
     """Evaluate and verify a trained network, write the weights, and return the result.
 
     Raises:
-        NotQuantized: some weights are still float, or some values are not on the declared levels.
+        NotQuantized: some weights of quantized layers are still float, or some values are not on the declared levels.
     """
     model = task.model
     with evaluated_weights(model, state):
@@ -57,7 +57,7 @@ def final_result(
     answers: list[Tensor] = []
     final = _evaluate(task, last, state.epoch - 1 if state.epoch else None, loader, session, answers)
     if not fully_quantized(model):
-        raise NotQuantized("after the last epoch some weights are still float")
+        raise NotQuantized("some weights are still float after the last epoch")
     images = next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0]
     verified = verify(model, images)
     session.write_predictions(torch.cat(answers))
@@ -83,7 +83,10 @@ def final_result(
 
 
 def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
-    """Return the largest number of levels allowed for weights, of layers at the method's width if there are any."""
+    """Return the largest number of levels that any layer allows for its weights.
+
+    If some layers have the method's width, only these layers count.
+    """
     layers = quantized_layers(model)
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
@@ -91,14 +94,14 @@ def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], 
 
 
 def _debug_warning(setup: ExperimentSetup) -> list[str]:
-    """Return a warning about a debug run, whose accuracy means nothing."""
+    """Return a warning that the accuracy of a debug run means nothing. Other runs have no such warning."""
     if not setup.config.debug:
         return []
     return [f"debug=true: trained on {len(setup.data.train)} images in one step; the accuracy means nothing"]
 
 
 def _baseline_note(baseline: BaselineResult | None) -> list[str]:
-    """Return a note on a float baseline from a checkpoint file."""
+    """Return a note that names the checkpoint file, if the float baseline comes from a file."""
     if baseline is None or baseline.sha256 is None:
         return []
     return [f"float: the network of {baseline.run}, sha256 {baseline.sha256[:12]}"]
@@ -126,7 +129,7 @@ def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
 
 
 def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
-    """Return warnings on data and networks whose accuracy or size does not mean what a reader expects."""
+    """Return warnings about data and networks whose accuracy or size could mislead a reader."""
     warnings = [*dataset_notes(setup.data)]
     untrained = setup.float_model()
     same_for_every_seed = _have_equal_weights(untrained, setup.float_model(seed=setup.seed + 1))
@@ -136,8 +139,8 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
         warnings += _reload_warnings(setup, model, untrained, images)
     if same_for_every_seed:
         warnings.append(
-            "the initial weights are the same for every seed (the network's function loads weights or sets a seed of "
-            "its own), so seeds differ less than they should"
+            "the initial weights are the same for every seed (the network's function loads weights or sets its "
+            "own seed), so seeds differ less than they should"
         )
     if returns_probabilities(model, images):
         warnings.append("the network returns probabilities; the loss treats them as logits and applies softmax again")
@@ -147,15 +150,15 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
     if clipped:
         worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
         warnings.append(
-            f"activations are signed, levels are not: {len(clipped)} layers set negative inputs to 0 ({worst} of them)"
+            f"{len(clipped)} layers set negative inputs to 0, because no level is negative ({worst} of the inputs)"
         )
     return warnings
 
 
 def _reload_warnings(setup: ExperimentSetup, model: nn.Module, untrained: nn.Module, images: Tensor) -> list[str]:
-    """Return a warning if a new network with the state_dict of the trained one computes other outputs.
+    """Return a warning if a new network with the state_dict of the trained network has different outputs.
 
-    The new network is made from the float network `untrained`, whose layers are replaced.
+    The new network is made by replacing the layers of the float network `untrained`.
     """
     network = setup.install(untrained).to(setup.device)
     try:
@@ -206,6 +209,6 @@ def _log_final(model: nn.Module, state: State, session: TrainingSession, final: 
 
 
 def _quantized_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return layer -> latent and quantized weights, for layers with quantized weights."""
+    """Return a map from each layer with quantized weights to its latent and its quantized weights."""
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bits.w < FLOAT}
     return {name: (layer.weight, effective_weight(layer)) for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""Checks and executes the runs of a sweep. A failed run also has a result."""
+"""Checks and executes the runs of a sweep. Failed runs have results too."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -60,11 +60,11 @@ def outcome(planned: PlannedRun) -> RunRecord:
 
 
 CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
-"""Parts of a configuration. Runs that agree in these parts are checked only once."""
+"""Parts of a configuration that determine whether two runs are of the same kind. Each kind is checked once."""
 
 
 def check(runs: Sequence[PlannedRun]) -> None:
-    """Assemble one run of each kind. An error in a configuration then stops the sweep before its first run.
+    """Assemble one run of each kind, so that an error in a configuration stops the sweep before its first run.
 
     Raises:
         ConfigError: a key or value of a run is not valid. The first bad run is reported.

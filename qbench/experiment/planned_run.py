@@ -1,4 +1,4 @@
-"""Defines a planned run: a configuration and a directory."""
+"""Defines a planned run, which is a configuration with a directory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class PlannedRun:
 
 
 def planned_run(config: Config) -> PlannedRun:
-    """Return the run of a configuration. Its directory is below `out`. Nothing is written."""
+    """Return the planned run of a configuration, with a directory below `out`. Nothing is written."""
     identity = run_identity(config)
     return PlannedRun(config, RunDirectory(identity, Path(config.out) / directory_name(identity)))
 
 
 def planned_runs(configs: Iterable[Config]) -> list[PlannedRun]:
-    """Return the runs of some configurations, one per directory."""
+    """Return the planned runs of configurations. Configurations with the same directory give one run."""
     return list({run.path: run for run in map(planned_run, configs)}.values())

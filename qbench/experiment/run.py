@@ -42,13 +42,13 @@ PROBE_IMAGES = 256
 def run(
     planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False, replace_other_data: bool = False
 ) -> Result:
-    """Return a run's stored result. If there is none, execute the run, from the newest checkpoint if any.
+    """Return a run's result. If no result is stored, execute the run, or continue it from its newest checkpoint.
 
     Args:
-        intact: whether to use a stored result only if best.pt is also intact. This is needed if another run will
-            load best.pt.
-        replace_other_data: whether to train again if the stored result was measured on other
-            images than the data set contains now. Otherwise this is an error.
+        intact: whether to accept a stored result only if best.pt is intact too. This is needed if another run will load
+            best.pt.
+        replace_other_data: whether to train again, instead of raising an error, if the images of the data set have
+            changed since the result was stored.
 
     Raises:
         QbenchError: any class in `qbench.errors`. A run that has started keeps its directory.
@@ -98,15 +98,18 @@ def run(
 
 
 def _baseline_result(setup: ExperimentSetup, context: RunContext) -> Result:
-    """Return the result of the float baseline. `rerun=true` trains it again only if the images have changed."""
+    """Return the result of the float baseline.
+
+    With `rerun=true`, it is trained again only if the images have changed.
+    """
     return run(setup.baseline, context, intact=True, replace_other_data=setup.config.rerun)
 
 
 def _stored(planned: PlannedRun, intact: bool, replace_other_data: bool, context: RunContext) -> Result | None:
-    """Return the stored result, or None. With `intact`, best.pt must be intact too. Report damaged files.
+    """Return the stored result, or None. With `intact`, best.pt must be intact too. Damaged files are reported.
 
     Raises:
-        CheckpointError: the result was measured on other images, and `replace_other_data` is false.
+        CheckpointError: the images have changed since the result was stored, and `replace_other_data` is false.
     """
     directory = planned.directory
     stored = directory.stored()
@@ -169,10 +172,10 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 
 
 def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: TrainingSession) -> None:
-    """Write the manifest. Warn if the checkpoint was saved by other code or another version of torch."""
+    """Write the manifest. Warn if different code or a different version of torch saved the checkpoint."""
     path, resumed = directory.path / "manifest.json", session.saved is not None
     for change in manifest.changed_since(path) if resumed else ():
-        session.context.reporter.say(f"warning: the run began under {change}; rerun=true starts over")
+        session.context.reporter.say(f"warning: the run began with {change}; to start over, add rerun=true")
     manifest.write(
         path,
         numerics=directory.identity.keys["runtime"],
@@ -186,10 +189,10 @@ def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: Tr
 def _initial_model(
     setup: ExperimentSetup, baseline: Result | None, loader: Loader, session: TrainingSession
 ) -> tuple[nn.Module, BaselineResult | None]:
-    """Return the quantized network on its device, and the float baseline to compare with.
+    """Return the quantized network on its device, and the float baseline with which it is compared.
 
-    Initial weights are loaded if no checkpoint exists. If the initial weights come from a file, their
-    network is the baseline, and it is evaluated before it is quantized.
+    Initial weights are loaded if no checkpoint exists. If they come from a file, the float network in this file is the
+    baseline, which is evaluated before it is quantized.
     """
     model, compared = setup.float_model(), None
     if setup.config.starts_from_file:

@@ -1,4 +1,4 @@
-"""Connects training to the run's directory: resumes, logs, saves and stops."""
+"""Connects training to the run's directory: resumes training, writes logs and checkpoints, and stops on signals."""
 
 import io
 import os
@@ -29,13 +29,11 @@ from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
 from qbench.training.task import Task
 
-"""The content of a checkpoint: `identity` of the run, `data`, `state` of the training, `session`."""
+"""The content of a checkpoint: `identity` of the run, `data` digest, `state` of training, and `session` counters."""
 
 
 class TrainingSession:
-    """The connection of a run's training to the run's directory.
-
-    It continues from the newest checkpoint.
+    """Connects the training of a run to the run's directory, and resumes from the newest checkpoint.
 
     Args:
         directory: the directory of the run, locked by this process.
@@ -43,8 +41,8 @@ class TrainingSession:
         runtime: settings of the execution.
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
-        texts: title -> text, for TensorBoard.
-        data_sha256: digest of the images. Every checkpoint contains it.
+        texts: title -> text to show in TensorBoard.
+        data_sha256: digest of the images, which every checkpoint contains.
 
     Attributes:
         saved: the checkpoint to continue from, or None for a new run.
@@ -81,11 +79,11 @@ class TrainingSession:
 
     @property
     def wall_seconds(self) -> float:
-        """The seconds spent on this run, including those before an interruption."""
+        """The seconds spent on this run, including the time before interruptions."""
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def watch(self, task: Task, state: State, images: int) -> Callbacks:
-        """Return the functions that the training loop calls. `images` is the batch size."""
+        """Return the functions that the training loop calls. `images` is the number of images in a batch."""
         context, reporter = self.context, self.context.reporter
         reporter.start(self.title, task.epochs * task.steps, state.step, images)
         self.monitor.begin(task.model, state.step)
@@ -111,11 +109,11 @@ class TrainingSession:
         return Callbacks(step, epoch, lambda state: self.save(task, state))
 
     def save(self, task: Task, state: State) -> None:
-        """Write a checkpoint from which the run can continue, if this process writes.
+        """Write a checkpoint from which the run can continue. Only process 0 writes.
 
         Raises:
-            Diverged: the state contains inf or nan, or `TrainingMonitor.check` raises this error. In both cases nothing
-                is written.
+            Diverged: the state contains inf or nan, or `TrainingMonitor.check` raises this error. In both cases, no
+                checkpoint is written.
         """
         if not self.context.writes:
             return
@@ -149,7 +147,7 @@ class TrainingSession:
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
     def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:
-        """Return the training speed without evaluation, averaged over all `epochs`, and the peak memory."""
+        """Return the training speed, averaged over all `epochs` and without evaluation, and the peak memory."""
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
         return TrainingSpeed(
@@ -173,7 +171,7 @@ class TrainingSession:
         """Return the newest intact checkpoint, or None if there is none.
 
         Raises:
-            CheckpointError: the run had other images when the checkpoint was saved.
+            CheckpointError: the images of the data set have changed since the checkpoint was saved.
         """
         directory = self.directory
         saved = load_newest(directory.checkpoints(), directory.identity.digest, self.context.reporter.say)
@@ -185,7 +183,7 @@ class TrainingSession:
 def _peak_bytes() -> int:
     """Return the peak memory of this process in bytes.
 
-    On Linux, /proc is read because getrusage also counts the memory of the parent process.
+    On Linux, the value comes from /proc, because getrusage also counts the memory of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -196,7 +194,10 @@ def _peak_bytes() -> int:
 
 
 def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
-    """Write a result with status `failed` or `diverged`, and the traceback. If this fails, only print why."""
+    """Write a result with status `failed` or `diverged`, and the traceback.
+
+    If writing fails, print the reason instead.
+    """
     try:
         reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
         directory.finish(directory.new_result(status, reason))

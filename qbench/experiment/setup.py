@@ -1,7 +1,7 @@
 """Builds the parts of an experiment from a configuration.
 
-Only this file reads a whole configuration. Each builder receives one node of the configuration.
-Later stages use the parts that were built.
+Only this file reads a whole configuration. Each builder receives one node of it. Later stages use the parts that the
+builders return.
 """
 
 import shlex
@@ -59,18 +59,18 @@ from qbench.training.checkpoint import DoesNotFit
 from qbench.training.initial_weights import InitialWeights, load_initial_weights, load_quantizers
 
 DEBUG_IMAGES = 64
-"""Number of validation images, and of test images, of a debug run."""
+"""Number of validation images, and number of test images, in a debug run."""
 
 
 @dataclass(frozen=True)
 class ExperimentSetup:
-    """The parts of an experiment, checked against each other before anything is written.
+    """The parts of an experiment. Before anything is written, they are checked for contradictions.
 
     Args:
         config: the configuration from which the parts were made.
         data: the data set.
         method: the quantization method.
-        policy: the rules for the widths of layers.
+        policy: the rules that determine the width of each layer.
         macs: layer -> multiply-accumulates for one image.
         device: the device on which the network is trained.
         group: the processes of the run.
@@ -154,7 +154,7 @@ class ExperimentSetup:
 
     @property
     def network(self) -> dict[str, str]:
-        """The network's normalization, if it differs from the default."""
+        """The network's normalization, such as {"norm": "no_affine"}, or an empty map for the default."""
         norm = self.method.requires.norm or self.config.model.get("norm", "auto")
         return {} if norm in ("auto", "affine") else {"norm": str(norm)}
 
@@ -170,7 +170,7 @@ class ExperimentSetup:
 
     @property
     def card(self) -> dict[str, dict[str, str]]:
-        """Choices and deviations from the method cards, to store with the result."""
+        """The choices and deviations in the method cards, which are stored with the result."""
         nodes = [node for node in (self.config.method, self.config.activation) if node["name"] != "none"]
         return {str(node["name"]): method_card(node) for node in nodes}
 
@@ -180,7 +180,7 @@ class ExperimentSetup:
         return Shards(self.config.batch_shards, self.seed, self.group)
 
     def loader(self, data: Dataset | None = None) -> Loader:
-        """Return the loader of batches of the run's data, or of other data. Batches are on the run's device."""
+        """Return a loader of batches of the run's data, or of other given data. Batches are on the run's device."""
         workers, shards = self.runtime.num_workers, self.shards
         return Loader(
             data or self.data, self.optim.batch_size, self.seed, self.device, workers, shards.count, shards.own
@@ -191,7 +191,7 @@ class ExperimentSetup:
 
         Args:
             device: where the network is made.
-            seed: the seed of the initial weights, by default that of the run.
+            seed: the seed of the initial weights; by default, the run's seed.
         """
         return build_model(self.config.model, self.data, self.method, self.seed if seed is None else seed, device)
 
@@ -212,27 +212,33 @@ class ExperimentSetup:
         """Load the checkpoint file that `init` names.
 
         Raises:
-            CheckpointError: the file is damaged or does not fit. The message names networks that fit.
+            CheckpointError: the file is damaged or does not fit the network. The message names networks that the file
+                fits.
         """
         path, new_head = Path(self.config.init), self.config.model.get("head") == "new"
         try:
             return load_initial_weights(model, path, new_head=new_head, foreign_names=self.method.foreign_names)
         except DoesNotFit as error:
             fitting = networks_that_fit(path, self.data)
-            found = f"it fits {', '.join(fitting)}" if fitting else "it fits no network of qbench (qbench list)"
+            found = (
+                f"the file fits {', '.join(fitting)}" if fitting else "the file fits no network of qbench (qbench list)"
+            )
             raise CheckpointError(f"{error}\n{found}") from None
 
     def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the function that computes the network's output in training and evaluation.
 
-        The function is compiled or runs in bfloat16 if `runtime` says so. Measurements and
-        verification call the network itself, in float32.
+        `runtime` determines whether this function is compiled and whether it runs in bfloat16. Measurements and
+        verification instead call the network itself, in float32.
         """
         run: Callable[[Tensor], Tensor] = torch.compile(model) if self.runtime.compile else model
         return bf16_autocast(run, self.device) if self.runtime.precision == "bf16" else run
 
     def with_teacher(self, baseline: Path | None) -> Method:
-        """Return the method, with a teacher if there is one. `baseline` is the baseline's path."""
+        """Return the method, with a teacher if the configuration has one.
+
+        `baseline` is the path of the float baseline.
+        """
         distill = self.config.distill
         if not distill.on:
             return self.method
@@ -259,10 +265,10 @@ class ExperimentSetup:
         )
 
     def _load_teacher(self) -> nn.Module:
-        """Return the teacher, the network of a finished run, with the run's best weights.
+        """Load the teacher, which is the network of a finished run with the run's best weights.
 
         Raises:
-            ConfigError: the teacher was trained on other data, or it names code that is not trusted.
+            ConfigError: the teacher was trained on another data set, or its config.yaml names code that is not trusted.
             CheckpointError: the images of the teacher's data set have changed.
         """
         run, dataset, data = Path(self.config.distill.teacher), self.config.dataset["name"], self.data
@@ -295,8 +301,8 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
 
     Args:
         group: the processes that share the run. None means that there is only one.
-        planned: whether to build published data sets from their known shapes and counts, without images. The setup then
-            cannot train.
+        planned: whether to build published data sets without images, from their known shapes and counts. Such a setup
+            cannot be used for training.
 
     Raises:
         ConfigError: keys or values are not valid, or they contradict each other.

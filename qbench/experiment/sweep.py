@@ -52,7 +52,8 @@ def launch_all(
 ) -> list[RunRecord]:
     """Let a launcher execute the runs in several processes. Return their outcomes.
 
-    There are at most as many workers as fit on the cores, each with its threads, and at least one.
+    The number of workers times the threads of a worker is at most the number of cores, but there is
+    at least one worker.
 
     Raises:
         ConfigError: the launcher does not exist or does not accept a key.

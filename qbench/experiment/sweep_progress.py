@@ -24,10 +24,10 @@ EPOCH_SECONDS = 30.0
 
 
 class Display(Protocol):
-    """Shows the events of a sweep."""
+    """Interface of classes that show the events of a sweep."""
 
     def show(self, events: Events) -> None:
-        """Show what happened since the previous call."""
+        """Show the events since the previous call."""
 
     def stop(self) -> None:
         """End the display."""
@@ -37,7 +37,7 @@ class Display(Protocol):
 def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
     """Show how many runs of a sweep are done, running and waiting, within a `with` block.
 
-    A thread reads the directories, so the display works with every launcher.
+    A thread reads the progress from the directories of the runs, so the display works with every launcher.
 
     Args:
         workers: the largest number of runs at a time.
@@ -64,7 +64,7 @@ def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
 
 
 class EventLines:
-    """Prints one line for each event, without control characters."""
+    """Prints one line for each event. The lines contain no control characters."""
 
     def __init__(self, status: SweepStatus) -> None:
         self._status = status
@@ -182,7 +182,7 @@ def duration(seconds: float) -> str:
 
 
 def outcome(result: Result) -> tuple[str, ...]:
-    """Return a run's accuracy and time, or the reason why it has none."""
+    """Return a run's accuracy and time or, if it has no accuracy, the reason."""
     if result.status != "done" or result.final is None:
         reason = (result.reason or "").partition("\n")[0]
         return (f"{result.status}: {''.join(letter if letter.isprintable() else '?' for letter in reason)}",)

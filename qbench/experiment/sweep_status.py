@@ -1,4 +1,4 @@
-"""Reads the state of a sweep from the directories of its runs. This works with every launcher."""
+"""Reads the state of a sweep from the directories of its runs, whichever launcher has started the runs."""
 
 import json
 import os
@@ -19,7 +19,10 @@ from qbench.system import files
 from qbench.system.locks import is_locked
 
 TAIL_BYTES = 4096
-"""Number of bytes at the end of metrics.jsonl that are read. The record of an epoch is the last line of the epoch."""
+"""Number of bytes to read at the end of metrics.jsonl.
+
+They include the newest epoch's record, which is its last line.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +44,15 @@ class EpochMetrics:
 
 @dataclass(kw_only=True)
 class RunInWork:
-    """A run in progress: some process is working on it.
+    """A run that some process is working on.
 
     Args:
         path: the run's directory.
         name: the run's name in the display.
         epochs: number of epochs of training.
         since: when the run was first seen, in seconds.
-        first: the newest epoch when the run was first seen; None for a run that was not continued.
-        latest: the newest epoch; None before the end of the first epoch.
+        first: the newest epoch when the run was first seen, or None if the run had no epoch yet.
+        latest: the newest epoch, or None before the end of the first epoch.
         recorded: when the newest epoch was first seen, in seconds.
     """
 
@@ -68,7 +71,7 @@ class RunInWork:
 
     @property
     def seconds_left(self) -> float | None:
-        """The estimated seconds of training that are left; None before the end of the first epoch."""
+        """The estimated seconds of training that are left, or None before the end of the first epoch."""
         if not self.latest:
             return None
         seen = self.latest.epoch - (self.first.epoch if self.first else -1)
@@ -76,7 +79,7 @@ class RunInWork:
         return max(per_epoch * (self.epochs - self.done) - (time.monotonic() - self.recorded), 0.0)
 
     def update(self) -> bool:
-        """Read the newest record. Return whether it is new."""
+        """Read the record of the newest epoch. Return whether it was not read before."""
         newest = read_epoch(self.path)
         if newest is None or newest == self.latest:
             return False
@@ -86,7 +89,7 @@ class RunInWork:
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """What happened since the previous call of `SweepStatus.look`: runs begun, epochs recorded, runs finished."""
+    """The events since the previous call of `SweepStatus.look`: runs that began, recorded epochs, and finished runs."""
 
     started: list[RunInWork]
     epochs: list[RunInWork]
@@ -122,12 +125,12 @@ class SweepStatus:
 
     @property
     def completed(self) -> float:
-        """The number of runs done, plus the fractions done of the runs in progress."""
+        """The number of finished runs, plus the completed fraction of each run in progress."""
         own = [run for path, run in self.in_work.items() if path in self._planned and run.epochs]
         return len(self.done) + sum(run.done / run.epochs for run in own)
 
     def look(self) -> Events:
-        """Read the directories, and return what happened since the previous call."""
+        """Read the directories, and return the events since the previous call."""
         finished = list(self._finished())
         waiting = [path for path in self._planned if path not in self.done]
         locked = {path for path in (*waiting, *self._baselines()) if _is_in_work(path)}
@@ -159,7 +162,7 @@ class SweepStatus:
 
 
 def run_names(runs: Sequence[PlannedRun]) -> dict[Path, str]:
-    """Return a name for each run, with the options and folders that differ within the sweep."""
+    """Return a name for each run, made of the options and folders that differ within the sweep."""
     options: dict[tuple[str, str], set[str]] = defaultdict(set)
     for planned in runs:
         for key, value in planned.identity.options.items():
@@ -177,7 +180,7 @@ def run_names(runs: Sequence[PlannedRun]) -> dict[Path, str]:
 
 
 def read_epoch(path: Path) -> EpochMetrics | None:
-    """Return the newest record of an epoch in a run's metrics.jsonl, or None without one."""
+    """Return the record of the newest epoch in a run's metrics.jsonl, or None if there is no such record."""
     try:
         with open(path / "metrics.jsonl", "rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))

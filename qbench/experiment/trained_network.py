@@ -1,4 +1,4 @@
-"""Reads a finished run's configuration and weights, to build the network again."""
+"""Reads the configuration and the weights of a finished run, from which its network can be rebuilt."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,15 @@ from qbench.training.initial_weights import load_published
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
-    """Return a finished run's configuration and checkpoint. The configuration has no initial weights and no teacher.
+    """Return a finished run's configuration and checkpoint.
+
+    Initial weights and teacher are removed from the configuration.
 
     Args:
         run: directory of the run.
         named: name of the run in error messages.
-        weights: `best` for the best weights on validation, `last` for those of the last epoch.
+        weights: `best` for the weights with the best validation accuracy, `last` for the weights of
+            the last epoch.
         device: device to set in the configuration.
 
     Raises:

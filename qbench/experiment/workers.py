@@ -117,7 +117,7 @@ def _prepare_worker(parent: int, workers: int, gpus: Sequence[str], per_run: flo
 
 
 def _checked(pool: Executor, runs: Sequence[PlannedRun], stop: Callable[[], int]) -> bool:
-    """Check the runs in a process. Return False if the process was killed or a signal came.
+    """Check the runs in a separate process. Return False if this process was killed or a signal arrived.
 
     Raises:
         ConfigError: a key or value of a run is not valid.
@@ -139,7 +139,7 @@ def _checked(pool: Executor, runs: Sequence[PlannedRun], stop: Callable[[], int]
 def _finish(pool: Executor, waiting: RunQueue, workers: int, stop: Callable[[], int]) -> list[PlannedRun]:
     """Execute the waiting runs in a pool. If a process was killed, return the runs that were in progress.
 
-    The runs that had not begun then remain in `waiting`.
+    After a process was killed, runs that had not begun remain in `waiting`.
     """
     from joblib.externals.loky.process_executor import BrokenProcessPool
 

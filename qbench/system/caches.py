@@ -1,4 +1,4 @@
-"""Caches the content of files. The caches are valid during one command, or one call of the Python interface."""
+"""Caches the content of files. A cache is valid during one command or one call of the Python interface."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,6 +22,6 @@ def cached_for_command(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T
 
 
 def clear_caches() -> None:
-    """Empty all caches, because files may have changed since the last command."""
+    """Empty all caches. This is necessary between commands, because files may have changed."""
     for clear in _clear:
         clear()

@@ -16,7 +16,7 @@ T = TypeVar("T")
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value that JSON can represent."""
 YAML_BYTES, YAML_VALUES = 2**16, 2**14
-"""Maximum size in bytes and number of values of a YAML file. qbench's own files stay below a tenth."""
+"""Maximum number of bytes and of values in a YAML file. The files of qbench stay below a tenth of both."""
 
 
 def write(path: Path, data: bytes) -> None:
@@ -26,7 +26,7 @@ def write(path: Path, data: bytes) -> None:
     directory is synced.
 
     Raises:
-        ResourceError: disk space or permissions prevent writing. The old file is unchanged.
+        ResourceError: disk space or permissions prevent writing. The old content of the file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -51,7 +51,7 @@ def write_json(path: Path, values: Mapping[str, Json]) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Return a file's bytes. Pipes and devices are refused, because their data might never end.
+    """Return the bytes of a file. Pipes and devices are refused, because their data might never end.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -64,8 +64,7 @@ def read(path: Path) -> bytes:
 def read_yaml(path: Path) -> Any:
     """Return the plain values of a YAML file. Tags that create objects are refused.
 
-    The file's size and the number of values are limited. For the second limit, an alias is replaced by
-    the values that it repeats.
+    The file's size and the number of values are limited. A YAML alias counts as all values that it repeats.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -108,14 +107,14 @@ def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
                 waiting.append(value)
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in keys:
-                        raise ConfigError(f"{path}: line {key.start_mark.line + 1}: {key.value} is there twice")
+                        raise ConfigError(f"{path}: line {key.start_mark.line + 1}: {key.value} occurs twice")
                     keys.add(key.value)
         else:
             waiting += part.value
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Return the number of values in a node with aliases expanded, or inf if it contains itself."""
+    """Return the number of values in a node with all aliases expanded, or inf if the node contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -134,7 +133,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in some bytes, or None if they are corrupt or not an object."""
+    """Return the JSON object in `data`, or None if the content is corrupt or not an object."""
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is not valid JSON")
@@ -164,7 +163,7 @@ def make_directory(path: Path) -> None:
 
 
 def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
-    """Run an action that writes. Convert an OSError to an error with the path and the bytes needed.
+    """Run an action that writes a file. Convert an OSError to an error that states the path and the needed bytes.
 
     Raises:
         ResourceError: the action raised an OSError.
@@ -176,7 +175,7 @@ def convert_os_errors(action: Callable[[], T], path: Path, need: int = 0) -> T:
 
 
 def resource_error(error: OSError, path: Path, need: int = 0) -> ResourceError:
-    """Return an error with the reason why the system could not write."""
+    """Return an error that states why the system could not write."""
     needed = f" ({need:,} bytes needed)" if need else ""
     why = error.strerror or error
     return ResourceError(
@@ -185,7 +184,7 @@ def resource_error(error: OSError, path: Path, need: int = 0) -> ResourceError:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable with fsync."""
+    """Call fsync on a directory, so that earlier renames in this directory are durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,7 @@
-"""Locks on files. The operating system releases a lock when the process that holds it ends.
+"""Locks files. The operating system releases a lock when the process that holds the lock ends.
 
-Some file systems have no locks. Their errors do not mean that another process holds the lock.
+Some file systems do not support locks. An error of such a file system does not mean that the file
+is locked.
 """
 
 import errno
@@ -14,15 +15,15 @@ from pathlib import Path
 from qbench.system import files
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
-"""Errors of file systems that have no locks."""
+"""Errors of file systems that do not support locks."""
 POLL_SECONDS = 0.5
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Lock a file within a `with` block. The file is created if it is missing, and it is not removed.
+    """Lock a file within a `with` block. A missing file is created. The file is not removed afterwards.
 
-    If the file system has no locks, print a warning and continue without a lock.
+    If the file system does not support locks, print a warning and continue without a lock.
 
     While another process holds the lock, call `waiting` every 0.5 s.
 
@@ -41,7 +42,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise files.resource_error(error, path) from error
-            why = "the file system has no locks; start no other process that writes there"
+            why = "the file system does not support locks; start no other process that writes there"
             print(f"warning: {path}: {why}", file=sys.stderr)
             break
     try:
@@ -53,7 +54,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 def is_locked(path: str | Path) -> bool:
     """Whether another process has locked a file. False if the file is missing or its lock cannot be tested.
 
-    The file is opened for reading only, because the file system may be read-only.
+    The file is opened only for reading, because the file system may be read-only.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

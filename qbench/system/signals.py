@@ -1,4 +1,4 @@
-"""Stops a process on a signal: after the current training step, or within a time limit if there is no step."""
+"""Stops a process on a signal: after the current training step or, if none is in progress, within a time limit."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ _step = threading.RLock()
 
 @contextmanager
 def step_in_progress() -> Iterator[None]:
-    """Delay the time limit of a signal until the `with` block ends."""
+    """Start the time limit of a signal only when the `with` block ends."""
     with _step:
         yield
 
@@ -69,11 +69,12 @@ def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns SIGINT after Ctrl-C, or 0. For runs inside a user's own process.
+    """Yield a function that returns SIGINT after Ctrl-C, and 0 before. It is meant for runs in a user's own process.
 
-    Unlike `stop_on_signals`, this function never ends the process. After Ctrl-C, the work in the `with` block is
-    expected to stop soon, and `KeyboardInterrupt` is raised at the end of the block. A second Ctrl-C raises it at once.
-    Python allows signal handlers only in the main thread. In other threads, the yielded function always returns 0.
+    Unlike `stop_on_signals`, this function never ends the process. After Ctrl-C, the code in the `with` block is
+    expected to stop soon, and the end of the block raises `KeyboardInterrupt`. A second Ctrl-C raises
+    `KeyboardInterrupt` at once. Python allows signal handlers only in the main thread. In other threads, the yielded
+    function always returns 0.
     """
     number = 0
 
@@ -99,7 +100,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], int]]:
 
 
 def end_with_parent(parent: int) -> None:
-    """Start a thread that ends this process as soon as its parent process, `parent`, has ended."""
+    """Start a thread that ends this process as soon as the parent process with the number `parent` has ended."""
 
     def watch() -> None:
         while os.getppid() == parent:

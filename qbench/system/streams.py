@@ -1,8 +1,8 @@
-"""Makes stdout and stderr survive the loss of their reader or terminal.
+"""Makes stdout and stderr usable after their reader or terminal is lost.
 
-A run must not fail because nobody reads its messages. Messages on stderr are therefore dropped if
-they cannot be written. Output on stdout is dropped if its reader has ended, as in `| head -1`. If the
-disk is full, writing to stdout still raises an error, because the user wants that file.
+A run must not fail because nobody reads its messages. Messages to stderr are therefore dropped if they cannot be
+written. Output to stdout is dropped if the reading process has ended, as in `| head -1`. If stdout is a file and the
+disk is full, writing still raises an error, because the user wants this file.
 """
 
 import errno
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 READER_GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET})
-"""Errors of a closed pipe, a terminal that was hung up, a closed descriptor and a closed socket."""
+"""Errors of a closed pipe, a disconnected terminal, a closed descriptor and a closed socket."""
 
 
 class LossyFile(io.FileIO):
-    """A file descriptor that drops data if writing raises one of the errors `dropped` (None: any error)."""
+    """A file descriptor that drops data if writing raises an error in `dropped` (None: any error)."""
 
     def __init__(self, descriptor: int, dropped: frozenset[int] | None) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self._dropped = dropped
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Write some bytes, and return their number. If the descriptor is non-blocking, wait until it is writable."""
+        """Write bytes, and return how many. If the descriptor is non-blocking, wait until it is writable."""
         try:
             while (count := super().write(data)) is None:
                 select.select([], [self], [])
@@ -39,11 +39,11 @@ class LossyFile(io.FileIO):
 
 
 def keep_running_without_reader() -> None:
-    """Replace sys.stdout and sys.stderr by streams that survive the loss of their reader.
+    """Replace sys.stdout and sys.stderr by streams that drop data after their reader is lost.
 
-    Characters that the encoding lacks are written as escapes. Closed descriptors (`>&-`) are opened
-    on the null device. Otherwise the next file that is opened, such as a log, would get the number
-    of stdout. If a caller has already replaced sys.stdout or sys.stderr, its stream is kept.
+    Characters that the encoding lacks are written as escapes. Closed descriptors (`>&-`) are opened on the null device.
+    Otherwise, the next opened file, such as a log, would get the descriptor number of stdout. If a caller has already
+    replaced sys.stdout or sys.stderr, the caller's stream is kept.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -60,7 +60,7 @@ def keep_running_without_reader() -> None:
 
 
 def _lossy(stream: TextIO | None, original: TextIO | None, descriptor: int, dropped: frozenset[int] | None) -> TextIO:
-    """Return the stream to use for a descriptor. It has the encoding of the current stream."""
+    """Return a stream for a descriptor that may drop data. It has the encoding of the current stream."""
     if stream is not original and stream is not None:
         return stream
     encoding, lines = getattr(stream, "encoding", "utf-8"), descriptor == 2 or os.isatty(descriptor)

@@ -1,8 +1,8 @@
-"""Imports torchvision. A plain import fails with some CPU-only builds of torch.
+"""Imports torchvision. `import torchvision` fails with some CPU-only builds of torch.
 
-With such builds the compiled part of torchvision is missing, and `import torchvision` raises
-"operator torchvision::nms does not exist". Networks and data sets do not need this operator. If the
-operators are declared without an implementation, the import succeeds.
+With such builds, the compiled part of torchvision is missing, and the import raises "operator
+torchvision::nms does not exist". Networks and data sets do not need this operator. After the
+missing operators are declared without an implementation, the import succeeds.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from qbench.errors import CheckpointError
 _BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _MISSING = re.compile(r"operator torchvision::\w+ does not exist")
 _declared: list[torch.library.Library] = []
-"""The library objects. An operator exists only as long as its library object."""
+"""The library objects that declare operators. An operator exists only as long as its library object does."""
 
 
 @cache
 def torchvision() -> ModuleType:
-    """Import and return torchvision. Declare operators only if the plain import fails."""
+    """Import and return torchvision. Missing operators are declared only if the ordinary import fails."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -38,14 +38,14 @@ def torchvision() -> ModuleType:
 
 
 def imagenet_weights(net: str, *, download: bool) -> Path:
-    """Return the path of torchvision's first ImageNet weights of a network, in torch's cache of downloads.
+    """Return the path of torchvision's first version of ImageNet weights for a network, in torch's download cache.
 
     Args:
         download: whether to fetch the file if it is missing.
 
     Raises:
         ValueError: torchvision has no weights for a network of this name.
-        CheckpointError: the file is damaged, or it is missing and cannot or must not be fetched.
+        CheckpointError: the file is damaged, or it is missing and was not fetched.
     """
     models = torchvision().models
     if net not in models.list_models(module=models):
@@ -59,10 +59,12 @@ def imagenet_weights(net: str, *, download: bool) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), progress=False)
         except OSError as error:
-            raise CheckpointError(f"init=imagenet: {error}\nput {url} at {path} by hand") from None
+            raise CheckpointError(f"init=imagenet: {error}\ndownload {url} to {path} yourself") from None
     stated = path.stem.rpartition("-")[2]  # torchvision's names end with the first digits of the file's sha256
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(stated):
-        raise CheckpointError(f"init=imagenet: {path} is damaged: its sha256 does not begin with {stated}; delete it")
+        raise CheckpointError(
+            f"init=imagenet: {path} is damaged: its sha256 does not begin with {stated}; delete the file"
+        )
     return path
 
 

@@ -1,8 +1,8 @@
-"""Packs checkpoints into bytes, with a digest that is verified before parsing.
+"""Packs checkpoints into bytes, and adds a digest that is verified before a checkpoint is parsed.
 
-The digest is at the end of the file, because `torch.load` ignores bytes after the archive. The file therefore remains
-an ordinary checkpoint that loads with `weights_only=True`. Without the digest, a file with flipped bits could load
-without an error.
+Without the digest, a file with flipped bits could load without an error. The digest is at the end of the file, because
+`torch.load` ignores bytes after the archive. The file therefore remains an ordinary checkpoint that loads with
+`weights_only=True`.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ _MARK = b"\nqbench sha256 "
 _FOOTER_BYTES = len(_MARK) + 64
 
 EXTRA_BYTES = 2**29
-"""Bytes of memory that reading a checkpoint may need in addition to 8 times the file's size."""
+"""Number of bytes that reading a checkpoint may allocate in addition to 8 times the file's size."""
 
 MAX_NAME_BYTES = 2**24
-"""Maximum size in bytes of the names and shapes in a checkpoint. It is enough for some hundred thousand tensors."""
+"""Maximum number of bytes of the names and shapes in a checkpoint, enough for several hundred thousand tensors."""
 
 
 Saved = dict[str, Any]
-"""The content of a checkpoint: `identity`, `state` of the training, `session` counters."""
+"""The content of a checkpoint: `identity` of the run, `state` of training, and `session` counters."""
 
 
 def pack(state: Mapping[str, object]) -> bytes:
-    """Return a checkpoint of nested tensors, numbers and strings, with its digest at the end."""
+    """Return the bytes of a checkpoint of nested tensors, numbers and strings, followed by the digest."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     body = buffer.getvalue()
@@ -63,7 +63,7 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
     """Return the newest intact checkpoint of a run, from which the run can continue.
 
-    Damaged checkpoints that are newer are removed.
+    Newer checkpoints, which are damaged, are removed.
 
     Args:
         paths: `state-<step>.pt` files, newest first.
@@ -87,7 +87,7 @@ def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], No
 
 
 def _saved_step(saved: Saved, path: Path) -> int:
-    """Return the step at which a checkpoint was saved."""
+    """Return the number of the training step at which a checkpoint was saved."""
     try:
         if not isinstance(saved["session"], dict):
             raise TypeError
@@ -97,7 +97,7 @@ def _saved_step(saved: Saved, path: Path) -> int:
 
 
 def has_digest(data: bytes) -> bool:
-    """Return whether a file ends with a digest, like the files of `pack`."""
+    """Return whether a file ends with a digest, as the files made by `pack` do."""
     return data[-_FOOTER_BYTES:][: len(_MARK)] == _MARK
 
 
@@ -105,8 +105,8 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
     """Return the dictionary in any file of `torch.save`. Code in the file is never run.
 
     Raises:
-        CheckpointError: the file is not a checkpoint, or the checksums inside do not match. The format before torch 1.6
-            has no checksums.
+        CheckpointError: the file is not a checkpoint, or its checksums do not match. The format before torch 1.6 has no
+            checksums.
     """
     if is_zip(data):
         _check_zip(data, source)
@@ -128,12 +128,12 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
 
 
 def is_zip(data: bytes) -> bool:
-    """Return whether a checkpoint has the format since torch 1.6, with a checksum per tensor."""
+    """Return whether a checkpoint has the zip format of torch 1.6 and later, with a checksum per tensor."""
     return data[:4] == b"PK\x03\x04"
 
 
 def _check_zip(data: bytes, source: str) -> None:
-    """Raise `CheckpointError` if an archive is damaged, compressed or has too many names."""
+    """Raise `CheckpointError` if an archive is damaged or compressed, or if it has too many names."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
@@ -181,7 +181,7 @@ def cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_nonfinite(value: object, name: str = "") -> str | None:
-    """Return the dotted name of the first tensor with inf or nan in nested containers.
+    """Return the dotted name of the first tensor in nested containers that contains inf or nan.
 
     Return None if all tensors are finite.
     """
@@ -193,11 +193,14 @@ def first_nonfinite(value: object, name: str = "") -> str | None:
 
 
 class DoesNotFit(CheckpointError):
-    """The tensors of a checkpoint belong to another network."""
+    """The tensors of a checkpoint do not fit the network."""
 
 
 class LoadedWeights(NamedTuple):
-    """Names of skipped tensors (those of quantizers), and of new tensors (those of the network that the file lacks)."""
+    """Names of the tensors that a file and a network do not share.
+
+    Skipped tensors are tensors of quantizers in the file. New tensors are tensors of the network that the file lacks.
+    """
 
     skipped: list[str]
     new: list[str]
@@ -206,12 +209,12 @@ class LoadedWeights(NamedTuple):
 def load_float_weights(model: nn.Module, state: Mapping[str, object], source: str) -> LoadedWeights:
     """Load a float network's weights.
 
-    Tensors of quantizers in the file are skipped. The file must contain all tensors of the float
-    network, except counters of batch normalization.
+    Tensors of quantizers in the file are skipped. The file must contain all tensors of the float network. Only the
+    counters of batch normalization may be missing.
 
     Raises:
-        DoesNotFit: tensors are missing, unknown, or of another type or shape. The message names them.
-        CheckpointError: tensors are not finite.
+        DoesNotFit: tensors are missing or unknown, or have a wrong type or shape. The message names these tensors.
+        CheckpointError: a tensor contains inf or nan.
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     current = model.state_dict()
@@ -245,7 +248,7 @@ def check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], sour
 
 
 def _same_type(tensor: Tensor, current: Tensor) -> bool:
-    """Return whether a file's tensor is an ordinary tensor with the same kind of numbers."""
+    """Return whether a tensor in the file is an ordinary tensor with the same kind of numbers as in the network."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         return False
     same_kind = tensor.is_floating_point() == current.is_floating_point()

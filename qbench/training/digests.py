@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over sorted name, dtype, shape and contiguous bytes of a state_dict."""
+    """Return the sha256 of a state_dict: name, dtype, shape and bytes of each tensor, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -41,7 +41,7 @@ def content_sha256(value: object) -> str:
 
 
 def named_digests(value: object, name: str = "") -> dict[str, str]:
-    """Return the sha256 of every tensor and other value in nested containers, by names such as `model.fc.bias`."""
+    """Return the sha256 of each value in nested containers, by dotted name such as `model.fc.bias`."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
     if items is None:
         return {name: content_sha256(value)}

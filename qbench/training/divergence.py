@@ -15,9 +15,9 @@ from qbench.training.task import Task
 
 
 def must_be_finite(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters, and all buffers outside quantizers. All of these tensors must be finite.
+    """Return the tensors that must be finite: all parameters, and all buffers outside quantizers.
 
-    Buffers of quantizers are not included, because they may be nan until they are set.
+    A buffer of a quantizer may be nan until the quantizer sets it.
     """
     parameters = {name for name, _ in model.named_parameters()}
     return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n)}
@@ -34,9 +34,9 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
     Args:
         task: the training task.
         state: the state of training.
-        what: the beginning of the message, such as `the loss is not finite`.
-        images: the images of the step, which are used to find the first layer whose output is not finite. None means
-            that only parameters and buffers are examined.
+        what: the problem, with which the message begins, such as `the loss is not finite`.
+        images: the images of the step. They are used to find the first layer whose output is not finite. If None, only
+            parameters and buffers are examined.
     """
     cause = find_cause(task, images)
     where = f"in epoch {state.epoch}, step {state.step}{f' (likely cause: {cause})' if cause else ''}"
@@ -44,7 +44,7 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
 
 
 def find_cause(task: Task, images: Tensor | None) -> str | None:
-    """Return the name of the likely cause, or None. The search changes the network's buffers.
+    """Return a text that names the likely cause, or None. The search changes the network's buffers.
 
     The following causes are tried in this order:
 
@@ -72,8 +72,8 @@ def find_cause(task: Task, images: Tensor | None) -> str | None:
 def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
     """Return the name of the first module whose output is not finite.
 
-    If a quantized layer raises an error about its input before that, return the message of this error. If all outputs
-    are finite, return None.
+    If a quantized layer raises an error about its input first, return the message of this error. If all outputs are
+    finite, return None.
     """
     names: list[str] = []
     with _nonfinite_outputs(model, names), torch.no_grad():
@@ -86,7 +86,7 @@ def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
 
 @contextmanager
 def _nonfinite_outputs(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Within a `with` block, add the names of modules whose output is not finite to `names`, in execution order."""
+    """Within a `with` block, append to `names` each executed module whose output is not finite."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:

@@ -15,7 +15,7 @@ class EpochRecord:
         train_top1: top-1 accuracy on the training batches in percent.
         seconds: training time, without evaluation.
         images: number of training images.
-        validation: the accuracy on the validation split. None without such a split.
+        validation: the accuracy on the validation split, or None if there is no such split.
     """
 
     epoch: int

@@ -14,7 +14,7 @@ from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 
 RELOAD_TOLERANCE = 1e-3
-"""Maximum difference between outputs of a network and its reloaded copy, relative to the norm. On a CPU it is 0."""
+"""Maximum relative difference between the outputs of a network and of its reloaded copy. On a CPU, it must be 0."""
 
 
 @torch.inference_mode()
@@ -25,14 +25,15 @@ def evaluate(
     predictions: list[Tensor] | None = None,
     group: Group | None = None,
 ) -> Accuracy | None:
-    """Return a network's accuracy on batches, or None if there are no images. The network is left in eval mode.
+    """Evaluate a network, and return its accuracy or, if there are no images, None. The network is left in eval mode.
 
-    Several processes share the batches. The sums are made in the order of the batches, so they do not depend on the
+    Several processes can share the batches. Sums are computed in the order of the batches, so they do not depend on the
     number of processes.
 
     Args:
         model: the network.
-        batches: batches of images and labels. Of W processes, process r has every W-th batch, from number r on.
+        batches: the batches of images and labels for this process. With W processes, process r has batches r, r + W,
+            and so on.
         forward: function that computes the network's output. None means the network itself.
         predictions: a list to which one tensor is added per batch. The tensor has shape (N, 2) for N images and
             contains labels and predicted classes.
@@ -53,7 +54,7 @@ def evaluate(
 
 
 class _Measured(NamedTuple):
-    """Sums over the images of one batch, and the labels and predicted classes (N, 2) if they are asked for."""
+    """Sums over the images of one batch and, if requested, the labels and predicted classes, of shape (N, 2)."""
 
     images: int
     top1: int
@@ -75,21 +76,21 @@ def _measure(logits: Tensor, labels: Tensor, keep_predictions: bool) -> _Measure
 
 
 def _in_order(parts: list[list[_Measured]]) -> Iterator[_Measured]:
-    """Yield the measurements of all processes in the order of the batches."""
+    """Exchange measurements between processes, and yield those of all batches in order."""
     for turn in zip_longest(*parts):
         yield from (measured for measured in turn if measured is not None)
 
 
 @torch.no_grad()
 def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
-    """Return the reason, in words, why a network's accuracy depends on more than its weights, or None.
+    """Return a text that says why a network's accuracy depends on more than its weights, or None if it does not.
 
     The output for an image must not depend on when the image is evaluated, or on the other images of
-    its batch. Only batches of the same shape are compared, because equal computations then have
-    bit-equal results. The buffers of the network are restored.
+    its batch. Only batches of the same shape are compared, because their results must be equal bit for bit. The buffers
+    of the network are restored afterwards.
 
     Args:
-        images: (N, C, H, W). With fewer than two images, batches are not compared.
+        images: the images to evaluate, of shape (N, C, H, W). If N < 2, batches are not compared.
     """
     half = len(images) // 2
     mixed = images.clone()  # in the same memory format
@@ -106,18 +107,18 @@ def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
         )
     if not torch.equal(first[:half], in_other_batch[:half]):
         return (
-            "the output for an image depends on the other images of its batch, also in eval mode: the accuracy would "
-            "change with other batches"
+            "the output for an image depends on the other images of its batch, even in eval mode, so the accuracy "
+            "would change with other batches"
         )
     return None
 
 
 @torch.no_grad()
 def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str | None:
-    """Return a warning if a network's outputs depend on more than its state_dict, otherwise None.
+    """Return a warning if a network's outputs depend on more than its state_dict, and otherwise None.
 
     Args:
-        model: the network as it was trained.
+        model: the trained network.
         reloaded: a new network with the state_dict of `model`.
         images: (N, C, H, W).
     """
@@ -129,15 +130,15 @@ def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str 
     if (trained - found).norm() <= RELOAD_TOLERANCE * trained.norm():
         return None
     return (
-        "the network has state that is not in its state_dict (an attribute, or a buffer with persistent=False): "
-        "networks loaded from best.pt or last.pt, and a continued run, compute other outputs, and `best` is measured "
-        "with this state as it is after the last epoch"
+        "the network has state that is not in its state_dict (an attribute, or a buffer with persistent=False), so "
+        "networks loaded from best.pt or last.pt and continued runs compute other outputs; `best` was measured with "
+        "this state as it was after the last epoch"
     )
 
 
 @torch.no_grad()
 def returns_probabilities(model: nn.Module, images: Tensor) -> bool:
-    """Whether a network's outputs for images (N, C, H, W) are probabilities. The loss needs logits instead."""
+    """Return whether a network's outputs for images (N, C, H, W) are probabilities. The loss needs logits."""
     with eval_mode_keeping_rng(model):
         outputs = model(images.clone()).float()
     return bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=1e-4)

@@ -1,8 +1,8 @@
-"""Reads weights that other programs wrote: finds the state_dict in a file, and renames its tensors for this network.
+"""Reads weights from other programs: finds the state_dict in a file, and renames its tensors for qbench's network.
 
-A file contains the state_dict itself, or a dictionary that has it under one of the keys `WRAPPERS`.
-Names of tensors may begin with prefixes that DataParallel, torch.compile and training frameworks add.
-The last layer may have another name. Notes state everything that is renamed or left out.
+A file contains the state_dict itself, or a dictionary with the state_dict under one of the keys `WRAPPERS`. Names of
+tensors may begin with prefixes that DataParallel, torch.compile and training frameworks add. The last layer may have a
+different name than in qbench. Notes list everything that is renamed or left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,27 +16,27 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "ema", "state_dict
 """Keys under which programs store a state_dict. If a file has several, the first one is used."""
 
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
-"""Prefixes of DataParallel and torch's `AveragedModel`, Lightning, torch.compile, and frameworks."""
+"""Prefixes that DataParallel and torch's `AveragedModel`, Lightning, torch.compile and other frameworks add."""
 
 HEADS = ("fc", "linear", "classifier", "head")
 """Names of a network's last layer."""
 
 COUNTERS = ("n_averaged",)
-"""Names of tensors that are not weights: the number of updates of an `AveragedModel`."""
+"""Names of tensors that are not weights. `AveragedModel` stores the number of its updates under such a name."""
 
 
 class RenamedWeights(NamedTuple):
-    """Tensors under a network's names, and notes on what was renamed or left out."""
+    """Tensors with the names that the network uses, and notes on what was renamed or left out."""
 
     tensors: dict[str, Tensor]
     notes: list[str]
 
 
 def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the state_dict in a file's content, and a note on the key that it was under.
+    """Return the state_dict in a file's content, and a note that names the key of the state_dict, if any.
 
     Raises:
-        CheckpointError: the value under the key is not a state_dict.
+        CheckpointError: the value under such a key is not a state_dict.
     """
     present = [key for key in WRAPPERS if key in content and not isinstance(content[key], Tensor)]
     key, *others = [name for name in present if isinstance(content[name], dict)] or present or [""]
@@ -49,7 +49,7 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[st
 
 
 def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) -> RenamedWeights:
-    """Return a file's tensors without prefixes in their names, and with the last layer named as in the network.
+    """Rename a file's tensors: remove prefixes, and give the last layer the name that the network uses.
 
     Raises:
         CheckpointError: two tensors would get the same name.
@@ -79,7 +79,7 @@ def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) ->
 
 
 def _without_prefixes(name: str, known: Iterable[str]) -> str:
-    """Remove prefixes from a name until the network has it or no prefix is left."""
+    """Remove prefixes from a name until the network has a tensor of this name or no prefix is left."""
     while name not in known:
         prefix = next((p for p in PREFIXES if name.startswith(p) and name != p), "")
         if not prefix:
@@ -94,9 +94,9 @@ def last_layer(model: nn.Module) -> str | None:
 
 
 def _head_names(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
-    """Return the last layer's name in the file and in the network.
+    """Return the name of the last layer in the file, and its name in the network.
 
-    Return None if the file already uses the network's name, or if not exactly one layer of the file fits.
+    Return None if both names are equal, or if not exactly one layer of the file fits.
     """
     last, known = last_layer(model), model.state_dict()
     if last is None or f"{last}.weight" in tensors:
@@ -109,5 +109,5 @@ def _head_names(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[str, s
 
 
 def printable(text: str, length: int = 99) -> str:
-    """Return text from a file without control characters, at most `length` characters."""
+    """Return at most `length` characters of a text from a file, without control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:length])

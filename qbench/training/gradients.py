@@ -1,4 +1,4 @@
-"""Computes the gradients of a global batch, as a whole or shard by shard."""
+"""Computes the gradients of a batch, as a whole or shard by shard."""
 
 from collections.abc import Sequence
 
@@ -16,18 +16,19 @@ from qbench.training.task import Task
 
 
 def compute_gradients(task: Task, state: State, shards: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Add the gradients of a batch to those of the earlier batches of its update.
+    """Compute the gradients of a batch, and add them to the gradients of earlier batches of the same update.
 
-    Return the loss () and the number of correct predictions () of the batch.
+    Return the loss and the number of correct predictions of the batch, both as tensors of shape ().
 
     Args:
         task: the training task.
         state: the state of training.
-        shards: the shards of the batch that this process computes. A batch that is not divided is one shard.
+        shards: the shards of the batch that this process computes. An undivided batch is one shard.
 
     Raises:
         Diverged: the input of a layer is not finite.
-        ConfigError: the loss does not depend on the parameters, or a pass over a shard changes them.
+        ConfigError: the loss does not depend on the parameters, or the forward pass over a shard changes the
+            parameters.
     """
     if state.batch == task.update(state.batch)[0]:
         state.optimizer.zero_grad()
@@ -46,7 +47,7 @@ def compute_gradients(task: Task, state: State, shards: Sequence[Batch]) -> tupl
 
 
 def _forward_and_backward(task: Task, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Add the gradients of a shard, as a part of its update.
+    """Add the gradients of a shard to the gradients of the update.
 
     Return the loss, divided by the number of shards, and the number of correct predictions.
     """
@@ -75,5 +76,5 @@ def _forward_and_backward(task: Task, state: State, batch: Batch) -> tuple[Tenso
 
 
 def images_of(shards: Sequence[Batch]) -> Tensor:
-    """Return the images of all shards, to search for the cause of a divergence."""
+    """Return the images of all shards. They are needed to search for the cause of divergence."""
     return shards[0][0] if len(shards) == 1 else torch.cat([images for images, _ in shards])

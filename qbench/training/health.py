@@ -1,9 +1,9 @@
 """Checks the health of training at the end of an epoch, and warns of problems or stops the run.
 
 `qbench.training.loop` and `qbench.quant.layers` stop a run if inf or nan appears in images, losses, gradients, weights
-or scales. The step in which this happens is not saved. The checks in this module stop a run in two more cases. One is
-exploding weights. The other is a scale that is not above zero, because levels with such a scale are not in ascending
-order. All other findings may be intended, so each of them only causes a warning, which is printed once.
+or scales. The step in which this happens is not saved. The checks in this module also stop a run if weights explode, or
+if a scale is not above zero, because the levels are then not in ascending order. All other findings may be intended, so
+each finding only causes a warning, which is printed once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,42 +18,42 @@ from qbench.training.epoch_record import EpochRecord
 from qbench.training.layer_stats import SLOTS, LayerTrace, QuantizedTensor
 
 WARN_GROWTH = 100.0
-"""Factor of growth of a layer's largest weight, relative to its initial value, that causes a warning.
+"""If the largest weight of a layer grows by more than this factor since the start, there is a warning.
 
-Adam's steps are as large as the learning rate. With a learning rate of 0.01, a weight that starts at 1 needs 10^4 steps
-in one direction to grow by this factor.
+A step of Adam is about as large as the learning rate. With a learning rate of 0.01, a weight that starts at 1 needs
+10^4 steps in the same direction to grow by this factor.
 """
 
 MAX_GROWTH = 1e4
-"""Factor of growth of a layer's largest weight, relative to its initial value, that stops the run.
+"""If the largest weight of a layer grows by more than this factor since the start, the run stops.
 
-At this magnitude, neighbouring float32 numbers differ by a thousandth of the initial weights. Updates
-of the usual size are lost in rounding.
+At this magnitude, neighbouring float32 numbers differ by a thousandth of the initial weights, so rounding removes
+updates of the usual size.
 """
 
 MIN_STEPS = 300
-"""Number of steps after which a network should be better than chance. A warm-up of the learning rate is shorter."""
+"""Number of steps after which a network should be better than chance, even with a warm-up of the learning rate."""
 
 MOST_NAMES = 4
 """Maximum number of parameters that a warning names."""
 
 FIRST_STEPS = 100
-"""Number of first steps in which every parameter should get a gradient. Single steps may skip layers at random."""
+"""Number of steps at the start within which every parameter should get a gradient. Single steps may skip layers."""
 
 STANDARD_ERRORS = 3.0
-"""Minimum number of standard errors between chance and an accuracy that is called better than chance.
+"""Minimum number of standard errors by which an accuracy must exceed chance to count as better than chance.
 
 A network that guesses exceeds this limit in 1 of 740 epochs.
 """
 
 HealthWarnings = dict[str, str]
-"""Maps the subject of a warning, such as `range conv1`, to its text. There is only one warning per subject."""
+"""Topic of a warning, such as `range conv1` -> text of the warning. Each topic has at most one warning."""
 
 
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
-    """Return the largest weight magnitude of each layer, relative to which growth is measured.
+    """Return the largest weight magnitude of each layer, with which later magnitudes are compared.
 
-    The magnitude of a layer is at least 1 / sqrt(n), where n is the number of inputs of one output.
+    If the magnitude is below 1 / sqrt(n), return 1 / sqrt(n), where n is the number of inputs of one output.
     """
     return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
@@ -103,9 +103,9 @@ def check_scales(model: nn.Module, where: str) -> None:
 def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where: str) -> HealthWarnings:
     """Return warnings about layers whose weights or outputs carry no information.
 
-    A layer gets a warning if all its weights are on the same level although several levels are allowed, or if its
-    output is the same for all images. If its input is also the same for all images, it gets a warning about its
-    output only if no earlier layer has one.
+    A layer gets a warning if all its weights are on the same level although several levels are allowed. A layer also
+    gets a warning if its output is the same for all images. If the layer's input is the same for all images too, the
+    second warning is given only if no earlier layer has such a warning.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False
@@ -144,7 +144,7 @@ def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> Healt
 
 
 def to_train(model: nn.Module) -> list[str]:
-    """Return the names of the network's own parameters that require a gradient, without those of quantizers."""
+    """Return the names of all parameters outside quantizers that require a gradient."""
     return [name for name, p in model.named_parameters() if p.requires_grad and not is_quantizer_key(name)]
 
 
@@ -160,7 +160,7 @@ def still_without_gradient(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def untrained(names: Sequence[str], steps: int) -> HealthWarnings:
-    """Return a warning about parameters that had no gradient in the first steps."""
+    """Return a warning that names the parameters without a gradient in the first steps."""
     if not names or not steps:
         return {}
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
@@ -184,7 +184,7 @@ def _max_magnitude(layer: QLayer) -> float:
 
 
 def _weight_level_counts(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
-    """Return the number of weights on each level. The result is empty if the layer has float weights or one weight."""
+    """Return the number of weights on each level, or nothing if the weights are float or there is only one weight."""
     if weights is None or layer.weight.numel() == 1 or not layer.weight_q.complete:
         return layer.weight.new_zeros(0)
     return weights.counts

@@ -1,4 +1,4 @@
-"""Loads the float weights that a run starts from: those of another run or of a checkpoint file."""
+"""Loads the float weights that a run starts from. They come from another run or from a checkpoint file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,12 +29,12 @@ class InitialWeights(NamedTuple):
     """A summary of the weights that were loaded.
 
     Args:
-        message: one line with the file, the number of tensors, and everything that was renamed or
-            left out.
-        is_float: whether the network now is the whole float network of the file. Its accuracy can
-            then be used as that of a float baseline. False if the file contains quantizers, or if
-            the last layer is new.
-        quantizers: tensors of quantizers that the run starts from.
+        message: one line that states the file, the number of tensors, and everything that was
+            renamed or left out.
+        is_float: whether all weights of the network come from a float network in the file, so that
+            its accuracy can be used as a float baseline. False if the file contains quantizers, or
+            if the last layer is new.
+        quantizers: the tensors of quantizers in the file, from which the run also starts.
     """
 
     message: str
@@ -43,7 +43,7 @@ class InitialWeights(NamedTuple):
 
 
 def is_intact(file: Path, identity: str) -> bool:
-    """Whether a weights file exists, is undamaged, and belongs to the run with this identity."""
+    """Return whether a file of weights exists, is undamaged, and belongs to the run with this identity."""
     try:
         return unpack(files.read(file), str(file)).get("identity") == identity
     except (OSError, CheckpointError):
@@ -55,8 +55,8 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: the file is damaged, or the result.json next to it belongs to another run
-            or to other weights.
+        CheckpointError: the file is damaged, or the result.json in its directory belongs to another
+            run or to other weights.
     """
     file = run / name
     state = unpack(files.read(file), str(file))
@@ -82,13 +82,13 @@ def load_initial_weights(
 
     Args:
         path: a checkpoint file, or a run's directory with best.pt.
-        identity: the identity that the checkpoint must have. None allows any identity.
-        new_head: whether the last layer keeps its random weights.
-        foreign_names: names that other programs use for tensors of quantizers; see `Method`.
+        identity: the identity of the run to which the checkpoint must belong. None allows any run.
+        new_head: whether the last layer keeps its random weights instead of weights from the file.
+        foreign_names: names of quantizers' tensors in files of other programs; see `Method`.
 
     Raises:
         DoesNotFit: the file belongs to another network.
-        CheckpointError: the file is missing or damaged, belongs to another run, or has another
+        CheckpointError: the file is missing or damaged, belongs to another run, or has a different
             number of classes.
     """
     file, (content, notes) = str(_file(path)), _read(path)
@@ -115,11 +115,11 @@ def load_initial_weights(
 
 
 def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors of quantizers into a network with a method's quantizers.
+    """Load tensors of quantizers into a quantized network.
 
     Raises:
-        CheckpointError: tensors are missing, have other shapes or are not finite, or the network
-            has no such quantizer.
+        CheckpointError: tensors are missing, have wrong shapes or are not finite, or the network
+            lacks their quantizers.
     """
     current = model.state_dict()
     ends = {name.rpartition(".")[2] for name in quantizers}
@@ -137,12 +137,12 @@ def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: 
 
 
 def _ending(name: str, foreign_names: Mapping[str, str]) -> str | None:
-    """Return the foreign ending of a tensor's name, or None if it has none."""
+    """Return the ending of a tensor's name that is one of the foreign names, or None."""
     return next((ending for ending in foreign_names if name.endswith(f".{ending}")), None)
 
 
 def _renamed_quantizers(tensors: Mapping[str, Tensor], foreign_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors with foreign endings, under their names here."""
+    """Return the tensors whose names have foreign endings, under the names that qbench uses."""
     return {
         f"{name.removesuffix(ending)}{foreign_names[ending]}": tensor
         for name, tensor in tensors.items()
@@ -182,7 +182,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def _head(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a network's last layer. The result is empty if that layer is not linear."""
+    """Return the tensors of a network's last linear layer. The result is empty if there is no such layer."""
     last = last_layer(model)
     return {name: tensor for name, tensor in model.state_dict().items() if last and name.startswith(f"{last}.")}
 
@@ -200,7 +200,7 @@ def _check_classes(tensors: Mapping[str, Tensor], head: Mapping[str, Tensor], so
 
 
 def _cast(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return a note if the file contains floats of another precision than float32."""
+    """Return a note if the file contains floats in a precision other than float32."""
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     others = [dtype for dtype in dtypes if dtype != "float32"]
     return [f"{', '.join(others)} converted to float32"] if others else []

@@ -1,7 +1,8 @@
 """Computes statistics of the quantized layers on a few training images, at the end of an epoch.
 
-An observation is one computation of these statistics. It does not affect training, because it runs in evaluation mode
-without gradients and keeps the random state. A layer with weights `w` and input `a` has the following statistics:
+An observation is one computation of these statistics. An observation does not affect training: the network is in
+evaluation mode, without gradients, and the random state is kept. A layer with weights `w` and input `a` has the
+following statistics:
 
     w.top, a.top          largest magnitude of the levels
     w.dead, a.dead        number of levels on which there is no value
@@ -16,10 +17,10 @@ without gradients and keeps the random state. A layer with weights `w` and input
     w.NAME, a.NAME        a quantizer's parameter or buffer that is one number: step, alpha, n1, ...
     w.NAME.grad           norm of the gradient of a quantizer's parameter
 
-The float output is that of the float network with the same latent weights. If a tensor has several scale groups, they
-are counted together. For example, level 3 of one channel and level 3 of another channel count as the same level. With
-an incremental method, a weight that is not frozen yet is counted at its nearest level. Statistics that are not finite
-or not known are omitted.
+The float output is the layer's output in the float network with the same latent weights. If a tensor has several scale
+groups, their levels are counted together. For example, level 3 of one channel and level 3 of another channel count as
+the same level. With an incremental method, a weight that is not frozen yet is counted at its nearest level. A statistic
+that is not finite or not known is omitted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,9 +43,9 @@ from qbench.quant.verify import nearest_points
 MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
 """Limits for the number of observed images, and for the total number of pixels of these images.
 
-The number of observed images is 1/64 of an epoch's images, but between 8 and 64, and fewer if the images are large. An
-epoch costs about three forward passes over all images. Two forward passes over the observed images therefore cost about
-1 % of an epoch.
+An observation uses 1/64 of the images of an epoch, but at least 8 and at most 64, and fewer if the images are large. An
+epoch costs about as much as three forward passes over all images. The two forward passes of an observation therefore
+cost about 1 % of an epoch.
 """
 
 
@@ -54,7 +55,7 @@ SIGNIFICANT_DIGITS = 6
 SLOTS = {"w": "weight_q", "a": "input_q", "g": "output_q"}
 
 LayerMetrics = dict[str, dict[str, float]]
-"""Maps a layer to its statistics, which are a map from names such as `w.top` to values."""
+"""Layer name -> name of a statistic, such as `w.top` -> value."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class LayerTrace(NamedTuple):
 
 
 def observed_images(images: Tensor, epoch_images: int) -> Tensor:
-    """Return the images that an observation uses, which are the first of `images` (N, C, H, W).
+    """Return the images that an observation uses, which are the first ones in `images` (N, C, H, W).
 
-    Their number depends on `epoch_images`, the number of images in an epoch.
+    How many images it uses depends on `epoch_images`, the number of images in an epoch.
     """
     count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]
@@ -106,7 +107,7 @@ def observed_images(images: Tensor, epoch_images: int) -> Tensor:
 def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
     """Return the tensors of each quantized layer in a forward pass on images, in execution order.
 
-    If a layer runs several times, the tensors are those of its last call.
+    If a layer runs several times, its tensors come from the last call.
     """
     if not (layers := quantized_layers(model)):
         return {}
@@ -126,7 +127,7 @@ def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
 
 
 def _quantized_tensor(quantizer: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
-    """Return a tensor before and after its quantizer, or None if the quantizer is float or has no levels yet."""
+    """Return a tensor before and after quantization, or None if it is float or has no levels yet."""
     grid = quantizer.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
@@ -168,7 +169,7 @@ def layer_metrics(
 
 
 def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the codes of every layer's weights. The next observation compares its own codes with them."""
+    """Return the codes of every layer's weights, with which the next observation compares new codes."""
     codes = {}
     for name, trace in traces.items():
         if trace.weights is not None:
@@ -190,21 +191,21 @@ def gradient_norms(model: nn.Module) -> LayerMetrics:
 
 
 def weight_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the latent and the quantized weights of the layers, by the tensors' names in TensorBoard."""
+    """Return the latent and the quantized weights of all layers, by their names in TensorBoard."""
     tensors = {name: trace.weights for name, trace in traces.items() if trace.weights is not None}
     latent = {f"latent/{name}": tensor.before for name, tensor in tensors.items()}
     return latent | {f"quantized/{name}": tensor.after for name, tensor in tensors.items()}
 
 
 def input_tensors(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the inputs of the layers before and after quantization, by the tensors' names in TensorBoard."""
+    """Return the inputs of all layers before and after quantization, by their names in TensorBoard."""
     tensors = {name: trace.inputs for name, trace in traces.items() if trace.inputs is not None}
     before = {f"input/{name}": tensor.before for name, tensor in tensors.items()}
     return before | {f"quantized_input/{name}": tensor.after for name, tensor in tensors.items()}
 
 
 def level_counts(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the number of values on each level, in ascending order of the levels, by names in TensorBoard."""
+    """Return the number of values on each level, in ascending order of the levels, by tensor name in TensorBoard."""
     return {
         f"{slot}.levels/{name}": tensor.counts
         for name, trace in traces.items()
@@ -214,7 +215,7 @@ def level_counts(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
 
 
 def _float_outputs(model: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Return the outputs of layers in the float network with the same latent weights."""
+    """Return the outputs that the layers have in the float network with the same latent weights."""
     with float_mode(model), eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, names) as calls:
         model(images)
         return {name: y for name, _, y in calls}
@@ -237,7 +238,7 @@ def _clipped_share(tensor: QuantizedTensor) -> float:
 
 
 def _output_similarity(expected: Tensor, output: Tensor) -> dict[str, float]:
-    """Return the SQNR in dB and the cosine of an output. If the expected output is 0, the SQNR is omitted."""
+    """Return the SQNR in dB and the cosine of an output. If the float output is 0, the SQNR is omitted."""
     signal, norm, error = expected.norm().item(), output.norm().item(), (output - expected).norm().item()
     if not signal:
         return {}

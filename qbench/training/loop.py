@@ -32,9 +32,9 @@ class Callbacks:
 
     Args:
         on_step: function of (state, loss) that is called after every batch.
-        on_epoch: function of (state, record, losses) that is called after every epoch. `state.epoch` is then already
-            the number of the next epoch.
-        on_interrupt: function of (state) that is called if the validation after an epoch was interrupted.
+        on_epoch: function of (state, record, losses) that is called after every epoch. At this call, `state.epoch` is
+            already the number of the next epoch.
+        on_interrupt: function of (state) that is called if validation after an epoch is interrupted.
     """
 
     on_step: Callable[[State, Tensor], None] = lambda state, loss: None
@@ -97,8 +97,9 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
 def _train_step(task: Task, state: State, shards: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """Train on one batch. Return the loss and the number of correct predictions.
 
-    The gradient of an update is that of the mean loss over all images of its batches, which have equal sizes. The last
-    of these batches updates the network. Batch normalization normalizes each batch, or each of its shards, by itself.
+    An update has the gradient of the mean loss over all images of its batches, which have equal sizes. After the last
+    of these batches, the network is updated. Batch normalization normalizes each batch (or each shard, if the batch is
+    divided) separately.
     """
     model, method = task.model, task.method
     set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch), decay=task.decays(state.epoch, state.batch))
@@ -128,7 +129,7 @@ def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, shards: Se
 
 
 def _seed_shared_draws(task: Task, state: State, purpose: str) -> None:
-    """Seed the draws of what all processes do alike. A batch that is not divided needs no seed: its draws follow."""
+    """Seed the random numbers for work that all processes do in the same way. An undivided batch needs no seed."""
     if task.shards.count > 1:
         seed_everything(task.shards.draw_seed(purpose, state.step))
 
@@ -166,10 +167,10 @@ def _validate(task: Task, state: State) -> Accuracy | None:
 
 
 def _keep_best(task: Task, state: State, accuracy: Accuracy) -> None:
-    """Keep the weights if their validation top-1 is the best so far. If top-1 is equal, the lower loss decides.
+    """Keep the weights if their validation top-1 is the best so far. Between equal top-1, the lower loss decides.
 
-    Training stops after `patience` epochs without a better result. With an incremental method, an epoch counts only if
-    every layer is fully quantized.
+    Training stops after `patience` epochs without a better result. With an incremental method, only epochs in which
+    every layer is fully quantized are considered.
     """
     if not fully_quantized(task.model):
         return

@@ -1,4 +1,4 @@
-"""Observes the quantized layers of a run at the end of epochs, prints warnings and writes logs."""
+"""Observes the quantized layers of a run at the end of epochs, to print warnings and to write logs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ from qbench.training.task import Task
 
 T = TypeVar("T")
 MIN_STEPS_BETWEEN = 100
-"""Minimum number of steps between two observations. An observation costs as much as two steps.
+"""Minimum number of training steps between two observations. An observation costs as much as two steps.
 
 Most epochs have more steps than this. The last epoch is always observed. At level `full`, every epoch is observed.
 """
@@ -58,15 +58,15 @@ At level `full`, they are written after every epoch.
 class TrainingMonitor:
     """Observes the layers of one run.
 
-    The state of the monitor does not affect training. Checkpoints contain this state, so a resumed run writes the same
-    logs as an uninterrupted run.
+    The state of the monitor does not affect training. Checkpoints contain the state, so that a resumed run writes the
+    same logs as an uninterrupted run.
 
     Args:
         level: "off", "light" or "full", which decides what is logged. Warnings are printed at every level.
         logger: the logger of metrics and histograms.
         reporter: the object that prints warnings.
         start: the initial magnitude of each layer's weights.
-        warned: the warnings that were printed so far, as a map from subject to text.
+        warned: the warnings that were printed so far, as a map from topic to text.
         codes: the level index of each weight at the previous observation, by layer.
         gradients: the norms of the gradients after the last step.
         without_gradient: the parameters that had no gradient so far, or None before the first step.
@@ -88,12 +88,12 @@ class TrainingMonitor:
             self.without_gradient = [] if step else to_train(model)
 
     def step(self, model: nn.Module, step: int) -> None:
-        """Remove parameters with a gradient from `without_gradient`. After the first steps, do nothing."""
+        """Remove the parameters that now have a gradient from `without_gradient`. After the first steps, do nothing."""
         if self.without_gradient and step <= FIRST_STEPS:
             self.without_gradient = still_without_gradient(model, self.without_gradient)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the state of the monitor for a checkpoint: the arguments from `start` on."""
+        """Return the state of the monitor for a checkpoint, which consists of the arguments from `start` on."""
         kept: dict[str, object] = {
             "start": self.start, "warned": self.warned, "without_gradient": self.without_gradient,
         }  # fmt: skip
@@ -123,7 +123,7 @@ class TrainingMonitor:
             where: text for messages that says when the observation is made, such as `in epoch 3, step 72`.
 
         Returns:
-            records (kind, step, values) for metrics.jsonl.
+            Records (kind, step, values) to write to metrics.jsonl.
 
         Raises:
             Diverged: weights explode, a scale is not above zero, or the input of a layer is not finite.
@@ -163,7 +163,7 @@ class TrainingMonitor:
             self.logger.counts(step, _quant(level_counts(traces)))
 
     def _warn(self, warnings: HealthWarnings) -> None:
-        """Print each warning whose subject has not been warned about before."""
+        """Print each warning whose topic has had no warning before."""
         for subject, text in warnings.items():
             if subject not in self.warned:
                 self.warned[subject] = text

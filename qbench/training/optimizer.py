@@ -7,7 +7,10 @@ from qbench.config.schema import Optim
 from qbench.quant.layers import QLayer
 
 FULL_DECAY = "full_decay"
-"""Key of a parameter group for its weight decay before `optim.decay_until`. Recipes that never end decay lack it."""
+"""Key of a parameter group that stores its weight decay before `optim.decay_until`.
+
+Recipes with permanent weight decay do not have this key.
+"""
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -28,11 +31,11 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
     """Return the parameters in groups of equal learning-rate factor and weight decay.
 
     Weight decay applies to weights with two or more dimensions. With `decay_norm_and_bias` it also applies to biases
-    and batch normalization. `bias_lr` is the learning-rate factor of the biases of layers with such weights.
+    and batch normalization. `bias_lr` is the learning-rate factor for the biases of all layers that have such weights.
 
-    A module with quantizer parameters sets their learning-rate factor by its attribute `lr_scale` (default 1), and
-    their weight decay by its attribute `weight_decay` (default 0). `quantizer_lr` multiplies this factor, and
-    `quantizer_decay` replaces this decay.
+    Each quantizer module sets the learning-rate factor of its parameters in the attribute `lr_scale` (default 1), and
+    their weight decay in the attribute `weight_decay` (default 0). `quantizer_lr` multiplies this factor, and
+    `quantizer_decay` replaces this weight decay.
     """
     small_decay = optim.weight_decay if optim.decay_norm_and_bias else 0.0
     rules: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
@@ -57,10 +60,10 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
 
 
 def _layer_biases(module: nn.Module) -> list[nn.Parameter]:
-    """Return the biases of a module if it is a layer: it has weights with two or more dimensions.
+    """Return the biases of a module if it has weights with two or more dimensions, and otherwise nothing.
 
-    Its parameters may be parametrized, as by `nn.utils.parametrizations.weight_norm`, and several may be biases, such
-    as `bias_ih_l0` of a recurrent layer and `in_proj_bias` of attention.
+    A module may have several biases, such as `bias_ih_l0` of a recurrent layer and `in_proj_bias` of attention. Its
+    parameters may be parametrized, as by `nn.utils.parametrizations.weight_norm`.
     """
     own = list(module.named_parameters(recurse=False))
     parametrized = getattr(module, "parametrizations", None)
@@ -74,7 +77,7 @@ def _layer_biases(module: nn.Module) -> list[nn.Parameter]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, decay: bool = True) -> None:
     """Set every group's learning rate to `rate` times the group's own factor.
 
-    `decay` says whether there is weight decay in this step. It has an effect only if `optim.decay_until` is below 1.
+    `decay` says whether this step has weight decay. This argument has an effect only if `optim.decay_until` is below 1.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

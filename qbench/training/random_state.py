@@ -21,7 +21,7 @@ def random_state() -> dict[str, object]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore a state of the generators that `random_state` returned."""
+    """Restore the generators to a state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,7 +1,7 @@
 """Reads .safetensors files, which consist of the length of a JSON header, the header, and the bytes of the tensors.
 
-The format is described in huggingface/safetensors. Such a file cannot contain code. It has no
-checksums.
+The repository huggingface/safetensors describes the format. Such a file cannot contain code, and it
+has no checksums.
 """
 
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 from qbench.errors import CheckpointError
 
 MAX_HEADER_BYTES = 2**24
-"""Maximum size of a header in bytes. It is enough for some hundred thousand tensors."""
+"""Maximum number of bytes of a header, enough for several hundred thousand tensors."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -31,7 +31,7 @@ def load_safetensors(data: bytes, source: str) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file.
 
     Raises:
-        CheckpointError: the file is damaged, truncated or has tensors of another type.
+        CheckpointError: the file is damaged or truncated, or it has tensors of an unsupported type.
     """
     size = int.from_bytes(data[:8], "little")
     try:

@@ -1,7 +1,7 @@
 """Computes the learning rate of each step. A step is an update of the weights.
 
-The learning rate depends only on the number of the step, so a resumed run needs no state of a scheduler. If
-`torch.optim` has the same schedule, tests compare the values.
+The learning rate depends only on the number of the step, so a resumed run needs no stored scheduler state. If
+`torch.optim` has the same schedule, tests compare the learning rates.
 """
 
 import math
@@ -16,10 +16,10 @@ START_DIVISOR = 25.0
 
 
 def learning_rate(optim: Optim, step: int, steps: int, warmup: int = 0) -> float:
-    """Return the learning rate of a step in a phase of `steps` steps. Steps are counted from 0.
+    """Return the learning rate of one step in a phase with `steps` steps. Steps are counted from 0.
 
-    In the first `warmup` steps, the rate rises linearly and reaches `lr` in the last of them. The schedule covers the
-    remaining steps.
+    During the first `warmup` steps, the rate rises linearly, and it reaches `lr` in the last of these steps. The
+    schedule covers the remaining steps.
 
     A decreasing schedule does not quite reach its final value in the last step. It would reach this value one step
     later, at step number `steps`. Only `one_cycle` reaches it in the last step, as in torch.
@@ -47,15 +47,21 @@ def learning_rate(optim: Optim, step: int, steps: int, warmup: int = 0) -> float
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
-    """Return the value between `start` and `end` on half a cosine, at `progress` from 0 to 1."""
+    """Return the value at `progress` (0 to 1) of a half cosine wave that leads from `start` to `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def updates_per_epoch(optim: Optim, batches: int) -> int:
-    """Return the number of updates of the weights in an epoch. The last one may have fewer batches than the others."""
+    """Return the number of updates of the weights in an epoch.
+
+    The last update may have fewer batches than the others.
+    """
     return math.ceil(batches / optim.accumulate)
 
 
 def warmup_steps(optim: Optim, steps: int) -> int:
-    """Return the number of warm-up steps with `steps` steps per epoch. It is at least 1 if there is warm-up."""
+    """Return the number of warm-up steps if an epoch has `steps` steps.
+
+    If there is a warm-up, it has at least 1 step.
+    """
     return max(1, round(optim.warmup * steps)) if optim.warmup else 0

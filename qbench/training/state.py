@@ -1,6 +1,6 @@
-"""Defines the state of training, which consists of the optimizer, the weight average, counters and the best weights.
+"""Defines the state of training: the optimizer, the weight average, counters and the best weights.
 
-Checkpoints contain this state. A resumed run continues from it.
+Checkpoints contain this state, from which a resumed run continues.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,22 +38,22 @@ class BestWeights:
 class State:
     """The progress of training.
 
-    A run that resumes from this state and the random state has exactly the same results as an uninterrupted run.
+    A run that resumes from this state and the stored random state has exactly the same results as an uninterrupted run.
 
     Args:
         optimizer: the optimizer.
         average: the moving average of the weights, or None if `optim.ema` is not set.
         epoch: number of the current epoch, counted from 0.
         batch: number of the next batch in this epoch, counted from 0.
-        step: number of batches so far. Each of them is an update of the weights unless `optim.accumulate` is set.
+        step: number of batches so far. Every batch is an update of the weights unless `optim.accumulate` is set.
         losses: the losses of the current epoch's batches.
-        images: number of images in these batches.
-        hits: number of correct predictions in these batches.
+        images: number of images in the current epoch's batches.
+        hits: number of correct predictions in the current epoch's batches.
         seconds: training time of the current epoch in seconds.
         best: the weights with the best validation accuracy so far, or None.
         stale: number of epochs since the best epoch.
         stopped: whether early stopping has ended training.
-        in_update: whether the gradients of some batches are accumulated, and other batches of the update follow.
+        in_update: whether an update is incomplete, because gradients of only some of its batches have been accumulated.
     """
 
     optimizer: torch.optim.Optimizer
@@ -101,7 +101,8 @@ class State:
     def check_equal(self, model: nn.Module, group: Group) -> None:
         """Raise `ProcessesDiffer` if the state differs between the processes of a run.
 
-        Times are not compared, nor are the generators of CUDA devices, which are seeded for every pass.
+        Times are not compared. The random generators of CUDA devices are not compared either, because they are seeded
+        for every pass.
         """
         if group.size == 1:
             return
@@ -137,9 +138,8 @@ class State:
 class WeightAverage:
     """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
 
-    The object stores only the averaged parameters, because buffers are never averaged. A copy of the whole network
-    would be larger. With INQ, for example, it would also contain masks, which take 1.2 times the size of the
-    parameters.
+    Buffers are never averaged, so the object stores only the averaged parameters. A copy of the whole network would be
+    larger. With INQ, for example, it would also contain masks, which are 1.2 times as large as the parameters.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -155,12 +155,12 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, parameters: Mapping[str, Tensor]) -> None:
-        """Restore the averaged parameters from a result of `parameters`."""
+        """Restore averaged parameters that `parameters` returned."""
         for name, p in self.parameters().items():
             p.copy_(parameters[name])
 
     def update(self, model: nn.Module) -> None:
-        """Move each average towards the network's parameter by the fraction 1 - decay of their difference."""
+        """Update each average to decay * average + (1 - decay) * parameter, with the network's current parameters."""
         self._averaged.update_parameters(_parameters(model))
 
     @contextmanager
@@ -180,9 +180,10 @@ def _parameters(model: nn.Module) -> nn.ParameterList:
 
 @contextmanager
 def evaluated_weights(model: nn.Module, state: State) -> Iterator[None]:
-    """Let a network use the weights for evaluation within a `with` block.
+    """Let a network use its evaluation weights within a `with` block.
 
-    These are the averaged parameters if `optim.ema` is set, and otherwise the network's own parameters.
+    The evaluation weights are the averaged parameters if `optim.ema` is set, and otherwise the network's current
+    parameters.
     """
     if state.average is None:
         yield

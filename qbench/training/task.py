@@ -1,4 +1,4 @@
-"""Defines a training task, which states what is trained, on which data and for how long."""
+"""Defines a training task: what is trained, on which data, and for how long."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from qbench.training.schedule import learning_rate, updates_per_epoch, warmup_st
 
 
 def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes: int = 0, shards: int = 1) -> Tensor:
-    """Return a network's output for images (N, ...), which must be logits (N, classes).
+    """Return a network's output for images (N, ...), and check that it consists of logits (N, classes).
 
     Args:
         network: function that returns the output.
@@ -25,9 +25,8 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         shards: number of shards of the batch, for messages.
 
     Raises:
-        ConfigError: the output is not a tensor of logits, but for example a dictionary of tensors; the
-            number of logits is not the number of classes; the network cannot train on a single image;
-            or the network changes the images, which a teacher and measurements also read.
+        ConfigError: the output is not a tensor of logits, the number of logits is not the number of classes, the
+            network cannot train on a single image, or the network changes the images in place.
     """
     version = _version(images)
     try:
@@ -37,7 +36,7 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
             raise
         raise ConfigError(
             f"optim.batch_size={shards * len(images)}{f' in {shards} shards' if shards > 1 else ''}: batch "
-            "normalization has one value per channel to train on\n"
+            "normalization gets only one value per channel\n"
             f"set optim.batch_size={2 * shards} or more, or use a network without batch normalization"
         ) from None
     if _version(images) != version:
@@ -49,7 +48,7 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         if classes not in (0, output.shape[1]):
             raise ConfigError(
                 f"the network returns {output.shape[1]} logits per image; must be {classes}, one per class\n"
-                "the class or function in model=my.module:Net gets the number as `num_classes` or `classes`"
+                "qbench passes this number to your class or function as the argument `num_classes` or `classes`"
             )
         return output
     found = f"a {type(output).__name__}"
@@ -64,7 +63,7 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
 
 
 def _version(images: Tensor) -> int:
-    """Return how often a tensor was changed in place. Inference tensors do not count changes; return 0 for them."""
+    """Return how often a tensor was changed in place, or 0 for an inference tensor, which does not count changes."""
     return 0 if images.is_inference() else images._version
 
 
@@ -79,9 +78,9 @@ class Task:
         epochs: number of epochs.
         steps: number of training batches per epoch.
         train: function of (epoch, start) that returns the training batches of an epoch, beginning with batch number
-            `start`. If batches are divided, it returns their shards that this process computes, one after the other.
-        validate: function without arguments that returns the validation batches that this process evaluates. They are
-            empty if there is no validation split.
+            `start`. If batches are divided, it returns the shards that this process computes, one after the other.
+        validate: function without arguments that returns the validation batches for this process. There are none
+            without a validation split.
         probe: training images on which the method measures statistics.
         forward: function that computes the network's output, compiled or in another precision. None means the network
             itself.
@@ -111,30 +110,36 @@ class Task:
         return compute_logits(network, images, self.classes, self.shards.count)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of a batch as a scalar. It is the method's loss, or cross entropy if the method has none."""
+        """Return the loss of a batch as a scalar: the method's own loss or, if the method has none, cross entropy."""
         if self.method.loss is not None:
             return self.method.loss(self.model, logits, batch)
         return F.cross_entropy(logits, batch[1], label_smoothing=self.optim.label_smoothing)
 
     def rate(self, epoch: int, batch: int) -> float:
-        """Return the learning rate of a batch's update. The schedule starts again in each phase of the method."""
+        """Return the learning rate of the update to which a batch belongs.
+
+        Each phase of the method restarts the schedule.
+        """
         update, updates = self._update_in_phase(epoch, batch)
         warmup = warmup_steps(self.optim, updates_per_epoch(self.optim, self.steps))
         return learning_rate(self.optim, update, updates, warmup)
 
     def decays(self, epoch: int, batch: int) -> bool:
-        """Return whether a batch's update has weight decay. `decay_until` is a fraction of each phase."""
+        """Return whether the update to which a batch belongs has weight decay.
+
+        `decay_until` is a fraction of each phase.
+        """
         update, updates = self._update_in_phase(epoch, batch)
         return update / updates < self.optim.decay_until
 
     def _update_in_phase(self, epoch: int, batch: int) -> tuple[int, int]:
-        """Return the number of a batch's update in its phase, from 0, and the number of updates in the phase."""
+        """Return the index of a batch's update within the method's phase, and the number of updates in the phase."""
         start, stop = self.phase(epoch)
         per_epoch = updates_per_epoch(self.optim, self.steps)
         return (epoch - start) * per_epoch + batch // self.optim.accumulate, (stop - start) * per_epoch
 
     def update(self, batch: int) -> range:
-        """Return the indices of the batches whose gradients form one update of the weights, for the update of `batch`.
+        """Return the indices of all batches in the update of the weights to which `batch` belongs.
 
         There are `optim.accumulate` batches per update. The last update of an epoch has fewer batches if the number of
         batches in an epoch is not a multiple of `optim.accumulate`.
@@ -144,6 +149,6 @@ class Task:
         return range(start, min(start + size, self.steps))
 
     def phase(self, epoch: int) -> tuple[int, int]:
-        """Return the first epoch of the phase that contains an epoch, and the first epoch of the next phase."""
+        """Return the first epoch of the phase to which an epoch belongs, and the first epoch of the next phase."""
         borders = sorted({0, *self.method.phases(self.epochs), self.epochs})
         return next((start, stop) for start, stop in pairwise(borders) if start <= epoch < stop)

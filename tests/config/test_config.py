@@ -171,7 +171,7 @@ def test_keys_of_hydra_in_a_file_are_refused(tmp_path: Path, text: str) -> None:
 def test_a_pattern_that_is_twice_in_a_file_of_rules_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rules.yaml"
     file.write_text("conv1: 8\nlayer1.*: 4\nconv1: 2\n")
-    with pytest.raises(ConfigError, match="line 3: conv1 is there twice"):
+    with pytest.raises(ConfigError, match="line 3: conv1 occurs twice"):
         compose.configurations(["method=dorefa", f"layers=@{file}"])
 
 

@@ -310,7 +310,9 @@ def test_the_row_names_what_is_left_float(configure: Configure, words: list[str]
 
 def test_signed_activations_before_unsigned_levels_are_noted(configure: Configure, words: list[str]) -> None:
     notes = run(planned_run(configure(*words, "model=users_networks:silu"))).warnings
-    (note,) = (line for line in notes if line.startswith("activations are signed, levels are not: 1 layers set "))
+    (note,) = (
+        line for line in notes if line.startswith("1 layers set negative inputs to 0, because no level is negative ")
+    )
     assert "(3 " in note
     signed = run(planned_run(configure(*words, "model=users_networks:silu", "method=lsq"))).warnings
     assert not any("signed" in line for line in signed)

@@ -308,7 +308,7 @@ FILES = [
     experiment("2,000 levels", "claim: " + "[" * 2000 + "]" * 2000, "nested too deeply"),
     experiment("python tag", "claim: !!python/object/apply:os.system ['touch pwned']\n", "object/apply:os.system"),
     experiment("unknown tag", "epochs: !nosuch 3\n", "'!nosuch'"),
-    experiment("duplicate keys", "epochs: 3\nepochs: 4\n", "line 3: epochs is there twice"),
+    experiment("duplicate keys", "epochs: 3\nepochs: 4\n", "line 3: epochs occurs twice"),
     experiment("binary", bytes(range(128, 256)), "not valid YAML"),
     experiment("tab", "\tepochs: 3\n", r"found character '\t'"),
     experiment("unclosed quote", "out: 'abc\n", "unexpected end of stream"),

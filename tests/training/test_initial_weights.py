@@ -226,10 +226,10 @@ def test_a_new_last_layer_has_no_baseline_and_is_another_run(smoke: Configure, t
 def test_networks_that_would_fit_are_named(smoke: Configure, tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     torch.save(network(depth=20, width=16).state_dict(), file)
-    with pytest.raises(CheckpointError, match=r"does not fit.*\nit fits model=resnet20 model\.form=post$"):
+    with pytest.raises(CheckpointError, match=r"does not fit.*\nthe file fits model=resnet20 model\.form=post$"):
         assemble(smoke("method=dorefa", f"init={file}"))
     torch.save(network(depth=20, width=5).state_dict(), file)
-    with pytest.raises(CheckpointError, match=r"\nit fits no network of qbench \(qbench list\)$"):
+    with pytest.raises(CheckpointError, match=r"\nthe file fits no network of qbench \(qbench list\)$"):
         assemble(smoke("method=dorefa", f"init={file}"))
 
 
