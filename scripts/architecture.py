@@ -3,10 +3,10 @@
 
     .venv/bin/python scripts/architecture.py [--check]
 
-scripts/test makes the environment .venv. With --check, nothing is written, and the exit status is 1 if the file is out
-of date. Imports are read from the source. The folders are in the order of LAYERS in tests/test_imports.py. An import
-gets an arrow if no chain of other arrows connects the two folders. `bits` and `errors` have no arrows, because most
-folders import them.
+scripts/test makes the environment .venv. With --check, nothing is written, and the exit status is 1 if the picture is
+out of date. The script reads imports from the source, and the order of the folders from LAYERS in
+tests/test_imports.py. An import gets an arrow if no chain of other arrows connects the two folders. Arrows to `bits`
+and `errors` are not drawn, because most folders import these two.
 """
 
 import ast
@@ -45,8 +45,9 @@ FOUNDATION = ("bits", "errors")
 WIDTH, BOX, HIGH, ROW, MARGIN = 800, 156, 44, 80, 14
 """Sizes in pixels: width of the picture, width of a box, height of a box, distance between rows, margin."""
 GAP, LANE, PORT = 28, 20, 20
-"""Distances in pixels: between two boxes of a row, and between two arrow ends at a box. The second number is the width
-in pixels that an arrow needs to pass through a row.
+"""Distances in pixels: between two boxes of a row, and between two arrow ends at a box.
+
+The second distance is also the width that an arrow needs to pass through a row.
 """
 STYLE = """
   .page { fill: #ffffff } .box { fill: #eef3fb; stroke: #3b6ea8 } .free { fill: #f3f3f3; stroke: #8a8a8a }
@@ -63,7 +64,7 @@ STYLE = """
 
 @dataclass
 class Item:
-    """A box, or the place where an arrow passes through a row. In the second case, `folder` is empty.
+    """A box, or the place where an arrow passes through a row. Such a place has an empty `folder`.
 
     `x` is the centre in pixels.
     """
@@ -79,7 +80,7 @@ class Item:
 
 
 def layers() -> tuple[str, ...]:
-    """Return the folders in their order, which is read from tests/test_imports.py."""
+    """Return the folders in the order that tests/test_imports.py defines."""
     tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
     (value,) = (
         node.value
@@ -105,7 +106,10 @@ def imports() -> dict[str, set[str]]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Return the folders to which each folder has an arrow. Folders connected by a chain need no other arrow."""
+    """Return the folders to which each folder has an arrow.
+
+    Folders that a chain of arrows connects need no other arrow.
+    """
     direct = {folder: names - set(FOUNDATION) for folder, names in imports().items()}
 
     def reached(folder: str) -> set[str]:
@@ -116,9 +120,9 @@ def arrows() -> dict[str, set[str]]:
 
 
 def rows(drawn: dict[str, set[str]]) -> list[list[Item]]:
-    """Return the rows from top to bottom.
+    """Divide the folders into rows, and return the rows from top to bottom.
 
-    If a folder of the current row imports the next folder, the next folder begins a new row.
+    A folder begins a new row if a folder of the current row imports it.
     """
     places: list[list[Item]] = [[]]
     for folder in (name for name in layers() if name not in FOUNDATION):
@@ -146,7 +150,7 @@ def _join(upper: Item, lower: Item) -> None:
 def place(places: list[list[Item]]) -> None:
     """Set the centre of every item.
 
-    An item is placed near the items to which it is connected. The order of the items leads to few crossing arrows.
+    An item is placed near the items with which arrows connect it. The items are ordered so that few arrows cross.
     """
     for row in places:
         _spread(row)
@@ -186,13 +190,13 @@ def _top(row: int) -> int:
 
 
 def _port(item: Item, others: list[Item], other: Item) -> float:
-    """Return x in pixels of the point on an item's edge at which its arrow from or to another item ends."""
+    """Return x in pixels of the point on an item's edge where the arrow that connects it with another item ends."""
     index = next(i for i, one in enumerate(others) if one is other)
     return item.x + PORT * (index - (len(others) - 1) / 2) if item.folder else item.x
 
 
 def _arrows(start: Item, row: int) -> list[str]:
-    """Return the arrows that begin at a box. An arrow is a curve with a head at its end."""
+    """Return the SVG text of the arrows that begin at a box. An arrow is a curve with a head at its end."""
     parts = []
     for below in start.below:
         upper, lower, i = start, below, row

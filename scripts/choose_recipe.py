@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Choose the optimizer of the shared recipe by validation accuracy, over several methods.
+"""Choose the optimizer of the shared recipe by the mean validation accuracy of several methods.
 
     .venv/bin/python scripts/choose_recipe.py [KEY=VALUE ...] [--record FILE]    # trains runs that are not stored
     .venv/bin/python scripts/choose_recipe.py --from FILE                        # trains nothing
 
-A recipe's score is its mean validation top-1 after the last epoch, over methods and seeds. The recipe with the best
-score is chosen. Test accuracies are neither read nor shown.
+The score of a recipe is the mean of validation top-1 after the last epoch, over methods and seeds. The recipe with the
+best score is chosen. Test accuracies are neither read nor shown.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WORDS = {
     "out": "out=outputs/recipe",
     "runtime.tensorboard": "runtime.tensorboard=false",
 }
-"""Overrides of the sweep. An override on the command line replaces the one with the same key."""
+"""Overrides of the sweep. An override on the command line replaces the override with the same key."""
 SOME_FAILED = 8
 
 
@@ -57,10 +57,10 @@ def main(arguments: Sequence[str]) -> int:
 def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
     """Return a table of mean validation top-1 by recipe and setting, and the recipe with the best mean.
 
-    Settings and seeds that any recipe lacks are ignored.
+    Only pairs of setting and seed that every recipe has are used.
 
     Raises:
-        SystemExit: there is no run that all recipes have.
+        SystemExit: no pair of setting and seed has a run with every recipe.
     """
     found: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
     for run in runs:

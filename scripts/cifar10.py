@@ -6,23 +6,24 @@
 DATA contains cifar-10-batches-py/. CHECKPOINT is resnet20-12fca82f.th of akamaster/pytorch_resnet_cifar10 (8.27 % test
 error). The protocol:
 
-- One recipe for every setting: Adam from 1e-3 to 1e-5 (exponential), batch size 64, crops and flips. Papers that
-  fine-tune a float network with Adam start at 1e-3 (EWGS, ResNet-20 on CIFAR-10) or 1.25e-3 (N2UQ). Other papers start
-  at 1e-4, but train for many times as many epochs.
-- All 50,000 training images are used. No validation images are held out, because pretraining used all images. Nothing
-  is selected: every accuracy is that after the last epoch.
+- One recipe for every setting: Adam with a learning rate from 1e-3 to 1e-5 (exponential), batch size 64, crops and
+  flips. Papers that fine-tune a float network with Adam start at 1e-3 (EWGS, ResNet-20 on CIFAR-10) or 1.25e-3 (N2UQ).
+  Other papers start at 1e-4, but train for many times as many epochs.
+- All 50,000 training images are used. There is no validation split, because pretraining used all images. Nothing is
+  selected: every accuracy is the accuracy after the last epoch.
 - The first and the last layer are float. The float control is trained for the same number of epochs.
 - The seed determines the order of the images and the augmentation. All settings of one seed run before the next seed
   begins.
 
-The runs are done one after another in this process. Runs that are stored in --out or in --record are not repeated, so a
-stopped run of the script continues if the command is repeated, also without the folder --out. KEY=VALUE overrides the
+The runs are done one after another in this process. Runs that are stored in --out or in --record are not repeated. If
+the script was stopped, the same command therefore continues it, even without the folder --out. KEY=VALUE overrides the
 protocol. After every run, the results are stored in --record FILE, by default docs/records/cifar10.json.
 `scripts/tables.py --from-records cifar10` then writes docs/results.md. `--from FILE` prints the tables of stored
 results and runs nothing.
 
-Three methods are left out, because they need another network than the checkpoint's. HWGQ and Gupta's fixed point need
-another normalization, and XNOR-Net's activations need a network in which BN and activation come first.
+Three methods are left out, because they need a network that differs from the network in the checkpoint. HWGQ and
+Gupta's fixed point need another normalization. XNOR-Net's activations need a network in which batch normalization and
+activation precede each convolution.
 """
 
 import argparse
@@ -59,9 +60,9 @@ KEYS = {
     "runtime.tensorboard": "false",
 }  # fmt: skip
 EVERY_WIDTH = ("dorefa", "lsq", "uniform", "apot", "inq", "slq", "eslq", "qd", "dq")
-"""Methods with settings at 2, 3 and 4 bits per weight and float activations."""
+"""Methods that are run at 2, 3 and 4 bits per weight, with float activations."""
 BOTH = ("dorefa", "pact", "lsq", "uniform", "apot")
-"""Methods with settings in which weights and activations have the same width."""
+"""Methods that are run with the same width of weights and activations."""
 HEAD = ("method", "W", "A", "levels", "bits/weight", "bytes", "top-1 %", "std", "n", "diff", "over float control")
 
 
@@ -70,7 +71,8 @@ class Wanted:
     """A setting of the protocol.
 
     Args:
-        method: the method's name. If activations have their own method, its name follows after a plus sign.
+        method: the name of the method. If a second method quantizes the activations, its name follows after a plus
+            sign.
         group: the title of the setting's table.
     """
 
@@ -86,7 +88,7 @@ class Wanted:
 
     @property
     def key(self) -> tuple[str, Bits]:
-        """The method's name and widths, as in a result."""
+        """The method's name and widths, which identify the setting in results."""
         return self.method, Bits(**{key: width or 32 for key, width in parse_bits(self.bits).items()})
 
 
@@ -160,7 +162,7 @@ def planned(options: argparse.Namespace, chosen: Sequence[Wanted]) -> list[Plann
 
 
 def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> list[RunRecord]:
-    """Do the runs one after another, and store the results after each. Return a record of every run that began.
+    """Do the runs one after another, and store all results after each run. Return a record of every run that began.
 
     Args:
         folders: absolute paths of folders. The stored file contains paths relative to them.
@@ -186,14 +188,17 @@ def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> 
 
 
 def stored_results(record: Path) -> tuple[list[RunRecord], str]:
-    """Return the runs of a file of stored results, and the note on them. Without the file, there are no runs."""
+    """Return the runs in a file of stored results, and the note about them.
+
+    If the file is missing, there are no runs.
+    """
     if not record.is_file():
         return [], "No run is recorded yet."
     return load_records(record), json.loads(record.read_text())["note"]
 
 
 def store(record: Path, records: Sequence[RunRecord], folders: Sequence[Path]) -> None:
-    """Store the results in a file. The file is published, so its paths do not contain the folders of this machine."""
+    """Store the results in a file. The paths in this file are relative, because it is published."""
     text = dump_records(records)
     for folder in folders:
         text = text.replace(f"{folder}/", "") if folder.is_absolute() else text
@@ -231,7 +236,7 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
 
 
 def cells(setting: Setting, control: Setting | None) -> tuple[str, ...]:
-    """Return a row's cells in the order of HEAD."""
+    """Return the cells of a table row, in the order of HEAD."""
     return (
         "float, trained for as long" if setting.is_float and not setting.is_baseline else setting.label,
         str(setting.bits.w),
@@ -248,7 +253,7 @@ def cells(setting: Setting, control: Setting | None) -> tuple[str, ...]:
 
 
 def over_control(setting: Setting, control: Setting) -> str:
-    """Return the difference to the float control, paired by seed, with the half-width of its 95 % interval."""
+    """Return the difference from the float control, paired by seed, and the half-width of its 95 % interval."""
     ours, floats = ({run.seed: run.top1 for run in each.runs} for each in (setting, control))
     seeds = sorted(ours.keys() & floats.keys())
     if len(seeds) < 2:

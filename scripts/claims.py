@@ -4,13 +4,13 @@
     .venv/bin/python scripts/claims.py [NAME ...] [--seeds 0-9] [--out outputs/claims] [--docs docs/claims.md]
                                     [--plan | --report | --from FILE] [--record FILE]
 
-Without a NAME, all claims are tested. Runs of their arms are trained if they are not stored yet. Claims share runs with
-equal configurations. --plan shows which runs would be trained, and estimates the time. --report trains nothing. The
-document always contains all claims, because Holm's adjustment covers all of them. Its values are also written to
-OUT/claims.json.
+A claim compares arms, which are settings. Without a NAME, all claims are tested. Runs that are not stored yet are
+trained. Claims share runs with equal configurations. --plan shows which runs would be trained, and estimates the time.
+--report trains nothing. The document always contains all claims, because Holm's adjustment covers all of them. The
+values in the document are also written to OUT/claims.json.
 
---record FILE stores the runs of all claims with their hits and the sha256 of their weights. --from FILE writes the
-document from such a file and needs no runs.
+--record FILE stores the runs of all claims, with the sha256 of their weights and with their hits, which say which test
+images are classified correctly. --from FILE writes the document from such a file and needs no runs.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Stored:
-    """Runs and measurements from a file that `write_record` wrote. They are empty without such a file.
+    """Runs and measurements from a file that `write_record` wrote. Without such a file, both are empty.
 
     Args:
         runs: map from the name of a run's directory to the run.
@@ -146,12 +146,12 @@ class Stored:
         return Stored(runs, values["gradient_mismatch"], values["machine"])
 
     def run(self, planned: RunRecord) -> RunRecord:
-        """Return the stored run if the planned run has no directory, otherwise the planned run."""
+        """Return the run in the record if the planned run has no directory, and otherwise the planned run."""
         return self.runs.get(place(planned.path), planned)
 
     @property
     def hits(self) -> dict[str, Hits]:
-        """The hits of the runs, by the name of a run's directory."""
+        """The hits of every run, by the name of the run's directory."""
         return {name: run.hits for name, run in self.runs.items() if run.hits}
 
 
@@ -161,7 +161,7 @@ def place(path: Path) -> str:
 
 
 def write_record(file: Path, runs: Iterable[RunRecord], mismatch: Mapping[str, Any], machine: str) -> None:
-    """Write the runs and their float baselines, with one entry per run."""
+    """Write the runs and their float baselines to a file, with one entry per run."""
     found = with_baselines(list({run.path: run for run in runs}.values()))
     relative = [replace(run, path=Path(place(run.path)), hits=run.hits or hits_of(run)) for run in found]
     values = json.loads(dump_records(relative)) | {"gradient_mismatch": mismatch, "machine": machine}
@@ -203,7 +203,10 @@ def stored_run(config: Config) -> RunRecord:
 
 
 def arm_runs(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> dict[int, RunRecord]:
-    """Return the stored runs of an arm by seed. If the arm's configuration is not valid, all runs have failed."""
+    """Return the stored runs of an arm, by seed.
+
+    If the arm's configuration is not valid, all its runs count as failed.
+    """
     try:
         configs = arm_configs(claim, arm, seeds, out)
     except ConfigError as error:
@@ -229,7 +232,7 @@ def train(claim: Claim, seeds: list[int], out: str) -> None:
 
 
 def print_plan(chosen: list[Claim], seeds: list[int], out: str) -> None:
-    """Print an estimate of the training time of the missing runs per claim. Shared runs are counted once."""
+    """For each claim, print the estimated training time of the missing runs. Shared runs are counted once."""
     total = 0.0
     counted: set[str] = set()
     table = Table(("claim", "arms", "missing runs", "estimate"))
@@ -275,14 +278,14 @@ def missing_work(claim: Claim, seeds: list[int], out: str, counted: set[str]) ->
 
 
 def stored_seconds(path: Path) -> float:
-    """Return the time of the stored run of the first seed, as an estimate for the other seeds."""
+    """Return the seconds of the stored run with the first seed, as an estimate for the other seeds."""
     return float((files.read_json(path / "result.json") or {}).get("wall_seconds") or 0)
 
 
 def write_report(
     claims: list[Claim], seeds: list[int], out: str, docs: Path, stored: Stored, record: Path | None
 ) -> None:
-    """Evaluate every claim, and write OUT/claims.json and the document. If `record` is given, store the runs in it."""
+    """Evaluate every claim, and write OUT/claims.json and the document. If `record` is given, store the runs there."""
     results: list[ClaimResult] = []
     runs: dict[str, ArmRuns] = {}
     mismatch: dict[str, dict[str, Any]] = {}
@@ -358,7 +361,10 @@ def machine_text(runs: dict[str, ArmRuns]) -> str:
 
 
 def measure_mismatch(claim: Claim, net: dict[int, RunRecord], out: str) -> dict[str, Any]:
-    """Return {seed: {sigma: {backward: {layer: (cosine, bias)}}}} for a claim's networks. Stored values are reused."""
+    """Return the gradient mismatch of a claim's networks, as {seed: {sigma: {backward: {layer: (cosine, bias)}}}}.
+
+    Stored values are reused.
+    """
     from qbench.analysis.gradient_mismatch import mismatch_of_run
 
     store = Path(out) / "gradient_mismatch.json"
@@ -385,7 +391,7 @@ def backward_names(claim: Claim) -> list[str]:
 
 
 def mismatch_results(claim: Claim, net: dict[int, RunRecord], mismatch: dict[str, Any]) -> list[ClaimResult]:
-    """Evaluate a claim by the mean cosine over layers, at the noise level that verdicts use."""
+    """Evaluate a claim about gradient mismatch by the mean cosine over layers, at the noise level for verdicts."""
     from qbench.analysis.gradient_mismatch import VERDICT_SIGMA
 
     results = []

@@ -3,9 +3,9 @@
 
     python scripts/config_travel.py
 
-The first list contains files of qbench/ in which a parameter or a field of a class is annotated with `Config`. The
+The first list contains files of qbench/ in which a parameter or a field of a class has the annotation `Config`. The
 second list contains calls that create a `RunDirectory`, directly or through `planned_run` and `planned_runs`. Both
-lists are computed from the syntax trees.
+lists are computed from the syntax trees of the modules.
 """
 
 import ast
@@ -52,7 +52,7 @@ def annotations(tree: ast.Module) -> Iterator[tuple[int, ast.expr | None]]:
 
 
 def takers() -> dict[str, list[int]]:
-    """Return the lines at which a parameter or field is annotated with `Config`, for each file that has such lines."""
+    """Return, by file, the lines at which a parameter or field has the annotation `Config`."""
     lines = {file: sorted(line for line, a in annotations(tree) if names_config(a)) for file, tree in trees().items()}
     return {file: found for file, found in lines.items() if found}
 

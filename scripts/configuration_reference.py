@@ -55,7 +55,7 @@ class Key(NamedTuple):
 
 
 class Commented(NamedTuple):
-    """A YAML file: its first comment, its values, and the comment of each key as `key` or `key.subkey`."""
+    """The content of a YAML file: its first comment, its values, and the comments by `key` or `key.subkey`."""
 
     description: str
     values: dict[str, Any]
@@ -86,7 +86,7 @@ def read(path: Path) -> Commented:
 
 
 def read_option(group: str, name: str) -> Commented:
-    """Return the values and comments of an option, with those of the files that it includes."""
+    """Return the values and comments of an option, including those from the files that the option includes."""
     path = groups.option_file(group, name)
     file = read(path)
     values, comments = dict(file.values), dict(file.comments)
@@ -114,7 +114,7 @@ def attribute_docstrings() -> dict[tuple[str, str], str]:
 
 
 def schema_keys(cls: type = schema.Config, prefix: str = "") -> Iterator[Key]:
-    """Yield the keys of a dataclass of the schema, without the arguments of models, data sets and methods."""
+    """Yield the keys of a dataclass of the schema. Arguments of models, data sets and methods are not included."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name, hint = f"{prefix}{field.name}", hints[field.name]
@@ -143,7 +143,7 @@ def from_yaml(name: str) -> tuple[Any, str]:
 
 
 def options(group: str) -> list[str]:
-    """Return the options of a group of the schema, the default first."""
+    """Return the options of a group of the schema, with the default option first."""
     return sorted(groups.option_names(group), key=lambda name: name != SCHEMA_FILES[group])
 
 
@@ -156,7 +156,7 @@ def lookup(values: dict[str, Any], name: str) -> Any:
 
 
 def type_name(hint: Any) -> str:
-    """Return a type in the words of YAML, such as `int or null`."""
+    """Return the name of a type with the terms of YAML, such as `int or null`."""
     if isinstance(hint, types.UnionType):
         return " or ".join(map(type_name, typing.get_args(hint)))
     names = {type(None): "null", dict: "mapping"}
@@ -177,7 +177,10 @@ def shown(value: Any) -> str:
 
 
 def families(group: str) -> dict[str, list[str]]:
-    """Return a map from a family to its options. They have the same keys, because they share a function."""
+    """Return a map from each family to its options.
+
+    Options of a family share a function, so they have the same keys.
+    """
     found: dict[str, list[str]] = {}
     for name in sorted(path.stem for path in (CONF / group).glob("*.yaml")):
         found.setdefault(str(read_option(group, name).values.get("family", name)), []).append(name)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the cost of bugs. Each known deviation of public code is compared with the paper's method, seed by seed.
+"""Measures how much accuracy each known deviation of public code costs, compared with the paper's method.
 
 Usage, after `scripts/test` made the environment:
 
@@ -10,7 +10,7 @@ Usage, after `scripts/test` made the environment:
     .venv/bin/python scripts/deviations.py --record FILE   # also store the runs with the sha256 of their weights
     .venv/bin/python scripts/deviations.py --from FILE     # write docs/deviations.md from such a file; trains nothing
 
-With further keys of qbench, as with --quick, the script only prints the table.
+With --quick or with further keys of qbench, the script only prints the table.
 """
 
 import argparse
@@ -81,7 +81,10 @@ def main() -> None:
 
 
 def sweep_words(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
-    """Yield the arguments of one sweep per method and widths. A sweep has `none` and all deviations to measure."""
+    """Yield the arguments of one sweep per method and widths.
+
+    A sweep runs `deviation=none` and all measured deviations.
+    """
     for method, bits, names in groups():
         yield [
             "-m", f"method={method}", f"bits={bits}", f"method.deviation={','.join(['none', *names])}",
@@ -102,8 +105,8 @@ def groups() -> Iterable[tuple[str, str, list[str]]]:
 def deviations_table(records: Sequence[RunRecord], seeds: int) -> Table:
     """Return the table of all deviations, from runs of one protocol.
 
-    Points lost are test top-1 of the paper's method minus test top-1 with the deviation, after the last epoch. Only
-    seeds in which both runs are done are compared. Runs that are not done are counted and named. A run that does not
+    Points lost are the test top-1 of the paper's method minus the test top-1 with the deviation, after the last epoch.
+    A seed is compared only if both its runs are done. Runs that are not done are counted and named. A run that does not
     exist is reported as missing.
     """
     runs = [run for run in records if run.result is not None and run.result.seed < seeds]

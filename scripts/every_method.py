@@ -3,9 +3,9 @@
 
     .venv/bin/python scripts/every_method.py [KEY=VALUE ...]
 
-scripts/test makes the environment .venv. A run quantizes only weights, activations or gradients, and the other two have
-32 bits. The levels of every run are verified. The exit status is 1 if a run has failed or is not verified. Stored runs
-are not repeated.
+scripts/test makes the environment .venv. Every run quantizes only the weights, only the activations or only the
+gradients. The levels of every run are verified. The exit status is 1 if a run has failed or is not verified. Stored
+runs are not repeated.
 
 `--record FILE` stores the results. `--from FILE` prints the table of stored results and runs nothing.
 """
@@ -47,7 +47,7 @@ KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 
 
 class RunAccuracy(NamedTuple):
-    """The data of a run that the table needs: method, network keys, widths, and test top-1 in percent."""
+    """What the table needs of a run: method, keys of the network, widths, and test top-1 in percent."""
 
     method: str
     network: dict[str, str]

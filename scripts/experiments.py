@@ -64,7 +64,7 @@ def existing_files() -> list[Path]:
 
 
 def experiments() -> dict[Path, str]:
-    """Return the text of every experiment file, by path. A top-5 value is stated in the file of its top-1 row."""
+    """Return the text of every experiment file, by path. The file of a top-1 row also states the top-5 value."""
     texts = {}
     for paper in papers():
         for row in paper.rows:
@@ -92,7 +92,7 @@ def experiment_text(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow
 def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow], recipe: Recipe) -> list[str]:
     """Return the comments of an experiment file.
 
-    They state the published value, who measured it, its provenance, and how the recipe differs from its source.
+    The comments state the published value, who measured it, its provenance, and how the recipe differs from its source.
     """
     widths = f"W{row.bits.w} A{row.bits.a} G{row.bits.g}" + (f", {row.levels} levels" if row.levels else "")
     place = f"{names().nets[row.net].title} on {names().datasets[row.dataset].title}"
@@ -114,7 +114,7 @@ def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow],
 
 
 def claim_text(row: PublishedRow) -> str:
-    """Return a row's value with its metric and its float baseline, as text."""
+    """Return a text that states a row's value, its metric and its float baseline."""
     claim = "not known" if row.value is None else f"{published.format_claim(row)} {METRICS[row.metric]}"
     if row.baseline is None or row.method == "float":
         return claim
@@ -130,7 +130,7 @@ def capitalized(text: str) -> str:
 
 
 def split_words(words: Iterable[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Split command-line overrides into choices of groups and nested keys. The last override of a key is used."""
+    """Split command-line overrides into options of groups and nested keys. The last override of a key is used."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
     for word in words:

@@ -5,9 +5,9 @@ This takes some minutes.
 
     .venv/bin/python scripts/export_table.py [KEY=VALUE ...]
 
-Methods that quantize activations have widths that the forms with integer arithmetic accept; other methods have their
-own default widths. A form that refuses a run has the reason in the record. Stored runs are not repeated. Forms whose
-package is missing have a `?`.
+Methods that quantize activations have widths that the forms with integer arithmetic accept. Other methods have their
+default widths. If a form refuses a run, the record states the reason. Stored runs are not repeated. The table shows `?`
+for forms whose package is not installed.
 
 Times are those of a batch of 64 images in one thread, relative to ONNX Runtime with the file `onnx` of the float run.
 They are processor times, and medians of rounds in which all runtimes take turns.
@@ -49,7 +49,7 @@ BATCH, ROUNDS, REPEAT = 64, 31, 5
 
 @dataclass(frozen=True, kw_only=True)
 class FormResult:
-    """The file of one form: its bytes, and the test images for which it predicts the run's class; or why there is none.
+    """An exported file: its bytes and on how many test images it predicts the run's class, or why there is no file.
 
     `times` has the relative time in each runtime; see the module's docstring.
     """
@@ -62,7 +62,7 @@ class FormResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run with its ideal size in bytes, the size of its float network, its test images, and its files by form."""
+    """One run: ideal bytes, bytes of the float network, number of test images, and the exported files by form."""
 
     method: str
     bits: str
@@ -138,7 +138,7 @@ def timed_row(row: Row, directory: Path, float_directory: Path) -> Row:
 
 
 def size_table(rows: Sequence[Row]) -> str:
-    """Return a table with one row per run: ideal bytes, and for each form the bytes of its file."""
+    """Return a table with one row per run, which states the ideal bytes and the bytes of the file of each form."""
     lines = [
         f"| method | W A | float | ideal | {' | '.join(FORMS)} | same class |",
         f"| --- | --- | ---: | ---: |{' ---: |' * (len(FORMS) + 1)}",

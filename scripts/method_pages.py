@@ -1,4 +1,4 @@
-"""Make one page per method for the documentation site, with card, picture, options, results and published rows.
+"""Make one page per method for the documentation site, with the card, picture, options, results and published rows.
 
 docs/conf.py calls `write` before each build. The pages are made from the method cards, conf/method, docs/records and
 the published figures, so they are not stored in the repository.
@@ -24,7 +24,7 @@ from qbench.runs.reader import load_records
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ("digits", "methods", "others", "methods-glyphs", "unified")
 CARD_WIDTH = 100
-"""Maximum length of a line in a method card. If the next word would have fitted on a line, a paragraph ends there."""
+"""Maximum length of a line in a method card. A line that had room for the next word ends a paragraph."""
 
 
 def write(folder: Path) -> None:
@@ -76,7 +76,7 @@ def deviations(name: str) -> list[str]:
 
 
 def results(name: str) -> list[str]:
-    """Return the rows of a method in the stored records, with the command that prints them."""
+    """Return the rows of a method in the stored records, with the command that prints these rows."""
     parts = []
     for record in RECORDS:
         for made in recorded(record):

@@ -8,9 +8,9 @@
 
 A mutant has one change: another comparison or arithmetic operator, `and` instead of `or`, a negated condition, a number
 plus one, a flipped truth value, `min` instead of `max`, an omitted call, or None instead of a result. The sample is
-drawn with a fixed seed from all mutants, with equally many from each folder. Only tests that run the changed line are
-run, in a copy of the working tree. A mutant is killed if a test fails or runs out of time. Otherwise it survives, for
-example because no test runs its line.
+drawn with a fixed seed from all mutants, with equally many from each folder. In a copy of the working tree, the script
+runs only the tests that execute the changed line. A mutant is killed if a test fails or runs out of time. Otherwise, it
+survives, for example because no test executes the changed line.
 """
 
 import argparse
@@ -48,7 +48,7 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "amax": "amin",
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the text from `start` to `end` of a file becomes `text`."""
+    """A change of one file: `text` replaces the text from `start` to `end`."""
 
     file: str
     line: int
@@ -59,19 +59,19 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """The mutant's name. It is stable as long as the file is not changed."""
+        """The mutant's name, which is stable as long as the file does not change."""
         return f"{self.file}:{self.line}: {' '.join(self.was.split())} -> {' '.join(self.text.split())}"
 
     @property
     def key(self) -> str:
-        """A digest of the change and of the changed file."""
+        """A digest of the change and of the file's content, under which the outcome is stored."""
         source = (ROOT / self.file).read_text("utf-8")
         return hashlib.sha256(f"{self.start} {self.text} {self.file} {source}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a mutant: killed, survived, timeout (which counts as killed), or uncovered by tests."""
+    """The outcome of a mutant: killed, survived, timeout (counts as killed), or uncovered (no test runs the line)."""
 
     key: str
     name: str
@@ -173,7 +173,7 @@ def covering_tests(data: CoverageData, mutant: Mutant) -> list[str]:
 
 
 def run_mutant(mutant: Mutant, tests: Sequence[str], tree: Path, limit: float) -> str:
-    """Return the outcome of a mutant. It is made in a copy of the tree, which is restored afterwards."""
+    """Return the outcome of a mutant. The change is made in a copy of the tree, and undone afterwards."""
     if not tests:
         return "uncovered"
     path, listed = tree / mutant.file, tree / "tests.txt"
@@ -195,7 +195,7 @@ def run_mutant(mutant: Mutant, tests: Sequence[str], tree: Path, limit: float) -
 
 
 def cover(tests: Sequence[str], file: Path) -> int:
-    """Run the tests and store which test runs which line."""
+    """Run the tests, and store which tests execute which lines."""
     measured = [f"--cov=qbench.{folder.replace('/', '.')}" for folder in FOLDERS]
     options = ["-n", "0", "-q", "--cov-context=test", "--cov-report=", *measured]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def cover(tests: Sequence[str], file: Path) -> int:
 
 
 def score(outcomes: Sequence[Outcome], command: str) -> str:
-    """Return Markdown text with the total score, the score of each folder, and the survivors."""
+    """Return Markdown text with the total score, the score of each folder, and the mutants that survived."""
     dead = sum(o.outcome in ("killed", "timeout") for o in outcomes)
     lines = [f"`{command}`: {dead} of {len(outcomes)} mutants killed ({100 * dead / max(len(outcomes), 1):.0f} %).", ""]
     for folder in dict.fromkeys(o.folder for o in outcomes):

@@ -79,7 +79,7 @@ def texts() -> dict[str, Any]:
 
 
 def methods_of(paper: Paper) -> list[str]:
-    """Return the methods whose cards name the paper's arXiv number. Methods with more published rows come first."""
+    """Return the methods whose cards contain the paper's arXiv number. Methods with more published rows come first."""
     number, rows = paper.link.rpartition("/")[2], Counter(row.method for row in paper.rows)
     methods = [name for name in registry.names("method") if number in cards()[name].get("Paper", "")]
     return sorted(methods, key=lambda name: (-rows[name], name))
@@ -87,9 +87,9 @@ def methods_of(paper: Paper) -> list[str]:
 
 @cache
 def cards() -> dict[str, dict[str, str]]:
-    """Return every method's card. A card maps the name of a section to its text on one line.
+    """Return the card of every method, as a map from the name of a section to the section's text on one line.
 
-    The first line of the card has the name `is`.
+    The key `is` contains the first line of the card.
     """
     by_method = {}
     for name in registry.names("method"):
@@ -113,7 +113,7 @@ def claims_of(paper: Paper) -> list[Claim]:
 def outcomes() -> dict[str, Rows]:
     """Return the rows of the table in docs/claims.md, by claim.
 
-    The entry `name` of a row is the name of its comparison. It is empty if the claim has only one comparison.
+    The entry `name` of a row is the name of the comparison, or an empty text if the claim has only one comparison.
     """
     by_claim: dict[str, Rows] = {}
     for row in table_rows(ROOT / "docs" / "claims.md", "claim"):
@@ -123,7 +123,7 @@ def outcomes() -> dict[str, Rows]:
 
 
 def table_rows(document: Path, first: str) -> Rows:
-    """Return the rows of all tables in a document whose first column has the head `first`.
+    """Return the rows of every table in a document whose first column has the head `first`.
 
     A row maps column heads to cells.
     """
@@ -141,15 +141,15 @@ def table_rows(document: Path, first: str) -> Rows:
 
 
 def quantized_letters(method: str) -> str:
-    """Return the letters of w, a and g that a method quantizes. Its card states 32 bits for the other letters."""
+    """Return which of w, a and g a method quantizes. The method's card states 32 bits for the others."""
     kept = "".join(re.findall(r"\b([wag](?:(?:, | and )[wag])*) (?:are )?32\b", cards()[method]["Bits"]))
     return "".join(letter for letter in KINDS if letter not in kept)
 
 
 def formulas(method: str) -> str:
-    """Return the names of the public functions in a method's module that accept a tensor or make one from numbers.
+    """Return the names of a method's public functions that accept a tensor, or make a tensor from numbers.
 
-    If there are none, return the names of the methods whose functions the module imports.
+    If there are no such functions, return the names of the methods from which the module imports functions.
     """
     tree = ast.parse((ROOT / "qbench" / "methods" / f"{method}.py").read_text(encoding="utf-8"))
     functions, imported = [], []
@@ -171,7 +171,7 @@ def default_bits(method: str) -> dict[str, int]:
 
 
 def shown_rows(paper: Paper) -> list[PublishedRow]:
-    """Return the rows that a paper's section shows. The introduction of the page states the rule for this choice."""
+    """Return the rows that the section of a paper shows. The introduction of the page states how they are chosen."""
     candidates = [r for r in paper.rows if r.method in methods_of(paper) and r.value is not None and not r.top5_of]
     chosen: dict[tuple[str, str, str], PublishedRow] = {}
     for row in sorted(candidates, key=rank):
@@ -234,7 +234,7 @@ def method_entry(name: str) -> str:
 
 
 def claimed_part(paper: Paper) -> str:
-    """Return the table of shown rows, and the number of all rows."""
+    """Return the part with the table of shown rows and the number of all rows."""
     shown = shown_rows(paper)
     total = len(paper.rows)
     ran = sum(bool(row.measured) for row in paper.rows)
@@ -310,9 +310,9 @@ def verdict_order(row: dict[str, str]) -> list[bool]:
 
 
 def border(row: dict[str, str]) -> str:
-    """Return the margin that a comparison claims, as text.
+    """Return, as text, the margin by which the first arm of a comparison is claimed to be better.
 
-    The text is empty if the claim is only that the first arm is better.
+    The text is empty if no margin is claimed.
     """
     match = re.search(r"(> -?[\d.]+|within [\d.]+)$", row["arms"])
     return "" if match is None or match[0] == "> 0" else f" (claimed {match[0].replace('>', 'above')})"
@@ -321,7 +321,7 @@ def border(row: dict[str, str]) -> str:
 def deviations_part(paper: Paper) -> str:
     """Return the part on qbench's deviations from the paper, and on known deviations of public code.
 
-    For deviations of public code, the measured loss of accuracy is stated.
+    For each deviation of public code, the part states the measured loss of accuracy.
     """
     lines = [bullet(f"`{name}`: {cards()[name]['Deviations']}") for name in methods_of(paper)]
     departs = recipe_sentences(paper, "departs")
@@ -352,7 +352,8 @@ def open_part(paper: Paper) -> str:
 def recipe_sentences(paper: Paper, key: str) -> list[str]:
     """Return sentences from a paper's recipes.
 
-    With `key="open"`, they say what the source leaves open. With `key="departs"`, they say what differs from it.
+    With `key="open"`, the sentences say what the source leaves open. With `key="departs"`, they say what qbench does
+    differently.
     """
     entries = [(text, recipe) for recipe in paper.recipes.values() for text in getattr(recipe, key)]
     return unique(marked(capitalized(text), recipe.provenance) for text, recipe in entries)
@@ -392,7 +393,7 @@ def related_entry(paper: dict[str, Any]) -> str:
 
 
 def marked(sentence: str, provenance: str) -> str:
-    """Return a sentence. If it is from memory and does not say so, add a mark."""
+    """Return a sentence. If it was written from memory and does not say so, add a mark."""
     needs_mark = provenance_text(provenance) == MEMORY and not re.search("memory|remember", sentence)
     return f"{sentence} ({MEMORY})." if needs_mark else f"{sentence}."
 

@@ -3,10 +3,10 @@
 
     .venv/bin/python scripts/reference.py [--check]
 
-The configuration page is made from qbench/config/schema.py (types, ranges) and the YAML files in conf/ (defaults, and
-the comment next to each key). The page of commands is made from the parsers in qbench/cli and from qbench/errors.py.
-With --check, nothing is written. The script then names the pages that would change, and exits with status 1 if there
-are any.
+The configuration page is made from qbench/config/schema.py (types, ranges) and from the YAML files in conf/ (defaults,
+and the comment next to each key). The page of commands is made from the parsers in qbench/cli and from
+qbench/errors.py. With --check, nothing is written. The script then names the pages that would change, and exits with
+status 1 if there are such pages.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def commands_page() -> str:
 
 
 def usage_word(action: argparse.Action) -> str:
-    """Return a positional argument as in a usage line. For a flag, return an empty text."""
+    """Return a positional argument as a usage line shows it. For a flag, return an empty text."""
     name = "" if action.option_strings else str(action.metavar or action.dest)
     return {"+": f"{name} ...", "*": f"[{name} ...]", "?": f"[{name}]", 2: f"{name} {name}"}.get(
         action.nargs or "", name

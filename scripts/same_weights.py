@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Trains short runs with the old and the new code, and checks that a change of the code does not change their weights.
+"""Trains short runs with old and new code, and checks that their final weights are the same.
 
     scripts/same_weights.py COMMIT
 
-COMMIT is checked out into a temporary worktree. Every method is trained on digits there and in the working tree (seed
-0, 3 float and 3 quantized epochs). `weights_sha256` is compared for each run. Checksums depend on the processor, so
-both versions are trained on this machine. The exit status is 1 if any run differs.
+The old code is COMMIT, which is checked out into a temporary worktree. The new code is the working tree. Each of them
+trains every method on digits (seed 0, 3 float and 3 quantized epochs), and `weights_sha256` of each run is compared.
+Checksums depend on the processor, so both versions are trained on this machine. The exit status is 1 if any run
+differs.
 """
 
 import json
@@ -34,7 +35,7 @@ def lines(checkout: Path) -> list[str]:
 def weights(checkout: Path, line: str, out: Path) -> str:
     """Train the run of a command line with the code in `checkout`.
 
-    Return the sha256 of the weights, or the reason why the run has no weights.
+    Return the sha256 of the run's weights, or the reason why the run has none.
     """
     folder = out / re.sub(r"\W+", "-", line)
     words = [*line.split(), *SHORT, f"out={folder}"]

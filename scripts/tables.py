@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Rebuild the tables in the documents: run the command in each marker, and write its output below the marker.
 
-A table is between the markers `<!-- table: COMMAND -->` and `<!-- end -->`. If COMMAND is a sweep, the table is that of
-`qbench compare` on the folder `out` of the sweep, without conclusions. `qbench compare RECORD ...` and scripts of this
-folder print their own tables. Stored runs are not repeated.
+A table is between the markers `<!-- table: COMMAND -->` and `<!-- end -->`. If COMMAND is a sweep, the table is the
+output of `qbench compare` for the sweep's folder `out`, without conclusions. `qbench compare RECORD ...` and the
+scripts in this folder print their tables themselves. Stored runs are not repeated.
 
     .venv/bin/python scripts/tables.py [WORD ...]     # only the tables whose command contains one of the words
     .venv/bin/python scripts/tables.py --from-records # runs nothing: writes the tables from docs/records
     .venv/bin/python scripts/tables.py --check        # runs nothing: compares the tables with docs/records
 
-docs/records contains the results behind the tables, so everybody can rebuild and examine the tables.
+docs/records contains the results behind the tables, so that everybody can rebuild and examine the tables.
 """
 
 import json
@@ -36,11 +36,11 @@ DOCUMENTS = (
 MARKER = re.compile(r"(<!-- table: ((?:qbench|scripts/).*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECORDS = ROOT / "docs" / "records"
 RECORDED = ("qbench", "scripts/cifar10.py", "scripts/every_method.py", "scripts/export_table.py", "scripts/unified.py")
-"""Prefixes of commands that make tables of results. The other tables contain timings and counts."""
+"""Prefixes of commands whose tables contain results of runs. Other tables contain timings and counts."""
 
 
 def record_path(command: str) -> Path:
-    """Return the path of the results behind a command's table."""
+    """Return the path of the record with the results behind a command's table."""
     match = re.search(r"out=\S*?([^/\s]+)(?:\s|$)", command)
     return RECORDS / f"{match[1] if match else Path(command.split()[0]).stem}.json"
 
@@ -82,7 +82,7 @@ def script_output(command: str, *more: str) -> str:
 
 
 def table_text(command: str, stored: bool) -> str | None:
-    """Return the text of a command's table. With `stored`, make it from its record, or return None if there is none."""
+    """Return the text of a command's table. With `stored`, make it from a record, or return None without a record."""
     record = record_path(command)
     if command.startswith("qbench compare "):
         return run_compare(command.split()[2:]) + "\n"

@@ -3,12 +3,12 @@
 
     .venv/bin/python scripts/unified.py [KEY=VALUE ...] [--format md]
 
-The defaults are CIFAR-10, ResNet-20, all methods, float activations and seeds 0 to 2. Overrides of qbench replace the
-defaults, such as dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4. The controls show which accuracy a network of the
-same bytes reaches without the method. Every quantized network has two controls, a float network and an 8-bit network
-(uniform, min-max). Each control has the largest model.width at which it takes no more bytes than the quantized
-network. Controls are trained with the same recipe and for the same number of epochs. Stored runs are not trained
-again.
+The defaults are CIFAR-10, ResNet-20, all methods, float activations and seeds 0 to 2. Overrides of qbench, such as
+dataset=glyphs method=dorefa,ttq seed=0,1,2,3,4, replace the defaults. The controls show which accuracy a network with
+the same number of bytes reaches without the method. Every quantized network has two controls, a float network and an
+8-bit network (uniform, min-max). A control has the largest model.width at which it takes no more bytes than the
+quantized network. Controls are trained with the same recipe and for the same number of epochs. Stored runs are not
+trained again.
 
 `--record FILE` stores the results. `--from FILE` prints the tables of stored results and runs nothing.
 """
@@ -51,8 +51,8 @@ CONTROLS = {
 }
 """The kinds of controls, with their overrides.
 
-Like the methods, a control starts from a float baseline of its own width and trains for the same number of epochs after
-it. With `init=float`, this means that the float control is fine-tuned.
+Like a method, a control starts from a float baseline with the control's width, and is trained further for the same
+number of epochs. With `init=float`, the float control is therefore fine-tuned.
 """
 QUANTIZED, BASELINE = "quantized", "baseline"
 
@@ -64,13 +64,13 @@ HEAD = (
 
 @dataclass
 class NetworkRow:
-    """One row of the tables: a setting with the width of its network.
+    """One row of the tables, which is a setting with the model.width of its network.
 
     Args:
         role: "quantized", "baseline", or a kind of control.
         top1: test top-1 in percent, by seed.
-        controls: for each kind of control, the control and the difference to it, paired by seed. The value is None if
-            no control is small enough.
+        controls: kind of control -> the control, and the row's top-1 minus the control's top-1, paired by seed. The
+            value is None if no control is small enough.
     """
 
     setting: Setting
@@ -81,7 +81,7 @@ class NetworkRow:
 
     @property
     def bytes(self) -> float | None:
-        """The ideal bytes of the network, or None if its cost is not known."""
+        """The ideal number of bytes of the network, or None if its cost is not known."""
         return self.setting.cost.bytes_ideal if self.setting.cost else None
 
 
@@ -115,7 +115,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def sweep_keys(typed: Iterable[str]) -> dict[str, str]:
-    """Return the keys of the quantized networks. Keys that were not typed have their defaults."""
+    """Return the configuration keys of the quantized networks.
+
+    Keys that were not typed have the defaults of this script.
+    """
     keys = dict(word.partition("=")[::2] for word in typed if not word.startswith("hydra"))
     if "init" in keys:
         raise ConfigError(
@@ -151,7 +154,7 @@ def train(keys: dict[str, str], launcher: list[str], stop: Callable[[], int]) ->
 
 
 def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> dict[Path, RunRecord]:
-    """Run the configurations that are not stored, and return the outcome of all configurations by path."""
+    """Run the configurations that have no stored result, and return the outcomes of all configurations by path."""
     runs = planned_runs(configs)
     if any(not planned.directory.stored() for planned in runs):
         sweep.launch_all(launcher, runs, "joblib", stop)
@@ -161,7 +164,7 @@ def run(configs: list[Config], launcher: list[str], stop: Callable[[], int]) -> 
 
 
 def control_widths(budgets: Iterable[float], controls: Mapping[str, list[Config]]) -> list[tuple[str, int]]:
-    """Return the controls for some numbers of bytes, as pairs (kind, width)."""
+    """Return the controls for each of several numbers of bytes, as pairs (kind, model.width)."""
     from qbench.experiment.setup import assemble
 
     setups = {kind: assemble(configs[0], planned=True) for kind, configs in controls.items()}
@@ -172,14 +175,14 @@ def control_widths(budgets: Iterable[float], controls: Mapping[str, list[Config]
 def widest_within(setup: "ExperimentSetup", budget: float) -> int:
     """Return the largest `model.width` at which the network takes at most `budget` bytes.
 
-    The width is at most the network's own. If no width is small enough, the result is 0.
+    The result is at most the network's original width. If no width is small enough, the result is 0.
     """
     widths = range(1, setup.config.model["width"] + 1)
     return bisect_right(widths, budget, key=lambda width: bytes_at(setup, width))
 
 
 def bytes_at(setup: "ExperimentSetup", width: int) -> float:
-    """Return the ideal bytes of a run's network at a width. The network is built on the meta device."""
+    """Return the ideal bytes of a run's network at a given model.width. The network is built on the meta device."""
     from qbench.cost.count import count_cost
 
     narrow = replace(setup, config=with_width(setup.config, width))
@@ -191,7 +194,7 @@ def with_width(config: Config, width: int) -> Config:
 
 
 def network_rows(records: Sequence[RunRecord]) -> list[NetworkRow]:
-    """Return the settings of `qbench compare` as rows. Rows of quantized networks contain their controls."""
+    """Return the settings as rows. Rows of quantized networks contain their controls."""
     available = {run.result.run for run in records if run.status == DONE and run.result}
     rows: list[NetworkRow] = []
     for setting in (setting for table in compare(records) for setting in settings_of(table)):
@@ -211,7 +214,7 @@ def network_rows(records: Sequence[RunRecord]) -> list[NetworkRow]:
 def compare_with_control(
     row: NetworkRow, kind: str, rows: Iterable[NetworkRow]
 ) -> tuple[NetworkRow, Difference] | None:
-    """Return the widest control of a kind with at most the row's bytes, and the row's top-1 minus the control's."""
+    """Return the widest control of a kind within the row's bytes, and the row's top-1 minus the control's top-1."""
     fitting = [r for r in rows if r.role == kind and (r.bytes or 0) <= (row.bytes or -1)]
     for control in sorted(fitting, key=lambda r: -r.width)[:1]:
         if seeds := sorted(row.top1.keys() & control.top1.keys()):
@@ -241,7 +244,7 @@ def rows_table(title: str, rows: list[NetworkRow], full_width: int) -> Table:
 
 
 def control_sentence(kind: str, block: list[NetworkRow]) -> str:
-    """Return a sentence that says which methods are above, below or not significantly different from their control."""
+    """Return a sentence that says which methods are above or below their control or not significantly different."""
     bits = block[0].setting.bits.w
     sides: dict[str, list[str]] = {"above": [], "below": [], "not significantly different": []}
     pairs = [(row, *pair) for row in block if (pair := row.controls[kind])]

@@ -64,7 +64,7 @@ METHODS, WIDTHS, SEEDS = 20, ((1, 1), (1, 2), (2, 2), (3, 3), (4, 4)), range(5)
 
 
 def plant(folder: Path, runs: int, images: int) -> None:
-    """Write small and complete results in the format of real runs."""
+    """Write synthetic results, which are small but complete, in the format of real runs."""
     (config,) = compose.configurations(["method=dorefa", f"out={folder}"])
     template = planned_run(config).directory.new_result("done")
     rng = np.random.default_rng(0)

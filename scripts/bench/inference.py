@@ -2,14 +2,14 @@
 
     .venv/bin/python scripts/bench/inference.py [--rounds 21]
 
-The weights are random: times depend on widths and sizes only. `int8` of ONNX Runtime is its own
-static quantization of the float network, and `int8` of torch is FX graph mode quantization.
+The weights are random, because times depend only on widths and sizes. The row `int8` of ONNX Runtime is ONNX Runtime's
+own static quantization of the float network. The row `int8` of torch is FX graph mode quantization.
 
-Every ratio is the median over rounds in which all contenders take turns, with quartiles. The first is
-of wall time, the second of processor time, which other work on the machine disturbs less. Memory is the
-peak of a process that loads one file and runs one image, above what it needs after its imports (torch and
-qbench). It includes the runtime itself: for numba the compiler, which is loaded even if the compiled code
-is stored already.
+In every round, all contenders take turns. A ratio is the median over the rounds, with quartiles. The first ratio is of
+wall time. The second ratio is of processor time, which other work on the machine disturbs less. Memory is the peak of a
+process that loads one file and runs one image, minus the memory of the process after its imports (torch and qbench).
+Memory includes the runtime itself. For numba this includes the compiler, which is loaded even if compiled code is
+stored already.
 """
 
 import argparse
@@ -43,7 +43,7 @@ BATCH_TARGET = "0.40 fp32"
 
 
 def network(form: str, w: int = 32, a: int = 32) -> nn.Module:
-    """Return a ResNet-20 with random weights, in evaluation mode, with weights and activations of these widths."""
+    """Return a ResNet-20 with random weights in evaluation mode, quantized to w and a bits."""
     torch.manual_seed(0)
     model = resnet.build(SHAPE, 10, form=form)
     if w < 32:
@@ -55,7 +55,7 @@ def network(form: str, w: int = 32, a: int = 32) -> nn.Module:
 
 
 def about(form: str) -> About:
-    """Return a description of a file of this form."""
+    """Return the description of the network that a file of the given form contains."""
     return About(
         form=form, title="ResNet-20, random weights", identity="0", weights="last", dataset={"name": "cifar10"},
         shape=SHAPE, classes=10, mean=(0.5,) * 3, std=(0.5,) * 3, threads=1,
@@ -97,7 +97,7 @@ def quantize_static(fp32: Path, int8: Path) -> None:
 
 
 def in_onnxruntime(file: Path) -> Callable[[Tensor], object]:
-    """Return the function of an ONNX file of any origin."""
+    """Return a function that runs an ONNX file, whoever has written it, in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -119,7 +119,7 @@ def torch_int8(form: str) -> Callable[[Tensor], Tensor]:
 
 
 def load(name: str, folder: Path, form: str) -> Callable[[Tensor], object]:
-    """Return the function of a contender: a runtime and what it runs."""
+    """Return the function of a contender, which is named by a runtime and the network that it runs."""
     runtime, _, what = name.partition(" ")
     if runtime == "onnxruntime":
         return in_onnxruntime(folder / f"{what}.onnx")
@@ -129,7 +129,7 @@ def load(name: str, folder: Path, form: str) -> Callable[[Tensor], object]:
 
 
 def works(names: list[str], folder: Path, form: str, batch: int) -> dict[str, Work]:
-    """Return functions that run one batch."""
+    """Return functions, by contender, that run one batch."""
     images = torch.randn(batch, *SHAPE)
 
     def work(name: str) -> Work:
@@ -146,17 +146,17 @@ def peak(name: str, folder: Path, form: str) -> float:
 
 
 def memory(field: str) -> float:
-    """Return a size in MiB that Linux reports of this process: VmRSS now, or VmHWM at most."""
+    """Return a memory size of this process in MiB, as Linux reports it: VmRSS (current) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 @torch.no_grad()
 def table(form: str, batch: int, names: Mapping[str, str], rounds: int, peaks: bool) -> str:
-    """Return the table of one form and batch size.
+    """Return the table for one form of ResNet-20 and one batch size.
 
     Args:
-        names: contenders and their targets. The first two are the baselines fp32 and int8.
+        names: contenders, with their target ratios. The first two contenders are the baselines fp32 and int8.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -2,12 +2,11 @@
 
     .venv/bin/python scripts/bench/kmeans.py
 
-The script prints two tables. The first one is for a million weights from a normal distribution, with
-times relative to np.sort of the same float32 array. The second one is for weights of layers, with
-times relative to the exact package kmeans1d. Inertia is computed in float64 from the returned
-centroids, and is relative to the smallest inertia of all packages. The packages are scikit-learn,
-kmeans1d, ckwrap and ckmeans-1d-dp. They are installed into a separate environment (peers_venv.py).
-Slow packages are timed only twice. The script takes about a minute.
+The script prints two tables. The first table is for a million weights from a normal distribution, with times relative
+to np.sort of the same float32 array. The second table is for the weights of layers, with times relative to kmeans1d, an
+exact package. Inertia is computed in float64 from the returned centroids, and is relative to the smallest inertia of
+all packages. The packages are scikit-learn, kmeans1d, ckwrap and ckmeans-1d-dp. They are installed into a separate
+environment (peers_venv.py). Slow packages are timed only twice. The script takes about a minute.
 """
 
 import importlib
@@ -27,7 +26,7 @@ Array = NDArray[np.float32]
 Solver = Callable[[Array, int], NDArray[np.floating]]  # returns centroids; it also computes labels
 
 TARGET = 12
-"""Largest acceptable ratio of the time to that of np.sort."""
+"""Largest acceptable ratio of qbench's time to the time of np.sort."""
 
 SLOW = 0.2
 """Packages that take at least this many seconds are timed only twice."""
@@ -67,7 +66,7 @@ PEERS: dict[str, tuple[str, Solver]] = {
 
 
 def importable() -> dict[str, Solver]:
-    """Return our function and the functions of the packages that can be imported. Print which packages are skipped."""
+    """Return the k-means functions of qbench and of all packages that can be imported. Print the skipped packages."""
     solvers: dict[str, Solver] = {"ours": ours}
     for name, (module, solve) in PEERS.items():
         try:
@@ -86,7 +85,7 @@ def inertia(x: Array, centroids: NDArray[np.floating]) -> float:
 
 
 def million(solvers: dict[str, Solver], k: int = 16) -> None:
-    """Print the table of a million weights."""
+    """Print the table for a million weights."""
     x = np.random.default_rng(0).normal(size=10**6).astype(np.float32)
     inertias: dict[str, float] = {}
 
@@ -110,7 +109,7 @@ def million(solvers: dict[str, Solver], k: int = 16) -> None:
 
 
 def layers(solvers: dict[str, Solver]) -> None:
-    """Print the table of layers."""
+    """Print the table for the weights of layers."""
     rows = []
     for n, k in LAYERS:
         x = (np.random.default_rng(n).normal(size=n) * 0.05).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Times an epoch of the training loop, with logging and progress, relative to a bare loop.
+"""Times an epoch of the training loop with logging and a progress bar, relative to a bare loop.
 
 .venv/bin/python scripts/bench/loop.py [--rounds 21] [KEY=VALUE ...]
 """
@@ -32,7 +32,7 @@ CASES = {"digits, resnet8, float": [], "digits, resnet8, DoReFa W2A2": ["method=
 
 
 def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
-    """Return functions that train an epoch in a bare loop, train an epoch in our loop, and remove the progress bar."""
+    """Return functions that train an epoch in a bare loop, train one in qbench's loop, and remove the progress bar."""
     (config,) = compose.configurations([*words, "init=scratch", "dataset.pad=0", f"out={out}"])
     parts = assemble(config)
     loader = Loader(parts.data, config.optim.batch_size, 0, parts.device)

@@ -1,4 +1,4 @@
-"""Times several functions (contenders) in turn in one process, and prints ratios of their times as Markdown tables."""
+"""Times several functions (contenders) by turns in one process, and makes Markdown tables of the time ratios."""
 
 import os
 import platform
@@ -18,8 +18,8 @@ Work = Callable[[], object]
 class Ratio:
     """The ratio of a contender's time to the baseline's time in the same round.
 
-    `median`, `low` and `high` are the median and the quartiles of the ratio over the rounds. `seconds` is the median of
-    the contender's time.
+    `median`, `low` and `high` are the median and the quartiles of the ratio over all rounds. `seconds` is the
+    contender's median time.
     """
 
     median: float
@@ -39,17 +39,19 @@ def interleaved(
     repeat: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Ratio]:
-    """Return the ratio of each contender's time to that of the first contender, which is the baseline.
+    """Return the ratio of each contender's time to the time of the baseline, which is the first contender.
 
-    Other programs may use the machine, so only times of the same round are compared. Every contender runs once untimed
-    before it is timed, so that the caches contain its data, as in training, where each step follows a similar one.
+    Other programs may use the machine, so only times of the same round are compared. Every contender runs once before
+    it is timed, so that the caches contain its data. This is so in training too, where each step follows a similar
+    step.
 
     Args:
         contenders: maps a name to a function.
         rounds: number of rounds. The order of the contenders rotates from round to round.
         warm: number of rounds before the timed ones.
         repeat: number of timed calls of each contender in a round.
-        clock: by default wall time; `time.process_time` counts the processor's time of all threads.
+        clock: function that returns the time in seconds. The default is wall time; `time.process_time` is the processor
+            time of all threads.
     """
     names = list(contenders)
     for _ in range(warm):

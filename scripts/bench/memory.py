@@ -2,11 +2,11 @@
 
     .venv/bin/python scripts/bench/memory.py
 
-Two numbers are measured. `alive` is the number of bytes that a forward pass allocates and does not
-free, measured by torch's profiler. `saved` is the number of bytes of the distinct storages that
-saved_tensors_hooks see. Tensors that a layer recomputes instead of saving are not included in
-`saved`. Both numbers are relative to the float network. If the method replaces activations, the
-quantized network has a quantizer in place of each ReLU.
+Two numbers are measured, relative to the float network. `alive` is the number of bytes that a
+forward pass allocates and does not free, according to torch's profiler. `saved` is the number of
+bytes of the distinct storages that saved_tensors_hooks see. Tensors that a layer recomputes instead
+of saving are not included in `saved`. If the method replaces activation functions, the quantized
+network has a quantizer in place of each ReLU.
 """
 
 import json

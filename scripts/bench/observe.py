@@ -3,9 +3,9 @@
     .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
 
 The baseline, named blind, is a run that never observes its layers. Even a run with `off` observes
-its layers, because warnings are based on observations. TensorBoard is on. The runs do not validate,
-which makes all ratios larger. Observations and histograms are as frequent as in a run of default
-length.
+its layers, because warnings are based on observations. TensorBoard is on. The runs do not evaluate
+on validation images, which makes all ratios larger. Observations and histograms are as frequent as
+in a run with the default number of epochs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ IMAGES, EPOCHS = 256, 6
 
 
 def work(words: list[str], out: Path, level: str) -> Work:
-    """Return a function that trains an epoch of a run that observes its layers at a level."""
+    """Return a function that trains one epoch of a run with the given level of runtime.observe."""
     observe = "off" if level == "blind" else level
     (config,) = compose.configurations([*words, "init=scratch", f"runtime.observe={observe}", f"out={out / level}"])
     parts = assemble(config)

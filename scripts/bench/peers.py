@@ -1,10 +1,10 @@
-"""Times training steps of the peers, which are other packages for quantization and the methods as in public code.
+"""Times training steps of peers, which are other quantization packages and implementations as in public code.
 
     .venv/bin/python scripts/bench/peers.py [--rounds 21] [--channels-last] [--here]
 
-The network is ResNet-20 for 3x32x32 images, with batches of 64. A step consists of zero_grad,
-forward, cross entropy, backward, and an update by SGD with momentum. It runs in one thread. Time and
-bytes saved for the backward pass are relative to the float network in channels_last.
+The network is ResNet-20 for 3x32x32 images, with batches of 64. A step consists of zero_grad, forward, cross entropy,
+backward, and an update by SGD with momentum, in one thread. The time, and the bytes saved for the backward pass, are
+relative to the float network in channels_last.
 
 The packages are installed into a separate environment on first use (peers_venv.py). With --here,
 nothing is installed, and only packages that this interpreter can import are measured. torchao is not
@@ -36,9 +36,9 @@ LEARNING_STEPS = 300
 def contenders(compiled: bool = True) -> dict[str, Make]:
     """Return the peers that run in this interpreter, by name, and print which peers are skipped.
 
-    A peer is a function `make(device, layout)` that returns a training step. Its name says what it
-    quantizes. The setup takes about 25 s for torch.compile (`compiled`) and 10 s for Brevitas. The
-    first import of QPyTorch compiles it, which takes about 30 s.
+    A peer is a function `make(device, layout)` that returns a training step. The name of a peer states what it
+    quantizes. The setup takes about 25 s for torch.compile (`compiled`) and 10 s for Brevitas. The first import of
+    QPyTorch compiles the package, which takes about 30 s.
     """
     makes_by_name = dict(PUBLISHED)
     if compiled and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))):
@@ -64,7 +64,7 @@ def imports(package: str) -> bool:
 
 
 def compiled_dorefa(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of DoReFa under torch.compile after three untimed steps, and print how long these took."""
+    """Return a step of DoReFa under torch.compile, after three untimed steps. Print the time of these three steps."""
     net = dorefa_net()
     work = training_step(net, device, layout=layout)
     net.compile()
@@ -110,7 +110,7 @@ def torch_ao(bits: int) -> Make:
 
 
 def brevitas(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a step of Brevitas after its first 300 steps. These steps run in this function, with four images each."""
+    """Return a step of Brevitas after its first 300 steps. This function runs those steps, with four images each."""
     net = brevitas_net()
     first = training_step(net, device, layout=layout, batch=4)
     for _ in range(LEARNING_STEPS + 10):

@@ -1,8 +1,8 @@
 """Makes a separate virtual environment for the peers, which are not requirements of the project.
 
-A script calls `enter(VENV)` at the beginning of its `main`. On first use, this makes the environment,
-which takes minutes and 2 GB. It then runs the script again in the environment. pip uses the user's
-configuration (PIP_FIND_LINKS, PIP_INDEX_URL, pip.conf). Packages that do not install are skipped.
+A script calls `enter(VENV)` at the beginning of its `main`. On first use, this call makes the environment, which takes
+minutes and 2 GB. The call then runs the script again in the environment. pip uses the user's configuration
+(PIP_FIND_LINKS, PIP_INDEX_URL, pip.conf). Packages that pip cannot install are skipped.
 """
 
 import os
@@ -19,7 +19,7 @@ PEERS = ("brevitas", "qtorch ninja", "kmeans1d", "ckwrap", "ckmeans-1d-dp")
 
 
 def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
-    """Run this script again, with its arguments, under the interpreter of the environment `path`.
+    """Run this script again, with the same arguments, under the interpreter of the environment `path`.
 
     If the script already runs under this interpreter, do nothing.
     """
@@ -31,14 +31,15 @@ def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
 
 
 def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
-    """Make an environment with this clone of the project and all peers that install, and return its interpreter.
+    """Make an environment with this clone of the project and the peers, and return the environment's interpreter.
 
-    The installation of each package is tried only once. A file in `path` stores the result. To try again, delete this
-    file.
+    Each package is tried only once, and a file in `path` stores whether the installation succeeded. To try again,
+    delete this file. Peers that pip cannot install are left out.
 
     Args:
         path: the folder of the environment.
-        packages: names of packages. Names in one text, separated by spaces, are installed together.
+        packages: texts with one or more names of packages, separated by spaces. Packages in one text are installed
+            together.
 
     Raises:
         SystemExit: torch or the project itself cannot be installed.
@@ -59,7 +60,7 @@ def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
 
 
 def install_once(path: Path, python: Path, name: str, arguments: Sequence[str]) -> str:
-    """Install with pip. Return the reason if this fails, otherwise an empty text. A stored result is reused."""
+    """Install with pip, unless a result is stored. Return the reason of a failure, or an empty text."""
     stored = path / f"{name.replace(' ', '_')}.tried"
     if not stored.exists():
         progress(f"installing {name}")
@@ -73,5 +74,5 @@ def install_once(path: Path, python: Path, name: str, arguments: Sequence[str]) 
 
 
 def progress(line: str) -> None:
-    """Print a line to stderr, because stdout is only for the table."""
+    """Print a line to stderr. Only the table goes to stdout."""
     print(line, file=sys.stderr, flush=True)

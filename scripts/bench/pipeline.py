@@ -1,11 +1,11 @@
-"""Measures how many images per second are cropped (pad 4), mirrored and normalised (3x32x32 uint8, one thread).
+"""Measures how many images per second are cropped (pad 4), mirrored and normalized (3x32x32 uint8, one thread).
 
     .venv/bin/python scripts/bench/pipeline.py
 
-Several implementations are compared. In every round, each of them makes the same number of images
-from 50,000 random images. torchvision transforms tensors (not PIL images) one by one in two
-persistent workers of a DataLoader. The table also has processor time, because other programs may slow
-down the machine. The processor time of the workers is not known.
+Several implementations are compared. In every round, each implementation makes the same number of images from 50,000
+random images. torchvision transforms tensors (not PIL images) one by one in two persistent workers of a DataLoader. The
+table also states processor time, because other programs may slow down the machine. The processor time of the
+DataLoader's workers is not known.
 """
 
 import statistics
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def ours(split: Split, augment: Augment) -> Work:
-    """Return a function that reads the next batches of the project's loader. After an epoch, the next one begins."""
+    """Return a function that reads the next batches of qbench's loader. After an epoch ends, the next epoch begins."""
     none = split.take(torch.arange(0))
     data = Dataset(
         name="random", train=split, val=none, test=none, classes=1, mean=MEAN, std=STD, augment=augment
@@ -61,7 +61,7 @@ def ours(split: Split, augment: Augment) -> Work:
 
 
 def theirs(images: Tensor, labels: Tensor) -> Work:
-    """Return a function that reads the same number of batches from torchvision's transforms."""
+    """Return a function that reads the same number of batches from a DataLoader with torchvision's transforms."""
     torchvision()
     from torchvision.transforms import v2
 
@@ -76,7 +76,7 @@ def theirs(images: Tensor, labels: Tensor) -> Work:
 
 
 def collated(transform: Callable[[Tensor], Tensor], samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return a batch of a worker's samples after transforming each of them separately."""
+    """Return a batch of a worker's samples, after each sample was transformed separately."""
     return torch.stack([transform(image) for image, _ in samples]), torch.stack([label for _, label in samples])
 
 

@@ -1,4 +1,4 @@
-"""Provides the network and the training step of all contenders (ResNet-20, 3x32x32, batch 64, SGD)."""
+"""Provides the network and the training step that all contenders use (ResNet-20, 3x32x32, batch 64, SGD)."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,7 +23,7 @@ def plain(
     activation: Callable[[], nn.Module] = nn.ReLU,
     norm: str = "affine",
 ) -> nn.Module:
-    """Return a ResNet-20 with other layers and activations.
+    """Return a ResNet-20 in which the given layers and activations replace the original ones.
 
     The first layer, the last layer and the last activation are not replaced.
     """
@@ -60,8 +60,8 @@ def training_step(
 ) -> Work:
     """Return a function that makes one training step on a fixed batch.
 
-    The step consists of zero_grad, `before`, forward, backward, `between`, update and `after`, in this order. The
-    update is the optimizer's own step, unless another update is given.
+    The step consists of zero_grad, `before`, forward, backward, `between`, update and `after`, in this order. If no
+    update is given, it is the optimizer's `step`.
     """
     placed(net, device, layout).train()
     optimizer = optimizer or sgd(net.parameters())
@@ -89,7 +89,7 @@ def data(device: Device, layout: Layout, batch: int = BATCH) -> tuple[Tensor, Te
 
 
 class Conv(nn.Conv2d):
-    """A convolution with the weights of `layer`. The weights are quantized by a function or module first."""
+    """A convolution whose weights are the weights of `layer`, quantized by a function or module."""
 
     def __init__(self, layer: nn.Conv2d, quantize: Callable[[Tensor], Tensor]) -> None:
         size = layer.weight.shape[2]

@@ -1,8 +1,8 @@
-"""Implements the methods as in public code, in plain torch, so that step times can be compared.
+"""Implements methods in plain torch as public code does, so that step times can be compared.
 
 Each function follows the public code that it names. Nothing is slowed down on purpose. Work that the public code does
-once per epoch is not done at every step. The memory format is NCHW by default, as in that code. The first and the last
-layer are float.
+once per epoch is not done at every step. The memory format is NCHW by default, as in the public code. The first and the
+last layer are float.
 """
 
 import math
@@ -16,7 +16,10 @@ from torch.autograd.function import FunctionCtx
 
 
 class Round(Function):
-    """Round to multiples of a step, and pass the gradient on. The gradient is cloned, as in most ports."""
+    """Rounds to multiples of a step, and passes the gradient through unchanged.
+
+    Like most ports, it clones the gradient.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, per_unit: float) -> Tensor:
@@ -33,7 +36,7 @@ def round_to(x: Tensor, per_unit: float) -> Tensor:
 
 
 def dorefa_weights(w: Tensor, levels: int = 3) -> Tensor:
-    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it. They are multiplied by the maximum."""
+    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it, which multiplies them by the maximum."""
     t = torch.tanh(w)
     largest = torch.max(torch.abs(t)).detach()
     return largest * (2 * round_to(t / 2 / largest + 0.5, levels) - 1)
@@ -109,7 +112,7 @@ def lsq(device: Device, layout: Layout = NCHW) -> Work:
 def hwgq_weights(w: Tensor) -> Tensor:
     """Return 1-bit weights as in EdMIPS.
 
-    Their scale is the tensor's standard deviation times the optimal step for a Gaussian.
+    The scale of the weights is their standard deviation times the optimal step for a Gaussian.
     """
     step = 1.596 * w.detach().std().item()
     return StraightThrough.apply(w, step)  # type: ignore[no-untyped-call,no-any-return]
@@ -142,10 +145,10 @@ def hidden(net: nn.Module) -> list[nn.Conv2d]:
 def ttq(device: Device, layout: Layout = NCHW, threshold: float = 0.05) -> Work:
     """Return a step of TTQ W2A32 as in trained-ternary-quantization.
 
-    The float kernels are stored separately from the network's kernels. After the backward pass,
-    masks convert the gradients of the kernels to those of the float kernels and of the two scales.
-    Three optimizers then update these, as in that code, and the kernels are overwritten. The signs of
-    the gradients follow the chain rule.
+    The float kernels are stored separately from the network's kernels, which are ternary. After the backward pass,
+    masks convert the gradients of the ternary kernels to gradients of the float kernels and of the two scales. As in
+    the public code, three optimizers then update the float kernels and the scales, and the ternary kernels are
+    overwritten. The signs of the gradients follow the chain rule.
     """
     net = placed(plain(), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -201,8 +204,8 @@ def xnor(device: Device, layout: Layout = NCHW) -> Work:
     """Return a step of XNOR W1A1 as in XNOR-Net-PyTorch.
 
     The step binarizes the weights, runs forward and backward, restores the weights, corrects the gradients and updates
-    the weights. The earliest versions of that code also compute the mean of |x| over the channels, but do not use it.
-    This step does not compute it.
+    the weights. The earliest versions of the public code also compute the mean of |x| over the channels, but do not use
+    this mean. This step therefore does not compute it.
     """
     net = placed(plain(activation=lambda: Act(Sign.apply)), device, layout)
     kernels = [layer.weight for layer in hidden(net)]
@@ -247,7 +250,10 @@ def half_frozen(w: Tensor) -> Tensor:
 
 
 def assemble(w: Tensor, fixed: Tensor) -> Tensor:
-    """Return the weights with frozen weights replaced by their values in `fixed`. Free weights have nan in `fixed`."""
+    """Return the weights, with every frozen weight replaced by its value in `fixed`.
+
+    Free weights have nan in `fixed`.
+    """
     taken = ~torch.isnan(fixed)
     whole = torch.zeros_like(fixed)
     whole[taken] = fixed[taken]
@@ -289,7 +295,7 @@ class MaskedSGD(torch.optim.Optimizer):
 def inq_optimizer(device: Device, layout: Layout = NCHW) -> Work:
     """Return a step of INQ W5A32 with half of the weights frozen, as in INQ-pytorch.
 
-    The frozen weights are set once, and masks keep updates from changing them.
+    The frozen weights are set once. Masks then prevent updates from changing them.
     """
     net = placed(plain(), device, layout)
     kernels = {id(layer.weight) for layer in hidden(net)}

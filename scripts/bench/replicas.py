@@ -3,9 +3,9 @@
     .venv/bin/python scripts/bench/replicas.py [-n 8] [--rounds 21]
 
 The step time of the joined network is compared with the total step time of the N separate networks. Each network keeps
-its own parameters, quantizers, optimizer and batch norm, so every method can be used. Convolutions (grouped), norms
-and sums run together on activations of shape (B, N C, H, W), for B images and C channels per network. One thread is
-used. qbench does not train in this way. docs/performance.md gives the reason.
+its own parameters, quantizers, optimizer and batch norm, so every method can be used. Convolutions (grouped), norms and
+sums of all networks run together on activations of shape (B, N C, H, W), for B images and C channels per network. One
+thread is used. qbench does not train networks in this way, for the reason that docs/performance.md states.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CASES = [((1, 8, 8), 8), ((1, 8, 8), 16), ((3, 32, 32), 8)]
 
 
 class Convolutions(nn.Module):
-    """N convolutions as one grouped convolution. Each of them quantizes its own weights and input channels."""
+    """N convolutions as one grouped convolution. Each convolution quantizes its own weights and input channels."""
 
     def __init__(self, layers: list[QConv2d]) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def network(method: Method, shape: tuple[int, int, int], width: int, seed: int) 
 
 
 def steps(method: Method, shape: tuple[int, int, int], width: int, n: int) -> tuple[Work, Work, Work]:
-    """Return a step of N separate networks, a step of the joined network, and the largest difference of losses."""
+    """Return a step of N separate networks, a step of the joined network, and a function that compares losses."""
     networks = [network(method, shape, width, seed) for seed in range(n)]
     others = [network(method, shape, width, seed) for seed in range(n)]
     whole = joined(others)

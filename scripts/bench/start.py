@@ -1,9 +1,9 @@
-"""Times commands until they have printed their output, and the default run until its first training step.
+"""Times commands until their output is printed, and the default run until its first training step.
 
     .venv/bin/python scripts/bench/start.py [--rounds 11]
 
-The script measures the wall time of whole processes, so other programs on the machine affect it. The
-column `imports` lists the heavy packages that a process has loaded.
+The script measures the wall time of whole processes, which other programs on the machine can increase. The column
+`imports` lists the large packages that a process has loaded.
 """
 
 import argparse
@@ -39,7 +39,7 @@ REPORT = f"print('HEAVY', *[name for name in {HEAVY} if name in sys.modules])"
 
 
 def timed(script: str, words: list[str], folder: str) -> tuple[float, str]:
-    """Return the run time of a process in seconds, and the heavy packages that it loaded."""
+    """Return the run time of a process in seconds, and the large packages that it loaded."""
     began = time.perf_counter()
     command = [sys.executable, "-c", script.format(report=REPORT), *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def fresh(name: str, folder: str, turn: int) -> list[str]:
-    """Return an override that selects a new output folder, for a run that must not find a stored result."""
+    """Return an override that selects a new output folder, so that a run finds no stored result."""
     return [f"out={Path(folder) / str(turn)}"] if name.startswith("first") else []
 
 

@@ -3,11 +3,11 @@
     .venv/bin/python scripts/bench/step.py [--threads 1] [--rounds 21] [--device cpu] [--no-peers]
         [NAME ...]
 
-The network is ResNet-20 for 3x32x32 images, with batches of 64 and SGD. All steps are timed in turn
-in one process. The table has the median and the quartiles of the ratios over the rounds. The baseline
-is fp32 in channels_last. A second column has the ratio to stock fp32 (NCHW, torch's SGD with default
-options), computed from the medians. The peers (peers.py) run in NCHW, their default memory format.
-Their packages are installed into a separate environment on first use.
+The network is ResNet-20 for 3x32x32 images, with batches of 64 and SGD. All steps are timed in turn in one process. The
+table states the median and the quartiles of the ratios over the rounds. The baseline is fp32 in channels_last. A second
+column states the ratio to stock fp32 (NCHW, torch's SGD with default options), computed from the medians. The peers
+(peers.py) run in NCHW, their default memory format. On first use, the peers' packages are installed into a separate
+environment.
 """
 
 import argparse
@@ -44,8 +44,8 @@ PUBLIC = "dorefa w2a2, public functions in a plain net"
 class Case:
     """A method to be timed, with its options and widths.
 
-    `epoch` is the epoch in which incremental methods are timed. `target` is the largest acceptable ratio to the float
-    step time.
+    `epoch` is the epoch in which an incremental method is timed. `target` is the largest acceptable ratio of the step
+    time to the float step time.
     """
 
     label: str
@@ -91,7 +91,7 @@ def installed(method: Method) -> nn.Module:
 
 
 def fp32(device: Device) -> Work:
-    """Return a step of the baseline, which has the same network, loop and optimizer but no quantizers."""
+    """Return a step of the baseline, which has the same network, loop and optimizer as all cases but no quantizers."""
     net = plain().to(device)
     return training_step(net, device, optim.build_optimizer(net, SGD), layout=NHWC)
 

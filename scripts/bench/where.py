@@ -2,10 +2,10 @@
 
     .venv/bin/python scripts/bench/where.py
 
-The training step is that of ResNet-20 with 64 images of 3x32x32, in one thread. It is measured with
-torch's profiler, which makes it a few per cent slower. In the table, "before" means the quantizers'
-plain definitions, which autograd differentiates (`ops.reference_kernels`). "After" means their fused
-kernels.
+The training step is a step of ResNet-20 with 64 images of 3x32x32, in one thread. torch's profiler
+measures the step, and makes it a few per cent slower. In the table, "before" means the plain
+definitions of the quantizers, which autograd differentiates (`ops.reference_kernels`). "After"
+means the quantizers' fused kernels.
 """
 
 import contextlib
