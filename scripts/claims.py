@@ -58,7 +58,7 @@ ArmRuns = dict[Arm, dict[int, RunRecord]]
 PREFACE = """\
 # Claims
 
-This page tests claims of the papers with runs. `{command}` trained the runs
+On this page, runs test claims of the papers. `{command}` trained the runs
 and wrote this page. Each row of the table is one comparison from a file in `conf/experiment/claims/`. A comparison has
 two arms, which are the two settings that are compared.
 
