@@ -97,7 +97,7 @@ def quantize_static(fp32: Path, int8: Path) -> None:
 
 
 def in_onnxruntime(file: Path) -> Callable[[Tensor], object]:
-    """Return a function that runs an ONNX file, whoever has written it, in ONNX Runtime."""
+    """Return a function that runs an ONNX file of any origin in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
