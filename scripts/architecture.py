@@ -92,7 +92,7 @@ def layers() -> tuple[str, ...]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Return the other folders that the modules of each folder import."""
+    """Return, for each folder, the other folders that its modules import."""
     found: dict[str, set[str]] = {folder: set() for folder in layers()}
     for path in (path for path in (ROOT / "qbench").rglob("*.py") if path.name != "__init__.py"):
         folder = path.relative_to(ROOT / "qbench").with_suffix("").parts[0]

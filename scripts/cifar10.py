@@ -93,7 +93,7 @@ class Wanted:
 
 
 def wanted_settings() -> list[Wanted]:
-    """Return the settings in the order in which they are run."""
+    """Return the settings in the order of their runs."""
     names = {4: "4 bits per weight", 3: "3 bits per weight", 2: "2 bits per weight, and ternary weights"}
     both = "Weights and activations quantized"
     ptq = "Post-training quantization, nothing is trained"
@@ -165,7 +165,7 @@ def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> 
     """Do the runs one after another, and store all results after each run. Return a record of every run that began.
 
     Args:
-        folders: absolute paths of folders. The stored file contains paths relative to them.
+        folders: absolute paths of folders. Paths in the stored file are relative to these folders.
 
     Raises:
         Interrupted: a signal was received.

@@ -6,7 +6,7 @@
 
 A claim compares arms, which are settings. Without a NAME, all claims are tested. Runs that are not stored yet are
 trained. Claims share runs with equal configurations. --plan shows which runs would be trained, and estimates the time.
---report trains nothing. The document always contains all claims, because Holm's adjustment covers all of them. The
+--report trains nothing. The document always contains all claims, because Holm's adjustment covers all claims. The
 values in the document are also written to OUT/claims.json.
 
 --record FILE stores the runs of all claims, with the sha256 of their weights and with their hits, which say which test
@@ -215,7 +215,7 @@ def arm_runs(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> di
 
 
 def sweep_words(claim: Claim, arm: Iterable[str], seeds: list[int], out: str) -> list[str]:
-    """Return the command-line overrides of the sweep that trains an arm for these seeds."""
+    """Return the command-line overrides of the sweep that trains an arm with the given seeds."""
     return ["-m", *arm_words(claim, arm, out), f"seed={','.join(map(str, seeds))}", "hydra/launcher=joblib"]
 
 
@@ -278,7 +278,7 @@ def missing_work(claim: Claim, seeds: list[int], out: str, counted: set[str]) ->
 
 
 def stored_seconds(path: Path) -> float:
-    """Return the seconds of the stored run with the first seed, as an estimate for the other seeds."""
+    """Return the time in seconds of the stored run with the first seed. Runs with other seeds take about as long."""
     return float((files.read_json(path / "result.json") or {}).get("wall_seconds") or 0)
 
 

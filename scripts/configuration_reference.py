@@ -86,7 +86,7 @@ def read(path: Path) -> Commented:
 
 
 def read_option(group: str, name: str) -> Commented:
-    """Return the values and comments of an option, including those from the files that the option includes."""
+    """Return the values and comments of an option and of all files that the option includes."""
     path = groups.option_file(group, name)
     file = read(path)
     values, comments = dict(file.values), dict(file.comments)

@@ -93,7 +93,7 @@ def sweep_words(seeds: int, common: Iterable[str]) -> Iterable[list[str]]:
 
 
 def groups() -> Iterable[tuple[str, str, list[str]]]:
-    """Yield (method, widths, deviations). The deviations are those that are measured at these widths."""
+    """Yield (method, widths, deviations), with the deviations that are measured at these widths."""
     for method in METHODS:
         by_bits: dict[str, list[str]] = defaultdict(list)
         for name, deviation in deviations(method).items():

@@ -1,7 +1,7 @@
 """Make one page per method for the documentation site, with the card, picture, options, results and published rows.
 
 docs/conf.py calls `write` before each build. The pages are made from the method cards, conf/method, docs/records and
-the published figures, so they are not stored in the repository.
+the published figures, so the repository does not contain the pages.
 """
 
 import re

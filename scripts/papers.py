@@ -352,8 +352,8 @@ def open_part(paper: Paper) -> str:
 def recipe_sentences(paper: Paper, key: str) -> list[str]:
     """Return sentences from a paper's recipes.
 
-    With `key="open"`, the sentences say what the source leaves open. With `key="departs"`, they say what qbench does
-    differently.
+    With `key="open"`, the sentences say what the source leaves open. With `key="departs"`, the sentences say what
+    qbench does differently.
     """
     entries = [(text, recipe) for recipe in paper.recipes.values() for text in getattr(recipe, key)]
     return unique(marked(capitalized(text), recipe.provenance) for text, recipe in entries)

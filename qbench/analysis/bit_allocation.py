@@ -53,7 +53,7 @@ def sum_over_layers(values: WidthValues, widths: Mapping[str, int]) -> float:
 
 
 def cost_range(costs: WidthValues) -> tuple[float, float]:
-    """Return the total cost of the cheapest choice of widths, and that of the most expensive choice."""
+    """Return the lowest and the highest total cost over all choices of widths."""
     return sum(min(layer.values()) for layer in costs.values()), sum(max(layer.values()) for layer in costs.values())
 
 
@@ -107,8 +107,8 @@ def _solve(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int
 def largest_uniform_width(costs: WidthValues, limit: float) -> dict[str, int] | None:
     """Return the widths of the best uniform allocation, in which all layers have the same width.
 
-    This width is the largest that every layer supports and whose total cost is at most the limit. Return None if there
-    is no such width.
+    The common width is the largest width that every layer supports and that keeps the total cost within the limit.
+    Return None if there is no such width.
     """
     shared = set.intersection(*(set(layer) for layer in costs.values()))
     for width in sorted(shared, reverse=True):

@@ -137,7 +137,7 @@ def recipe_text(optim: Optim, epochs: int) -> str:
 
 
 def _steps(optim: Optim) -> str:
-    """Return, in words, the factors of a step schedule and the fractions of training at which they change."""
+    """Return a text with the factors of a step schedule, and the fractions of training at which the factors change."""
     if optim.schedule != "step":
         return ""
     at = " ".join(f"{milestone:g}" for milestone in optim.milestones)

@@ -119,7 +119,7 @@ class Expected(NamedTuple):
 
 
 def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
-    """Return the data set that `node` names, normalized with the constants with which the network was trained.
+    """Return the data set that `node` names, normalized with the constants of the network's training data.
 
     Raises:
         ConfigError: the data set has a different image shape or different classes, or no test images.

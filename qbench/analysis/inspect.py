@@ -80,8 +80,8 @@ def inspect(
             keep them.
         sort: the order of the rows. `leave-one-out` sorts by the loss decrease when the layer's
             quantizers are disabled. `leave-one-in` sorts by the loss increase when only this layer
-            is quantized. `sqnr` sorts by SQNR. In these three cases, the worst layer comes first.
-            `order` is the order of the layers in the network.
+            is quantized. `sqnr` sorts by SQNR. With these three values, the worst layer comes first. `order` keeps the
+            order of the layers in the network.
     """
     _, setup, model = load_finished_run(run, weights, device)
     batches, images_note = validation_batches(setup, images)

@@ -58,7 +58,7 @@ class FloatBaseline(NamedTuple):
             widths: maps the layers that are quantized to their widths.
 
         Raises:
-            Unsupported: the method does not support a width, or cannot quantize these layers alone.
+            Unsupported: the method does not support a width, or cannot quantize only these layers.
         """
         rules = {glob.escape(name): width for name, width in widths.items()} | {"*": "float"}
         policy = replace(self.setup.policy, rules=rules)

@@ -40,7 +40,7 @@ class LayerSignal:
     inputs: int = 0
 
     def add(self, y: Tensor, y_hat: Tensor) -> None:
-        """Add the outputs of a batch to the sums. Both tensors have shape (n, C)."""
+        """Add the float and the quantized outputs of a batch, both of shape (n, C), to the sums."""
         y, y_hat = y.double(), y_hat.double()
         parts = {"y": y, "z": y_hat, "yy": y * y, "zz": y_hat * y_hat, "yz": y * y_hat, "noise": (y - y_hat) ** 2}
         self.sums = {key: self.sums.get(key, 0) + part.sum(0) for key, part in parts.items()}

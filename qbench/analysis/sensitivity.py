@@ -194,7 +194,7 @@ def _check_out(out: Path) -> None:
 def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline: FloatBaseline, table: Table) -> str:
     """Return the text of the file of widths, which has the form of `layers.rules`.
 
-    The chosen widths come first. The layer rules of the run follow; they apply to layers without a chosen width.
+    The chosen widths come first. They are followed by the layer rules of the run, which apply to all other layers.
     """
     criterion = "loss increases of each layer quantized alone" if measure == "loss" else "squared errors of the weights"
     lines = [

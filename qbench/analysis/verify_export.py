@@ -102,7 +102,7 @@ def run_images(finished: FinishedRun) -> Iterator[Batch]:
 
 
 def first_images(finished: FinishedRun, count: int) -> Tensor:
-    """Return `count` test images. If the test split has fewer images, they are repeated."""
+    """Return `count` test images. If the test split has fewer images, its images are repeated."""
     images = torch.cat([images for images, _ in finished.setup.loader().unaugmented("test", count)])
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 

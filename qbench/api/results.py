@@ -1,4 +1,4 @@
-"""Reads, compares and loads finished runs from Python. The functions are those of the command line."""
+"""Reads, compares and loads finished runs from Python, as the command line does."""
 
 import json
 import logging

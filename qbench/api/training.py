@@ -1,4 +1,4 @@
-"""Trains runs and sweeps from Python. The functions are those of the command line."""
+"""Trains runs and sweeps from Python, as the command line does."""
 
 import logging
 from pathlib import Path

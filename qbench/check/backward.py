@@ -58,7 +58,7 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """For each quantizer of a layer, yield the kind of tensors that must get gradients, and these gradients."""
+    """For each quantizer of a layer, yield a kind of tensors (such as weights) and the gradients of these tensors."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
@@ -91,9 +91,9 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 def _balanced_over_levels(result: Tensor) -> Tensor:
     """Return random upstream gradients whose sum over equal values is 0.
 
-    A scale changes equal values by equal amounts, so the gradient through a scale is 0 for these upstream gradients. A
-    nonzero gradient therefore has passed through the rounding. If most values occur only once, the tensor has no levels
-    or too many levels. In that case, return unbalanced random gradients.
+    A change of the scale changes equal values by equal amounts. For these upstream gradients, the gradient through the
+    scale is therefore 0, and a nonzero gradient has passed through the rounding. If most values occur only once, the
+    tensor has no levels or too many levels. In that case, return unbalanced random gradients.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)

@@ -127,7 +127,7 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 def _verdict(findings: list[Finding]) -> str:
     """Return, as text, how many properties fail, hold and are not applicable.
 
-    The text always states how many properties hold. It leaves out the other two counts if they are zero.
+    The text always states how many properties hold. The other two counts are left out if they are zero.
     """
     count = Counter(finding.state for finding in findings)
     phrases = [

@@ -49,8 +49,8 @@ class HelpFormatter(argparse.HelpFormatter):
 class SubcommandParser(argparse.ArgumentParser):
     """The parser of one subcommand.
 
-    Positional arguments are declared only for the help text and for completion. `parse_words` returns them in one list.
-    The subcommand then decides which words are directories and which are `KEY=VALUE`.
+    Positional arguments are declared only for the help text and for completion. `parse_words` returns all positional
+    arguments in one list. The subcommand then decides which words are directories and which are `KEY=VALUE`.
 
     Args:
         name: the subcommand, a key of `SUMMARIES`. It is empty for a parser of flags that several subcommands share.

@@ -31,7 +31,7 @@ def plan(arguments: list[str]) -> int:
 
 
 def check(arguments: list[str]) -> int:
-    """Check the properties that every method must have, and return 0 only if all of them hold."""
+    """Check the properties that every method must have. Return 0 only if all properties hold."""
     from qbench.config import compose
 
     arguments, _ = parsers.check().parse_words(arguments)
@@ -196,7 +196,7 @@ def inspect(arguments: list[str]) -> int:
 
 
 def sensitivity(arguments: list[str]) -> int:
-    """Choose a bit width for each layer of a run under a budget. Print the widths and save them to a file."""
+    """Choose a bit width for each layer of a run under a budget. Print the widths, and write them to a file."""
     options = run_options.parse_sensitivity(arguments)
     from qbench.analysis.sensitivity import sensitivity as allocate_bits
 

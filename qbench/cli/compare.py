@@ -42,7 +42,7 @@ class CompareOptions:
 def run_compare(arguments: Iterable[str]) -> str:
     """Return the text that `qbench compare PLACE... [flags] [KEY=VALUE ...]` prints.
 
-    If flags request plots or a page, these are written to files.
+    Plots and an HTML page are written to files if flags request them.
 
     Raises:
         ConfigError: a flag, key or value does not exist, or no directory of runs is typed.
@@ -101,7 +101,7 @@ def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> t
     """Return the tables and conclusions for these options, and the compared runs.
 
     Args:
-        others: runs to compare in addition to those in the directories.
+        others: further runs to compare, in addition to the runs in the directories.
 
     Raises:
         ConfigError: a key or value does not exist, or there are neither directories nor other runs.

@@ -5,7 +5,7 @@ Hydra completes the keys inside groups.
 Packages that complete argparse parsers (argcomplete, shtab) are not used. The most frequent command line has no
 subcommand, and its arguments are overrides, which only Hydra can complete. Hydra and such a package each need their own
 shell function, but the shell allows one function per command. Therefore, one shell function calls `qbench completion
-query`. This subcommand completes the other subcommands from their parsers, and passes overrides to Hydra.
+query`. This subcommand uses the parsers to complete other subcommands, and passes overrides to Hydra.
 """
 
 import glob

@@ -27,9 +27,9 @@ NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
 def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str | None:
     """Return the command line `qbench KEY=VALUE ...` that gives a configuration, or None if there is none.
 
-    The command line contains options of groups, and keys whose values differ from those of the options. No command line
-    gives a run of a learning-rate grid, or a run whose initial checkpoint was deleted. For functions outside qbench,
-    the result is also None, because they are not imported here.
+    The command line contains options of groups, and all keys whose values differ from the values in these options. No
+    command line gives a run of a learning-rate grid, or a run whose initial checkpoint was deleted. For a configuration
+    with functions outside qbench, the result is None too, because such functions are not imported here.
 
     Args:
         recorded: see `run_identity`.
@@ -102,7 +102,7 @@ def _nearest_option(recipe: Mapping[str, Any]) -> str:
 
 
 def _has(node: DictConfig, key: str) -> bool:
-    """Return whether the chosen options have a key. A key that they do not have is typed with a `+`."""
+    """Return whether the chosen options contain a key. Any other key must be typed with a `+`."""
     place, _, name = key.rpartition(".")
     parent = OmegaConf.select(node, place) if place else node
     return parent is not None and name in parent

@@ -42,10 +42,12 @@ HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
 
 
 def configurations(arguments: list[str]) -> list[Config]:
-    """Return the configurations that a command line defines. With -m, there is one per combination of values.
+    """Return the configurations that a command line defines.
 
-    With lr_search=grid, there is also one per learning rate. The list is empty if Hydra only prints something, as with
-    `--cfg job`.
+    With -m, there is one configuration per combination of values.
+
+    With lr_search=grid, there is also one configuration per learning rate. The list is empty if Hydra only prints
+    something, as with `--cfg job`.
 
     Raises:
         ConfigError: the command line does not define a valid configuration.

@@ -125,7 +125,7 @@ def _default(item: Field[Any]) -> object:
 def without_added(node: Node) -> Node:
     """Return a YAML node without its key `added`.
 
-    Keys named under `added` are also left out if they have their default value.
+    Keys that are named under `added` and have their default value are left out too.
     """
     later = node.get(ADDED) or {}
     return {key: value for key, value in node.items() if key != ADDED and not (key in later and value == later[key])}

@@ -37,7 +37,7 @@ NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", ADDED)
 
 
 def names(group: str) -> list[str]:
-    """Return the names in a group: those of qbench first, then those of other packages.
+    """Return the names in a group: first the names in qbench, then the names that other packages register.
 
     Users' own functions are not included.
     """
@@ -73,7 +73,7 @@ def card(name: str) -> str:
 def widths(name: str) -> str:
     """Return which of the widths w, a and g a method has, without importing the method's module.
 
-    A method outside qbench is assumed to have all three.
+    A method outside qbench is assumed to have all three widths.
     """
     path = Path(__file__).parents[1] / GROUPS["method"] / f"{name}.py"
     if not name.isidentifier() or not path.exists():

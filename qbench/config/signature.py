@@ -29,7 +29,7 @@ FORMS = {
 
 
 def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter]:
-    """Return the arguments of a function or class that can be given by name.
+    """Return the arguments of a function or class that can be passed by name.
 
     A function that builds a network may have `**kwargs` but no known name for the number of classes. It is then assumed
     to accept `num_classes`, like the functions of torchvision.

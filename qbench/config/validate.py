@@ -1,6 +1,6 @@
 """Checks a composed configuration and fills in derived values.
 
-Errors name the keys as they are typed.
+Error messages show keys as a user types them.
 """
 
 import dataclasses
@@ -205,7 +205,7 @@ def _refuse_stored_values(config: Config) -> None:
 
 
 def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
-    """Set unset widths to those of the method.
+    """Set the widths that were not typed to the widths of the method.
 
     If a separate method quantizes the activations, the width of the activations comes from that method.
     """

@@ -139,8 +139,8 @@ def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
 def values_outside(model: nn.Module, images: Tensor) -> str | None:
     """Return a sentence about values that a network uses besides its parameters, or None if there are few.
 
-    The network's size does not include such values. If they are unregistered parameters, such as those of layers in a
-    Python list, they are not trained either.
+    The network's size does not include such values. Parameters that are not registered, such as the parameters of
+    layers in a Python list, are not trained either.
 
     Args:
         images: a few images (N, C, H, W).

@@ -97,7 +97,7 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
     """Return the method at the given widths, combined with an activation method if one is named.
 
     Args:
-        activation: node of a separate method for the activations. Its name is `none` if `method` quantizes them itself.
+        activation: node of a separate method for the activations. Its name is `none` if there is no separate method.
 
     Raises:
         ConfigError: a key or value of the method is not valid.
@@ -141,7 +141,7 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
     method requires `no_affine`, the scale and shift of all batch normalizations are removed.
 
     Args:
-        device: where the network is made; on `meta` it needs no memory.
+        device: the device on which the network is created. On `meta`, the network needs no memory.
 
     Raises:
         ConfigError: a key or value of the node is not valid.

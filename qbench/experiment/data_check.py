@@ -87,7 +87,7 @@ def check_same_data(run: Path, sha256: str, dataset: str) -> None:
 
 
 def other_data_error(paths: Sequence[Path], dataset: str) -> CheckpointError:
-    """Return the error about runs whose data set has changed since they were trained."""
+    """Return the error about a data set that has changed since some runs were trained."""
     were = f" and {len(paths) - 1} other runs were" if len(paths) > 1 else " was"
     return CheckpointError(
         f"the images of dataset={dataset} have changed since {paths[0]}{were} trained\n"

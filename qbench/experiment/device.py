@@ -67,7 +67,7 @@ def tune_malloc() -> None:
 def choose_device(name: str) -> torch.device:
     """Return the device for a value of `runtime.device`. `auto` means the first CUDA device or, without CUDA, the CPU.
 
-    If several processes of a run are on one machine, they take the CUDA devices of this machine in turn.
+    If several processes of a run are on one machine, the CUDA devices of this machine are assigned in turn.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available() and (place := launch()) is not None:
         return torch.device("cuda", place.local_rank % torch.cuda.device_count())

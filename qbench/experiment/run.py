@@ -191,8 +191,8 @@ def _initial_model(
 ) -> tuple[nn.Module, BaselineResult | None]:
     """Return the quantized network on its device, and the float baseline with which it is compared.
 
-    Initial weights are loaded if no checkpoint exists. If they come from a file, the float network in this file is the
-    baseline, which is evaluated before it is quantized.
+    Initial weights are loaded if no checkpoint exists. If the initial weights come from a file, the float network in
+    this file is the baseline. The baseline is evaluated before the network is quantized.
     """
     model, compared = setup.float_model(), None
     if setup.config.starts_from_file:

@@ -1,7 +1,7 @@
 """Builds the parts of an experiment from a configuration.
 
-Only this file reads a whole configuration. Each builder receives one node of it. Later stages use the parts that the
-builders return.
+Only this file reads a whole configuration. Each builder receives one node of the configuration. Later stages use the
+parts that the builders return.
 """
 
 import shlex
@@ -64,7 +64,7 @@ DEBUG_IMAGES = 64
 
 @dataclass(frozen=True)
 class ExperimentSetup:
-    """The parts of an experiment. Before anything is written, they are checked for contradictions.
+    """The parts of an experiment. The parts are checked for contradictions before anything is written.
 
     Args:
         config: the configuration from which the parts were made.
@@ -187,10 +187,10 @@ class ExperimentSetup:
         )
 
     def float_model(self, device: str = "cpu", seed: int | None = None) -> nn.Module:
-        """Return the float network with initial weights. On device `meta` it needs no memory.
+        """Return the float network with initial weights. On the device `meta`, the network needs no memory.
 
         Args:
-            device: where the network is made.
+            device: the device on which the network is created.
             seed: the seed of the initial weights; by default, the run's seed.
         """
         return build_model(self.config.model, self.data, self.method, self.seed if seed is None else seed, device)
@@ -305,7 +305,7 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
             cannot be used for training.
 
     Raises:
-        ConfigError: keys or values are not valid, or they contradict each other.
+        ConfigError: keys or values are not valid, or contradict each other.
         Unsupported: the method does not support these options or this network.
     """
     runtime, optim, distill, layers = config.runtime, config.optim, config.distill, config.layers

@@ -97,7 +97,7 @@ class Events:
 
 
 class SweepStatus:
-    """The state of the runs of a sweep, and of the float baselines that they wait for.
+    """The state of the runs of a sweep, and of the float baselines that these runs need.
 
     Args:
         runs: the runs of the sweep.

@@ -27,8 +27,8 @@ def evaluate(
 ) -> Accuracy | None:
     """Evaluate a network, and return its accuracy or, if there are no images, None. The network is left in eval mode.
 
-    Several processes can share the batches. Sums are computed in the order of the batches, so they do not depend on the
-    number of processes.
+    Several processes can share the batches. Sums are computed in the order of the batches, so the results do not depend
+    on the number of processes.
 
     Args:
         model: the network.
@@ -76,7 +76,7 @@ def _measure(logits: Tensor, labels: Tensor, keep_predictions: bool) -> _Measure
 
 
 def _in_order(parts: list[list[_Measured]]) -> Iterator[_Measured]:
-    """Exchange measurements between processes, and yield those of all batches in order."""
+    """Exchange measurements between processes. Yield the measurements of all batches, in the order of the batches."""
     for turn in zip_longest(*parts):
         yield from (measured for measured in turn if measured is not None)
 

@@ -33,7 +33,7 @@ class RenamedWeights(NamedTuple):
 
 
 def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the state_dict in a file's content, and a note that names the key of the state_dict, if any.
+    """Return the state_dict in a file's content. If it is under a key, a note names this key.
 
     Raises:
         CheckpointError: the value under such a key is not a state_dict.

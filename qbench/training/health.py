@@ -184,7 +184,7 @@ def _max_magnitude(layer: QLayer) -> float:
 
 
 def _weight_level_counts(layer: QLayer, weights: QuantizedTensor | None) -> Tensor:
-    """Return the number of weights on each level, or nothing if the weights are float or there is only one weight."""
+    """Return the number of weights on each level. The result is empty for float weights or a single weight."""
     if weights is None or layer.weight.numel() == 1 or not layer.weight_q.complete:
         return layer.weight.new_zeros(0)
     return weights.counts

@@ -152,7 +152,7 @@ def _training_metrics(state: State) -> tuple[float, float]:
 
 
 def _validate(task: Task, state: State) -> Accuracy | None:
-    """Evaluate the network on the validation split, and keep its weights if they are the best so far.
+    """Evaluate the network on the validation split. If the result is the best so far, keep the network's weights.
 
     Return the accuracy, or None if there is no validation split.
     """

@@ -50,7 +50,7 @@ Most epochs have more steps than this. The last epoch is always observed. At lev
 HISTOGRAMS_PER_RUN = 10
 """Approximate number of times per run that histograms of weights are written to TensorBoard.
 
-At level `full`, they are written after every epoch.
+At level `full`, histograms are written after every epoch.
 """
 
 
@@ -82,7 +82,7 @@ class TrainingMonitor:
     without_gradient: list[str] | None = None
 
     def begin(self, model: nn.Module, step: int) -> None:
-        """Store the initial magnitudes and parameters of the network, unless they were restored from a checkpoint."""
+        """Initialize the state of the monitor from the network, unless a checkpoint has restored the state."""
         self.start = self.start or initial_magnitudes(model)
         if self.without_gradient is None:
             self.without_gradient = [] if step else to_train(model)

@@ -36,7 +36,7 @@ def round_to(x: Tensor, per_unit: float) -> Tensor:
 
 
 def dorefa_weights(w: Tensor, levels: int = 3) -> Tensor:
-    """Return 2-bit weights as in pytorch_DoReFaNet and code derived from it, which multiplies them by the maximum."""
+    """Return 2-bit weights as in pytorch_DoReFaNet and derived code, which multiplies the weights by their maximum."""
     t = torch.tanh(w)
     largest = torch.max(torch.abs(t)).detach()
     return largest * (2 * round_to(t / 2 / largest + 0.5, levels) - 1)
