@@ -235,7 +235,7 @@ def svg() -> str:
         f'<text x="{WIDTH / 2:.0f}" y="{last + HIGH + 20}">most folders import bits and errors: no arrows drawn</text>'
     )
     high = last + HIGH + 20 + MARGIN
-    title = "Folders of qbench, those that import above those that they import"
+    title = "Folders of qbench: each folder is above the folders that it imports"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {high}" width="{WIDTH}" height="{high}"'

@@ -243,9 +243,9 @@ def print_plan(chosen: list[Claim], seeds: list[int], out: str) -> None:
     table.rows.append(("all", "", "", f"{total / 60:.0f} min"))
     print(markdown([table]))
     print(
-        "\nEstimated from a few timed training steps per network on one core, float baselines included (if the baseline"
-        "\nof the first seed is stored, those of the other seeds still count). Evaluation and the methods' own"
-        "\nmeasurements add about a third. Arms shared with a claim above are not counted again."
+        "\nEstimated from a few timed training steps per network on one core, float baselines included. If only the"
+        "\nbaseline of the first seed is stored, the baselines of all other seeds are counted. Evaluation and the"
+        "\nmethods' own measurements add about a third. Arms that an earlier claim shares are not counted again."
     )
 
 

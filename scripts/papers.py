@@ -161,7 +161,7 @@ def formulas(method: str) -> str:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qbench.methods"):
             module = (node.module or "").rpartition(".")[2]
             imported += [module] if module != "methods" else [it.name for it in node.names]
-    return ", ".join(functions) or f"those of {' and '.join(map(linked, unique(imported)))}"
+    return ", ".join(functions) or f"the same as in {' and '.join(map(linked, unique(imported)))}"
 
 
 def default_bits(method: str) -> dict[str, int]:

@@ -108,7 +108,9 @@ class _Exported(nn.Module):
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != self.shape:
             wanted = ", ".join(map(str, self.shape))
-            raise ConfigError(f"images of shape {tuple(images.shape)}; the file's network takes (N, {wanted})")
+            raise ConfigError(
+                f"the images have shape {tuple(images.shape)}; the network in the file needs (N, {wanted})"
+            )
         return self.function(images)
 
 

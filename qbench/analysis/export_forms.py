@@ -47,7 +47,7 @@ def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
 
 
 def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
-    """Return random images, and the quantized network after all steps of the method except training."""
+    """Return the quantized network, on which the method has done everything except training, and random images."""
     model, method = setup.install(setup.float_model()), setup.method
     images, labels = torch.rand(IMAGES, *setup.data.shape), torch.randint(setup.data.classes, (IMAGES,))
     probe = Probe([(images, labels)], F.cross_entropy)

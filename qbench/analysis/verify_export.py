@@ -52,7 +52,7 @@ def verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agree
             f"{agreement.largest:.2g}"
         )
     parts = ", ".join(f"{size:,} of {name}" for name, size in content.sizes.items())
-    verified = f"verified on {agreement.images} test images: all logits equal those of the run, bit for bit"
+    verified = f"verified on {agreement.images} test images: all logits equal the run's logits, bit for bit"
     return agreement, [f"bytes: {parts}", verified]
 
 
@@ -85,7 +85,7 @@ def verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) ->
         agreements.append(found)
         lines.append(
             f"verified in {name} on {found.images} test images: the same classes; logits differ by at most "
-            f"{found.largest:.2g} (allowed {allowed:.2g}; torch itself by {noise:.2g} between batch sizes)"
+            f"{found.largest:.2g} (allowed {allowed:.2g}; torch's own logits differ by {noise:.2g} between batch sizes)"
         )
     return max(agreements, key=lambda agreement: agreement.largest), lines
 

@@ -39,7 +39,7 @@ def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
         torch.autograd.backward(F.cross_entropy(network(images), labels))
     for (name, one), two in zip(float_model.named_parameters(), model.parameters(), strict=True):
         if one.grad is None or two.grad is None or not torch.equal(one.grad, two.grad):
-            raise PropertyViolation(f"32 bits: the gradient of {name} differs from the float network's")
+            raise PropertyViolation(f"32 bits: the gradient of {name} differs from the float network's gradient")
 
 
 def degenerate_tensors(subject: MethodUnderTest, bits: Bits) -> None:

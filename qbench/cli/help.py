@@ -41,7 +41,7 @@ qbench: compares methods for low-precision CNNs under one protocol
 Subcommands:
 {subcommands}
 
-Groups, as GROUP=OPTION; keys inside them, as GROUP.KEY=VALUE:
+Groups (type GROUP=OPTION, and GROUP.KEY=VALUE for a key inside a group):
 {group_lines()}
   bits accepts any widths: bits=w2a2, bits=w4a4g8, or bits.w=2 bits.a=2
   method, model and dataset accept your own functions: model=my.net:build

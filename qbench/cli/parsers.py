@@ -121,8 +121,8 @@ def completion() -> SubcommandParser:
     parser.add_argument(
         "what",
         choices=("bash", "query"),
-        help="bash: print the shell function; query: print the candidates for the command line in COMP_LINE, which "
-        "the shell function does",
+        help="bash: print the shell function; query: print the candidates for the command line in COMP_LINE (the "
+        "shell function calls this)",
     )
     return parser
 

@@ -30,7 +30,7 @@ FIELD_WORDS = {
     "optimizer": "optim",
     "weights": "bits.w",
 }
-"""Maps a common synonym to the key of qbench."""
+"""Common synonym of a key -> the key in qbench."""
 
 NOT_TYPED = ("claim", "lr_grid.lr", "lr_grid.lr_end")
 """Keys that only experiment files or qbench set. Users never type them."""

@@ -72,7 +72,7 @@ def _no_runtime(layers: Iterable[LayerCost]) -> str:
     """
     if all(layer.bits.a == FLOAT for layer in layers):
         why = "activations are float, so weight codes save storage but are converted to floats before use"
-        return f"simulation, or storage of the weights as codes: {why}"
+        return f"simulation, or compact storage of the weights: {why}"
     if all(layer.bits.w == FLOAT for layer in layers):
         return "simulation only: weights are float, so quantized activations save nothing"
     if any(levels is None or levels.steps == 0 for layer in layers for levels in (layer.weights, layer.inputs)):

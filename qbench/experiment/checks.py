@@ -106,8 +106,8 @@ def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int])
     shortest = min((stop - start for start, stop in pairwise(sorted(set(borders)))), default=0)
     if shortest and warmup_steps(optim, steps) >= shortest * steps:
         raise ConfigError(
-            f"{key}.warmup={optim.warmup:g}: must be shorter than each phase of training; the shortest has {shortest} "
-            f"epochs of {steps} steps"
+            f"{key}.warmup={optim.warmup:g}: must be shorter than each phase of training; "
+            f"the shortest phase has {shortest} epochs of {steps} steps"
         )
 
 

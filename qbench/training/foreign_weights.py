@@ -19,7 +19,7 @@ PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
 """Prefixes that DataParallel and torch's `AveragedModel`, Lightning, torch.compile and other frameworks add."""
 
 HEADS = ("fc", "linear", "classifier", "head")
-"""Names of a network's last layer."""
+"""Usual names of a network's last layer."""
 
 COUNTERS = ("n_averaged",)
 """Names of tensors that are not weights. `AveragedModel` stores the number of its updates under such a name."""

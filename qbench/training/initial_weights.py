@@ -66,7 +66,7 @@ def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
     if result and result.identity != state.get("identity"):
         raise CheckpointError(f"{file} and the result.json next to it belong to different runs")
     if result and name == "last.pt" and result.weights_sha256 not in (None, weights_sha256(state["model"])):
-        raise CheckpointError(f"{file} does not contain the weights of the result.json next to it")
+        raise CheckpointError(f"{file} does not contain the weights that the result.json next to it describes")
     return state
 
 

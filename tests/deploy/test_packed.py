@@ -255,7 +255,7 @@ def test_export_and_evaluate_on_the_command_line(
     assert cli(["export", str(finished), "--out", str(file)]) == 0
     said = capsys.readouterr().out
     assert f"wrote {file}: {file.stat().st_size:,} bytes" in said
-    assert "verified on 450 test images: all logits equal those of the run, bit for bit" in said
+    assert "verified on 450 test images: all logits equal the run's logits, bit for bit" in said
     tables = []
     for place in (finished, file):
         assert cli(["evaluate", str(place), "--format", "json"]) == 0

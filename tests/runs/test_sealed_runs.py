@@ -118,7 +118,7 @@ def test_weights_of_another_epoch_in_place_of_the_last(run: Path, capsys: pytest
     state["model"][first].mul_(1.01)
     (run / "last.pt").write_bytes(pack(state))
     assert cli(["evaluate", str(run)]) == CheckpointError.status
-    assert "does not contain the weights of the result.json" in capsys.readouterr().err
+    assert "does not contain the weights that the result.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("renamed", ["the folder", "the baseline", "the run"])
