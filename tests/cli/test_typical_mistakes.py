@@ -85,9 +85,9 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model=./nets.py", 2, "for your own code, type model=nets:FUNCTION"),
     ("model=net:Net", 2, "No module named 'net'; did you mean nets?"),
     ("model=nets:Nett", 2, "did you mean Net?"),
-    ("model=nets:net", 2, "name its class, or a function that returns a new one"),
+    ("model=nets:net", 2, "type the name of the class, or of a function that returns a new object"),
     ("model=nets:deep", 2, "tried Net(), Net(num_classes) or build(shape, classes)\ngive depth a default value"),
-    ("model=nets:TenOfTwelve", 2, "must be 10, one per class\nthe class or function in model=my.module:Net gets"),
+    ("model=nets:TenOfTwelve", 2, "must be 10, one per class\nqbench passes this number to your class or function"),
     ("model=nets:ForMnist", 2, "fails on images of shape (2, 1, 8, 8) (N, C, H, W): RuntimeError: mat1 and mat2"),
     ("model=nets:Net model.depth=3", 2, "model.depth: no such key"),
     # data of the user's own

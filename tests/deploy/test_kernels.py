@@ -234,7 +234,7 @@ def test_the_wrong_runtime_or_images_are_named(
     for runtime in (None, "numba"):
         network, _ = load_exported(file, runtime)
         with pytest.raises(
-            ConfigError, match=r"images of shape \(2, 3, 8, 8\); the file's network takes \(N, 1, 8, 8\)"
+            ConfigError, match=r"images have shape \(2, 3, 8, 8\); the network in the file needs \(N, 1, 8, 8\)"
         ):
             network(torch.zeros(2, 3, 8, 8))
         with pytest.raises(ValueError, match="inf or nan"):
