@@ -156,7 +156,9 @@ def launcher_keys(arguments: Iterable[str], *defaults: str) -> Node:
         with _instead_of_users_hydra(), hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
             overrides = ["hydra.job.name=qbench", *defaults, *words]
             node = hydra.compose("config", overrides, return_hydra_config=True).hydra.launcher
-        return {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}
+        keys = OmegaConf.to_container(node, resolve=True)
+        assert isinstance(keys, dict)
+        return {str(key): value for key, value in keys.items()}
     except QbenchError:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors

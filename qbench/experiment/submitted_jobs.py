@@ -1,4 +1,4 @@
-"""Executes the runs of a sweep in jobs of submitit: on this machine, or on a SLURM cluster."""
+"""Executes the runs of a sweep in jobs of submitit, with the keys of Hydra's launcher."""
 
 import os
 import signal
@@ -6,27 +6,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qbench.config.schema import Node, baseline_config
+from qbench.config.schema import Node
 from qbench.distributed.launch import refuse_processes
 from qbench.errors import ConfigError
-from qbench.experiment.builders import build_method
-from qbench.experiment.planned_run import PlannedRun, planned_run
+from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.run_queue import POLL_SECONDS, RunQueue, baselines_first
 from qbench.experiment.submitted_run import SubmittedRun
-from qbench.quant.method import Unsupported
-from qbench.system import files
 from qbench.system.gpus import TakenGpus, take
 
 COMMON = (
     "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout",
 )  # fmt: skip
 """The launcher's keys that all kinds of jobs have."""
-CLUSTER_POLL_SECONDS = 1.0
 FOLDER = ".submitit"
 """The folder, below `out`, of the jobs' files. Every node of a cluster must be able to read it."""
 YEAR_MINUTES = 60 * 24 * 365
@@ -65,6 +60,7 @@ class JobSettings:
         import submitit
 
         keys = {key: value for key, value in (self.keys | more).items() if value is not None}
+        executor: Any
         try:
             if self.cluster == "local":
                 executor = submitit.LocalExecutor(self.folder, max_num_timeout=self.timeouts)
@@ -95,9 +91,6 @@ def job_settings(cluster: str, keys: Mapping[str, Any], runs: Sequence[PlannedRu
     for shards in {planned.config.batch_shards for planned in runs}:
         refuse_processes(settings.processes, shards)
     return settings
-
-
-# Jobs on this machine.
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,7 @@ def run_in_local_jobs(
                 working.remove(ended)
                 if ended.gpus:
                     ended.gpus.release()
-                busy, killed = _outcome(ended.job, ended.planned)
+                busy, killed = job_outcome(ended.job, ended.planned)
                 if busy:
                     queue.put_off(ended.planned, busy)
                 elif killed and not stop():
@@ -157,7 +150,7 @@ def _start(planned: PlannedRun, settings: JobSettings, folder: Path, gpus: Taken
         signal.signal(signal.SIGINT, before)
 
 
-def _outcome(job: Any, planned: PlannedRun) -> tuple[Path | None, bool]:
+def job_outcome(job: Any, planned: PlannedRun) -> tuple[Path | None, bool]:
     """Return the directory that another process works on, if any, and whether the job was killed.
 
     Print a warning if the run failed before it had a directory.
@@ -174,88 +167,3 @@ def _outcome(job: Any, planned: PlannedRun) -> tuple[Path | None, bool]:
         reason = next((line for line in reversed(lines) if ": " in line), "failed")
         print(f"warning: {planned.path}: {reason}; see {first.paths.stderr}", file=sys.stderr)
         return None, False
-
-
-# Jobs on a cluster.
-
-
-def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Callable[[], int]) -> None:
-    """Execute the runs in jobs of SLURM. Each missing float baseline has a job, for which the jobs of its runs wait.
-
-    A job that ends without a result is submitted once more, unless it was cancelled. After a signal to this process,
-    the jobs stay in the queue.
-    """
-    jobs, missing = _ClusterJobs(settings), [planned for planned in runs if not planned.directory.stored()]
-    dependents: dict[Path, list[PlannedRun]] = {}
-    baselines = {planned.path: baseline for planned in missing if (baseline := _missing_baseline(planned))}
-    for planned in missing:
-        if baseline := baselines.get(planned.path):
-            dependents.setdefault(baseline.path, []).append(planned)
-    jobs.find([*baselines.values(), *missing])
-    jobs.submit(list({baseline.path: baseline for baseline in baselines.values()}.values()))
-    for path, waiting in dependents.items():
-        jobs.submit(waiting, after=jobs.jobs[path])
-    jobs.submit([planned for planned in missing if planned.path not in baselines])
-    left, repeated = {planned.path: planned for planned in missing}, set[Path]()
-    while left and not stop():
-        time.sleep(CLUSTER_POLL_SECONDS)
-        for path in [path for path in left if jobs.jobs[path].done()]:
-            job = jobs.jobs[path]
-            _, killed = _outcome(job, left[path])
-            if killed:
-                print(f"warning: the job {job.job_id} of {path} has ended early: {job.state}", file=sys.stderr)
-            if killed and path not in repeated and not job.state.startswith("CANCELLED"):
-                repeated.add(path)
-                del jobs.jobs[path]
-                jobs.submit([left[path]])
-            else:
-                del left[path]
-    if left:
-        numbers = " ".join(sorted({jobs.jobs[path].job_id for path in left}))
-        print(f"qbench: {len(left)} jobs stay in the queue; to end them, type: scancel {numbers}", file=sys.stderr)
-
-
-def _missing_baseline(planned: PlannedRun) -> PlannedRun | None:
-    """Return the float baseline that a run needs, if it has no result yet."""
-    config = planned.config
-    if not config.needs_baseline:
-        return None
-    with suppress(Unsupported):
-        method = build_method(config.method, config.activation, config.bits.resolved())
-        baseline = planned_run(baseline_config(config, method.requires.norm))
-        return None if baseline.directory.stored() else baseline
-    return None
-
-
-@dataclass
-class _ClusterJobs:
-    """Submits jobs to SLURM, and finds those that an earlier command has submitted."""
-
-    settings: JobSettings
-    jobs: dict[Path, Any] = field(default_factory=dict)
-
-    def find(self, runs: Sequence[PlannedRun]) -> None:
-        """Take over the jobs that still are in the queue."""
-        import submitit
-
-        for planned in runs:
-            stored = files.read_json(self._record(planned)) or {}
-            if stored.get("processes") == self.settings.processes:
-                tasks = list(range(self.settings.processes))
-                job = submitit.SlurmJob(self.settings.folder, str(stored["job"]), tasks)
-                if not job.done(force_check=True) and job.state != "UNKNOWN":
-                    self.jobs[planned.path] = job
-
-    def submit(self, runs: Sequence[PlannedRun], after: Any = None) -> None:
-        """Submit a job for each run that has none. With `after`, they begin when this job has ended."""
-        new = [planned for planned in runs if planned.path not in self.jobs]
-        if not new:
-            return
-        executor = self.settings.executor(**({"dependency": f"afterany:{after.job_id}"} if after else {}))
-        submitted = executor.map_array(SubmittedRun(waits=True), new)
-        for planned, job in zip(new, submitted, strict=True):
-            self.jobs[planned.path] = job
-            files.write_json(self._record(planned), {"job": job.job_id, "processes": self.settings.processes})
-
-    def _record(self, planned: PlannedRun) -> Path:
-        return self.settings.folder / f"{planned.identity.digest[:16]}.json"

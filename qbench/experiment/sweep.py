@@ -109,7 +109,9 @@ def _run_by_submitit(
     check(runs)
     with announced(_folders(runs)) as began:
         if settings.cluster == "slurm":
-            jobs.run_on_cluster(runs, settings, stop)
+            from qbench.experiment.cluster_jobs import run_on_cluster
+
+            run_on_cluster(runs, settings, stop)
         else:
             gpus = gpus_of(runs)
             workers = worker_count(runs, limits[-1:], gpus=gpus, processes=settings.processes)

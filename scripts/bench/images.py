@@ -54,7 +54,8 @@ def epoch_of(data: Dataset) -> Callable[[int], int]:
 
     def run(epoch: int) -> int:
         generator = torch.Generator().manual_seed(epoch)
-        order = torch.randperm(len(split), generator=generator).split(BATCH)
+        shuffled = torch.randperm(len(split), generator=generator)
+        order = [shuffled[start : start + BATCH] for start in range(0, len(split), BATCH)]
         draws = torch.rand(len(split), data.augment.draws, generator=generator)
         return sum(map(len, decoded_batches(split, order, draws, data.augment, 0, torch.device("cpu"))))
 

@@ -17,7 +17,7 @@ from helpers import finished_digests, plant
 
 from qbench.config import compose
 from qbench.errors import ConfigError
-from qbench.experiment import submitted_jobs, submitted_run
+from qbench.experiment import cluster_jobs, submitted_jobs, submitted_run
 from qbench.experiment.planned_run import planned_run
 
 SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false", "method=dorefa"]
@@ -116,12 +116,12 @@ def test_a_run_continues_when_submitit_begins_it_again(configure: Configure) -> 
 
 def test_a_missing_baseline_has_a_job(configure: Configure) -> None:
     config = configure("method=dorefa", "pretrain.epochs=1")
-    baseline = submitted_jobs._missing_baseline(planned_run(config))
+    baseline = cluster_jobs._missing_baseline(planned_run(config))
     assert baseline is not None
     assert baseline.config.is_baseline
     plant(baseline.config, 90.0)
-    assert submitted_jobs._missing_baseline(planned_run(config)) is None
-    assert submitted_jobs._missing_baseline(planned_run(configure("method=dorefa", "init=scratch"))) is None
+    assert cluster_jobs._missing_baseline(planned_run(config)) is None
+    assert cluster_jobs._missing_baseline(planned_run(configure("method=dorefa", "init=scratch"))) is None
 
 
 @pytest.fixture(scope="module")
