@@ -19,6 +19,7 @@ from qbench.config import compose
 from qbench.errors import ConfigError
 from qbench.experiment import cluster_jobs, submitted_jobs, submitted_run
 from qbench.experiment.planned_run import planned_run
+from qbench.system.signals import stop_on_signals
 
 SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false", "method=dorefa"]
 SLOW = 600
@@ -106,6 +107,15 @@ def test_how_a_stopped_job_ends(rank: int, cluster: str, number: int, monkeypatc
     assert raised.value.code == (0 if rank else 75)
     waits = number == signal.SIGTERM and cluster == "slurm" and not rank
     assert events == [*([number] if number else []), *(["wait"] if waits else [])]
+
+
+@pytest.mark.parametrize("kinds", [(signal.SIGTERM, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGTERM)])
+def test_a_warning_of_slurm_outranks_sigterm(kinds: tuple[signal.Signals, ...]) -> None:
+    """SLURM may send both at a preemption. Only the warning queues the job again."""
+    with stop_on_signals() as stop:
+        for kind in kinds:
+            os.kill(os.getpid(), kind)
+        assert stop() == signal.SIGUSR2
 
 
 def test_a_run_continues_when_submitit_begins_it_again(configure: Configure) -> None:
