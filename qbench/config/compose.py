@@ -145,25 +145,30 @@ def launcher_keys(arguments: Iterable[str], *defaults: str) -> Node:
     """Return the keys of the launcher that a command line names, and their values.
 
     Args:
+        arguments: a command line with `hydra/launcher=NAME`. The name is known.
         defaults: `hydra.launcher.KEY=VALUE` words that apply unless the command line has the same key.
 
     Raises:
-        ConfigError: the launcher does not exist or does not accept a key or value.
+        ConfigError: the launcher does not accept a key or value.
     """
     words = [a for a in arguments if a.startswith(LAUNCHER_KEYS)]
-    register_sources()
     try:
-        with _instead_of_users_hydra(), hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            overrides = ["hydra.job.name=qbench", *defaults, *words]
-            node = hydra.compose("config", overrides, return_hydra_config=True).hydra.launcher
-        keys = OmegaConf.to_container(node, resolve=True)
-        assert isinstance(keys, dict)
-        return {str(key): value for key, value in keys.items()}
-    except QbenchError:
-        raise
+        return _launcher_node(*defaults, *words)
     except Exception as error:  # Hydra's and OmegaConf's own errors
         why = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise ConfigError(f"{' '.join(words)}: {why}\nqbench --info config {words[0]} shows its keys") from None
+        named = [word for word in words if word.startswith("hydra/launcher=")]
+        known = [key for key in _launcher_node(*named) if not key.startswith("_")]
+        allowed = ", ".join(f"hydra.launcher.{key}" if key == known[0] else key for key in known)
+        raise ConfigError(f"{' '.join(words)}: {why}\nallowed keys: {allowed}") from None
+
+
+def _launcher_node(*words: str) -> Node:
+    register_sources()
+    with _instead_of_users_hydra(), hydra.initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        node = hydra.compose("config", ["hydra.job.name=qbench", *words], return_hydra_config=True).hydra.launcher
+    keys = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(keys, dict)
+    return {str(key): value for key, value in keys.items()}
 
 
 def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:

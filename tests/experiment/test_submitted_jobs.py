@@ -74,6 +74,7 @@ def test_the_presets_of_slurm(configure: Configure, tmp_path: Path, monkeypatch:
 def test_a_wrong_key_of_the_launcher_is_refused(word: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         keys_of("hydra/launcher=slurm_gpu", word, folder=tmp_path)
+    assert "allowed keys: hydra.launcher.submitit_folder, timeout_min," in str(raised.value)
     assert len(str(raised.value).splitlines()) <= 3
 
 
