@@ -197,8 +197,9 @@ def _size(found: FormResult) -> str:
 
 
 def tables(rows: Sequence[Row], note: str) -> str:
-    """Return the tables of sizes and times, with what was run."""
-    return f"{size_table(rows)}\n\n{time_table(rows)}\n\n{note}"
+    """Return the tables of sizes and, if they were measured, of times, with what was run."""
+    timed = any(form.times for row in rows for form in row.forms.values())
+    return "\n\n".join([size_table(rows), *([time_table(rows)] if timed else []), note])
 
 
 def note(rows: Sequence[Row]) -> str:

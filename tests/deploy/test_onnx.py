@@ -1,15 +1,16 @@
 """ONNX files: the run's classes in ONNX Runtime and OpenVINO, standard operators, refusals, damaged files."""
 
+import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import exported
-import numpy as np
 import pytest
 import torch
-from conftest import Configure
+from conftest import ROOT, Configure
 from exported import about_digits, quantized
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -266,21 +267,17 @@ def test_export_and_evaluate_on_the_command_line(form: str, finished: Path, caps
     assert "has no effect on a run" in capsys.readouterr().err
 
 
-def test_the_file_runs_without_qbench(finished: Path) -> None:
-    """The images are normalized as the file's metadata say; nothing but onnxruntime is used."""
-    import json
-
-    from qbench.data.digits import build
-
-    file = export(finished, "onnx").path
-    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    about = json.loads(session.get_modelmeta().custom_metadata_map["qbench"])
-    test = build().test
-    pixels = test.images.numpy().astype(np.float32) / 255
-    images = (pixels - np.array(about["mean"]).reshape(-1, 1, 1)) / np.array(about["std"]).reshape(-1, 1, 1)
-    (logits,) = session.run(None, {"images": images.astype(np.float32)})
-    accuracy = 100 * (logits.argmax(1) == test.labels.numpy()).mean()
-    assert accuracy == pytest.approx(evaluate_file(file).values[0]["top1"])
+def test_the_scripts_of_the_guide_give_the_accuracy_of_the_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (ROOT / "docs" / "guides" / "export.md").read_text(encoding="utf-8").partition("## Without qbench")[2]
+    use, write_data = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[:2]
+    export(finished, "onnx", tmp_path / "network.onnx")
+    monkeypatch.chdir(tmp_path)
+    exec(write_data, {})
+    exec(use, {})
+    result = json.loads((finished / "result.json").read_text())
+    assert float(capsys.readouterr().out) == pytest.approx(result["final"]["test"]["top1"])
 
 
 @pytest.mark.parametrize("shift", [torch.eye(10)[0] * 100, torch.full((10,), 0.01)], ids=["class", "logits"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 from conftest import ROOT
 
@@ -26,6 +27,23 @@ def test_the_table_by_hand() -> None:
     assert written == "| lsq | 2 2 | 76,328 | 4,000 | 5,123 | 7,000 | - | ? | 6,001 | 449 of 450 |"
 
 
+def test_times_by_hand() -> None:
+    forms = {
+        "packed": FormResult(bytes=5_123, same_class=450, times={"numba": 0.512}),
+        "onnx": FormResult(bytes=7_000, same_class=450, times={"onnxruntime": 1.0}),
+        "int8": FormResult(bytes=6_500, same_class=449, times={"onnxruntime": 0.704, "openvino": 0.6}),
+        "qonnx": FormResult(reason="no"), "integer": FormResult(reason="no"),
+    }  # fmt: skip
+    row = Row(method="dorefa", bits="w2a2g32", ideal=4_000.25, float_size=76_328, images=450, forms=forms)
+    assert export_table.time_table([row]).splitlines()[-1] == "| dorefa | 2 2 | 0.51 | 1.00 | 0.70 | 0.60 |"
+    short = export_table.short_table([row]).splitlines()
+    assert short[-1] == ("| dorefa | 2 2 | 76,328 | 4,000 | 5,123 | 6,500 | 449 of 450 | 0.51 | 1.00 | 0.70 | 0.60 |")
+    assert {line.count("|") for line in short} == {12}
+    untimed = replace(row, forms={form: replace(found, times={}) for form, found in forms.items()})
+    assert export_table.tables([row], "note").count("| dorefa |") == 2
+    assert export_table.tables([untimed], "note").count("| dorefa |") == 1
+
+
 def test_the_record_has_every_method_with_all_forms_verified() -> None:
     stored = json.loads((ROOT / "docs" / "records" / "export_table.json").read_text())
     rows = export_table.loaded_rows(stored["rows"])
@@ -38,4 +56,4 @@ def test_the_record_has_every_method_with_all_forms_verified() -> None:
             assert found.same_class in (None, row.images)
         assert row.forms["packed"].bytes
     written = (ROOT / "docs" / "guides" / "export.md").read_text()
-    assert f"{export_table.size_table(rows)}\n\n{stored['note']}\n" in written
+    assert f"{export_table.tables(rows, stored['note'])}\n" in written
