@@ -73,8 +73,8 @@ threshold. The outcomes are:
 
 - `holds`: the data support the claim.
 - `does not hold`: the data support the opposite of the claim.
-- `not separable at n`: n seeds do not decide the comparison. The column `n needed` contains the number of seeds that
-  would give 80 % power if the true effect were equal to the observed effect.
+- `undecided with n seeds`: n seeds do not decide the comparison. The column `n needed` contains the number of seeds
+  that would give 80 % power if the true effect were equal to the observed effect.
 
 If some runs of a comparison failed, diverged or are unsupported, the comparison has no outcome, because the remaining
 runs are not a fair sample. The table then states the reason.
@@ -334,7 +334,9 @@ def claim_section(
         if one.means is not None:
             places = 4 if claim.measure == "gradient_mismatch" else 2
             first, second = (f"{x:.{places}f}" for x in one.means)
-            lines.append(f"- {one.comparison.name}: means {first} and {second}; {one.outcome}")
+            lines.append(
+                f"- {one.comparison.name}: mean of the first arm {first}, of the second arm {second}. Outcome: {one.outcome}"
+            )
         lines += [f"- {one.comparison.name}: {text}" for text in one.problems + one.notes]
     lines += ["", *(f"    qbench {' '.join(sweep_words(claim, arm, seeds, out))}" for arm in arms), ""]
     runs = [run for arm in arms.values() for run in arm.values()]

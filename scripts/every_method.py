@@ -133,9 +133,10 @@ def footer(done: Sequence[Result]) -> str:
     written = [*(ROOT / OUT).rglob("manifest.json"), *(ROOT / OUT).rglob("result.json")]
     times = [path.stat().st_mtime for path in written]
     return (
-        f"`scripts/every_method.py`: {len(done)} runs, float baselines included, {layers} quantized layers verified; "
-        f"{max(times) - min(times):.0f} s from first to last and {seconds:.0f} s of work, one thread per run "
-        f"({os.cpu_count()} cores, {platform.machine()}, {platform.system()}, torch {version('torch')})."
+        f"`scripts/every_method.py`: {len(done)} runs, which include float baselines; {layers} quantized layers were "
+        f"verified. All runs together took {max(times) - min(times):.0f} s. The sum of the times of single runs is "
+        f"{seconds:.0f} s, with one thread per run ({os.cpu_count()} cores, {platform.machine()}, "
+        f"{platform.system()}, torch {version('torch')})."
     )
 
 

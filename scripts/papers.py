@@ -40,7 +40,7 @@ METRICS = {
     "top1": "top-1", "top5": "top-5", "top1_error": "top-1 error", "top5_error": "top-5 error",
     "top1_error_increase": "more top-1 error", "top5_error_increase": "more top-5 error",
 }  # fmt: skip
-VERDICTS = ("holds", "does not hold", "not separable")
+VERDICTS = ("holds", "does not hold", "undecided")
 Rows = list[dict[str, str]]
 
 

@@ -65,9 +65,9 @@ def table_from_sweep(command: str) -> str:
     torch = manifest["versions"]["torch"]
     machine = f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {torch}"
     note = (
-        f"`{command}`: {len(runs)} runs, float baselines and unsupported runs included; "
-        f"{max(times) - min(times):.0f} s from first to last and {seconds:.0f} s of work, "
-        f"one thread per run ({machine})."
+        f"`{command}`: {len(runs)} runs, which include float baselines and unsupported runs. All runs together "
+        f"took {max(times) - min(times):.0f} s. The sum of the times of single runs is {seconds:.0f} s, "
+        f"with one thread per run ({machine})."
     )
     record = record_path(command)
     record.parent.mkdir(exist_ok=True)

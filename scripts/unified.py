@@ -306,8 +306,9 @@ def footer(typed: Sequence[str], records: Sequence[RunRecord]) -> str:
     times = [file.stat().st_mtime for run in records for file in run.path.glob("*.json")]
     command = " ".join(["scripts/unified.py", *(word for word in typed if not word.startswith(("out=", "hydra")))])
     return (
-        f"`{command}`: {len(seconds)} runs done, float baselines included; {max(times) - min(times):.0f} s from "
-        f"first to last and {sum(seconds):.0f} s of work, one thread per run ({os.cpu_count()} cores, "
+        f"`{command}`: {len(seconds)} runs are done, which include float baselines. All runs together took "
+        f"{max(times) - min(times):.0f} s. The sum of the times of single runs is {sum(seconds):.0f} s, "
+        f"with one thread per run ({os.cpu_count()} cores, "
         f"{platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
 

@@ -199,7 +199,7 @@ def decide_claims(family: Sequence[ClaimResult]) -> None:
         elif adjusted < ALPHA:
             one.outcome = "holds" if one.holds else "does not hold"
         else:
-            one.outcome = f"not separable at {len(one.seeds)}"
+            one.outcome = f"undecided with {len(one.seeds)} seeds"
             one.seeds_needed = _seeds_needed(one, len(family))
 
 

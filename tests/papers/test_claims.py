@@ -512,7 +512,7 @@ def test_verdicts_over_all_comparisons() -> None:
     missing = ClaimResult(comparison=_compare(), seeds=[0], problems=["first arm not started in 1 of 1 seeds (0)"])
     family = [good, bad, same, open_, missing]
     decide_claims(family)
-    assert [j.outcome for j in family] == ["holds", "does not hold", "holds", "not separable at 5", "not run"]
+    assert [j.outcome for j in family] == ["holds", "does not hold", "holds", "undecided with 5 seeds", "not run"]
     assert int(open_.seeds_needed) > 5
     assert good.p_holm == pytest.approx(min(5 * good.p, good.p_holm))  # type: ignore[operator,type-var]
 
@@ -523,7 +523,7 @@ def test_more_comparisons_make_a_verdict_less_likely() -> None:
     decide_claims([alone])
     decide_claims([among, *(ClaimResult(comparison=_compare(), seeds=[]) for _ in range(40))])
     assert alone.outcome == "holds"
-    assert among.outcome == "not separable at 5"
+    assert among.outcome == "undecided with 5 seeds"
 
 
 # --- the script
