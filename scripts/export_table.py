@@ -39,7 +39,7 @@ WORDS = ("epochs=10", "pretrain.epochs=20", f"out={OUT}", "runtime.tensorboard=f
 BITS = {
     "dorefa": ("w2a2", "w8a8"), "pact": ("w4a4",), "lsq": ("w2a2", "w8a8"), "gupta": ("w8a8g8",), "float": ("w32",),
 }  # fmt: skip
-"""Method -> its widths in the table, if they are not its default widths."""
+"""Method -> widths in the table, for methods that are not run at their default widths."""
 TIMED = (("packed", "numba"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"))
 """Forms and the runtimes in which they are timed."""
 SHORT = ("dorefa w2a2", "lsq w8a8", "pact w4a4", "twn w2a32", "ttq w2a32", "xnor w1a1")

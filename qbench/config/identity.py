@@ -26,9 +26,9 @@ from qbench.system.files import Json, read
 ADDED = "added"
 """The key of a YAML node that maps added keys to their default values."""
 WHERE = {"root", "download"}
-"""Keys of the published data sets for the location and the download of the files."""
+"""Keys of the published data sets that say where the files are and whether to download them."""
 CACHE = "cache"
-"""Key of the data sets of image files for the folder of decoded images, which are the same as those in the files."""
+"""Key that names a folder of decoded images. They equal the images in the files, so the key cannot change a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ def digest(values: Mapping[str, Json]) -> str:
 
 
 def text_digest(canonical: str) -> str:
-    """Return the digest of values from their text in the form of `canonical_json`."""
+    """Return the digest of values, given their text as `canonical_json` returns it."""
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -25,8 +25,8 @@ class RunContext:
 
     Args:
         reporter: shows progress and messages.
-        stop: function that returns the number of the signal that asks this process to stop, or 0.
-        group: the processes of the run. They call the methods of their contexts in the same order.
+        stop: function that returns the number of a signal that asks this process to stop, or 0 if there was none.
+        group: the processes of the run. All of them must call the methods of their contexts in the same order.
         waits: whether to wait for a run that another process works on. Otherwise `Busy` is raised.
     """
 
@@ -96,8 +96,8 @@ class RunContext:
     def waiting(self, path: Path) -> Callable[[], None]:
         """Return a function to call repeatedly while another process has locked a run's directory.
 
-        The function reports the wait once. It raises `Interrupted` if a signal asks the run to stop, and `Busy` if
-        this process does not wait for runs.
+        The first call reports that the run waits. Any call raises `Interrupted` if a signal asks the run to stop, and
+        `Busy` if this process does not wait for runs.
         """
         announced = False
 

@@ -25,7 +25,7 @@ LAUNCHERS = {
     "slurm_gpu": "",
     "slurm_nodes": "",
 }
-"""Maps a launcher to the key that limits parallel runs, or to nothing if a cluster limits them."""
+"""Launcher -> its key that limits the number of parallel runs, or an empty text if a cluster limits this number."""
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bool = True) -> list[RunRecord]:

@@ -26,8 +26,8 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
         device: device to set in the configuration.
 
     Raises:
-        CheckpointError: a file of the run is missing, damaged or edited, or a user's file that the
-            run's configuration names was edited after the run.
+        CheckpointError: a file of the run is missing, is damaged or was edited, or a user's file
+            that the run's configuration names was edited after the run.
     """
     try:
         state = load_published(run, f"{weights}.pt")

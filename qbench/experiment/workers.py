@@ -23,7 +23,7 @@ from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progres
 from qbench.system.streams import keep_running_without_reader
 
 _taken: TakenGpus | None = None
-"""The GPUs of this worker process, which keeps their locks until it ends."""
+"""The GPUs of this worker process. The process keeps the locks of its GPUs until it ends."""
 CHECKS = 3
 """Number of times that the check of a sweep is repeated if its process is killed."""
 
@@ -31,13 +31,13 @@ CHECKS = 3
 def worker_count(
     runs: Sequence[PlannedRun], limit: Sequence[str] = (), *, gpus: Sequence[str] = (), processes: int = 1
 ) -> int:
-    """Return the number of runs at a time: no more threads than cores, and no more runs than fit on the GPUs.
+    """Return how many runs to execute at a time, such that threads fit on the cores and runs fit on the GPUs.
 
     Args:
-        runs: the runs, which say how many threads and GPUs they need.
-        limit: the largest number as typed, or nothing. 0 or a text that is not a number means no limit.
-        gpus: names of the GPUs that are shared among the runs, or nothing if the runs use no GPU.
-        processes: number of processes of a run.
+        runs: the runs. Their configurations state how many threads and GPUs a run needs.
+        limit: the typed maximum number of runs at a time, or nothing. 0 or a text that is not a number means no limit.
+        gpus: names of the GPUs that the runs share, or nothing if the runs use no GPU.
+        processes: number of processes per run.
     """
     threads = max(planned.config.runtime.threads for planned in runs)
     most = max(1, (os.cpu_count() or 1) // (threads * processes))
@@ -53,12 +53,12 @@ def run_in_processes(
 ) -> None:  # fmt: skip
     """Execute the runs in joblib's processes.
 
-    If a process is killed, the runs in progress are repeated at the end, one after the other, each in a separate
-    process. A run that kills its process again therefore does not affect other runs.
+    If a process is killed, the runs in progress are repeated at the end, each in its own process and one after the
+    other. If a run then kills its process again, no other run is affected.
 
     Args:
         began: when the sweep began; see `RunQueue`.
-        gpus: names of the GPUs, of which each process takes its own. Without them, the processes see all GPUs.
+        gpus: names of the GPUs that are divided among the processes. If empty, every process sees all GPUs.
     """
     per_run = max(planned.config.runtime.gpus_per_run for planned in runs)
     pool_of = partial(_pool, gpus=tuple(gpus), per_run=per_run)
@@ -168,7 +168,7 @@ def _finish(pool: Executor, waiting: RunQueue, workers: int, stop: Callable[[], 
 
 
 def _interrupted(working: Mapping[Future[Path | None], PlannedRun], waiting: RunQueue) -> list[PlannedRun]:
-    """Return the runs whose process was killed. Runs that another process works on return to the queue."""
+    """Return the runs whose process was killed. Put runs that another process works on back into the queue."""
     found = []
     for job, planned in working.items():
         if not job.done() or job.exception():

@@ -52,7 +52,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def is_locked(path: str | Path) -> bool:
-    """Whether another process has locked a file. False if the file is missing or its lock cannot be tested.
+    """Return whether another process has locked a file. Return False if the file is missing or cannot be tested.
 
     The file is opened only for reading, because the file system may be read-only.
     """

@@ -12,9 +12,12 @@ from qbench.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Signals of SLURM and submitit before a job is preempted. They outrank the other signals."""
+"""Signals that SLURM and submitit send before they preempt a job. They have precedence over all other signals."""
 GRACE_SECONDS = 10.0
-"""Default of the maximum seconds from a signal to the end of the process, after the step in progress."""
+"""Default for the maximum seconds from a signal to the end of the process.
+
+If a step is in progress, the time begins after it.
+"""
 
 _step = threading.RLock()
 
@@ -28,12 +31,12 @@ def step_in_progress() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the last signal received, or 0. A signal of `WARNINGS` outranks the others.
+    """Yield a function that returns the last signal received, or 0. A signal in `WARNINGS` has precedence.
 
-    The process is expected to stop soon after a signal. If it is still inside the `with` block `grace` seconds
-    after the current step, it is ended at once. A SIGINT after an earlier signal also ends it at
-    once. This is safe, because files are written atomically, and locks are released when the process
-    ends. If SIGHUP is ignored, as under nohup, it has no effect.
+    The code in the `with` block is expected to stop soon after a signal. If the block has not ended `grace` seconds
+    after the current step, the process is ended at once. A SIGINT after an earlier signal also ends the process at
+    once. This is safe, because files are written atomically, and locks are released when the process ends. If SIGHUP is
+    ignored, as under nohup, this signal has no effect.
     """
     number = 0
     left = threading.Event()

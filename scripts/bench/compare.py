@@ -1,12 +1,12 @@
-"""Measures the processor time and memory of `qbench compare` over many results, step by step and as a whole command.
+"""Measures processor time and memory of `qbench compare` on many results: of each step, and of the whole command.
 
     .venv/bin/python scripts/bench/compare.py [--runs 10000] [--rounds 3] [--predictions 0] [--folder DIR]
 
-The results are synthetic. They belong to 20 methods at 5 widths and 5 seeds, under as many protocols as are needed,
-and have no logs. With --predictions N, each run also has predictions for N test images. The command then reads these
-predictions. With --folder, the results are written to DIR and stay there. Results in DIR are used again.
+The results are synthetic. They have no logs. They belong to 20 methods at 5 widths and 5 seeds, under as many protocols
+as necessary. With --predictions N, each run also has predictions for N test images. The command then reads these
+predictions. With --folder, the results are written to DIR and kept. Results that are in DIR already are reused.
 
-Times are processor times, because other programs may use the machine. The first reading has no index file.
+Times are processor times, because other programs may use the machine. There is no index file at the first reading.
 """
 
 import argparse

@@ -95,7 +95,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("dataset=sets:loaders", 3, "instead of a DataLoader, return its dataset"),
     ("dataset=sets:channels_last", 3, "images.permute(0, 3, 1, 2)"),
     ("dataset=sets:labels_from_one", 3, "to convert: labels - 1"),
-    ("dataset=sets:of_folder", 2, "give folder a default value: it then becomes the key dataset.folder"),
+    ("dataset=sets:of_folder", 2, "give folder a default value in the code; you can then type dataset.folder=VALUE"),
     ("dataset=photos", 2, "for a folder of images, type dataset=folder dataset.root=photos"),
     ("dataset=folder dataset.root=photos/train", 3, "dataset.test=0.2 for the folder that contains CLASS/*.jpg"),
     ("dataset=folder dataset.root=photos dataset.test=0.2", 3, "type dataset.test=auto, or the name of the test split"),
