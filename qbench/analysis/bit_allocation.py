@@ -12,7 +12,7 @@ WidthValues = Mapping[str, Mapping[int, float]]
 
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TOLERANCE = 1e-6
-"""Fraction of the budget by which the solver's solution may exceed the budget."""
+"""The solver's solution may exceed the budget by this fraction of the budget."""
 
 
 class Budget(NamedTuple):
@@ -48,7 +48,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def sum_over_layers(values: WidthValues, widths: Mapping[str, int]) -> float:
-    """Return the sum over all layers of the value that a layer has at its chosen width."""
+    """Return the sum of the layers' values, each at the layer's chosen width."""
     return sum(values[name][width] for name, width in widths.items())
 
 
@@ -58,7 +58,7 @@ def cost_range(costs: WidthValues) -> tuple[float, float]:
 
 
 def allocate_widths(loss: WidthValues, costs: WidthValues, limit: float) -> dict[str, int]:
-    """Return one width per layer, chosen to minimize the sum of losses at a total cost of at most `limit`.
+    """Return one width per layer. These widths have the smallest sum of losses at a total cost of at most `limit`.
 
     scipy's milp (HiGHS) solves the problem, with one binary variable for each layer and width.
 

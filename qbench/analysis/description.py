@@ -116,13 +116,13 @@ def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
 
 
 def _recipe(optim: Optim, epochs: int, result: Result | None) -> str:
-    """Return in words the recipe with which this run was trained, not the recipe of its float baseline."""
+    """Return this run's recipe as text. The recipe of its float baseline is not included."""
     untrained = result is not None and result.final is not None and result.final.epoch is None
     return "nothing was trained" if untrained else recipe_text(optim, epochs)
 
 
 def recipe_text(optim: Optim, epochs: int) -> str:
-    """Return a recipe in words. Keys of `DEFAULTS_OMITTED` are left out at their defaults."""
+    """Return a recipe as text. A key of `DEFAULTS_OMITTED` is left out if its value is the default."""
     falls = f" to {optim.lr_end:g}" if optim.schedule in ("linear", "cosine", "exponential", "one_cycle") else ""
     parts = [
         f"{epochs} epoch{'s' * (epochs != 1)} of {optim.name}",

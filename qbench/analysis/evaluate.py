@@ -79,8 +79,8 @@ def evaluate(
         run: the directory of the run.
         words: command-line overrides that name another data set. If empty, the run's data set is used.
         weights: `best` or `last`, the checkpoint that is evaluated.
-        predictions: a .csv or .npy file to write, or None. It contains the index, the label, the predicted class and
-            its probability for every image.
+        predictions: a .csv or .npy file to write, or None. For every image, the file contains the index, the label,
+        the predicted class and the probability of this class.
 
     Raises:
         ConfigError: the other data set has a different image shape or different classes.
@@ -107,7 +107,7 @@ def evaluate(
 class Expected(NamedTuple):
     """The properties that a data set must have to fit a network; see `Dataset`.
 
-    `owner` names what has the network in messages: `run` or `file`.
+    `owner` is the word for the network's owner in messages: `run` or `file`.
     """
 
     shape: tuple[int, int, int]
@@ -119,7 +119,9 @@ class Expected(NamedTuple):
 
 
 def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
-    """Return the data set that `node` names, normalized with the constants of the network's training data.
+    """Return the data set that `node` names.
+
+    The images are normalized with the constants of the network's training data.
 
     Raises:
         ConfigError: the data set has a different image shape or different classes, or no test images.
@@ -146,7 +148,7 @@ def measure(
 ) -> EvaluatedSplit:
     """Return a network's results on the test images in `batches`.
 
-    If `predictions` is a path, write the predictions there.
+    If `predictions` is a path, write the predictions to this path.
     """
     answers: list[Tensor] = []
     batch_confidences: list[Tensor] = []

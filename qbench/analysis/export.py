@@ -34,7 +34,7 @@ from qbench.system import files
 
 
 class Export(NamedTuple):
-    """The path of an exported file, its agreement with the run, and lines of text about both."""
+    """The path of an exported file, the file's agreement with the run, and lines of text for the user."""
 
     path: Path
     agreement: Agreement
@@ -42,7 +42,7 @@ class Export(NamedTuple):
 
 
 def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: str = "last") -> Export:
-    """Export a finished run to a file. Before the file is written, it is verified on the run's test images.
+    """Export a finished run to a file. The export is verified on the run's test images before the file is written.
 
     Args:
         run: the directory of the run.
@@ -101,7 +101,7 @@ class _Exported(nn.Module):
         self.function, self.shape = function, about.shape
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes).
+        """Return the logits of N images, of shape (N, classes).
 
         Raises:
             ConfigError: the shape of the images is not the shape that the network was trained on.
@@ -115,13 +115,14 @@ class _Exported(nn.Module):
 
 
 def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, About]:
-    """Return the network of an exported file, and the description of the network in the file.
+    """Return the network of an exported file, and the network's description, which the file contains.
 
-    The input of the network is a batch of normalized images (N, C, H, W); see `About`.
+    The input of the network is a batch of N normalized images, of shape (N, C, H, W); see `About`.
 
     Args:
         runtime: `onnxruntime` (the default) or `openvino` for ONNX files, `numba` for packed files. Packed files run in
-            torch by default. Files of the form qonnx always run in the package qonnx, and integer files in NumPy.
+            torch by default. Files of the form qonnx always run in the package qonnx, and integer files always run in
+            NumPy.
 
     Raises:
         CheckpointError: the file is missing, damaged or not an exported file.
@@ -172,7 +173,7 @@ def evaluate_file(
     name = str(about.dataset.get("name", ""))
     if ":" in name and not any(word.startswith("dataset=") for word in words):
         raise ConfigError(
-            f"{file}: the run's data set is your function {name}, and the file does not contain its code\n"
+            f"{file}: the run's data set is your function {name}, and the file does not contain the function's code\n"
             f"to run that code, type dataset={name}"
         )
     node = override_dataset(about.dataset, words) if words else about.dataset
@@ -191,7 +192,10 @@ def evaluate_file(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Use as many threads as the export's verification, because the last bits of sums depend on this number."""
+    """Use as many threads as the export's verification.
+
+    The last bits of sums depend on the number of threads.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -21,10 +21,10 @@ IMAGES = 16
 
 
 def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
-    """Return a map from each form of `qbench export` to the reason for a refusal, or to "" if the run is accepted.
+    """Return a map from each form of `qbench export` to the reason for a refusal, or to "" for an accepted form.
 
-    For this test, the network has initial weights, and its quantizers get random images. Forms
-    whose package is not installed are left out.
+    Each form is tested with a network that has initial weights and gets random images. Forms whose package is not
+    installed are left out.
 
     Args:
         params: number of parameters.
@@ -47,7 +47,7 @@ def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
 
 
 def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
-    """Return the quantized network, on which the method has done everything except training, and random images."""
+    """Return the quantized network and random images. The method has prepared the network, but has not trained it."""
     model, method = setup.install(setup.float_model()), setup.method
     images, labels = torch.rand(IMAGES, *setup.data.shape), torch.randint(setup.data.classes, (IMAGES,))
     probe = Probe([(images, labels)], F.cross_entropy)
@@ -62,7 +62,10 @@ def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
 
 
 def _refusal(setup: ExperimentSetup, network: Network, form: str) -> str | None:
-    """Return the reason why a network cannot be exported to a form, "" if it can, or None if a package is missing."""
+    """Return the reason why a network cannot be exported to a form, or "" if there is no such reason.
+
+    Return None if a package is missing.
+    """
     data = setup.data
     about = About(
         form=form, title="", identity="", weights="last", dataset={}, shape=data.shape, classes=data.classes,

@@ -22,10 +22,10 @@ from qbench.quant.quantizer import Quantizer
 from qbench.report.tables.table import Table
 
 SIGMAS = (0.25, 0.5, 1.0)
-"""Measured standard deviations of the noise, in steps of the quantizer."""
+"""The mismatch is measured at these standard deviations of the noise, in steps of the quantizer."""
 
 VERDICT_SIGMA = 0.5
-"""Standard deviation of the noise, in steps of the quantizer, at which claims are judged."""
+"""Claims are judged at this standard deviation of the noise, in steps of the quantizer."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LayerMismatch = dict[str, tuple[float, float]]
@@ -38,8 +38,8 @@ def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: flo
     """Return E[Q(x + sigma z)] with z ~ N(0, 1) for a staircase Q.
 
     At each threshold t, Q rises by r to the next level. The expectation equals levels[0] plus the sum of
-    r Phi((x - t) / sigma) over all thresholds, where Phi is the distribution function of N(0, 1). Its derivative is the
-    sum of r times a Gaussian density with mean t and standard deviation sigma.
+    r Phi((x - t) / sigma) over all thresholds, where Phi is the distribution function of N(0, 1). The derivative of the
+    expectation is the sum of r times a Gaussian density with mean t and standard deviation sigma.
 
     Args:
         x: the inputs, of any shape.
@@ -54,7 +54,7 @@ def smoothed_staircase(x: Tensor, thresholds: Tensor, levels: Tensor, sigma: flo
 
 
 class SmoothedHalfWave(Quantizer):
-    """The expectation of a half-wave quantizer's output when noise is added to its input.
+    """Computes the expected output of a half-wave quantizer whose input contains Gaussian noise.
 
     A half-wave quantizer is zero for negative inputs and has positive levels for positive inputs.
     `sigma` is the standard deviation of the noise in units of the first positive level.
@@ -77,7 +77,8 @@ class SmoothedHalfWave(Quantizer):
 class _WithoutGradient(Quantizer):
     """A quantizer that blocks gradients.
 
-    If this quantizer changes the gradient of a layer, the layer's gradient passes through a quantizer.
+    It takes the place of another quantizer. If the replacement changes a layer's gradient, then this gradient passes
+    through the replaced quantizer.
     """
 
     def __init__(self, quantizer: HWGQActivation) -> None:

@@ -22,7 +22,7 @@ HEAD = (
     "off: loss", "off: top-1", "only: loss", "only: top-1",
 )  # fmt: skip
 VERIFIED_IMAGES = 64
-"""Number of images on which levels are counted. The end of a run uses the same number."""
+"""Levels are counted on this number of images. At the end of a run, levels are counted on the same number of images."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def inspect(
         run: the directory of the run.
         weights: `last` or `best`, the checkpoint that is inspected.
         images: number of validation images on which the layers are measured.
-        bn_stats: `recompute` or `keep`: recompute batch normalization statistics whenever quantizers are disabled, or
-            keep them.
+        bn_stats: `recompute` recomputes batch normalization statistics whenever quantizers are disabled. `keep` keeps
+            the stored statistics.
         sort: the order of the rows. `leave-one-out` sorts by the loss decrease when the layer's
             quantizers are disabled. `leave-one-in` sorts by the loss increase when only this layer
             is quantized. `sqnr` sorts by SQNR. With these three values, the worst layer comes first. `order` keeps the
@@ -99,12 +99,12 @@ def inspect(
         table.values.append(asdict(row) | {"bits": row.bits._asdict()})
     if "no_master" in setup.method.traits:
         table.notes.append(
-            f"{setup.method.name} keeps no float weights; the columns off are measured with its quantized weights"
+            f"{setup.method.name} keeps no float weights; the columns off are measured with quantized weights"
         )
     table.notes += [
         f"{images_note}; all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
-        "off: change when this layer alone is in float (latent weights), relative to all layers quantized; "
-        "only: change when this layer alone is quantized, relative to all layers in float",
+        "off: loss or top-1 with only this layer in float (latent weights), minus the value with all layers quantized; "
+        "only: loss or top-1 with only this layer quantized, minus the value with all layers in float",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
         f"SQNR: quantized output compared with float output for the same input, in dB, at most {MAX_SQNR:.0f}; "
         "fitted: SQNR after the best gain and offset per channel",

@@ -59,7 +59,7 @@ def ablate_layers(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequen
 
 
 class PrecedingActivation(Quantizer):
-    """The activation function that an input quantizer has replaced, applied to the input of only one layer."""
+    """An activation function that an input quantizer has replaced. It is applied to the input of only one layer."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -107,7 +107,8 @@ def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Seq
         batches: the images on which accuracy is measured.
         bn_batches: the images on which the mean and variance of batch normalization are recomputed, in a copy of the
             network. If there are no such images, the stored statistics are used. Methods whose quantized and latent
-            weights differ in scale need the recomputation, because the next normalization layer must remove this scale.
+            weights differ in scale need the recomputation, because the next normalization layer must remove this
+            difference.
     """
     if bn_batches:
         model = copy.deepcopy(model)

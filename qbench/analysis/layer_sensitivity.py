@@ -37,7 +37,7 @@ class FloatBaseline(NamedTuple):
 
     Args:
         batches: the validation images on which accuracy is measured.
-        images_note: a note that states how many images `batches` contains, and from which split.
+        images_note: a note that states the number of images in `batches`, and the split of these images.
         probe: the training images on which methods measure statistics.
         bn_batches: the images on which batch normalization statistics are recomputed (see `measure_accuracy`).
     """
@@ -55,7 +55,7 @@ class FloatBaseline(NamedTuple):
         The network is not trained. Incremental methods quantize all weights of the layers at once.
 
         Args:
-            widths: maps the layers that are quantized to their widths.
+            widths: layer name -> width, for each layer that is quantized.
 
         Raises:
             Unsupported: the method does not support a width, or cannot quantize only these layers.
@@ -226,7 +226,7 @@ def _float_weight(baseline: FloatBaseline, name: str) -> Tensor:
 
 
 def squared_error(w: Tensor, w_hat: Tensor) -> float:
-    """Return the squared error of quantized weights, multiplied by the scale that minimizes this error.
+    """Return the squared error of quantized weights after multiplying them by the scale that minimizes this error.
 
     The scale of the weights has no effect on the network, because the next normalization layer removes the scale.
     """

@@ -25,7 +25,7 @@ class LayerSignal:
     """Statistics of a layer with C output channels, computed from its float output y and its quantized output y_hat.
 
     Args:
-        sums: sums of y, y_hat and their products over images and positions, each of shape (C,).
+        sums: sums over images and positions, each of shape (C,). The summed values are y, y_hat, and their products.
         count: number of values per channel in these sums.
         low, high: smallest and largest value of each channel, for the layer's inputs ("in") and outputs ("out").
         clipped: number of input values beyond the outermost levels, or None if inputs are not quantized.

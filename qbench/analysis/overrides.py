@@ -30,7 +30,7 @@ def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str,
 
 
 def override_method(config: Config, words: Sequence[str]) -> Config:
-    """Return a run's configuration, changed to the method and the layer policy that the overrides select.
+    """Return a run's configuration with the method and the layer policy that the overrides select.
 
     Raises:
         ConfigError: an override belongs to another group, overrides set widths but no method, or

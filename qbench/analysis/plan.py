@@ -23,7 +23,7 @@ from qbench.report.tables.units import si_format
 from qbench.runs.directory import PACKED_FILE, packed_bytes
 
 LONG_SECONDS = 86_400
-"""Total time on the CPU above which times on GPUs are estimated too."""
+"""Times on GPUs are estimated too if the total time on the CPU exceeds this number of seconds."""
 HEAD = ("run", "state", "epochs", "steps", "params", "size", "BitOps", "memory", "time")
 LAYERS_HEAD = (
     "layer", "shape", "W", "A", "G", "levels", "scales", "levels a", "quantizers", "params", "MACs", "BitOps",
@@ -61,14 +61,14 @@ def plan(planned: Sequence[PlannedRun]) -> list[Table]:
 
 
 def _on_gpus(table: Table, planned: PlannedRun) -> str:
-    """Return a note on the time of all runs without a result on one GPU, from published speeds."""
+    """Return a note on how long one GPU needs for all runs without a result. The estimate uses published speeds."""
     runtime = planned.config.runtime
     precision = runtime.precision if runtime.precision != "fp32" else "tf32" if runtime.tf32 else "fp32"
     macs = sum(values["images"] * values["macs"] for values in table.values if values["seconds"])
     times = training_seconds(macs, precision)
     listed = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in times.items())
     share = f"{SHARES[precision]:.0%}".replace("%", " %")
-    return f"on one GPU, not measured: {listed}, from MACs and {share} of the published {precision} speed"
+    return f"on one GPU, not measured: {listed}; estimated from MACs and {share} of the published {precision} speed"
 
 
 def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[PlannedRun]:

@@ -43,7 +43,7 @@ Allocations = dict[str, dict[str, int] | None]
 
 
 def choose_widths(sensitivity: LayerSensitivity, budget: Budget) -> Allocations:
-    """Return the best allocation by each measure and, for comparison, the best one with equal widths of all layers.
+    """Return the best allocation by each measure and, for comparison, the best allocation with equal widths.
 
     Raises:
         ConfigError: no allocation meets the budget. The message states the lowest and the highest useful
@@ -87,11 +87,13 @@ def sensitivity(
             method if the run is a float run.
         budget: `bytes=20k` or `bitops=1G` limits the cost of the whole network, and `w=3` limits the mean number of
             bits per weight. If empty, the limit is the width of the run's weights.
-        measure: which allocation is written to the file. `loss` minimizes the sum over layers of the loss increase when
-            only this layer is quantized. `mse` minimizes the squared error of the weights.
+        measure: which allocation is written to the file. `loss` minimizes the sum of the layers' loss increases. The
+            loss increase of a layer is measured with only this layer quantized. `mse` minimizes the squared error of
+            the weights.
         widths: the allowed widths of a layer, in bits.
         images: number of validation images on which the loss is measured.
-        bn_stats: `recompute` or `keep`: recompute batch normalization statistics after quantization, or keep them.
+        bn_stats: `recompute` recomputes batch normalization statistics after quantization. `keep` keeps the stored
+            statistics.
         out: the path of the written file.
         device: the device on which the network is measured, a value of `runtime.device`.
     """
@@ -108,7 +110,7 @@ def sensitivity(
     accuracy = measured.float_accuracy
     tables[0].notes += [
         f"{baseline.images_note}; the float network: loss {accuracy.loss:.4f}, top-1 {accuracy.top1:.2f} %",
-        "predicted: float loss plus the sum of each layer's loss increase; measured: all layers quantized, "
+        "predicted: float loss plus the sum of the layers' loss increases; measured: all layers quantized, "
         "without training",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
         f"the widths chosen by {MEASURES[measure]} are in {out}; to train with them, add layers=@{out} to the "
@@ -178,7 +180,7 @@ def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
 
 
 def _check_out(out: Path) -> None:
-    """Raise `ConfigError` if the file cannot be written, or if it exists and is not a file of widths by this module."""
+    """Raise `ConfigError` if the file cannot be written, or if another program has written it."""
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: no such directory: {out.parent}")
     try:
@@ -196,10 +198,10 @@ def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline:
 
     The chosen widths come first. They are followed by the layer rules of the run, which apply to all other layers.
     """
-    criterion = "loss increases of each layer quantized alone" if measure == "loss" else "squared errors of the weights"
+    criterion = "loss increases of single layers" if measure == "loss" else "squared errors of the weights"
     lines = [
         f"{MARK}{command}",
-        f"# One width per layer: the smallest sum of {criterion} under the budget,",
+        f"# One width per layer. These widths have the smallest sum of {criterion} under the budget,",
         f"# measured with {baseline.setup.method_name} without training. Widths by",
         *("#   {}: {} bits, {} bytes, {} BitOps, predicted loss {}".format(*row) for row in table.rows),
         "# To train with these widths, add layers=@FILE to the run's command.",

@@ -41,7 +41,7 @@ class StepCost(NamedTuple):
     Args:
         seconds: time per image, in seconds.
         saved: bytes kept for the backward pass, per image.
-        fixed: bytes kept for the backward pass that do not depend on the number of images.
+        fixed: bytes kept for the backward pass, independent of the number of images.
     """
 
     seconds: float
@@ -128,7 +128,7 @@ def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:
 def _smallest_batch(setup: ExperimentSetup, model: nn.Module) -> int:
     """Return the smallest batch size with which the network can be trained.
 
-    The size is 2 if the network has batch normalization, which needs two values per channel. Otherwise it is 1.
+    The size is 2 if the network has batch normalization, which needs two values per channel. Otherwise the size is 1.
     """
     norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
     return min(batch_size_and_steps(setup.data, setup.optim.batch_size)[0], 2 if norms else 1)

@@ -1,4 +1,4 @@
-"""Verifies that exported files compute the same as their run, on the run's test images."""
+"""Verifies on a run's test images that an exported file computes the same results as the run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,19 +21,17 @@ from qbench.quant.layers import quantized_layers
 from qbench.quant.probe import Batch
 
 NARROW = 4
-"""Largest width in bits to which the first value of each pair below applies.
-
-The second value applies to larger widths.
+"""Each pair below has two values: one for widths up to this number of bits, and one for larger widths.
 """
 
 NARROW_TOLERANCE, WIDE_TOLERANCE = 2e-5, 2e-2
 """Tolerances of logits in ONNX files, relative to the largest logit."""
 
 NARROW_CODES, WIDE_CODES = 0.0, 5e-4
-"""Largest share of activation codes of integer files that may differ from those of a simulation in float64."""
+"""Largest allowed share of different activation codes, in a comparison of an integer file with a float64 simulation."""
 
 COMPARED_CODES, CODES_BATCH = 1_000_000, 50
-"""Number of codes after which the comparison of codes stops, and number of images in one comparison."""
+"""The comparison of codes stops after the first number of codes. It compares the second number of images at a time."""
 
 NOISE_IMAGES = 64
 
@@ -110,7 +108,7 @@ def first_images(finished: FinishedRun, count: int) -> Tensor:
 def verify_integers(
     finished: FinishedRun, traced: Network, converted: Converted, data: bytes, path: Path
 ) -> tuple[Agreement, list[str]]:
-    """Compare an integer file with its run, and its activation codes with a simulation in float64.
+    """Compare an integer file with its run, and the file's activation codes with a simulation in float64.
 
     Raises:
         NotExportable: a predicted class differs, or too many codes differ.
@@ -122,8 +120,8 @@ def verify_integers(
     allowed = int(codes.codes * (NARROW_CODES if _largest_width(finished) <= NARROW else WIDE_CODES))
     if codes.differing > allowed or agreement.same_class < agreement.images:
         raise NotExportable(
-            f"{codes.differing:,} of {codes.codes:,} activation codes differ, allowed {allowed:,}; the run's class is "
-            f"predicted for {agreement.same_class} of {agreement.images} test images\n"
+            f"{codes.differing:,} of {codes.codes:,} activation codes differ, allowed {allowed:,}; the file "
+            f"predicts the run's class for {agreement.same_class} of {agreement.images} test images\n"
             "try: qbench export RUN --to packed"
         )
     return agreement, [

@@ -379,7 +379,7 @@ def test_nothing_is_written_if_a_code_differs(
     monkeypatch.setattr(integer_functions, "integer_thresholds", shifted)
     assert cli(["export", str(finished), "--to", "integer", "--out", str(tmp_path / "n.qbench")]) == 2
     error = capsys.readouterr().err
-    assert "activation codes differ, allowed 0; the run's class is predicted for" in error
+    assert "activation codes differ, allowed 0; the file predicts the run's class for" in error
     assert "try: qbench export RUN --to packed" in error
     assert not list(tmp_path.iterdir())
 

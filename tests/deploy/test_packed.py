@@ -403,7 +403,7 @@ def test_a_data_set_of_code_is_run_only_if_it_is_typed(finished: Path, tmp_path:
     file.write_bytes(
         rewritten(export(finished).path.read_bytes(), header_change("about", "dataset", {"name": "os:system"}))
     )
-    with pytest.raises(ConfigError, match="does not contain its code"):
+    with pytest.raises(ConfigError, match="does not contain the function's code"):
         evaluate_file(file)
     assert evaluate_file(file, ["dataset=digits"]).rows
 
