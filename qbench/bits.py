@@ -20,7 +20,7 @@ class Bits(NamedTuple):
 
 
 def weight_width(text: str) -> int | None:
-    """Return the width in a text such as `w8`, which quantizes only the weights. Return None for other text."""
+    """Return the width in a text such as `w8` (only weights are quantized), or None for other text."""
     match = re.fullmatch(r"w(\d{1,2})", text)
     return int(match[1]) if match and 1 <= int(match[1]) <= FLOAT else None
 

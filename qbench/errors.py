@@ -55,7 +55,7 @@ class Interrupted(QbenchError):
 
 
 class Busy(Interrupted):
-    """Another process works on the run, or on its float baseline. A sweep puts the run off.
+    """Another process works on the run, or on its float baseline. A sweep then trains the run later.
 
     Args:
         path: the directory that the other process has locked.

@@ -98,8 +98,8 @@ def evaluate(
     stored = result.final if weights == "last" else result.best
     if not words and stored and stored.test.top1 != measured.accuracy.top1:
         evaluated.notes.append(
-            f"result.json has {stored.test.top1:.2f} % for these weights and images; possible causes: another device "
-            "or version, or a network whose output depends on more than its weights"
+            f"result.json has {stored.test.top1:.2f} % for these weights and images; the difference can come from "
+            "another device or version, or from a network whose output depends on more than its weights"
         )
     return evaluated
 
@@ -129,8 +129,8 @@ def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
     data = build_dataset(dict(node))
     if (data.shape, data.classes) != (own.shape, own.classes):
         raise ConfigError(
-            f"dataset={node['name']} has {data.classes} classes and {data.shape} images; the {own.owner} has "
-            f"{own.classes} classes and {own.shape} images\nallowed: data sets with the same shape and classes"
+            f"dataset={node['name']} has {data.classes} classes and images of shape {data.shape}; the {own.owner} has "
+            f"{own.classes} classes and images of shape {own.shape}\nallowed: data sets with the same shape and classes"
         )
     if data.white != own.white:
         kinds = {255: "8-bit images", 1: "float images"}

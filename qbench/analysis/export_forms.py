@@ -57,7 +57,7 @@ def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
         assert method.on_epoch
         method.on_epoch(model, epoch, setup.epochs, probe)
     with torch.no_grad():
-        model.train()(images)  # ranges of activations
+        model.train()(images)  # initializes the ranges of activations
     return model.eval(), images
 
 

@@ -14,7 +14,7 @@ from qbench.quant.probe import Batch
 from qbench.quant.quantizer import Grid
 from qbench.quant.sqnr import sqnr_db
 
-# Shapes: n values per channel, C channels.
+# In shapes, n is the number of values per channel, and C is the number of channels.
 
 RELATIVE_SLACK = 1e-6
 """A value counts as clipped if it is beyond the outermost level by more than this fraction of the largest level."""

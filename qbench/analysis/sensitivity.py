@@ -180,7 +180,7 @@ def _layers_table(sensitivity: LayerSensitivity, chosen: Allocations) -> Table:
 
 
 def _check_out(out: Path) -> None:
-    """Raise `ConfigError` if the file cannot be written, or if another program has written it."""
+    """Raise `ConfigError` if the file cannot be written, or if it exists and `sensitivity` has not written it."""
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: no such directory: {out.parent}")
     try:

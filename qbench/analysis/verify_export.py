@@ -28,10 +28,10 @@ NARROW_TOLERANCE, WIDE_TOLERANCE = 2e-5, 2e-2
 """Tolerances of logits in ONNX files, relative to the largest logit."""
 
 NARROW_CODES, WIDE_CODES = 0.0, 5e-4
-"""Largest allowed share of different activation codes, in a comparison of an integer file with a float64 simulation."""
+"""Largest allowed share of an integer file's activation codes that differ from a simulation in float64."""
 
 COMPARED_CODES, CODES_BATCH = 1_000_000, 50
-"""The comparison of codes stops after the first number of codes. It compares the second number of images at a time."""
+"""Number of codes after which the comparison of codes stops, and number of images in one batch of this comparison."""
 
 NOISE_IMAGES = 64
 

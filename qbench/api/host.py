@@ -16,8 +16,8 @@ _one_call = threading.RLock()
 def exclusive_call() -> Iterator[Callable[[], int]]:
     """Allow only one call at a time, because random generators, torch's settings and Hydra's state are global.
 
-    Caches of files are cleared first, because the files may have changed since the last call. Yields a function that
-    returns SIGINT after Ctrl-C, and 0 before; see `stop_on_interrupt`.
+    Caches of files are cleared first, because the files may have changed since the last call. Yield a function that
+    returns SIGINT after Ctrl-C, and 0 before Ctrl-C; see `stop_on_interrupt`.
     """
     with _one_call:
         clear_caches()

@@ -151,17 +151,17 @@ def compare(
 def load_model(
     run: str | Path | RunRecord | Result, *, weights: str = "last", device: str = "auto", trust: bool = False
 ) -> "nn.Module":
-    """Return the quantized network of a finished run, in eval mode, as `qbench evaluate` does.
+    """Return the quantized network of a finished run in eval mode. `qbench evaluate` uses the same network.
 
-    The network computes with quantized weights and activations. Its input is a batch of images with the shape of the
-    run's images, scaled to [0, 1] and normalized with the constants of the run's data set. `load_finished_run` returns
-    these constants and batches of the run's data set.
+    The network computes with quantized weights and activations. Its input is a batch of images with the
+    shape of the run's images. Pixel values are scaled to [0, 1] and then normalized with the constants of the run's data
+    set. `load_finished_run` returns these constants and batches of the run's data set.
 
     Args:
         run: a run, its result or its directory.
         weights: `last` for the weights of the last epoch, `best` for the weights with the best validation accuracy.
         device: where the network is placed: `auto`, `cpu`, `cuda` or `cuda:1`.
-        trust: whether code outside qbench that the run's configuration names may run.
+        trust: whether to allow code outside qbench that the run's configuration names.
 
     Raises:
         ConfigError: an argument is not valid, or the run names code that is not trusted.

@@ -35,8 +35,8 @@ class LogReporter(ProgressReporter):
 def run(*words: str, out: str | Path | None = None, progress: bool = False, **keys: Value) -> Result:
     """Train a run, as `qbench KEY=VALUE ...` does, and return its result.
 
-    A stored result is returned at once. An unfinished run continues from its last checkpoint. Otherwise, the run's
-    float baseline is trained first, unless it is stored already.
+    A stored result is returned at once. An unfinished run continues from its last checkpoint. A new run
+    trains its float baseline first, unless the baseline is stored already.
 
     Example:
         >>> result = qbench.run("method=dorefa", "bits=w2a2")
@@ -50,7 +50,7 @@ def run(*words: str, out: str | Path | None = None, progress: bool = False, **ke
         words: `KEY=VALUE`, as typed on the command line.
         out: the directory below which the run is stored; `outputs` by default.
         progress: whether to show the progress on stderr.
-        keys: the same as keyword arguments, key -> value. A string is parsed as on the command line, and None means
+        keys: overrides as keyword arguments, key -> value. A string is parsed as on the command line, and None means
             `null`.
 
     Raises:
@@ -61,7 +61,7 @@ def run(*words: str, out: str | Path | None = None, progress: bool = False, **ke
     with exclusive_call() as stop, recorded_command(arguments):
         planned = runs_of(arguments)
         if len(planned) != 1:
-            raise ConfigError(f"run: this is a sweep of {len(planned)} runs; call qbench.sweep")
+            raise ConfigError(f"run: the arguments define a sweep of {len(planned)} runs; call qbench.sweep")
         result = stored_result(planned[0], logger.warning)
         if result is None:
             from qbench.experiment.context import RunContext
@@ -90,7 +90,7 @@ def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **
         words: `KEY=VALUE,...`, as typed on the command line.
         out: the directory below which the runs are stored; `outputs` by default.
         progress: whether to show the progress of the sweep on stderr.
-        keys: the same as keyword arguments, key -> value or list of values.
+        keys: overrides as keyword arguments, key -> value or list of values.
 
     Raises:
         ConfigError: a configuration is not valid. No run is then trained.

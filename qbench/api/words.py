@@ -54,6 +54,6 @@ def as_typed(key: str, value: object) -> str:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """Escape a quote, a `${` or the end of a path, with the backslashes before it, for Hydra's parser."""
+    """Escape a quote, a `${` or the end of a path for Hydra's parser. Preceding backslashes are escaped too."""
     backslashes, found = match.groups()
     return 2 * backslashes + (f"\\{found}" if found else "")

@@ -38,7 +38,7 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
         mean = sum(count.allowed for count in counts) / len(counts)
         if mean > limit and not _has_vector_levels(subject, bits, key):
             raise PropertyViolation(
-                f"{key}: the quantizers allow {mean:g} levels on average, but {bits} allows at most {limit}"
+                f"{key}: the quantizers allow {mean:g} levels on average, but {bits} allows at most {limit} levels"
             )
         if key == "w" and max(count.found for count in counts) < 2:
             raise PropertyViolation("in every layer, all weights have the same value")
@@ -177,7 +177,7 @@ def unbiased_rounding(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient before the output quantizer, computed from the gradient `grad` after it."""
+    """Return the gradient of the output quantizer's input. `grad` is the gradient of the quantizer's output."""
     y = torch.zeros_like(grad).requires_grad_()
     return torch.autograd.grad(layer.output_q(y, x), y, grad)[0]
 

@@ -125,7 +125,7 @@ def report(subject: MethodUnderTest, findings: list[Finding]) -> str:
 
 
 def _verdict(findings: list[Finding]) -> str:
-    """Return, as text, how many properties fail, hold and are not applicable.
+    """Return a text with the numbers of properties that fail, that hold and that are not applicable.
 
     The text always states how many properties hold. The other two counts are left out if they are zero.
     """

@@ -37,7 +37,7 @@ class MethodUnderTest:
 
     Args:
         name: the name of the method.
-        make: function that returns the method at the widths in its argument.
+        make: function that receives widths, and returns the method at these widths.
         default: the default widths of the method.
     """
 
@@ -55,19 +55,20 @@ class MethodUnderTest:
     def supported_bits(self) -> list[Bits]:
         """The combinations of widths to check.
 
-        These are the default widths, and each supported width of w, a or g combined with 32 bits for the other two.
+        The combinations are the default widths, and each supported width of w, a or g with 32 bits for the other two
+        kinds of tensors.
         """
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
     def float_network(self) -> nn.Module:
-        """Return a small float convolutional network that the method supports. Its weights are equal in all calls."""
+        """Return a small float convolutional network that the method supports. All calls return equal weights."""
         torch.manual_seed(1)
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
 
     def network(self, bits: Bits, epoch: int = EPOCHS - 1) -> nn.Module:
-        """Return a copy of the float network that is quantized by the method, in the state of an epoch."""
+        """Return a copy of the float network, quantized by the method. The copy is in the state of epoch `epoch`."""
         method = self.make(bits)
         key = bits, epoch if method.on_epoch else 0
         if key not in self._networks:
@@ -78,7 +79,7 @@ class MethodUnderTest:
         return copy.deepcopy(self._networks[key])
 
     def layers(self, bits: Bits) -> Iterator[tuple[str, QLayer]]:
-        """Yield the quantized layers of `network`, by name."""
+        """Yield the name and the layer for each quantized layer of `network`."""
         yield from quantized_layers(self.network(bits)).items()
 
 
@@ -102,7 +103,7 @@ def batches(shape: tuple[int, int, int] = SHAPE) -> list[Batch]:
 
 
 def probe(shape: tuple[int, int, int] = SHAPE) -> Probe:
-    """Return a probe, which gives the method the first batch for its measurements."""
+    """Return a probe, which gives a method the first batch of `batches` for the method's measurements."""
     return Probe(batches(shape)[:1], F.cross_entropy)
 
 

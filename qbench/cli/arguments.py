@@ -1,4 +1,4 @@
-"""Defines the base class of subcommand parsers: argparse with error messages that state the allowed values.
+"""Defines the base class of subcommand parsers. The parsers' error messages state the allowed values.
 
 A flag is typed in full, as `--flag VALUE` or `--flag=VALUE`. Flags and positional arguments may
 come in any order.
@@ -28,7 +28,7 @@ SUMMARIES = {
     "sensitivity": "Choose a bit width for each layer under a budget.",
     "settle": "Run more seeds of two settings until a test decides.",
 }
-"""Subcommand -> one-line summary. `qbench --help` and the help text of the subcommand show it."""
+"""Subcommand -> one-line summary. `qbench --help` and the help text of the subcommand show the summary."""
 
 WIDEST_HELP = 110
 """Maximum line length of a help text. Narrower terminals get shorter lines."""
@@ -53,7 +53,8 @@ class SubcommandParser(argparse.ArgumentParser):
     arguments in one list. The subcommand then decides which words are directories and which are `KEY=VALUE`.
 
     Args:
-        name: the subcommand, a key of `SUMMARIES`. It is empty for a parser of flags that several subcommands share.
+        name: the subcommand, a key of `SUMMARIES`. The name is empty for a parser of flags that several
+            subcommands share.
         parents: parsers whose flags this parser accepts too.
         epilog: text printed below the flags.
     """
@@ -80,7 +81,7 @@ class SubcommandParser(argparse.ArgumentParser):
         """Return the positional arguments in the typed order, and the values of the typed flags.
 
         Raises:
-            ConfigError: a flag is unknown, typed twice or lacks its value, or a value is not allowed.
+            ConfigError: a flag is unknown, is typed twice or lacks its value, or a value is not allowed.
         """
         arguments = list(arguments)
         self._refuse_repeated(arguments)

@@ -81,7 +81,7 @@ def describe(arguments: list[str]) -> int:
         raise ConfigError(f"describe needs exactly one method or run directory, found {len(words)}\nmethods: {known}")
     name = words[0].removeprefix("method=")
     print(registry.card(name))
-    stored = "" if ":" in name else f"; also in the repository: docs/pictures/{name}.png"
+    stored = "" if ":" in name else f"; the repository contains this plot: docs/pictures/{name}.png"
     print(f"\nPlot\n    qbench plot {name}{stored}")
     deviations = registry.known_deviations(name)
     if deviations:

@@ -3,9 +3,10 @@
 Hydra completes the keys inside groups.
 
 Packages that complete argparse parsers (argcomplete, shtab) are not used. The most frequent command line has no
-subcommand, and its arguments are overrides, which only Hydra can complete. Hydra and such a package each need their own
-shell function, but the shell allows one function per command. Therefore, one shell function calls `qbench completion
-query`. This subcommand uses the parsers to complete other subcommands, and passes overrides to Hydra.
+subcommand, and its arguments are overrides, which only Hydra can complete. Hydra and such a package would each need a
+shell function of their own, but the shell allows one function per command. Therefore, one shell function calls
+`qbench completion query`. This subcommand uses the parsers to complete other subcommands, and passes overrides to
+Hydra.
 """
 
 import glob
@@ -38,7 +39,7 @@ complete -o default -F _qbench_complete qbench"""
 
 
 def candidates(line: str, point: str = "") -> list[str]:
-    """Return completions of the word before the cursor. Where a file name is expected, there are none.
+    """Return completions of the word before the cursor. The list is empty where a file name is expected.
 
     Args:
         line: the command line, starting with the program's name.

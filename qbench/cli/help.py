@@ -14,7 +14,7 @@ RESULTS = (
 
 
 def group_lines() -> str:
-    """Return a line for each group of the configuration, with its options."""
+    """Return a line for each group of the configuration, with the group's options."""
     from qbench.config.groups import format_names, group_names, option_names
 
     def line(group: str) -> str:

@@ -41,7 +41,7 @@ def exit_status(arguments: Sequence[str] | None) -> int:
     gc.set_threshold(STARTUP_OBJECTS)
     atexit.register(gc.freeze)  # at its exit, Python would search all objects for garbage, which takes 50 ms
     keep_running_without_reader()
-    # Processes that this one starts must not import modules from the working directory.
+    # Processes that this process starts must not import modules from the working directory.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         os.getcwd()
@@ -113,7 +113,8 @@ def report(error: BaseException) -> int:
     print_error(
         [
             f"bug in qbench or in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            f"to see the traceback, set {TRACEBACK}=1; after a run has started, it is also in its log.txt",
+            f"to see the traceback, set {TRACEBACK}=1; "
+            "after a run has started, the run's log.txt contains the traceback too",
         ]
     )
     return BUG

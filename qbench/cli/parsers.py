@@ -1,7 +1,8 @@
 """Defines the parser of each subcommand: arguments, flags, allowed values and help texts.
 
-Modules that only one subcommand needs are imported when its parser is created, so that help texts and completion stay
-fast. Training has no parser here, because its arguments are overrides and flags of Hydra (`qbench.config.compose`).
+If only one subcommand needs a module, the module is imported when the subcommand's parser is created. Help texts and
+completion therefore stay fast. Training has no parser here, because its arguments are overrides and flags of Hydra
+(`qbench.config.compose`).
 """
 
 from collections.abc import Callable
@@ -60,8 +61,8 @@ def _add_table_flags(parser: SubcommandParser) -> None:
         "--sort",
         type=some_text,
         metavar="COLUMN",
-        help="a column, such as method, W, size, top-1 or diff; or equal-bytes: by accuracy among settings of about "
-        "the same size",
+        help="a column, such as method, W, size, top-1 or diff; or equal-bytes, which sorts settings of about the same "
+        "size by accuracy",
     )
     parser.suggestions["--sort"] = _sort_columns
     parser.add_argument(
@@ -93,7 +94,8 @@ def compare() -> SubcommandParser:
     parser.add_argument(
         "--published",
         action="store_true",
-        help="add columns with the published result of each setting, who measured it, and the gap between both results",
+        help="add columns with the published result of each setting, who measured this result, and the gap between "
+        "the published result and the result of the runs",
     )
     parser.add_argument(
         "--html",
@@ -122,7 +124,7 @@ def completion() -> SubcommandParser:
         "what",
         choices=("bash", "query"),
         help="bash: print the shell function; query: print the candidates for the command line in COMP_LINE (the "
-        "shell function calls this)",
+        "shell function uses query)",
     )
     return parser
 
@@ -191,7 +193,8 @@ def published() -> SubcommandParser:
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="show only rows that are not measured yet, each with a command that runs it or the reason why none can",
+        help="show only rows that are not measured yet, each with a command that measures the row, or with the reason "
+        "why no command can",
     )
     return parser
 
@@ -203,7 +206,7 @@ def settle() -> SubcommandParser:
 
     parser = SubcommandParser(
         "settle",
-        epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of both settings, then more seeds, until a difference or "
+        epilog=f"Runs seeds 0 to {FIRST_LOOK - 1} of the two settings, then more seeds, until a difference or "
         "equivalence is significant. All tests together have a significance level of 5 %, even if you add seeds later.",
     )
     parser.add_argument(
@@ -229,7 +232,7 @@ def settle() -> SubcommandParser:
         "--max-seeds",
         type=integer(FIRST_LOOK, SEEDS_LIMIT, "a number of seeds"),
         metavar="N",
-        help=f"stop at this number of seeds, even if undecided (default: {MAX_SEEDS})",
+        help=f"stop at this number of seeds, even if no test has decided (default: {MAX_SEEDS})",
     )
     return parser
 

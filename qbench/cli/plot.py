@@ -91,7 +91,7 @@ def illustrative_bits(method: "Method") -> "Bits":
     """Return bit widths at which a plot can show all levels of a method.
 
     A default width of the method is kept if it gives few enough levels. Otherwise, the width is 2 bits (4 bits for
-    gradients) or, if the method does not support this width, its smallest supported width.
+    gradients) or, if the method does not support this width, the smallest width that the method supports.
     """
     from qbench.bits import FLOAT, Bits
 

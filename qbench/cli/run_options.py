@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options that most of these subcommands share: the run's directory, overrides and common flags."""
+    """The options that most subcommands of this module share: the run's directory, overrides and common flags."""
 
     run: Path
     overrides: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ def parse_evaluate(arguments: Iterable[str]) -> EvaluateOptions:
         if options.device not in ("auto", "cpu"):
             raise ConfigError(f"evaluate: --device {options.device}: exported files run on the CPU")
     elif options.runtime:
-        raise ConfigError("evaluate: --runtime has no effect on a run; it is for exported files")
+        raise ConfigError("evaluate: --runtime has no effect on a run; the flag is for exported files")
     return options
 
 

@@ -77,7 +77,7 @@ def evaluate() -> SubcommandParser:
         "--predictions",
         type=prediction_file,
         metavar="FILE",
-        help="write index, label, predicted class and its probability for every image, as .csv or .npy",
+        help="write index, label, predicted class and the class's probability for every image, as .csv or .npy",
     )
     add_choice(
         parser,
@@ -145,14 +145,14 @@ def sensitivity() -> SubcommandParser:
         "--budget",
         type=some_text,
         metavar="B",
-        help="bytes=20k, bitops=1G, or w=3: mean bits per weight (default: the run's own width)",
+        help="bytes=20k, bitops=1G, or w=3 for a mean of 3 bits per weight (default: the run's own width)",
     )
     add_choice(
         parser,
         "--measure",
         ("loss", "mse"),
-        "what to minimize, summed over layers: the loss increase of each layer alone, or the squared error of "
-        "its weights (default: loss)",
+        "what to minimize (default: loss). loss: the sum of the loss increases, each with only one layer quantized; "
+        "mse: the squared error of the weights",
     )
     parser.add_argument(
         "--widths", type=weight_widths, metavar="N,...", help="widths to choose from (default: 1,2,3,4,5,6,7,8)"

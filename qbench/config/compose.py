@@ -46,8 +46,8 @@ def configurations(arguments: list[str]) -> list[Config]:
 
     With -m, there is one configuration per combination of values.
 
-    With lr_search=grid, there is also one configuration per learning rate. The list is empty if Hydra only prints
-    something, as with `--cfg job`.
+    With lr_search=grid, each combination has one configuration per learning rate. The list is empty if Hydra only
+    prints something, as with `--cfg job`.
 
     Raises:
         ConfigError: the command line does not define a valid configuration.
@@ -123,7 +123,7 @@ def _instead_of_users_hydra() -> Iterator[None]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a user's configuration directory that has a file with the name of a file in `conf/`.
+    """Refuse a user's configuration directory if one of its files has the name of a file in `conf/`.
 
     Hydra would ignore the user's file.
     """

@@ -37,7 +37,7 @@ def refuse_foreign_code(run: Path, named: str, fix: str, known: Collection[str] 
     """
     try:
         values = files.read_yaml(run / "config.yaml")
-    except (OSError, QbenchError):  # loading the run reports it
+    except (OSError, QbenchError):  # loading the run reports the error
         return
     if foreign := [code for code in foreign_code(values) if code not in known]:
         raise ConfigError(
@@ -46,7 +46,7 @@ def refuse_foreign_code(run: Path, named: str, fix: str, known: Collection[str] 
 
 
 def refuse_edited_code(run: Path, values: Mapping[str, object]) -> None:
-    """Refuse a run if a user's file that its configuration names was edited after the run.
+    """Refuse a run whose configuration names a user's file that was edited after the run.
 
     The edited code would compute something else from the same weights.
 
@@ -54,13 +54,13 @@ def refuse_edited_code(run: Path, values: Mapping[str, object]) -> None:
         values: the run's configuration as plain values.
 
     Raises:
-        CheckpointError: a file has another digest than the configuration.
+        CheckpointError: the digest of a file differs from the digest in the configuration.
     """
     nodes = [node for group in (*GROUPS, "activation") if isinstance(node := values.get(group), Mapping)]
     for node in nodes:
         file = users_file(str(node.get("name", "")))
         if file and node.get("source") not in (None, source_digest(file)):
             raise CheckpointError(
-                f"{file} was edited after the run {run}, whose weights belong to the code before\n"
+                f"{file} was edited after the run {run}; the run's weights belong to the old code\n"
                 "restore the file, or train with the new code: repeat the run's command"
             )

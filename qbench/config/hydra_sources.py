@@ -112,7 +112,7 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
 def _refuse_ignored(file: Path, values: Mapping[Any, Any]) -> None:
     """Refuse entries that Hydra would silently ignore.
 
-    These are keys of Hydra itself, and lists of options, of which Hydra would use only the last.
+    These entries are keys of Hydra itself, and lists of options. Hydra would use only the last option of a list.
     """
     if "hydra" in values:
         raise ConfigError(f"{file}: `hydra:` has no effect in a file\n{LAUNCH}")
@@ -139,7 +139,7 @@ def _configuration(group: str, name: str) -> DictConfig | ListConfig:
 
 
 def _rules(name: str) -> Node:
-    """Return the layer rules in the file of `layers=@FILE`, which maps patterns of layer names to widths.
+    """Return the layer rules in the file of `layers=@FILE`. The rules map patterns of layer names to widths.
 
     Hydra removes the suffix `.yaml` from the typed file name.
     """

@@ -26,9 +26,9 @@ from qbench.system.files import Json, read
 ADDED = "added"
 """The key of a YAML node that maps added keys to their default values."""
 WHERE = {"root", "download"}
-"""Keys of the published data sets that say where the files are and whether to download them."""
+"""Keys of the published data sets that set the location and the download of the files."""
 CACHE = "cache"
-"""Key that names a folder of decoded images. They equal the images in the files, so the key cannot change a result."""
+"""Key of the data sets of image files for the folder of decoded images. This folder does not affect the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
 
 
 def decisive_keys(node: Any) -> Node:
-    """Return a dataclass as plain values. `free` keys and `added` keys at their defaults are left out."""
+    """Return a dataclass as plain values. `free` keys are left out. `added` keys are left out at their defaults."""
     keys: Node = {}
     for item in fields(node):
         value = getattr(node, item.name)
@@ -180,7 +180,7 @@ def digest(values: Mapping[str, Json]) -> str:
 
 
 def text_digest(canonical: str) -> str:
-    """Return the digest of values, given their text as `canonical_json` returns it."""
+    """Return the digest of values whose text in the form of `canonical_json` is given."""
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -191,7 +191,7 @@ def canonical_json(values: Json) -> str:
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 _UNCHANGED = frozenset({str, int, bool, type(None)})
-"""Types of values whose JSON is the same in every form."""
+"""Types of values that `_plain` returns unchanged."""
 
 
 def _plain(value: Any) -> Any:

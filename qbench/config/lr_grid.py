@@ -48,7 +48,7 @@ def _at(config: Config, factor: float) -> Config:
 
 
 def _trains(config: Config) -> bool:
-    """Return whether a run trains at least one epoch. Post-training quantization trains none.
+    """Return whether a run trains at least one epoch. Post-training quantization trains no epoch.
 
     If the method cannot be built, return True. The run then reports the error.
     """

@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
 MOST_COMBINATIONS = 10_000
-"""Maximum number of combinations in a sweep. A mistyped range could define far more."""
+"""Maximum number of combinations in a sweep. A mistyped range could define far more combinations."""
 
 
 def check_overrides(words: Iterable[Override]) -> None:

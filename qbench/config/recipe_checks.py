@@ -7,7 +7,10 @@ from qbench.errors import ConfigError
 
 
 def check_schedule(optim: Optim, path: str) -> None:
-    """Check the learning-rate schedule of a recipe. `path` is the prefix of its keys, such as `pretrain.optim.`."""
+    """Check the learning-rate schedule of a recipe.
+
+    `path` is the prefix of the recipe's keys, such as `pretrain.optim.`.
+    """
     marks = optim.milestones
     if marks != sorted(marks) or not all(0 < mark < 1 for mark in marks):
         raise ConfigError(f"{path}milestones={marks}: must be ascending fractions of a phase, all between 0 and 1")
@@ -18,7 +21,8 @@ def check_schedule(optim: Optim, path: str) -> None:
         optim.schedule != "step" or len(factors) != len(marks) + 1 or not all(0 < f < math.inf for f in factors)
     ):
         raise ConfigError(
-            f"{path}factors={factors}: must be numbers above 0, one more than milestones, and only with schedule=step\n"
+            f"{path}factors={factors}: must be numbers above 0, one more number than milestones has; "
+            "allowed only with schedule=step\n"
             f"such as '{path}milestones=[0.5,0.75]' '{path}factors=[1,0.5,0.1]'"
         )
     if optim.schedule == "one_cycle" and optim.warmup:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
 VAL = 0.1
-"""Share of the training images that become the validation split, if a user's data set returns no such split."""
+"""If a user's data set returns no validation split, this share of the training images becomes the validation split."""
 
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
-"""The recipe for a user's data set if no YAML file states one: epochs, and learning rates of Adam."""
+"""Epochs and learning rates of Adam for a user's data set, if no YAML file states a recipe for this data set."""
 
 NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", ADDED)
 """Keys of a node that are not arguments of the function that the node names."""
@@ -52,7 +52,7 @@ def entry_names(group: str) -> list[str]:
 
 def _entry_points(group: str) -> "EntryPoints":
     """Return what other installed packages register for a group."""
-    from importlib.metadata import entry_points  # slow: a tenth of the time to print a stored row
+    from importlib.metadata import entry_points  # takes a tenth of the time to print a stored row
 
     return entry_points(group=ENTRY_POINTS[group])
 
@@ -84,7 +84,10 @@ def widths(name: str) -> str:
 
 
 def known_deviations(name: str) -> dict[str, tuple[str, str]]:
-    """Return a map from each known deviation of a method to (description, source), without importing its module."""
+    """Return a map from each known deviation of a method to (description, source).
+
+    The module of the method is not imported.
+    """
     path = Path(__file__).parents[1] / "deviations" / f"{name}.py"
     if not name.isidentifier() or not path.exists():
         return {}
@@ -146,8 +149,8 @@ def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
     """Call the function that a node names, with the node's other keys as arguments.
 
     Args:
-        node: the key `name`, arguments of the function, and optionally `family`. This is the name of the file with the
-            function, if several names share a file.
+        node: the key `name`, arguments of the function, and optionally `family`. `family` is the name of the file with
+            the function, if several names share a file.
         fixed: further arguments. Arguments that the function does not accept are ignored.
 
     Raises:
@@ -193,7 +196,7 @@ def takes(group: str, node: Mapping[str, Any], key: str) -> bool:
 
 
 def defaults(group: str, name: str) -> Node:
-    """Return the node of a function without a YAML file, made from the default values of its arguments."""
+    """Return a node with the default values of a function's arguments, for a function without a YAML file."""
     factory = find(group, name)
     known = arguments(group, name, factory)
     node: Node = default_values(group, known)
@@ -220,7 +223,7 @@ def users_file(name: str) -> Path | None:
 
 
 def source_digest(file: Path) -> str:
-    """Return the digest of a user's file that is stored as `source` beside the function's name."""
+    """Return the digest of a user's file. A node stores the digest as `source` next to the function's name."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 

@@ -23,12 +23,13 @@ from qbench.config.fields import layer_width, marked, one_of, printable, within
 SCHEMA = 2
 """Version of the run identity.
 
-If this number changes, the same configuration becomes a different run. A new key does not need a new version. It is
-marked as `added` (see `qbench.config.identity`), so a run in which it has its default value keeps its identity.
+If this number changes, the same configuration becomes a different run. A new key does not need a new version. New
+keys are marked as `added` (see `qbench.config.identity`), so a run whose new keys have their default values keeps its
+identity.
 """
 
 BASELINE_MODEL = {"act": "auto", "head": "keep"}
-"""Keys of the network that have no effect on a float baseline, with their defaults."""
+"""Key of the network that has no effect on a float baseline -> default value of the key."""
 
 RATE = "optim.lr"
 """Name of the method option that contains the learning rate, in runs of a learning-rate grid."""
@@ -105,8 +106,8 @@ def _ascending(values: object) -> bool:
 class LearningRateGrid:
     """The learning rates of `lr_search=grid`, given as multiples of the recipe's learning rate.
 
-    In a run of the grid, `lr` and `lr_end` of this class are the learning rates of the recipe. The learning rates of
-    the run itself are under `optim`.
+    `lr` and `lr_end` are the recipe's learning rates before they are multiplied by a factor. In a run of the grid,
+    `optim` contains the multiplied learning rates.
     """
 
     factors: list[float] = field(
@@ -114,10 +115,10 @@ class LearningRateGrid:
         metadata={"holds": _ascending, "allowed": "two or more ascending numbers above 0, such as [0.1,0.3,1,3,10]"},
     )
     lr: float | None = within(None, 0, above=True)
-    """The recipe's learning rate. qbench sets it in the runs of a grid; do not type it."""
+    """The recipe's learning rate. qbench sets this key in the runs of a grid; do not type this key."""
 
     lr_end: float | None = within(None, 0)
-    """The recipe's last learning rate, set in the same way."""
+    """The recipe's last learning rate. qbench sets this key in the runs of a grid; do not type this key."""
 
 
 def scaled(rate: float, factor: float) -> float:
@@ -162,7 +163,7 @@ class Distill:
 
 
 def _share_of_gpus(value: object) -> bool:
-    """Whether a value is a whole number above 0, or 1 divided by one, to two digits."""
+    """Return whether a value is a whole number n above 0 or, to two digits, a fraction 1 / n."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= 64:
         return False
     return abs(value - round(value)) < 1e-9 if value >= 1 else abs(1 / round(1 / value) - value) < 0.005
@@ -216,7 +217,7 @@ class Config:
     rerun: bool = marked(False, free=True)
     debug: bool = marked(False, added=True)
     claim: dict[str, Any] | None = field(default=None, metadata={"free": True})
-    """The claim that an experiment file tests. `scripts/claims.py` reads it; it has no effect on a run."""
+    """The claim that an experiment file tests. `scripts/claims.py` reads this key. The key has no effect on a run."""
 
     @property
     def method_name(self) -> str:
@@ -239,9 +240,9 @@ class Config:
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the run needs a trained float baseline: for initial weights, for comparison, or as a teacher.
+        """Return whether the run needs a trained float baseline, for initial weights, for comparison, or as a teacher.
 
-        A debug run needs none. Its network and its teacher then have random weights.
+        A debug run needs no baseline. The network and the teacher of a debug run have random weights.
         """
         by_baseline = self.distill.by_baseline and not self.starts_from_file
         return not self.debug and (self.init in ("float", "method") or by_baseline)
@@ -277,7 +278,7 @@ def sweep_hint(key: str, values: Iterable[object]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` with the most similar word of `known`, or an empty string if none is similar."""
+    """Return `; did you mean ...?` with the most similar word of `known`, or an empty string if no word is similar."""
     words = list(known)
     same = [other for other in words if other.lower() == word.lower()]
     close = same or difflib.get_close_matches(word, words, n=1, cutoff=0.55)

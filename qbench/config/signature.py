@@ -1,8 +1,8 @@
 """Inspects the arguments of the functions and classes that build methods, models and data sets.
 
 qbench recognizes some arguments by name and fills them in: a method's widths, the shape of an image, and the number of
-classes. Every other argument must have a default value. It becomes a key of the configuration with the type of the
-default value.
+classes. Every other argument must have a default value. The argument becomes a key of the configuration with the
+type of the default value.
 """
 
 import inspect
@@ -18,7 +18,10 @@ CLASS_COUNTS = ("classes", "num_classes", "n_classes")
 """Allowed names of the argument for the number of classes."""
 
 FILLED = {"method": ("w", "a", "g"), "model": ("shape", *CLASS_COUNTS), "dataset": ()}
-"""Group -> the arguments that qbench fills in. The default values of a method's widths become its key `bits`."""
+"""Group -> the arguments that qbench fills in.
+
+The default values of a method's widths become the method's key `bits`.
+"""
 
 FORMS = {
     "method": "build(*, w=2, a=32, g=32)",
@@ -31,8 +34,8 @@ FORMS = {
 def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter]:
     """Return the arguments of a function or class that can be passed by name.
 
-    A function that builds a network may have `**kwargs` but no known name for the number of classes. It is then assumed
-    to accept `num_classes`, like the functions of torchvision.
+    A function that builds a network may have `**kwargs` but no known name for the number of classes. Such a
+    function is assumed to accept `num_classes`, because torchvision's functions accept this name.
 
     Raises:
         ConfigError: Python does not know the arguments, as is the case for some functions written in C.
@@ -43,7 +46,7 @@ def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter
         raise ConfigError(f"{group}={name}: Python does not know its arguments\nallowed: {FORMS[group]}") from None
     named = {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     kinds = {p.kind for p in parameters.values()}
-    takes_any = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds  # both: nn.Module's own
+    takes_any = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds  # nn.Module has both
     if group == "model" and takes_any and not named.keys() & set(CLASS_COUNTS):
         named["num_classes"] = Parameter("num_classes", Parameter.KEYWORD_ONLY)
     return named
@@ -64,7 +67,7 @@ def check_missing(group: str, name: str, known: Mapping[str, Parameter], given: 
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in given:
             raise ConfigError(
-                f"{group}={name}: its argument {key} has no value; tried {FORMS[group]}\n"
+                f"{group}={name}: its argument {key} has no value; qbench tried {FORMS[group]}\n"
                 f"give {key} a default value in the code; you can then type {group}.{key}=VALUE"
             )
 

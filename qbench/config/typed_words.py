@@ -13,7 +13,7 @@ def as_key_value(word: str, following: Sequence[str] = ()) -> str | None:
     """Return `KEY=VALUE` for a key that was typed in another form, such as `--method lsq` or `method: lsq`.
 
     Args:
-        following: the arguments after this one, which may contain the value.
+        following: the arguments after `word`. One of them may be the value.
 
     Returns:
         The text `KEY=VALUE`, or None if the argument is not a key.

@@ -91,7 +91,7 @@ def nearest_key(typed: str, known: Sequence[str]) -> str | None:
 def key_paths(tree: Mapping[Any, object], place: str = "") -> Iterator[str]:
     """Yield the dotted keys of nested dictionaries, with each node before the keys inside it."""
     for key, value in tree.items():
-        if key == ADDED:  # used for run identities; users never type it
+        if key == ADDED:  # users never type this key
             continue
         yield f"{place}{key}"
         if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """Imports modules of the user from their current files in the current working directory, as a new process would.
 
 The content of a module's file is part of a run's identity. A Python session would normally keep the module as it was at
-the first import. The identity would then belong to different code than the imported code.
+the first import. The identity would then belong to the current file, but the run would use the old code.
 """
 
 import hashlib

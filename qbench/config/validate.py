@@ -37,7 +37,8 @@ NODES = ("model", "dataset", "method", "activation")
 def from_dict(values: Mapping[str, object]) -> Config:
     """Return the configuration from the values of a stored `config.yaml` (see `from_node`).
 
-    Interpolations `${...}` are refused, because a stored configuration has none and they could read the environment.
+    Interpolations `${...}` are refused. A stored configuration contains no interpolations, and an interpolation could
+    read the environment.
     """
     _check_no_interpolation(values)
     try:
@@ -218,7 +219,7 @@ def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str
     if name != "none" and config.bits.a == FLOAT:
         raise ConfigError(
             f"activation={name} has no effect at bits.a={FLOAT}; set the width of activations, such as bits.a=2\n"
-            f"for the supported widths: qbench describe {name}"
+            f"to see the supported widths, type: qbench describe {name}"
         )
 
 
@@ -263,7 +264,7 @@ def _check_shards(config: Config) -> None:
 
 
 def _check_named(group: str, node: Node) -> None:
-    """Check that a YAML node has a name, and that it has every key that is listed under its key `added`."""
+    """Check that a YAML node has a name and every key that is listed under the node's key `added`."""
     if not isinstance(node.get("name"), str):
         raise ConfigError(f"{group}.name is missing; type {group}=NAME")
     added = node.get(ADDED) or {}

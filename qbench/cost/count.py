@@ -26,7 +26,7 @@ MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
 NOTED_SHARE = 0.01
-"""Smallest number of values outside the parameters that gives a note, as a fraction of the number of parameters."""
+"""A note is given if the values outside the parameters are at least this fraction of the number of parameters."""
 
 
 def _matrix_vector_flops(matrix: torch.Size, *_: object, **__: object) -> int:
@@ -39,7 +39,7 @@ def _added_matrix_vector_flops(_: torch.Size, matrix: torch.Size, *__: object, *
 
 
 def _bilinear_flops(first: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of `F.bilinear`: one MAC per weight and input row, as for a linear layer."""
+    """Return the FLOPs of `F.bilinear`, which has one MAC per weight and input row, like a linear layer."""
     return 2 * first[0] * weight.numel()
 
 
@@ -143,7 +143,7 @@ def values_outside(model: nn.Module, images: Tensor) -> str | None:
     layers in a Python list, are not trained either.
 
     Args:
-        images: a few images (N, C, H, W).
+        images: a few images of shape (N, C, H, W).
     """
     recorders = [Recorder(model, images), Recorder(model, images)]
     for recorder in recorders:
@@ -154,7 +154,7 @@ def values_outside(model: nn.Module, images: Tensor) -> str | None:
             model(images)
     once, again = recorders
     memory = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    # A tensor that both calls read existed before. Other tensors of unknown origin are made in each
+    # A tensor that both calls read existed before the calls. Other tensors of unknown origin are made in each
     # call.
     held = [
         t for key, t in once.foreign.items() if key in again.foreign and t.untyped_storage().data_ptr() not in memory
@@ -192,6 +192,6 @@ def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
 
 
 def storage(layer: QLayer) -> Storage:
-    """Return the bytes that a layer's quantized weights need, as declared by the weight quantizer."""
+    """Return the bytes that a layer's quantized weights need. The weight quantizer declares this number."""
     with torch.no_grad():
         return layer.weight_q.bytes(layer.weight)

@@ -1,8 +1,9 @@
 """Estimates training times on GPUs from their published peak speeds. Nothing is measured.
 
-Peaks are those of dense operations in NVIDIA's data sheets of the V100 (SXM2), the A100 (SXM) and the H100 (SXM). A
-network reaches only a share of them. The shares here are assumptions: half of the float32 peak, and a fifth of the peak
-of tensor cores, which are limited by memory. Quantizers are limited by memory too, and are not counted.
+The peak speeds of dense operations come from NVIDIA's data sheets of the V100 (SXM2), the A100 (SXM) and the H100
+(SXM). A network reaches only a share of the peak speed. The shares here are assumptions: half of the float32 peak, and
+a fifth of the tensor-core peak, because memory limits the speed of tensor cores. Memory also limits the speed of
+quantizers. The estimates do not include quantizers.
 """
 
 PEAKS = {
@@ -12,9 +13,12 @@ PEAKS = {
 }
 """Precision -> GPU -> published floating-point operations per second."""
 SHARES = {"fp32": 0.5, "tf32": 0.2, "bf16": 0.2}
-"""Precision -> assumed share of the peak."""
+"""Precision -> assumed share of the peak speed that a network reaches."""
 PASSES = 3
-"""The backward pass costs about twice the forward pass: gradients of the input and of the weights."""
+"""Cost of a training step, in forward passes.
+
+The backward pass costs about twice the forward pass, because it computes the gradients of the input and of the weights.
+"""
 
 
 def training_seconds(macs: float, precision: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Computes the levels and the cost of each layer of a quantized network, which may be on the meta device."""
+"""Computes the levels and the cost of each layer of a quantized network. The network may be on the meta device."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

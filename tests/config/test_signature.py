@@ -101,7 +101,7 @@ def test_arguments_with_default_values_are_keys_whatever_their_kind(configure: C
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("two_unknown", "its argument depth has no value; tried Net(), Net(num_classes) or build(shape, classes)\n"),
+        ("two_unknown", "argument depth has no value; qbench tried Net(), Net(num_classes) or build(shape, classes)\n"),
         ("only_by_place", "only_by_place() missing 1 required positional argument"),
         ("exists", "exists is an object of class Plain; every run needs a new object, made with the run's seed\n"),
         ("Plian", "Plian is not in module signatures; did you mean Plain?"),
