@@ -153,9 +153,9 @@ def load_model(
 ) -> "nn.Module":
     """Return the quantized network of a finished run in eval mode. `qbench evaluate` uses the same network.
 
-    The network computes with quantized weights and activations. Its input is a batch of images with the
-    shape of the run's images. Pixel values are scaled to [0, 1] and then normalized with the constants of the run's data
-    set. `load_finished_run` returns these constants and batches of the run's data set.
+    The network computes with quantized weights and activations. Its input is a batch of images with the shape of the
+    run's images. Pixel values are scaled to [0, 1] and then normalized with the constants of the run's data set.
+    `load_finished_run` returns these constants and batches of the run's data set.
 
     Args:
         run: a run, its result or its directory.

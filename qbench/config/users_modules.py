@@ -76,7 +76,7 @@ def _is_stale(name: str, module: ModuleType) -> bool:
     """Return whether the file of an imported module has changed, or may have changed, since the import."""
     if name in _executed:
         return _executed[name] != _digest(module)
-    return _file(module).is_file() and _file(module).stat().st_ctime >= _process_start()  # imported by the user
+    return _file(module).is_file() and _file(module).stat().st_ctime >= _process_start()  # the user imported the module
 
 
 def _forget(name: str) -> None:
