@@ -82,7 +82,7 @@ def verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) ->
             )
         agreements.append(found)
         lines.append(
-            f"verified in {name} on {found.images} test images: the same classes; logits differ by at most "
+            f"verified in {name} on {found.images} test images: the classes are equal; logits differ by at most "
             f"{found.largest:.2g} (allowed {allowed:.2g}; torch's own logits differ by {noise:.2g} between batch sizes)"
         )
     return max(agreements, key=lambda agreement: agreement.largest), lines
@@ -125,7 +125,7 @@ def verify_integers(
             "try: qbench export RUN --to packed"
         )
     return agreement, [
-        f"verified on {agreement.images} test images: the same classes; {codes.differing:,} of {codes.codes:,} "
+        f"verified on {agreement.images} test images: the classes are equal; {codes.differing:,} of {codes.codes:,} "
         f"activation codes of {codes.images} images differ from a simulation in float64 (allowed {allowed:,})"
     ]
 

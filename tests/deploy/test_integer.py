@@ -354,7 +354,7 @@ def test_export_and_evaluate_on_the_command_line(
 ) -> None:
     assert cli(["export", str(finished), "--to", "integer"]) == 0
     said = capsys.readouterr().out
-    assert "verified on 450 test images: the same classes; 0 of 489,600 activation codes of 450 images differ" in said
+    assert "verified on 450 test images: the classes are equal; 0 of 489,600 activation codes of 450 images" in said
     assert "differ from a simulation in float64 (allowed 0)" in said
     file = finished / "network-integer.qbench"
     top1 = []

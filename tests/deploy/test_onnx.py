@@ -256,7 +256,7 @@ def test_a_function_without_a_converter_is_refused_by_its_name() -> None:
 def test_export_and_evaluate_on_the_command_line(form: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["export", str(finished), "--to", form]) == 0
     said = capsys.readouterr().out
-    assert "verified in onnxruntime on 450 test images: the same classes; logits differ by at most" in said
+    assert "verified in onnxruntime on 450 test images: the classes are equal; logits differ by at most" in said
     file = finished / {"onnx": "network.onnx", "int8": "network-int8.onnx"}[form]
     top1 = []
     for place in (finished, file):
