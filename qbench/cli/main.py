@@ -15,6 +15,7 @@ from qbench.cli.errors import BUG, drop_unwritten, print_error, resource_error
 from qbench.distributed.launch import passed_on
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
 from qbench.system.streams import keep_running_without_reader
+from qbench.system.tracebacks import error_text, place_in_own_code
 
 STARTUP_OBJECTS = 100_000
 """Number of new objects after which Python collects garbage.
@@ -110,9 +111,10 @@ def report(error: BaseException) -> int:
         print_error(resources)
         drop_unwritten(sys.stdout)
         return ResourceError.status
+    cause = "" if place_in_own_code(error) else "bug in qbench or in your own code: "
     print_error(
         [
-            f"bug in qbench or in your own code: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            f"{cause}{error_text(error).partition(chr(10))[0]}",
             f"to see the traceback, set {TRACEBACK}=1; "
             "after a run has started, the run's log.txt contains the traceback too",
         ]

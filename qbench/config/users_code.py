@@ -9,6 +9,7 @@ from qbench.config.schema import did_you_mean
 from qbench.config.signature import Factory
 from qbench.config.users_modules import import_current, search_working_directory
 from qbench.errors import ConfigError, QbenchError
+from qbench.system.tracebacks import error_text
 
 
 def users_function(group: str, name: str) -> Factory:
@@ -27,7 +28,7 @@ def users_function(group: str, name: str) -> Factory:
         hint = did_you_mean(module_name, [path.stem for path in Path().glob("*.py")])
         raise ConfigError(f"{group}={name}: {error}{hint}; searched {os.getcwd()} and the installed packages") from None
     except Exception as error:
-        raise QbenchError(f"{group}={name}: error in your own code: {type(error).__name__}: {error}") from error
+        raise QbenchError(f"{group}={name}: error in your own code: {error_text(error)}") from error
     function: Factory | None = getattr(module, attribute, None)
     if function is None:
         hint = did_you_mean(attribute, own_names(module))

@@ -10,6 +10,7 @@ from qbench.experiment.planned_run import PlannedRun
 from qbench.runs.reader import RunRecord, read_run
 from qbench.runs.result import Result, load_result
 from qbench.system.signals import stop_on_signals
+from qbench.system.tracebacks import error_text
 
 
 def run_catching(
@@ -35,7 +36,7 @@ def run_catching(
         raise
     except BaseException as error:  # sys.exit or a lack of memory in one run must not end other runs
         stored = load_result(planned.path)
-        reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, QbenchError) else error_text(error)
         return stored if stored and stored.status != "done" else planned.directory.new_result("failed", reason)
 
 

@@ -21,6 +21,7 @@ from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger, Record, SilentLogger
 from qbench.runs.result import TrainingSpeed
 from qbench.system import files
+from qbench.system.tracebacks import error_text
 from qbench.training.checkpoint import Saved, first_nonfinite, load_newest, pack
 from qbench.training.divergence import must_be_finite
 from qbench.training.epoch_record import EpochRecord
@@ -199,7 +200,7 @@ def record_failure(directory: RunDirectory, error: BaseException, status: str, t
     If writing fails, print the reason instead.
     """
     try:
-        reason = str(error) if isinstance(error, QbenchError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, QbenchError) else error_text(error)
         directory.finish(directory.new_result(status, reason))
         files.convert_os_errors(lambda: _append(directory, trace), directory.path)
     except Exception as second:

@@ -96,6 +96,9 @@ def test_every_setting_row_and_reason_is_there_once_and_escaped(out: str) -> Non
     details = read_back.all("details")
     anchors = [one["id"] for one in details]
     assert anchors == ["t0s0", "t0s1", "t0s2", "t0s3"]
+    (summed_up,) = (note for note in conclude(compare(read([out])))[0].notes if note.startswith("No difference"))
+    assert text.count(summed_up) == 1, "above the table, not again in the notes"
+    assert text.index(summed_up) < text.index("<table")
     assert [row["data-setting"] for row in read_back.all("tr") if "data-setting" in row] == anchors
     assert [link["href"] for link in read_back.all("a") if (link["href"] or "")[:2] == "#t"][2:] == [
         f"#{anchor}" for anchor in anchors

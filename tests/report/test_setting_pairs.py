@@ -214,30 +214,68 @@ def test_pairs_are_tested_by_seed_and_adjusted_together() -> None:
     assert [pair.verdict for pair in got] == [Verdict.UNDECIDED, Verdict.ABOVE, Verdict.ABOVE]
     assert got[1].difference == pytest.approx(np.mean(A) - np.mean(B))
     assert not first.winner
-    assert table.notes[0].startswith(
-        "compared by seed (over seeds alone: the error of the test sample is left out); p-values adjusted for 3 pairs "
-        "(Holm), separately for difference and equivalence; equivalence margin ±0.5 points"
+    assert {pair.family for pair in got} == {3}
+    assert table.notes[0] == (
+        "Significant: a above b at w2a2g32, c above b at w2a2g32; no other of the 3 pairs differs significantly"
+    )
+    assert table.notes[1].startswith(
+        "compared by seed (over seeds alone: the error of the test sample is left out); p-values adjusted for the 3 "
+        "pairs of this table (Holm), separately for difference and equivalence; equivalence margin ±0.5 points"
     )
     more = got[0].more_seeds
     assert more == seeds_needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]
     assert (
         "is significantly above b (+5.00 ±0.13); "
         f"is not significantly different from c (+0.10 ±0.47, p = 0.55, {more} more seeds)"
-    ) in table.notes[1]
+    ) in table.notes[2]
 
 
 def test_a_winner_differs_from_all_others() -> None:
     table = concluded(setting("b", B), setting("a", A))
     assert [conclusion.winner for conclusion in conclusions(table)] == [False, True]
-    assert table.notes[1] == "w2a2g32: a 97.05 is significantly above b (+5.00 ±0.13)"
-    assert "one pair" in table.notes[0]
+    assert table.notes[0] == "Significant: a above b at w2a2g32"
+    assert "one pair" in table.notes[1]
+    assert table.notes[2] == "w2a2g32: a 97.05 is significantly above b (+5.00 ±0.13)"
+
+
+def test_a_pair_that_only_the_adjustment_decides_is_undecided() -> None:
+    """A - D is 0.4, 0.5, 0.1, 0.6: p = 0.037 alone; with the two other pairs, Holm's p is 0.074 or more."""
+    near = [96.6, 95.5, 97.9, 96.6]
+    alone = concluded(setting("a", A), setting("d", near))
+    assert pairs_of(alone)[0].p == pytest.approx(stats.ttest_rel(A, near).pvalue)
+    assert pairs_of(alone)[0].verdict is Verdict.ABOVE
+    table = concluded(setting("a", A), setting("c", C), setting("d", near))
+    pair = next(pair for pair in pairs_of(table) if pair.p and pair.p < 0.05)
+    assert (pair.other, pair.verdict) == ("d", Verdict.UNDECIDED)
+    assert table.notes[0] == (
+        f"No difference in 3 pairs of settings is significant; closest: a and d at w2a2g32, p = {pair.p_holm:.2g}"
+    )
+    assert "is undecided against d (+0.40 ±" in table.notes[-1]
+    assert ": significant only without the adjustment for 3 pairs" in table.notes[-1]
+    assert "above" not in table.notes[-1]
+
+
+def test_many_significant_differences_are_counted() -> None:
+    members = [setting(name, [x - 3 * i for x in A]) for i, name in enumerate("abcd")]
+    spread = [replace(m, runs=tuple(replace(r, top1=r.top1 + 0.01 * (i + 1) * r.seed) for r in m.runs))
+              for i, m in enumerate(members)]  # fmt: skip
+    assert concluded(*spread).notes[0] == "6 of 6 pairs of settings differ significantly"
+
+
+def test_the_undecided_pair_of_two_methods_is_named_by_its_widths() -> None:
+    low = [setting(name, top1, bits=Bits(4, 4)) for name, top1 in (("a", A), ("c", C))]
+    table = concluded(setting("a", A), setting("c", [*C[:3], 97.1]), *low)
+    smallest = min(pairs_of(table), key=lambda pair: pair.p_holm or 0.0).p_holm
+    assert table.notes[0].startswith("No difference between a and c is significant; closest: w")
+    assert table.notes[0].endswith(f", p = {smallest:.2g}")
 
 
 def test_equivalent_within_the_margin_only() -> None:
     """One-sided, t(3) is 2.353 at 95 %: 0.1 + 2.353 0.1472 is 0.446."""
     wide = concluded(setting("a", A), setting("c", C), margin=0.46)
     assert pairs_of(wide)[0].verdict is Verdict.EQUIVALENT
-    assert "a 97.05 is equivalent within ±0.46 points to c (+0.10 ±0.47)" in wide.notes[1]
+    assert wide.notes[0] == "No difference between a and c is significant; 1 of 1 pair equivalent within ±0.46 points"
+    assert "a 97.05 is equivalent within ±0.46 points to c (+0.10 ±0.47)" in wide.notes[2]
     assert pairs_of(concluded(setting("a", A), setting("c", C), margin=0.43))[0].verdict is Verdict.UNDECIDED
     with pytest.raises(ValueError, match="above 0"):
         conclude([], 0.0)
@@ -295,12 +333,12 @@ def test_only_the_same_widths_of_one_block_are_compared() -> None:
     baseline = setting("float", [99.0, 99.0], is_baseline=True)
     assert concluded(setting("a", A), other, baseline).notes == []
     tables = [Table((), values=[setting("a", A, protocol=p), setting("b", B, protocol=p)]) for p in ("p", "other")]
-    assert all("one pair" in table.notes[0] for table in conclude(tables))
+    assert all("one pair" in table.notes[1] for table in conclude(tables))
 
 
 def test_tables_of_one_protocol_are_adjusted_together() -> None:
     tables = conclude([Table((), values=[setting("a", A), setting("b", B)]) for _ in range(2)])
-    assert all("adjusted for 2 pairs" in table.notes[0] for table in tables)
+    assert all("adjusted for the 2 pairs of all tables of this protocol" in table.notes[1] for table in tables)
 
 
 def test_the_given_tables_stay_as_they_are() -> None:
@@ -313,7 +351,7 @@ def test_the_same_runs_twice_are_identical_and_no_verdict() -> None:
     table = concluded(setting("a", A), setting("b", A), setting("c", B))
     assert conclusions(table)[0].pairs[0].verdict is Verdict.IDENTICAL
     assert not conclusions(table)[0].winner
-    assert "is identical to b" in table.notes[1]
+    assert "is identical to b" in table.notes[2]
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -321,16 +359,19 @@ def test_one_seed_has_no_spread() -> None:
     (pair,) = conclusions(table)[0].pairs
     assert (pair.verdict, pair.p, pair.ci95) == (Verdict.NO_SPREAD, None, None)
     assert not conclusions(table)[0].winner
-    assert table.notes == ["w2a2g32: a 97.00 has too few common seeds with b"]
+    assert table.notes == [
+        "No difference can be tested: two settings need two or more common seeds, such as seed=0,1,2",
+        "w2a2g32: a 97.00 has too few common seeds with b",
+    ]
     among = concluded(setting("a", A), setting("b", B), setting("c", [96.0]))
-    assert "one pair" in among.notes[0], "pairs without a test are not adjusted for"
+    assert "one pair" in among.notes[1], "pairs without a test are not adjusted for"
     assert not conclusions(among)[0].winner
 
 
 def test_different_seeds_are_not_paired_and_several_runs_of_a_seed_count_once() -> None:
     table = concluded(setting("a", A), setting("b", B, seeds=[4, 5, 6, 7]))
     assert conclusions(table)[0].pairs[0].p == pytest.approx(stats.ttest_ind(A, B, equal_var=False).pvalue)
-    assert "compared unpaired, because the seeds differ" in table.notes[0]
+    assert "compared unpaired, because the seeds differ" in table.notes[1]
     twice = concluded(setting("a", [*A, 96.0], seeds=[0, 1, 2, 3, 3]), setting("b", B))
     assert conclusions(twice)[0].pairs[0].p == pytest.approx(stats.ttest_rel([*A[:3], 96.6], B).pvalue)
 
@@ -352,7 +393,7 @@ def test_predictions_are_read_where_both_have_them(tmp_path: Path) -> None:
     single = concluded(*(replace(s, runs=s.runs[:1]) for s in members))
     p = stats.binomtest(int((hits["a"][0] & ~hits["b"][0]).sum()), int((hits["a"][0] ^ hits["b"][0]).sum())).pvalue
     assert conclusions(single)[0].pairs[0].p_mcnemar == pytest.approx(p)
-    assert f"these two networks differ significantly; McNemar's exact test: p = {p:.2g}" in single.notes[0]
+    assert f"these two networks differ significantly; McNemar's exact test: p = {p:.2g}" in single.notes[1]
 
 
 def test_hits_of_a_record_serve_as_predictions(tmp_path: Path) -> None:
@@ -420,11 +461,11 @@ def test_which_error_is_the_larger(tmp_path: Path) -> None:
 
     table = concluded(single, spread(3.5))
     assert conclusions(table)[0].test_sample_ci95_half == pytest.approx(2.93995, abs=1e-5)
-    assert table.notes[0] == (
+    assert table.notes[1] == (
         "95 % confidence intervals: ±2.94 from the test sample of 400 images, ±3.50 from seeds; "
         "the error from seeds is larger"
     )
-    assert concluded(single, spread(2.5)).notes[0].endswith("the error from the test sample is larger")
+    assert concluded(single, spread(2.5)).notes[1].endswith("the error from the test sample is larger")
     assert concluded(single).notes == [
         "95 % confidence intervals: ±2.94 from the test sample of 400 images; one seed each: "
         "the error from seeds is not known"

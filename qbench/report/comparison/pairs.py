@@ -20,6 +20,7 @@ from qbench.report.comparison.sentences import pair_notes, sample_notes
 from qbench.report.comparison.setting import SeedAccuracy, Setting
 from qbench.report.comparison.setting_pair import SettingPair
 from qbench.report.comparison.setting_table import settings_of
+from qbench.report.comparison.summary import summary
 from qbench.report.comparison.verdicts import MARGIN, Conclusion, Verdict
 from qbench.report.statistics.differences import ALPHA, sample_error, unpaired, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, holm, mcnemar
@@ -66,7 +67,6 @@ def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, 
     }
     by_table = [_pairs(settings_of(table), cache) for table in tables]
     adjusted = adjust_p_values([pair for pairs in by_table for pair in pairs], margin)
-    family = sum(pair.difference is not None for pair in adjusted)
     remaining, concluded = iter(adjusted), []
     for table, pairs in zip(tables, by_table, strict=True):
         table_pairs = [next(remaining) for _ in pairs]
@@ -74,8 +74,9 @@ def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, 
         by_old = dict(zip(map(id, settings_of(table)), settings, strict=True))
         # only the sentences on leading pairs need the conclusion of the first setting
         table_pairs = [replace(p, first=by_old[id(p.first)]) if p.leading else p for p in table_pairs]
-        notes = [*sample_notes(settings), *pair_notes(table_pairs, margin, family)]
-        concluded.append(replace(table, values=settings, notes=[*table.notes, *notes]))
+        summed_up = filter(None, [summary(settings)])
+        notes = [*summed_up, *table.notes, *sample_notes(settings), *pair_notes(table_pairs, margin)]
+        concluded.append(replace(table, values=settings, notes=notes))
     return concluded
 
 
@@ -115,7 +116,7 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
     p_equivalent_holm = holm([equivalent(d, margin) for _, d in tested])
     adjusted = list(family)
     for (i, _), p, p_equivalent in zip(tested, p_holm, p_equivalent_holm, strict=True):
-        adjusted[i] = replace(family[i], p_holm=p, p_equivalent_holm=p_equivalent)
+        adjusted[i] = replace(family[i], p_holm=p, p_equivalent_holm=p_equivalent, family=len(tested))
     undecided = [i for i, pair in enumerate(adjusted) if pair.verdict is Verdict.UNDECIDED]
     for i in undecided:
         pair = adjusted[i]

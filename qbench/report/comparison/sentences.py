@@ -40,29 +40,32 @@ def sample_notes(settings: Sequence[Setting]) -> list[str]:
     return [f"{note}, {_range([half for half, _ in both])} from seeds; the error from {larger} is larger{where}"]
 
 
-def pair_notes(pairs: Sequence[SettingPair], margin: float, family: int) -> list[str]:
-    """Return a note that says how pairs were compared, and one sentence for each combination of widths.
-
-    Args:
-        pairs: all pairs of a table.
-        family: number of pairs over which Holm's method adjusted the p-values.
+def pair_notes(pairs: Sequence[SettingPair], margin: float) -> list[str]:
+    """Return a note that says how the pairs of a table were compared, and one sentence for each combination of widths.
     """
     by_widths: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         if pair.leading:
             by_widths[id(pair.first)].append(pair)
-    notes = [_sentence(pairs_of_widths, margin, family) for pairs_of_widths in by_widths.values()]
+    notes = [_sentence(pairs_of_widths, margin) for pairs_of_widths in by_widths.values()]
     ways = sorted({_pairing(pair) for pair in pairs if pair.difference is not None})
     if not ways:
         return notes
-    adjusted = f"p-values adjusted for {family} pairs (Holm)" if family > 1 else "one pair"
-    adjusted += ", separately for difference and equivalence" if family > 1 else ""
-    head = f"compared {', or '.join(ways)}; {adjusted}; equivalence margin ±{margin:g} points"
+    head = f"compared {', or '.join(ways)}; {_adjustment(pairs)}; equivalence margin ±{margin:g} points"
     return [
         f"{head}; in brackets: difference ± half-width of its 95 % confidence interval, and about how many "
         f"more seeds a verdict needs",
         *notes,
     ]
+
+
+def _adjustment(pairs: Sequence[SettingPair]) -> str:
+    """Return for which pairs p-values are adjusted. With --by, these are the pairs of several tables."""
+    family, here = max(pair.family for pair in pairs), sum(pair.family > 0 for pair in pairs)
+    if family == 1:
+        return "one pair"
+    where = "this table" if family == here else "all tables of this protocol"
+    return f"p-values adjusted for the {family} pairs of {where} (Holm), separately for difference and equivalence"
 
 
 def _pairing(pair: SettingPair) -> str:
@@ -71,7 +74,7 @@ def _pairing(pair: SettingPair) -> str:
     return (f"by {pair.paired_by}" if pair.paired_by else UNPAIRED) + left_out
 
 
-def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
+def _sentence(pairs: Sequence[SettingPair], margin: float) -> str:
     """Return a sentence that compares the best setting with all other settings of the same widths."""
     best = pairs[0].first
     relations: dict[str, list[str]] = {
@@ -86,7 +89,7 @@ def _sentence(pairs: Sequence[SettingPair], margin: float, family: int) -> str:
         "below": "is significantly below {} over their common seeds",
         "identical": "is identical to {}",
         "equivalent": f"is equivalent within ±{margin:g} points to {{}}",
-        "unadjusted": f"would be significantly above {{}} without the adjustment for {family} pairs",
+        "unadjusted": f"is undecided against {{}}: significant only without the adjustment for {pairs[0].family} pairs",
         "undecided": "is not significantly different from {}",
         "no spread": "has too few common seeds with {}",
     }

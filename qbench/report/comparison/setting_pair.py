@@ -23,6 +23,7 @@ class SettingPair:
         p_holm: p-value of "there is no difference", adjusted by Holm's method.
         p_equivalent_holm: p-value of "the means differ by the margin or more", adjusted by Holm's
             method.
+        family: number of pairs over which Holm's method adjusted the p-values; 0 if this pair is not tested.
         leading: whether the first setting has the highest mean of all settings with these widths.
         more_seeds: for undecided leading pairs, about how many more seeds would lead to a verdict. None if even 1000
             seeds would not be enough.
@@ -35,6 +36,7 @@ class SettingPair:
     p_mcnemar: float | None = None
     p_holm: float = 1.0
     p_equivalent_holm: float = 1.0
+    family: int = 0
     leading: bool = False
     more_seeds: int | None = None
 
@@ -66,6 +68,7 @@ class SettingPair:
             p_equivalent_holm=self.p_equivalent_holm if d else None,
             p_mcnemar=self.p_mcnemar,
             margin=margin,
+            family=self.family,
             verdict=self.verdict,
             more_seeds=self.more_seeds,
         )

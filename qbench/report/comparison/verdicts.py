@@ -41,6 +41,7 @@ class PairConclusion:
         p_mcnemar: p-value of McNemar's test (`mcnemar`) on the predictions of two networks, if the settings have only
             one seed in common.
         margin: equivalence margin in points.
+        family: number of pairs for which p-values are adjusted; 0 if this pair is not tested.
         verdict: the verdict on this setting.
         more_seeds: about how many more seeds would lead to a verdict. None if there is a verdict already, or if even
             1000 seeds would not be enough.
@@ -58,6 +59,7 @@ class PairConclusion:
     p_equivalent_holm: float | None
     p_mcnemar: float | None
     margin: float
+    family: int
     verdict: Verdict
     more_seeds: int | None
 

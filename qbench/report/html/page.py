@@ -18,6 +18,7 @@ from qbench.errors import ConfigError
 from qbench.report.comparison.columns import COLUMNS
 from qbench.report.comparison.setting import Setting
 from qbench.report.comparison.setting_table import MissingRuns, settings_of
+from qbench.report.comparison.summary import summary
 from qbench.report.html.details import SettingDetails, setting_details
 from qbench.report.html.provenance import page_provenance
 from qbench.report.plots.plots import KINDS, TITLES, comparison_figure, encoded
@@ -83,11 +84,13 @@ class Plot(NamedTuple):
 class Section:
     """One table of the page with its notes, plots and settings.
 
-    `measure` is the label of the y-axis of learning curves.
+    `summary` is one sentence about the differences between settings. `measure` is the label of the y-axis of learning
+    curves.
     """
 
     id: str
     title: str
+    summary: str
     head: list[Head]
     rows: list[Row]
     notes: list[str]
@@ -157,14 +160,16 @@ def _section(
 ) -> Section:
     """Return one table with its plots and settings."""
     settings = settings_of(table)
+    summed_up = summary(settings)
     lines, measure = learning_curves(settings, results)
     anchors = [f"{anchor}s{i}" for i in range(len(settings))]
     return Section(
         id=anchor,
         title=table.title or "runs",
+        summary=summed_up,
         head=[_head(title, settings) for title in table.head],
         rows=[_row(table, i, anchors[i] if settings else "") for i in range(len(table.rows))],
-        notes=table.notes,
+        notes=[note for note in table.notes if note != summed_up],
         plots=_plots(table, runs) if sum(not s.is_float for s in settings) > 1 else [],
         measure=MEASURES[measure],
         settings=[
