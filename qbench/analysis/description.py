@@ -62,7 +62,8 @@ def _accuracy(evaluation: Evaluation) -> str:
     epoch = "" if evaluation.epoch is None else f"epoch {evaluation.epoch + 1}: "
     val = f", validation top-1 {evaluation.val.top1:.2f} %" if evaluation.val else ""
     test = evaluation.test
-    return f"{epoch}test top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4g}{val}"
+    top5 = f", top-5 {test.top5:.2f} %" if test.top5 < 100 else ""  # with five classes or fewer, top-5 is always 100 %
+    return f"{epoch}test top-1 {test.top1:.2f} %{top5}, loss {test.loss:.4g}{val}"
 
 
 def _setup(

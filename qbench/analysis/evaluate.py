@@ -184,7 +184,8 @@ def table(
     table.rows.append(
         (
             f"{data.name} test", weights, str(measured.n), f"{accuracy.top1:.2f}",
-            f"{measured.low:.2f}-{measured.high:.2f}", f"{accuracy.top5:.2f}", f"{accuracy.loss:.4f}", f"{ece:.2f}",
+            f"{measured.low:.2f}-{measured.high:.2f}", f"{accuracy.top5:.2f}" if data.classes > 5 else "-",
+            f"{accuracy.loss:.4f}", f"{ece:.2f}",
         )
     )  # fmt: skip
     table.values.append(

@@ -4,18 +4,19 @@ No network is trained, and the data sets need not be on disk. Networks are built
 use no memory. Time is measured on a few training steps with random images on the run's device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 from qbench.analysis.export_forms import export_lines, refused_forms
-from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun
+from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun, network_key
 from qbench.bits import FLOAT
+from qbench.config.schema import baseline_config
 from qbench.cost.count import coverage, idle_layers
 from qbench.cost.gpu_speed import SHARES, training_seconds
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
 from qbench.data.dataset import batch_size_and_steps
-from qbench.experiment.planned_run import PlannedRun
+from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.setup import ExperimentSetup
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.report.tables.table import Table
@@ -31,15 +32,20 @@ LAYERS_HEAD = (
 )  # fmt: skip
 
 
-def plan(planned: Sequence[PlannedRun]) -> list[Table]:
+def plan(planned: Sequence[PlannedRun], say: Callable[[str], object] = lambda text: None) -> list[Table]:
     """Return a table of all runs, including float baselines, with costs and times.
 
     If there is only one run, a second table lists its layers. The notes of this table name the supported
     runtimes and the differences from the paper's recipe.
+
+    Args:
+        say: prints a message while a measurement takes long.
     """
-    table = Table(HEAD, title=f"{len(planned)} run{'s' if len(planned) > 1 else ''}")
-    estimator = CostEstimator()
+    trained = [run.config for run in planned if not run.config.is_baseline and not run.config.starts_from_file]
+    baselines = [planned_run(baseline_config(config)) for config in trained]
+    estimator = CostEstimator(len({network_key(run) for run in [*planned, *baselines]}), say)
     runs = {run.path: run for one in planned for run in with_baseline(one, estimator)}
+    table = Table(HEAD, title=_count(len({one.path for one in planned}), len(runs)))
     total = sum(_add_run(table, run, estimator.run_cost(run)) for run in runs.values())
     for path, run in runs.items():
         if measured := packed_bytes(path, run.identity.digest):
@@ -69,6 +75,13 @@ def _on_gpus(table: Table, planned: PlannedRun) -> str:
     listed = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in times.items())
     share = f"{SHARES[precision]:.0%}".replace("%", " %")
     return f"on one GPU, not measured: {listed}; estimated from MACs and {share} of the published {precision} speed"
+
+
+def _count(planned: int, with_baselines: int) -> str:
+    """Return the numbers of runs and of the float baselines that they need besides."""
+    added = with_baselines - planned
+    baselines = f" and {added} float baseline{'s' * (added > 1)}" if added else ""
+    return f"{planned} run{'s' * (planned != 1)}{baselines}"
 
 
 def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[PlannedRun]:

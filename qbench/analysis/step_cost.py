@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Timer
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
 from qbench.training.task import compute_logits
 
+PATIENCE_SECONDS = 2.0
+"""Seconds after which a message says which network is measured."""
 TIMED_MACS = 2e9
 """Approximate number of MACs in a timed forward pass.
 
@@ -71,23 +74,35 @@ class CostEstimator:
 
     Each network is built only once. After timing has taken `TIMING_SECONDS` in total, further networks are not timed,
     and their times are estimated. `estimated` counts all networks that were not timed.
+
+    Args:
+        networks: about how many networks there will be, for messages.
+        say: prints a message if a network takes longer than `PATIENCE_SECONDS`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, networks: int = 1, say: Callable[[str], object] = lambda text: None) -> None:
+        self.networks, self.say = networks, say
         self.known: dict[str, RunCost | UnsupportedRun] = {}
         self.timed: list[tuple[int, StepCost]] = []
         self.spent, self.estimated = 0.0, 0
 
     def run_cost(self, planned: PlannedRun) -> RunCost | UnsupportedRun:
         """Return the cost of a run, or the reason why its method does not support its configuration."""
-        key = digest(planned.identity.keys | {"seed": 0})
+        key = network_key(planned)
         if key not in self.known:
+            number = len(self.known) + 1
+            message = f"measuring network {number} of {max(number, self.networks)}: {planned.path.name} ..."
+            timer = Timer(PATIENCE_SECONDS, self.say, (message,))
+            timer.daemon = True
+            timer.start()
             try:
                 setup = assemble(planned.config, planned=True)
                 model, cost = quantized_network(setup)
                 self.known[key] = RunCost(setup, model, cost, self._step_cost(setup, model))
             except Unsupported as reason:
                 self.known[key] = UnsupportedRun(str(reason))
+            finally:
+                timer.cancel()
         return self.known[key]
 
     def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
@@ -110,6 +125,11 @@ class CostEstimator:
         self.timed.append((macs, step))
         self.spent += time.perf_counter() - start
         return step
+
+
+def network_key(planned: PlannedRun) -> str:
+    """Return a digest that is equal for runs whose costs are equal: runs that differ only in their seed."""
+    return digest(planned.identity.keys | {"seed": 0})
 
 
 def quantized_network(setup: ExperimentSetup) -> tuple[nn.Module, NetworkCost]:

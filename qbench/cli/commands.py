@@ -24,7 +24,7 @@ def plan(arguments: list[str]) -> int:
     from qbench.report.comparison.comparable import sweep_warnings
 
     runs = [planned_run(config) for config in configs]
-    print(FORMATS["text"](plan_tables(runs)))
+    print(FORMATS["text"](plan_tables(runs, lambda text: print(text, file=sys.stderr, flush=True))))
     for warning in sweep_warnings(planned.identity for planned in runs):
         print(warning, file=sys.stderr)
     return 0

@@ -81,11 +81,13 @@ def _split(value: str) -> list[str]:
 def write_files(options: CompareOptions, made: list[Table], runs: list[RunRecord]) -> None:
     """Write the plots and pages that the options request."""
     for path in options.plots:
+        print(f"writing {path} ...", file=sys.stderr, flush=True)
         from qbench.report.plots.plots import plot
 
         plot(made, runs, path)
         print(f"wrote {path}", file=sys.stderr)
     for path in options.pages:
+        print(f"writing {path} ...", file=sys.stderr, flush=True)
         from qbench.report.html.page import page
 
         page(made, runs, path)

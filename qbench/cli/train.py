@@ -1,9 +1,10 @@
 """Implements `qbench KEY=VALUE ...` and `qbench -m ...`: trains one run or a sweep and prints results."""
 
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -152,7 +153,7 @@ def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[],
     if stop():
         print(f"qbench: stopped by signal {stop()}; to continue, repeat the command", file=sys.stderr)
         return Interrupted.status
-    print(next_commands(planned.config.out for planned in runs))
+    print(next_commands((planned.config.out for planned in runs), records))
     return SWEEP_WITH_FAILURES if any(record.status not in ("done", "unsupported") for record in records) else 0
 
 
@@ -184,7 +185,16 @@ def records_of(
     return sweep.run_all(runs, stop, progress=progress)
 
 
-def next_commands(folders: Iterable[str]) -> str:
-    """Return the last lines of a sweep's output: the folders of the runs, and commands to type next."""
-    names = shlex.join(dict.fromkeys(folders))
-    return f"\nruns   {names}\nnext   qbench compare {names}\n       qbench compare {names} --html report.html"
+def next_commands(folders: Iterable[str], records: "Sequence[RunRecord]") -> str:
+    """Return the lines that end a sweep: the folders of the runs, and what to type to compare these runs again.
+
+    Args:
+        records: the runs of the sweep. If the folders contain others too, filters leave these out.
+    """
+    from qbench.report.comparison.filters import filter_words
+    from qbench.runs.reader import read
+
+    places = list(dict.fromkeys(folders))
+    words = filter_words(records, read(filter(os.path.isdir, places)))
+    folder, names = shlex.join(places), shlex.join([*places, *words])
+    return f"\nruns   {folder}\nnext   qbench compare {names}\n       qbench compare {names} --html report.html"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -69,6 +70,9 @@ def launch_all(
                 f"allowed: {key}=N for N runs at a time, or -1 for one run per core"
             )
     workers = worker_count(runs, limits[-1:]) if key else len(runs)
+    if progress:
+        what = f"starting worker processes for {len(runs)} runs" if key else f"submitting jobs for {len(runs)} runs"
+        print(f"{name}: {what} ...", file=sys.stderr, flush=True)
     with show_progress(runs, workers) if progress else nullcontext():
         if name == "joblib":
             _run_by_joblib(runs, limits, stop)

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qbench
+from qbench.analysis import evaluate
 from qbench.analysis.bit_allocation import (
     Budget,
     BudgetInfeasible,
@@ -28,7 +30,7 @@ from qbench.analysis.bit_allocation import (
     parse_budget,
     sum_over_layers,
 )
-from qbench.analysis.evaluate import calibration_error, proportion_interval
+from qbench.analysis.evaluate import EvaluatedSplit, calibration_error, proportion_interval
 from qbench.analysis.finished_run import load_finished_network
 from qbench.analysis.layer_ablation import PrecedingActivation, ablate_layers, quantizers_disabled
 from qbench.analysis.layer_sensitivity import FloatBaseline, measure_sensitivity, squared_error
@@ -40,6 +42,7 @@ from qbench.config import compose
 from qbench.config.identity import run_identity
 from qbench.cost.count import count_cost
 from qbench.errors import CheckpointError, ConfigError
+from qbench.experiment.builders import build_dataset
 from qbench.experiment.setup import assemble
 from qbench.methods import dorefa, xnor
 from qbench.models import mlp, resnet
@@ -50,6 +53,7 @@ from qbench.quant.policy import Policy
 from qbench.quant.probe import Probe
 from qbench.quant.quantizer import Grid, Quantizer
 from qbench.quant.sqnr import MAX_SQNR
+from qbench.runs.result import Accuracy
 
 EVERYWHERE = Policy(first="same", last="same")
 
@@ -369,6 +373,17 @@ class Net(nn.Module):
         self.trained |= self.training
         return -self.net(x) if self.trained else self.net(x)
 """
+
+
+def test_evaluate_shows_no_top5_of_five_classes_or_fewer() -> None:
+    """Five guesses among five classes are always right."""
+    digits = build_dataset({"name": "digits", "val": 0.1, "pad": 1})
+    measured = EvaluatedSplit(72, Accuracy(top1=45.8, top5=100.0, loss=1.0), 34.0, 58.0, 1.0)
+    for classes, shown in ((3, "-"), (5, "-"), (6, "100.00")):
+        made = evaluate.table(
+            Path("run"), "", "last", replace(digits, classes=classes), measured, other=False, debug=False
+        )
+        assert dict(zip(made.head, made.rows[0], strict=True))["top-5 %"] == shown, classes
 
 
 def test_evaluate_notes_an_accuracy_that_the_weights_do_not_give(

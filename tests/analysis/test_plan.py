@@ -3,11 +3,13 @@
 import functools
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +94,37 @@ def test_layers_of_the_default_network_by_hand(planned: Planned, untimed: None) 
             planned_run(compose.configurations(["method=dorefa", "bits=w2a2"])[0]), step_cost.CostEstimator()
         )
     }
+
+
+def test_the_title_counts_runs_and_float_baselines(planned: Planned, untimed: None) -> None:
+    title = planned("-m", "method=dorefa,lsq", "bits=w2a2", "seed=0,1")[0].title
+    assert title == "4 runs and 2 float baselines"
+    assert planned("method=dorefa")[0].title == "1 run and 1 float baseline"
+    assert planned("method=float")[0].title == "1 run"
+    assert planned("-m", "method=float,dorefa")[0].title == "2 runs", "the float run is the baseline"
+
+
+def test_a_message_says_which_network_is_measured_if_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, untimed: None, planned: Planned
+) -> None:
+    runs = [planned_run(config) for config in compose.configurations(["-m", "method=dorefa", "bits=w2a2", "seed=0,1"])]
+    said: list[str] = []
+    assemble_quickly = step_cost.assemble
+
+    def assemble_slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.1)
+        return assemble_quickly(*args, **kwargs)
+
+    monkeypatch.setattr(step_cost, "PATIENCE_SECONDS", 60.0)
+    plan.plan(runs, said.append)
+    assert not said
+    monkeypatch.setattr(step_cost, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(step_cost, "assemble", assemble_slowly)
+    plan.plan(runs, said.append)
+    assert [re.sub(r"-[0-9a-f]{8} ", " ", line) for line in said] == [
+        "measuring network 1 of 2: dorefa-w2a2g32-s0 ...",
+        "measuring network 2 of 2: float-w32a32g32-s0 ...",
+    ]
 
 
 SUMMED = [("method=ttq",), ("method=qd", "bits.w=4"), ("method=hwgq",), ("method=lsq", "layers.first=8")]

@@ -101,6 +101,7 @@ def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(launcher: str, tmp_
     assert len(digests(tmp_path / "alone")) == 6
     parallel = qbench(*words, f"out={launcher}", f"hydra/launcher={launcher}", cwd=tmp_path)
     assert parallel.returncode == 0, parallel.stderr
+    assert re.match(rf"{launcher}: starting worker processes for 4 runs \.\.\.\n", parallel.stderr), parallel.stderr
     assert digests(tmp_path / launcher) == digests(tmp_path / "alone")
     assert parallel.stdout.replace(launcher, "alone") == alone.stdout
     assert {p.name for p in tmp_path.iterdir()} == {"alone", launcher}

@@ -29,7 +29,7 @@ from qbench.experiment.planned_run import planned_run
 from qbench.papers.published_figures import published_rows
 from qbench.papers.published_table import absence_note
 from qbench.report.comparison.compare import compare
-from qbench.report.comparison.filters import select_runs
+from qbench.report.comparison.filters import filter_words, select_runs
 from qbench.report.comparison.pairs import conclude
 from qbench.report.comparison.setting_table import MissingRuns, settings_of
 from qbench.report.html.page import html
@@ -45,6 +45,29 @@ def identity_of(path: Path) -> str:
 
 def tables(config: Config) -> list[Table]:
     return compare(read([config.out]))
+
+
+def test_filter_words_keep_the_runs_of_a_sweep_and_no_others(configure: Configure) -> None:
+    def planted(*words: str) -> Path:
+        return plant(configure(*words), 97.0, 98.0)
+
+    old = [
+        planted("method=dorefa", "bits=w4a4"),
+        planted("method=ttq", "bits.w=2"),
+        planted("method=dorefa", "epochs=3"),
+    ]
+    own = [planted("method=dorefa", f"seed={seed}", bits) for seed in (0, 1) for bits in ("bits=w2a2", "bits=w3a3")]
+    runs = read([configure().out])
+    sweep = [run for run in runs if run.path in own]
+    words = filter_words(sweep, runs)
+    assert words == ["bits=w2a2g32,w3a3g32"]
+    kept, _ = select_runs(runs, {key: values.split(",") for key, _, values in (w.partition("=") for w in words)})
+    assert [run.path for run in kept] == sorted(own)
+    (short,) = (run for run in runs if run.path == old[2])
+    assert filter_words([short], runs) == ["method=dorefa", "bits=w2a32g32"]
+    planted("method=dorefa")
+    assert filter_words([short], read([configure().out]))[-1] == "epochs=3"
+    assert filter_words(runs, runs) == []
 
 
 def test_mean_spread_number_and_difference(configure: Configure) -> None:

@@ -364,6 +364,6 @@ def test_forward_curves_are_those_of_qbench_plot() -> None:
 def test_the_command_says_which_files_it_wrote(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "page.html"
     table = run_compare([out, "--html", str(file)])
-    assert capsys.readouterr().err == f"wrote {file}\n"
+    assert capsys.readouterr().err == f"writing {file} ...\nwrote {file}\n"
     assert file.is_file()
     assert "wrote" not in table, "the table alone is on stdout"

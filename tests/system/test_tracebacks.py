@@ -47,9 +47,7 @@ def error_of(call: Callable[[], object]) -> Exception:
 
 
 @pytest.mark.parametrize(("name", "line"), [("in_torch", 7), ("in_numpy", 10)])
-def test_the_line_of_own_code_is_named(
-    mine: object, name: str, line: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_line_of_own_code_is_named(mine: object, name: str, line: int, capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of(getattr(mine, name))
     assert place_in_own_code(error) == f"mine.py, line {line}, in {name}"
     assert report(error) == 1

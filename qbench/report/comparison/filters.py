@@ -9,6 +9,8 @@ from qbench.errors import ConfigError
 from qbench.report.comparison import naming
 from qbench.runs.reader import DONE, RunRecord
 
+FIRST_KEYS = ("dataset", "model", "method", "bits", "seed")
+"""Keys by which runs are selected first."""
 VALUES_LISTED = 20
 """Largest number of values that an error message lists."""
 RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
@@ -51,6 +53,34 @@ def matching_runs(
             raise ConfigError(_unknown_key(key, known))
     notes = _absent_values(where, runs, keys)
     return _matching(runs, where, keys), notes
+
+
+def filter_words(own: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
+    """Return the words KEY=VALUE,... for `qbench compare` that keep the runs `own` and leave out as many others as can be.
+
+    The list is empty if there are no other runs. Float baselines do not count, because `select_runs` adds them.
+    """
+    kept = [_keys_of(run) for run in own if not (run.result and naming.is_baseline(run.result))]
+    paths = {run.path for run in own}
+    left = [run for run in others if run.path not in paths and not (run.result and naming.is_baseline(run.result))]
+    known = set.intersection(*map(set, kept)) if kept else set()
+    words = []
+    for key in [*(key for key in FIRST_KEYS if key in known), *sorted(known.difference(FIRST_KEYS, ("status",)))]:
+        values = list(dict.fromkeys(_as_typed(keys[key]) for keys in kept))
+        remaining = [run for run in left if _matches(_keys_of(run), {key: values}, run.result is None)]
+        if len(remaining) < len(left) and not any("," in value for value in values):
+            words.append(f"{key}={','.join(values)}")
+            left = remaining
+    return words
+
+
+def _keys_of(run: RunRecord) -> RunKeys:
+    return naming.run_keys(run.result) if run.result else _keys_of_directory(run)
+
+
+def _as_typed(stored: str) -> str:
+    value = json.loads(stored)
+    return value if isinstance(value, str) else stored
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:
