@@ -1,6 +1,6 @@
 """Your own images, with one folder per class.
 
-Training images are root/train/CLASS/*.jpg. Test images are root/val/CLASS/*.jpg or root/test/CLASS/*.jpg. The share
+Training images are root/train/CLASS/IMAGE. Test images are root/val/CLASS/IMAGE or root/test/CLASS/IMAGE. The share
 `val` of the training images becomes the validation split. Classes are the folders in train, sorted by name. Images may
 also be in subfolders of a class. A link to a folder that is already read is refused.
 
@@ -8,7 +8,7 @@ Files with the suffix of an image format (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP
 and ignored. Grey, CMYK, palette and 16-bit images are converted to RGB. In 16-bit images, white must be 65535, and data
 sets that use fewer bits are refused. The EXIF orientation is ignored, as in torchvision.
 
-With `test=0.2`, all images are root/CLASS/*.jpg, and a fifth of the images of each class form the test split. The test
+With `test=0.2`, all images are root/CLASS/IMAGE, and a fifth of the images of each class form the test split. The test
 split is the same in every run.
 
 With `augment=plain`, the shorter side of an image is resized to `resize` pixels. Then `size` x `size` pixels are

@@ -68,10 +68,10 @@ def classes_in(root: Path, part: str) -> list[str]:
     """
     folder = root / part
     if not folder.is_dir():
-        raise _layout_error(root, f"{folder}: no such folder; {folder.parent} contains {_contents(folder.parent)}")
+        raise _layout_error(root, part, f"{folder}: no such folder; {folder.parent} contains {_contents(folder.parent)}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise _layout_error(root, f"{folder} contains no folders; it contains {_contents(folder)}")
+        raise _layout_error(root, part, f"{folder} contains no folders; it contains {_contents(folder)}")
     return classes
 
 
@@ -105,7 +105,7 @@ def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles
     folders = classes_in(root, part)
     if unknown := sorted(set(folders) - set(classes)):
         raise _layout_error(
-            root, f"{root / part}: contains folders that are not classes of train: {_first_names(unknown)}"
+            root, part, f"{root / part}: contains folders that are not classes of train: {_first_names(unknown)}"
         )
     names: list[str] = []
     labels: list[int] = []
@@ -119,7 +119,7 @@ def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles
         empty += [] if images else [name]
     if empty and (part in ("train", ".") or not names):
         raise _layout_error(
-            root, f"{len(empty)} class folders of {root / part} contain no images: {_first_names(empty)}"
+            root, part, f"{len(empty)} class folders of {root / part} contain no images: {_first_names(empty)}"
         )
     return ImageFiles(tuple(names), tuple(labels), ignored, known)
 
@@ -140,7 +140,7 @@ def find_test_folder(root: Path, part: str) -> str:
             f"{root} contains val/ and test/\ntype dataset.test=val or dataset.test=test (the other folder is not read)"
         )
     if not existing:
-        raise _layout_error(root, f"{root} contains neither val/ nor test/; it contains {_contents(root)}")
+        raise _layout_error(root, part, f"{root} contains neither val/ nor test/; it contains {_contents(root)}")
     return existing[0]
 
 
@@ -338,12 +338,18 @@ def _raise_resource_error(error: OSError) -> None:
     raise ResourceError(f"{error.filename}: {error.strerror}")
 
 
-def _layout_error(root: Path, found: str) -> DataError:
-    return DataError(
-        f"{found}\nexpected in {root}: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg), one folder "
-        f"per class\ntype dataset.root=DIR for the folder that contains train/, or dataset=folder "
-        "dataset.test=0.2 for the folder that contains CLASS/*.jpg"
-    )
+def _layout_error(root: Path, part: str, found: str) -> DataError:
+    """Return an error that names the layout that applies: classes in one folder if the part is `.`, else splits."""
+    suffixes = f"one folder per class; IMAGE ends in {', '.join(SUFFIXES)}"
+    if part == ".":
+        expected, advice = "CLASS/IMAGE", "type dataset.root=DIR for the folder that contains the folders of classes"
+    else:
+        expected = "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/CLASS/IMAGE)"
+        advice = (
+            "type dataset.root=DIR for the folder that contains train/, or dataset=folder dataset.test=0.2 for one that "
+            "contains CLASS/IMAGE"
+        )
+    return DataError(f"{found}\nexpected in {root}: {expected}, {suffixes}\n{advice}")
 
 
 def _contents(folder: Path) -> str:

@@ -24,6 +24,7 @@ from qbench.data.augment import Augment
 from qbench.data.dataset import Loader, Split
 from qbench.data.dataset_check import dataset_notes
 from qbench.data.file_stream import FileSplit
+from qbench.data.image_folders import SUFFIXES
 from qbench.data.normalize import FIXED
 from qbench.errors import ConfigError, DataError
 from qbench.experiment.builders import build_dataset
@@ -107,7 +108,7 @@ def test_errors_name_the_expected_layout(case: str, tmp_path: Path) -> None:
         build_folder(root)
     lines = str(raised.value).splitlines()
     assert len(lines) == 3
-    assert f"expected in {root}: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg)" in lines[1]
+    assert f"expected in {root}: train/CLASS/IMAGE and val/CLASS/IMAGE (or test/CLASS/IMAGE)" in lines[1]
     assert "dataset.root=DIR" in lines[2]
 
 
@@ -348,7 +349,7 @@ def test_a_share_of_one_folder_is_the_test_split(tmp_path: Path) -> None:
         (0.9, (1, 5, 5), False, "test=0.9: leaves 1 classes without training images; there are 11 images in 3 classes"),
         (0.1, (1, 2, 3), False, "test=0.1: leaves no test images; there are 6 images in 3 classes"),
         (0.2, (5, 5, 5), True, "contains train/, val/, which are splits and not classes\ntype dataset.test=auto"),
-        ("auto", (5, 5, 5), False, "or dataset=folder dataset.test=0.2 for the folder that contains CLASS/*.jpg"),
+        ("auto", (5, 5, 5), False, "or dataset=folder dataset.test=0.2 for one that contains CLASS/IMAGE"),
     ],
 )
 def test_a_folder_that_cannot_be_divided_is_refused(
@@ -359,6 +360,23 @@ def test_a_folder_that_cannot_be_divided_is_refused(
         folder.build(root=str(root), test=test, size=16, resize=18)
     assert message in str(raised.value)
     assert len(str(raised.value).splitlines()) <= 3
+
+
+def test_the_error_of_a_divided_folder_names_only_its_layout_and_every_suffix(tmp_path: Path) -> None:
+    """dataset.test=0.2 is typed already: the message does not name it, nor a folder train."""
+    (tmp_path / "set" / "ant").mkdir(parents=True)
+    (tmp_path / "set" / "ant" / "0.heic").write_bytes(b"")
+    with pytest.raises(DataError, match="1 class folders of .*set contain no images: ant") as raised:
+        folder.build(root=str(tmp_path / "set"), test=0.2, size=16, resize=18)
+    assert str(raised.value).splitlines()[1:] == [
+        f"expected in {tmp_path / 'set'}: CLASS/IMAGE, one folder per class; IMAGE ends in .jpg, .jpeg, .png, .ppm, "
+        ".bmp, .pgm, .tif, .tiff, .webp",
+        "type dataset.root=DIR for the folder that contains the folders of classes",
+    ]
+    with pytest.raises(DataError, match="no such folder") as raised:
+        folder.build(root=str(tmp_path / "sett"), test=0.2, size=16, resize=18)
+    assert "train/" not in str(raised.value)
+    assert ", ".join(SUFFIXES) in (ROOT / "conf/dataset/folder.yaml").read_text()
 
 
 @pytest.mark.parametrize(
