@@ -80,7 +80,12 @@ def describe(arguments: list[str]) -> int:
         known = ", ".join(registry.names("method"))
         raise ConfigError(f"describe needs exactly one method or run directory, found {len(words)}\nmethods: {known}")
     name = words[0].removeprefix("method=")
-    print(registry.card(name))
+    card = registry.card(name)
+    print(card)
+    if "Bits" not in registry.sections(card):
+        from qbench.analysis.method_text import widths_and_options
+
+        print(f"\n{widths_and_options(name)}")
     stored = "" if ":" in name else f"; the repository contains this plot: docs/pictures/{name}.png"
     print(f"\nPlot\n    qbench plot {name}{stored}")
     deviations = registry.known_deviations(name)

@@ -68,7 +68,9 @@ def classes_in(root: Path, part: str) -> list[str]:
     """
     folder = root / part
     if not folder.is_dir():
-        raise _layout_error(root, part, f"{folder}: no such folder; {folder.parent} contains {_contents(folder.parent)}")
+        raise _layout_error(
+            root, part, f"{folder}: no such folder; {folder.parent} contains {_contents(folder.parent)}"
+        )
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise _layout_error(root, part, f"{folder} contains no folders; it contains {_contents(folder)}")

@@ -128,13 +128,18 @@ class Method:
     foreign_names: Mapping[str, str] = field(default_factory=dict)
     teachers: tuple[nn.Module, ...] = ()
 
+    def allowed_widths(self, key: str) -> str:
+        """Return the widths that the method supports for w, a or g, as text such as `2-8 or 32`."""
+        widths = [k for k in range(1, FLOAT) if k in self.supported_bits.get(key, ())]
+        return f"{_ranges(widths)} or {FLOAT}" if widths else str(FLOAT)
+
     def check(self, bits: Bits) -> None:
         """Raise `Unsupported` for a width that the method does not support."""
         for key, width in bits._asdict().items():
             if width != FLOAT and width not in self.supported_bits.get(key, ()):
-                widths = [k for k in range(1, FLOAT) if k in self.supported_bits.get(key, ())]
                 what = {"w": "weights", "a": "activations", "g": "gradients"}[key]
-                allowed = f"{_ranges(widths)} or {FLOAT}" if widths else f"{FLOAT} ({what} are not quantized)"
+                allowed = self.allowed_widths(key)
+                allowed += f" ({what} are not quantized)" if allowed == str(FLOAT) else ""
                 raise Unsupported(f"{self.name} does not support bits.{key}={width} for {what}; allowed: {allowed}")
 
 

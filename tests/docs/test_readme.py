@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from pages import commands
+from PIL import Image
 from torch import nn
 
 import qbench
@@ -85,6 +86,19 @@ def test_a_network_and_data_of_ones_own(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("own_code")
+def test_the_network_of_ones_own_reads_the_images_of_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    """The images of the folder have three channels, and those of my_data one."""
+    rng = np.random.default_rng(0)
+    for label in ("ant", "bee", "cat"):
+        Path("photos", label).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(f"photos/{label}/{i}.png")
+    (line,) = re.findall(r"^qbench (dataset=folder .*)$", README, re.MULTILINE)
+    assert cli(["plan", *line.split(), "dataset.size=16", "dataset.resize=16"]) == 0
+    assert re.search(r"^features\.0\.0 +16x3x3x3 ", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("own_code")
 def test_a_method_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["check", "my_method:build"]) == 0
     assert "properties hold" in capsys.readouterr().out
@@ -94,5 +108,12 @@ def test_a_method_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
         "twn",
         "ttq",
     }
+    assert cli(["describe", "my_method:build"]) == 0
+    assert (
+        "\nBits\n    w 2-8 or 32, a 32, g 32; by default w2a32g32\n\n"
+        "Options, with their default values\n    method.factor=2.0\n"
+    ) in capsys.readouterr().out
+    assert cli(["plan", "method=my_method:build", "method.factor=-1"]) == 2
+    assert capsys.readouterr().err == "qbench: method.factor=-1: must be above 0\n"
     (config,) = compose.configurations(["method=my_method:build", "method.factor=3"])
     assert config.method["factor"] == 3

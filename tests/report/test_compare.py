@@ -366,8 +366,8 @@ def test_from_the_logs_where_the_result_is_missing(smoke: Configure) -> None:
         assert any(FROM_LOGS in note for t in tables(config) for note in t.notes)
     for event in path.glob("events.*"):
         event.write_bytes(event.read_bytes()[:100])
-    (rest,) = (t for t in tables(config) if t.title == "failed or unsupported")
-    assert rest.rows[0][0] in ("unfinished", "corrupt")
+    (rest,) = (t for t in tables(config) if t.title in ("failed or unsupported", "not finished"))
+    assert rest.rows[0][0] == {"failed or unsupported": "corrupt", "not finished": "unfinished"}[rest.title]
 
 
 def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: Path) -> None:
@@ -382,6 +382,22 @@ def test_runs_can_be_moved_and_named_one_by_one(configure: Configure, tmp_path: 
 def test_markdown_does_not_read_cells_as_html() -> None:
     written = FORMATS["md"]([Table(("a",), [("<b>x</b> | <8,8>",)])])
     assert written.splitlines()[-1] == "| &lt;b>x&lt;/b> \\| <8,8> |"
+
+
+def test_a_run_that_can_still_finish_is_not_among_the_failed(configure: Configure) -> None:
+    plant(configure("method=dorefa", "seed=3"), 0.0, status="failed", reason="why")
+    unfinished = plant(configure("method=dorefa"), 97.0)
+    (unfinished / "result.json").unlink()
+    begun = RunRecord(path=Path("elsewhere"), status="not begun")
+    made = compare([*read([configure().out]), begun])
+    assert [(t.title, [row[0] for row in t.rows]) for t in made] == [
+        ("not finished", ["not begun", "unfinished"]),
+        ("failed or unsupported", ["failed"]),
+    ]
+    planned = planned_run(configure("method=dorefa"))
+    with planned.directory.lock():
+        found = read([configure().out])
+    assert [(t.title, t.rows[0][0]) for t in compare(found)][0] == ("not finished", "running")
 
 
 def test_every_format_holds_every_accuracy(configure: Configure) -> None:

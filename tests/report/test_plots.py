@@ -38,6 +38,28 @@ def runs(configure: Configure) -> Any:
     return made
 
 
+def test_a_bar_that_the_axis_cuts_ends_in_an_arrow(configure: Configure, runs: Any) -> None:
+    """96, 97, 98 has the half-width 2.48, and 90, 97, 100 has 12.7; the axis shows less of it in both directions."""
+    for method, accuracies in (
+        ("dorefa", (96.0, 97.0, 98.0)),
+        ("twn", (84.0, 97.0, 98.0)),
+        ("ttq", (92.9, 93.0, 93.1)),
+    ):
+        for seed, top1 in enumerate(accuracies):
+            plant(configure(f"method={method}", "bits=w2a32", f"seed={seed}"), top1, 98.0)
+    panel = comparison_figure(*runs(), ["bits"]).subfigs[0].axes[0]
+    bottom, top = panel.get_ylim()
+    cut = []
+    for bars in panel.containers:
+        for (x, low), (_, high) in bars.lines[2][0].get_segments():
+            cut += [(x, top, 6)] * bool(high > top) + [(x, bottom, 7)] * bool(low < bottom)
+    assert len(cut) >= 2, "or nothing is tested"
+    assert len(cut) < 6, "or nothing is tested"
+    arrows = [line for line in panel.lines if line.get_marker() in (6, 7)]
+    assert sorted((*line.get_xydata()[0], line.get_marker()) for line in arrows) == pytest.approx(sorted(cut))
+    assert not any(line.get_clip_on() for line in arrows)
+
+
 def test_bits_are_means_with_students_interval(configure: Configure, runs: Any) -> None:
     for seed, top1 in enumerate((96.0, 97.0, 98.0)):
         plant(configure("method=dorefa", "bits=w2a32", f"seed={seed}"), top1, 98.0 + seed / 2)

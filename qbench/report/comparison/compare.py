@@ -21,11 +21,13 @@ from qbench.report.tables.table import Table
 from qbench.runs.reader import DONE, FROM_LOGS, RunRecord
 from qbench.runs.result import Result, short_commit
 
-MISSING_TITLE = "failed or unsupported"
+FAILED_TITLE, UNFINISHED_TITLE = "failed or unsupported", "not finished"
+UNFINISHED = ("running", "unfinished", "not begun")
+"""Statuses of runs that can still get a result."""
 
 
 def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
-    """Return one table per data set, network and protocol, and a table of missing results.
+    """Return one table per data set, network and protocol, and tables of unfinished and of failed runs.
 
     A row of a table is a setting: one method with its options and its widths. The accuracy of a setting is the test
     top-1 after the last epoch, averaged over seeds. The difference in accuracy is the mean difference between each run
@@ -56,7 +58,9 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     ]
     if tables:
         tables[-1] = replace(tables[-1], notes=tables[-1].notes + duplicate_notes)
-    tables += _missing_table(runs)
+    missing = [run for run in runs if run.status != DONE]
+    tables += _missing_table(UNFINISHED_TITLE, [run for run in missing if run.status in UNFINISHED])
+    tables += _missing_table(FAILED_TITLE, [run for run in missing if run.status not in UNFINISHED])
     unread = [f"{run.path.name}: {what}" for run in runs for what in run.unread]
     if unread:
         tables[-1] = replace(tables[-1], notes=tables[-1].notes + unread)
@@ -247,9 +251,8 @@ def _commit_notes(results: Sequence[Result], context: _Context) -> Iterator[str]
         yield f"runs come from several commits of qbench, whose results may differ: {listed}"
 
 
-def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
-    """Return the table of failed, diverged, unsupported, unfinished, running and corrupt runs."""
-    missing = [run for run in runs if run.status != DONE]
+def _missing_table(title: str, missing: Sequence[RunRecord]) -> list[Table]:
+    """Return the table of runs without a result, or nothing if there is no such run."""
     if not missing:
         return []
     grouped: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
@@ -262,7 +265,7 @@ def _missing_table(runs: Sequence[RunRecord]) -> list[Table]:
         count = f", {len(alike)} runs" if len(alike) > 1 else ""
         rows.append((status, name + count, reason.partition("\n")[0]))
         values.append(MissingRuns(status=status, runs=tuple(str(run.path) for run in alike), reason=reason))
-    return [Table(("status", "run", "reason"), rows, values, MISSING_TITLE)]
+    return [Table(("status", "run", "reason"), rows, values, title)]
 
 
 def _recorded_baseline(result: Result, *, other_run: bool) -> Result:

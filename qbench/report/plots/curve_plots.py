@@ -20,8 +20,8 @@ def curves(figure: Figure, data: PlotData) -> None:
 
 
 def layers(figure: Figure, data: PlotData) -> None:
-    """Plot the SQNR of all layers' outputs, with one panel per method."""
-    for panel in _small_multiples(figure, data.errors, "SQNR (dB)", "layer"):
+    """Plot the SQNR up to scale of all layers' outputs, with one panel per method."""
+    for panel in _small_multiples(figure, data.errors, "SQNR up to scale (dB)", "layer"):
         panel.set_xticks(range(len(data.layers)), [*map(printable, data.layers)], rotation=90, fontsize=5.5)
 
 

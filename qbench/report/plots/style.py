@@ -20,6 +20,8 @@ Dash = str | tuple[int, tuple[float, ...]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
+CARET_UP, CARET_DOWN = 6, 7
+"""Matplotlib's numbers of the markers of cut confidence intervals, whose tips are at the edge of the panel."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 """Markers of methods. Combinations of the 11 markers and 6 colours repeat only after 66 methods."""
 DASHES: tuple[Dash, ...] = (
@@ -75,7 +77,14 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
     low = max(0.0, min(m - half for m, half in zip(means, halves, strict=True)))
     high = min(100.0, max(m + half for m, half in zip(means, halves, strict=True)))
     low, high = (low, high) if high > low else (low - 1, high + 1)
-    if high - low < FAR or max(means) < GOOD:
+    label = _scale_axis(panel, low, high, room, log_error=high - low >= FAR and max(means) >= GOOD)
+    _mark_cut_bars(panel)
+    return label
+
+
+def _scale_axis(panel: Axes, low: float, high: float, room: float, *, log_error: bool) -> str:
+    """Set the limits and the scale of the accuracy axis, and return its label."""
+    if not log_error:
         panel.set_ylim(low - 0.06 * (high - low), high + room * (high - low))
         return "test top-1 (%)"
     panel.set_yscale("function", functions=(_log_error, _from_log_error))
@@ -83,6 +92,18 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
     panel.set_ylim(_from_log_error(_log_error(low) - 0.06 * length), _from_log_error(_log_error(high) + room * length))
     panel.set_yticks([tick for tick in TICKS if low <= tick <= high])
     return "test top-1 (%), log scale of the error"
+
+
+def _mark_cut_bars(panel: Axes) -> None:
+    """Draw an arrow at the edge of a panel where it cuts a confidence interval that `points` has drawn."""
+    bottom, top = panel.get_ylim()
+    for bars in panel.containers:
+        for (x, low), (_, high) in bars.lines[2][0].get_segments():  # without an interval, the ends are nan
+            look = {"color": bars.lines[0].get_color(), "ls": "", "ms": 5, "clip_on": False, "zorder": 5}
+            if high > top:
+                panel.plot(x, top, marker=CARET_UP, scalex=False, scaley=False, **look)
+            if low < bottom:
+                panel.plot(x, bottom, marker=CARET_DOWN, scalex=False, scaley=False, **look)
 
 
 def _log_error(top1: "float | NDArray[np.floating]") -> "NDArray[np.floating]":
