@@ -366,7 +366,7 @@ def test_the_error_of_a_divided_folder_names_only_its_layout_and_every_suffix(tm
     """dataset.test=0.2 is typed already: the message does not name it, nor a folder train."""
     (tmp_path / "set" / "ant").mkdir(parents=True)
     (tmp_path / "set" / "ant" / "0.heic").write_bytes(b"")
-    with pytest.raises(DataError, match="1 class folders of .*set contain no images: ant") as raised:
+    with pytest.raises(DataError, match=r"1 class folders of .*set contain no images: ant") as raised:
         folder.build(root=str(tmp_path / "set"), test=0.2, size=16, resize=18)
     assert str(raised.value).splitlines()[1:] == [
         f"expected in {tmp_path / 'set'}: CLASS/IMAGE, one folder per class; IMAGE ends in .jpg, .jpeg, .png, .ppm, "

@@ -26,7 +26,8 @@ from qbench.system import files
 SUFFIXES = (".png", ".pdf", ".svg")
 TITLES = {
     "bits": "Accuracy over bit width; bars: 95 % confidence intervals over seeds, with an arrow where one is cut",
-    "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds, with an arrow where one is cut; rings with numbers: Pareto front",
+    "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds, with an arrow where one is cut; rings "
+    "with numbers: Pareto front",
     "curves": "Learning curves: float training at the left of the line, quantized training at the right; bands: "
     "range over seeds",
     "layers": "Layer outputs: SQNR up to scale, relative to the float output of the latent weights, at the scale of "
