@@ -65,7 +65,7 @@ def final_result(
     session.write_weights("best.pt", best_weights)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
     notes = [*_baseline_note(baseline), *_notes(setup, verified), *_commit_notes(commits)]
-    float_evaluation = final if setup.is_baseline else baseline and baseline.final
+    float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
     evidence = evidence_warnings(setup, float_evaluation, state.step)
     warnings = [*_debug_warning(setup), *evidence, *_warnings(setup, model, images), *session.monitor.warned.values()]
     result = replace(

@@ -41,7 +41,7 @@ def sample_notes(settings: Sequence[Setting]) -> list[str]:
 
 
 def pair_notes(pairs: Sequence[SettingPair], margin: float) -> list[str]:
-    """Return a note that says how the pairs of a table were compared, and one sentence for each combination of widths."""
+    """Return a note on how the pairs of a table were compared, and one sentence for each combination of widths."""
     by_widths: dict[int, list[SettingPair]] = defaultdict(list)
     for pair in pairs:
         if pair.leading:
