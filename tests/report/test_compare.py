@@ -840,3 +840,9 @@ def test_damaged_directories_are_named_and_harm_nothing(tmp_path_factory: Any, m
     assert [run.top1 for run in runs[:1]] == [97.0]
     statuses = [v.status for v in missing]
     assert statuses == (["corrupt"] if victim.name == "result.json" and victim.read_bytes() != bytes(old) else [])
+
+
+def test_columns_of_text_are_aligned_by_the_width_in_a_terminal() -> None:
+    table = Table(("a", "b"), [("漢字", "1"), ("x", "22")], title="t", notes=["n"])
+    lines = ["t", "a      b", "漢字   1", "x     22", "n"]
+    assert FORMATS["text"]([table, table]).split("\n") == [*lines, "", *lines]

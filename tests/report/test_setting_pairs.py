@@ -32,6 +32,16 @@ FAMILIES = 2000
 # --- statistics
 
 
+def test_few_values_have_the_same_mean_and_variance_as_in_numpy() -> None:
+    rng = np.random.default_rng(0)
+    for n in range(2, 12):
+        for scale in (1e-3, 1.0, 30.0):
+            values = rng.normal(90, scale, n)
+            d = paired(values.tolist(), [0.0] * n)
+            assert (d.mean, d.seed_variance) == (values.mean(), values.var(ddof=1) / n)
+    assert paired([90.1 + 1e-14, 90.1], [0.0, 0.0]).seed_variance == 0
+
+
 def test_error_of_the_test_sample_by_hand() -> None:
     """90 % of 400: 1.95996 sqrt(0.9 0.1 / 400) = 1.95996 0.015; 100 % of 200 counts as 199.5 right."""
     assert sample_error(90, 400) == pytest.approx(2.93995, abs=1e-5)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05
 """Significance level. The confidence level of intervals is 1 - ALPHA = 95 %."""
+MOST_FEW = 7
+"""Up to this number of values, NumPy adds them one after another."""
 NORMAL_QUANTILE = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 
@@ -61,14 +63,36 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     Raises:
         ValueError: the groups are empty or have different lengths.
     """
-    import numpy as np
-
     if not len(first) or len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} values: paired groups must have one value per seed")
-    differences = np.subtract(first, second, dtype=float)
-    n = len(differences)
-    squared_error = _variance(differences) / n if n > 1 else math.inf
-    return _difference(float(differences.mean()), n, squared_error, 0.0, n - 1.0, None)
+    n = len(first)
+    mean, variance = (_few if n <= MOST_FEW else _many)([float(a - b) for a, b in zip(first, second, strict=True)])
+    return _difference(mean, n, variance / n if n > 1 else math.inf, 0.0, n - 1.0, None)
+
+
+def _few(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and variance of up to `MOST_FEW` values, as `_many` does. NumPy would take ten times as long."""
+    mean = _sum(values) / len(values)
+    tolerance = 1e-12 * (1 + max(map(abs, values)))
+    if max(values) - min(values) <= tolerance:
+        return mean, 0.0
+    return mean, _sum([(value - mean) * (value - mean) for value in values]) / (len(values) - 1)
+
+
+def _many(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and unbiased variance of values."""
+    import numpy as np
+
+    array = np.asarray(values, dtype=float)
+    return float(array.mean()), _variance(array)
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Return the sum, rounded after each addition as in NumPy. Python's `sum` compensates, since version 3.12."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def two_way(first_hits: "ArrayLike", second_hits: "ArrayLike") -> Difference:
