@@ -118,6 +118,7 @@ def test_the_largest_codes_and_weights_do_not_overflow() -> None:
     with torch.no_grad():
         model[1].bias.fill_(10.0)
         model[2].weight.fill_(1.0)
+        model[2].weight[:, :4] = torch.tensor([-1.0, -0.3, 0.3, 1.0])[:, None, None]  # all levels
     images = torch.randn(4, 1, 8, 8)
     install(dorefa.build(w=2, a=2), model, example=images[:1])
     with torch.no_grad():
