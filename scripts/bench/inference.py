@@ -1,6 +1,7 @@
 """Times exported ResNet-20 networks (3x32x32, one thread) in each runtime, relative to ONNX Runtime.
 
-    .venv/bin/python scripts/bench/inference.py [--rounds 21]
+    .venv/bin/python scripts/bench/inference.py [--rounds 21] [--forms pre,post]
+    .venv/bin/python scripts/bench/inference.py --formats    # only the two formats of codes; this needs AVX2
 
 The weights are random, because times depend only on widths and sizes. The row `int8` of ONNX Runtime is ONNX Runtime's
 own static quantization of the float network. The row `int8` of torch is FX graph mode quantization.
@@ -28,6 +29,7 @@ from measure import Work, interleaved, machine, markdown, versions
 from torch import Tensor, nn
 
 from qbench.analysis.export import load_exported
+from qbench.deploy import kernel_formats
 from qbench.deploy.about import About
 from qbench.deploy.onnx_file import to_onnx
 from qbench.deploy.packed import pack_network
@@ -188,11 +190,40 @@ def table(form: str, batch: int, names: Mapping[str, str], rounds: int, peaks: b
     return markdown(head, rows)
 
 
+@torch.no_grad()
+def formats_table(form: str, rounds: int) -> str:
+    """Return the processor times of the two formats of codes, which compute the same bits."""
+    usual = kernel_formats.tables_are_faster
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_files(folder, form)
+        contenders = works(["onnxruntime int8"], folder, form, 1)
+        logits: dict[str, object] = {}
+        for tables in (True, False):
+            kernel_formats.tables_are_faster = lambda tables=tables: tables  # type: ignore[misc]
+            for widths in TARGETS:
+                torch.manual_seed(0)  # the same image
+                work = works([f"numba {widths}"], folder, form, 1)[f"numba {widths}"]
+                contenders[f"numba {widths}, {'tables' if tables else 'planes'}"] = work
+                assert torch.equal(logits.setdefault(widths, work()), work())  # type: ignore[arg-type]
+        kernel_formats.tables_are_faster = usual
+        ratios = interleaved(contenders, rounds, repeat=5, clock=time.process_time)
+    least = ratios["onnxruntime int8"].least
+    rows = [
+        (name, f"{1000 * ratio.least:.3f}", f"{ratio.least / least:.2f}", f"{1000 * ratio.seconds:.3f}", str(ratio))
+        for name, ratio in ratios.items()
+    ]
+    head = f"form={form}, batch 1", "least ms", "least / int8", "median ms", "median of ratios to int8"
+    return markdown(head, rows)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--peak", nargs=3, metavar=("NAME", "FOLDER", "FORM"), help=argparse.SUPPRESS)
+    parser.add_argument("--formats", action="store_true", help="compare only the formats of codes; this needs AVX2")
+    parser.add_argument("--forms", default="pre,post", help="forms of the network (default: pre,post)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -203,8 +234,12 @@ def main() -> None:
         print(memory("VmHWM") - before)
         return
     print(f"{machine()}, {versions('onnxruntime', 'openvino', 'numba')}; 1 thread, {options.rounds} rounds\n")
+    if options.formats:
+        for form in options.forms.split(","):
+            print(formats_table(form, options.rounds), end="\n\n", flush=True)
+        return
     base = {"onnxruntime fp32": "", "onnxruntime int8": "", "torch fp32": "", "torch int8": ""}
-    for form in ("pre", "post"):
+    for form in options.forms.split(","):
         single = base | {f"numba {widths}": target for widths, target in TARGETS.items()}
         print(table(form, 1, single, options.rounds, peaks=True), end="\n\n")
         many = base | {f"openvino {widths}": BATCH_TARGET for widths in ("W2A2", "W4A4")} | {"numba W2A2": ""}

@@ -19,7 +19,7 @@ class Ratio:
     """The ratio of a contender's time to the baseline's time in the same round.
 
     `median`, `low` and `high` are the median and the quartiles of the ratio over all rounds. `seconds` is the
-    contender's median time.
+    contender's median time, and `least` is its smallest time.
     """
 
     median: float
@@ -27,6 +27,7 @@ class Ratio:
     high: float
     rounds: int
     seconds: float
+    least: float
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
@@ -66,7 +67,7 @@ def interleaved(
     for name in names:
         ratios = [t / base for t, base in zip(times[name], times[names[0]], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
-        result[name] = Ratio(median, low, high, rounds, statistics.median(times[name]))
+        result[name] = Ratio(median, low, high, rounds, statistics.median(times[name]), min(times[name]))
     return result
 
 
