@@ -109,22 +109,24 @@ def test_sizes_and_pooling(case: tuple[str, str], monkeypatch: pytest.MonkeyPatc
         assert torch.equal(in_numba(trace(model, images), about_digits("packed"))(images), logits)
 
 
-def test_the_largest_codes_and_weights_do_not_overflow() -> None:
+def test_the_largest_sums_do_not_overflow() -> None:
     """A row of 46 pairs of tables is added up in three parts of 16, 16 and 14, each of which fits into a byte."""
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 368, 1), nn.BatchNorm2d(368), nn.Conv2d(368, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(16, 10),
     )  # fmt: skip
     with torch.no_grad():
         model[1].bias.fill_(10.0)
-        model[2].weight.fill_(1.0)
+        model[2].weight.fill_(-1.0)  # the bits 00, whose XOR with the code 11 is the largest
         model[2].weight[:, :4] = torch.tensor([-1.0, -0.3, 0.3, 1.0])[:, None, None]  # all levels
     images = torch.randn(4, 1, 8, 8)
     install(dorefa.build(w=2, a=2), model, example=images[:1])
     with torch.no_grad():
         expected = model.eval()(images)
     logits = in_numba(trace(model, images), about_digits("packed"))(images)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+    # a byte that overflows changes sums of about 364 by 28; sums of 364 in float32 have errors of about 1e-4
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-2)
 
 
 def test_tables_by_hand() -> None:
