@@ -13,26 +13,27 @@ Idea
     quantized, so that one clipping level suits the weights throughout training.
 
 Forward
-    B bits have 2^B levels. A level is a sum of one element from each set below, divided by the
-    largest sum. B = 2: {0, 1/2, 1/4, 1/8}. B = 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. B = 4: {0, 1/2,
-    1/8, 1/32} + {0, 1/4, 1/16, 1/64}. B = 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0,
+    B bits have 2^B levels. To compute a level, add one element of each set below, and divide by the
+    largest such sum. B = 2: {0, 1/2, 1/4, 1/8}. B = 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. B = 4: {0,
+    1/2, 1/8, 1/32} + {0, 1/4, 1/16, 1/64}. B = 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0,
     1/32}. The function project(v) returns the level nearest to v.
-    Weights of b bits: w = (W - mean(W)) / std(W), w_hat = alpha sign(w) project(clip(|w| / alpha, 0,
-    1)), with B = b - 1. With the sign, there are 2^b - 1 levels. With 2 bits, the levels are
-    -alpha, 0, alpha. The layer does not multiply w_hat by std(W), because the following batch
-    normalization removes the scale.
+    Weights of b bits: w = (W - mean(W)) / std(W), w_hat = alpha sign(w) project(clip(|w| / alpha,
+    0, 1)), with B = b - 1. Including the negative levels, there are 2^b - 1 levels. With 2 bits,
+    the levels are -alpha, 0, alpha. The layer does not multiply w_hat by std(W), because the
+    following batch normalization removes the scale.
     Activations of b bits: x_hat = alpha project(clip(x / alpha, 0, 1)), with B = b.
-    Weights of 8 bits, for the first and last layers: round(127 W / m) m / 127, m = max|W|.
+    Weights of the first and last layers, with 8 bits: w_hat = round(127 W / m) m / 127, with m =
+    max|W|.
 
 Backward
     Weights: dL/dw = dL/dw_hat for all weights, including clipped weights. mean(W) and std(W) are
     treated as constants.
     Activations: dL/dx = dL/dx_hat where 0 <= x <= alpha, else 0.
-    Let v be the value divided by alpha. The derivative with respect to alpha is sign(v) where v is
-    clipped, else project(v) - v.
+    Let v be w / alpha or x / alpha. The derivative of w_hat or x_hat with respect to alpha is
+    sign(v) where v is clipped, else project(v) - v.
 
 Schedule
-    One phase, from a float network. The authors start each width from the trained network of the
+    Training has one phase and starts from a float network. The authors start each width from the trained network of the
     next larger width. In qbench, type init=RUN, where RUN is the directory of the wider run.
 
 Sites
@@ -46,18 +47,19 @@ Bits
     w 2-6, 8 or 32, a 2-5 or 32, g 32; by default w4a4g32.
 
 Protocol
-    CIFAR-10 ResNet-20 with 1x1 convolutions as shortcuts: 300 epochs of SGD with momentum 0.9 and
-    batch size 128. The learning rate is 0.04, and is divided by 10 at epochs 150 and 225. Weight
-    decay is 1e-4 (3e-5 with 2 bits). The weights of the first and last layers have 8 bits, and
-    their inputs are float: layers.first=w8 layers.last=w8. The authors keep the weights with the
-    best test accuracy.
+    The authors train ResNet-20 with 1x1 convolutions as shortcuts on CIFAR-10. They train for 300
+    epochs by SGD with momentum 0.9 and batch size 128. The learning rate is 0.04, and is divided by
+    10 at epochs 150 and 225. Weight decay is 1e-4 (3e-5 with 2 bits). The weights of the first and
+    last layers have 8 bits, and the inputs of these layers are float. In qbench, type
+    layers.first=w8 layers.last=w8. The authors keep the weights with the best test accuracy.
 
 Choices
     initial_weight, initial_input: initial alpha of the weights (3 by default) and of the input (8
-    by default), as in the authors' CIFAR code. In the authors' logs, the trained alphas are between
-    1 and 2.5.
-    decay: weight decay of alpha, 1e-4 as in the authors' script. That script also has separate
-    learning rates for alpha. In qbench, alpha has the same learning rate as the weights.
+    by default). Both defaults come from the authors' CIFAR code. In the authors' logs, the trained
+    alphas are between 1 and 2.5.
+    decay: weight decay of alpha. The default 1e-4 comes from the authors' script. That script also
+    has separate learning rates for alpha. In qbench, alpha has the same learning rate as the
+    weights.
     edge_scale: the scale m of 8-bit weights. `abs` (default) uses m = max|W|. `max` uses m =
     max(W), as in the authors' code. The authors' checkpoints need `max`. With `max`, the lowest
     code in these checkpoints is -145, which does not fit into 8 bits.
@@ -88,7 +90,7 @@ from qbench.quant.ops import fused_quantizer, in_float32, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 EDGE_BITS = 8
-"""Bits of the weights of the first and last layers. Their levels are equally spaced."""
+"""Bits of the weights of the first and last layers. These weights have equally spaced levels."""
 
 SETS: dict[int, tuple[tuple[float, ...], ...]] = {
     1: ((0, 1),),
@@ -138,13 +140,13 @@ def quantize_weight(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_edge_weight(w: Tensor, edge_scale: str = "abs") -> Tensor:
-    """Quantize the weights of a first or last layer to multiples of `_top` / 127. The gradient passes unchanged."""
+    """Quantize the weights of a first or last layer to 8 bits, with the scale `_top`. The gradient passes unchanged."""
     top = _top(w, edge_scale)
     return straight_through(w, (w.detach() / top * 127).round() / 127 * top)
 
 
 def _top(w: Tensor, edge_scale: str) -> Tensor:
-    """Return max|w|; for edge_scale=max, return max(w) if max(w) > 0. If all weights are 0, return 1."""
+    """Return max(w) if edge_scale=max and max(w) > 0, else max|w|. If all weights are 0, return 1."""
     fixed = w.detach()
     largest, highest = fixed.abs().max(), fixed.max()
     top = torch.where(highest > 0, highest, largest) if edge_scale == "max" else largest
@@ -183,11 +185,11 @@ class APoTWeight(LearnedClip):
     """Quantizer of one layer's weights. It normalizes the weights before it rounds them."""
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return the quantized normalized weights. They are not multiplied by the standard deviation again."""
+        """Normalize and quantize the weights. The result is not multiplied by the standard deviation of w."""
         return quantize_weight(w, self.alpha, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: alpha times the positive and negative levels."""
+        """Return the allowed values: alpha times each signed level. There is one group for the whole tensor."""
         points = torch.tensor(levels(self.bits - 1), device=w.device, dtype=self.alpha.dtype)
         return Grid((torch.cat([-points[1:].flip(0), points]) * self.alpha).reshape(1, -1, 1))
 
@@ -197,7 +199,7 @@ class APoTWeight(LearnedClip):
 
 
 class APoTEdgeWeight(Quantizer):
-    """Quantizer of the weights of a first or last layer, with 8 bits and equally spaced levels."""
+    """8-bit quantizer of the weights of a first or last layer. The levels are equally spaced."""
 
     def __init__(self, edge_scale: str) -> None:
         super().__init__()
@@ -208,7 +210,7 @@ class APoTEdgeWeight(Quantizer):
         return quantize_edge_weight(w, self.edge_scale)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the 255 allowed values. With edge_scale=max, add the lower values that the weights need."""
+        """Return the 255 allowed values from -m to m. With edge_scale=max, add the values below -m that w needs."""
         top = _top(w, self.edge_scale)
         lowest = min(-127, int((w.detach().min() / top * 127).round()))
         return Grid((torch.arange(lowest, 128, device=w.device) / 127 * top).reshape(1, -1, 1))
@@ -226,7 +228,7 @@ class APoTActivation(LearnedClip):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: the levels times alpha."""
+        """Return the allowed values: the levels times alpha. There is one group for the whole tensor."""
         points = torch.tensor(levels(self.bits), device=x.device, dtype=self.alpha.dtype)
         return Grid((points * self.alpha).reshape(1, -1, 1))
 

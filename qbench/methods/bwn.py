@@ -6,17 +6,19 @@ Paper
     allenai/XNOR-Net (Torch).
 
 Idea
-    BWN quantizes weights as XNOR-Net does, but its activations are float. Convolutions with binary
-    weights need no multiplications. Binary weights take 32 times less memory than float32 weights.
+    BWN quantizes weights as XNOR-Net does, but the activations of BWN are float. Convolutions with
+    binary weights need no multiplications. Binary weights take 32 times less memory than float32
+    weights.
 
 Forward
     For each output filter: w_hat = alpha sign(w), with alpha = mean|w| and sign(0) = +1.
 
 Backward
-    As in the method xnor. The option `gradient` chooses the formula of the gradient.
+    The gradient of the weights is the same as in the method xnor. The option `gradient` chooses the
+    formula of the gradient.
 
 Schedule
-    One phase.
+    Training has one phase.
 
 Sites
     weight.
@@ -28,12 +30,13 @@ Bits
     w 1 or 32, a and g 32; by default w1a32g32.
 
 Protocol
-    The authors' code: SGD with momentum 0.9, batch size 128, 55 epochs. The learning rate is 1e-2,
-    then 5e-3 from epoch 19, 1e-3 from epoch 30, 5e-4 from epoch 44 and 1e-4 from epoch 53. Weight
-    decay is 5e-4 up to epoch 29 and 0 afterwards. The first and last layers are float.
+    The authors' code trains for 55 epochs by SGD with momentum 0.9 and batch size 128. The learning
+    rate is 1e-2, then 5e-3 from epoch 19, 1e-3 from epoch 30, 5e-4 from epoch 44 and 1e-4 from
+    epoch 53. Weight decay is 5e-4 up to epoch 29 and 0 afterwards. The first and last layers are
+    float.
 
 Choices
-    gradient, center, clamp: as in the method xnor.
+    gradient, center, clamp: see the method xnor.
 
 Deviations
     None known.

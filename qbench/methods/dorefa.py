@@ -11,7 +11,7 @@ Idea
     This is possible in the forward pass and in the backward pass.
 
 Forward
-    Qk(x) = round(n x) / n, n = 2^k - 1, ties to even.
+    Qk(x) = round(n x) / n, with n = 2^k - 1. Ties are rounded to even.
     Weights, k >= 2: 2 Qk(tanh w / (2 max|tanh w|) + 1/2) - 1. The maximum is taken over all weights
     of the layer.
     The levels are (2 i - n) / n, for i from 0 to n. Zero is not a level.
@@ -21,14 +21,15 @@ Forward
 Backward
     Weights, k >= 2: the gradient includes the derivatives of tanh and of the maximum. Weights, k =
     1: dL/dw = dL/dw_hat.
-    Activations: dL/dx = h'(x) dL/dx_hat. For the clip, h'(x) is 1 where 0 <= x <= 1, and 0
+    Activations: dL/dx = h'(x) dL/dx_hat. With h = clip, h'(x) is 1 where 0 <= x <= 1, and 0
     elsewhere.
-    Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), with m = max|d| of the sample
-    and u uniform in (-1/2, 1/2) / n, drawn for every element. f(d) is unbiased.
+    Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), where m is max|d| of the
+    sample. The noise u is drawn for every element, uniformly from (-1/2, 1/2) / n. f(d) is
+    unbiased.
     The levels are (2 i - n) m / n, for i from 0 to n. Zero is not a level.
 
 Schedule
-    One phase, from a float network.
+    Training has one phase and starts from a float network.
 
 Sites
     weight, input, output. The output quantizer quantizes the gradient of a layer's output. The
@@ -50,13 +51,13 @@ Protocol
 Choices
     activation: the bounded function h. The paper does not say which function h is. The authors'
     code has used three functions. `clip` (default) is the function in today's code. `abs` is min(1,
-    |x|). The authors' SVHN script used `abs` until October 2018, and the results in that script
-    were measured with `abs`. `tanh` is tanh(x) / 2, rounded on [-1/2, 1/2]. The authors' first
-    published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU in front of the
-    quantizer (`model.act=fused`). `clip` works with or without a ReLU, because `clip` sets negative
-    values to 0 as ReLU does.
-    In front of the last layer, and of every layer that stays float, qbench keeps the network's
-    ReLU. The authors' code clips the activations there instead.
+    |x|). The authors' SVHN script used `abs` until October 2018, and the results that this script
+    states were measured with `abs`. `tanh` is tanh(x) / 2, rounded to levels in [-1/2, 1/2]. The
+    authors' first published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU in
+    front of the quantizer (`model.act=fused`). `clip` works with or without a ReLU, because `clip`
+    sets negative values to 0 as ReLU does.
+    qbench keeps the network's ReLU in front of the last layer, and in front of every layer that
+    stays float. In these places, the authors' code clips the activations instead.
     Values are rounded to nearest with ties to even, as in torch and in today's TensorFlow. The
     authors' first code rounded ties up.
 
@@ -127,7 +128,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_activation(x: Tensor, bits: int) -> Tensor:
-    """Quantize activations (any shape): Qk(clip(x, 0, 1)), 2^bits levels in [0, 1].
+    """Return Qk(clip(x, 0, 1)) for activations (any shape). The result has 2^bits levels in [0, 1].
 
     With 32 bits, return x itself. Section 2.4, eq. 11.
     """
@@ -176,11 +177,11 @@ def quantize_activation_tanh(x: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = None) -> Tensor:
-    """Quantize a gradient (N, ...) with stochastic rounding, on a scale set by each sample's maximum. Eq. 12.
+    """Quantize a gradient (N, ...) with stochastic rounding. The scale of a sample is its max|x|. Eq. 12.
 
-    With 32 bits, return x itself. The noise of every element is drawn separately, from `generator`,
-    or from torch's global generator if `generator` is None. If all elements of a sample are zero,
-    they stay zero.
+    With 32 bits, return x itself. The noise of every element is drawn separately. It comes from
+    `generator`, or from torch's global generator if `generator` is None. If all elements of a
+    sample are zero, they stay zero.
     """
     if bits == FLOAT:
         return x
@@ -233,7 +234,7 @@ class DoReFaActivation(Quantizer):
         return self.function(x, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values of the whole tensor: 2^bits levels, equally spaced on an interval of length 1."""
+        """Return the 2^bits allowed values of the whole tensor, equally spaced on an interval of length 1."""
         return Grid((levels_k(self.bits, x) + self.low).reshape(1, -1, 1))
 
 
@@ -249,7 +250,7 @@ class DoReFaGradient(Quantizer):
         return on_backward(y, lambda d: quantize_gradient(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return the allowed values, with one group per sample: 2^bits levels from -max|x| to max|x| of the sample."""
+        """Return the 2^bits allowed values of each sample, from -max|x| to max|x|. There is one group per sample."""
         m = _sample_max(grad).reshape(-1, 1)
         return Grid(((2 * levels_k(self.bits, grad) - 1) * m).unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
 

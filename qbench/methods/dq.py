@@ -17,18 +17,18 @@ Forward
     points, the upper point is taken.
 
 Backward
-    dL/dp_i = sum over weights j assigned to p_i of alpha(bucket of j) dL/dw_hat_j. Weights get no
-    gradient.
+    dL/dp_i is the sum of alpha_j dL/dw_hat_j over all weights j that are assigned to p_i, where
+    alpha_j is the range of the bucket of weight j. Weights get no gradient.
     The gradient treats the assignment of weights to points as constant, although this assignment
     changes when a point moves. With few points and buckets of large range, a step can therefore
     increase the loss.
     L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, where z_t are the
     logits of the float network and z_s are the logits of the quantized network. The float network
-    is the teacher. By default it is the float baseline, which is the same network before
+    is the teacher. By default the teacher is the float baseline, which is the same network before
     quantization.
 
 Schedule
-    One phase, from a float network. Points are sorted after every step.
+    Training has one phase and starts from a float network. Points are sorted after every step.
 
 Sites
     weight. The configuration group `distill` sets the loss and the teacher.
@@ -62,9 +62,9 @@ Choices
     the same bits.w.
     For the allocation, dL/dw is the gradient of the cross entropy on 256 training images (the
     probe), in evaluation mode. The authors average the gradients of five minibatches.
-    The points are sorted after a step, but the optimizer's momentum is not, as in the authors'
-    code. If the sort swaps two points, each point therefore continues with the momentum of the
-    other point.
+    As in the authors' code, the points are sorted after a step, and the optimizer's momentum is not
+    sorted. If two points swap places, each point therefore continues with the momentum of the other
+    point.
     Points are trained at the learning rate of the recipe. The authors use small learning rates with
     SGD, because the gradient of a point is a sum over thousands of weights. Adam rescales this sum
     and does not need such small learning rates. A trained point may be outside [0, 1].
@@ -72,8 +72,8 @@ Choices
     The KL divergence is averaged as in the method qd.
 
 Deviations
-    Only the weights of convolutions and linear layers are quantized, as chosen by the layer policy.
-    The authors quantize every parameter, including biases and batch normalization.
+    qbench quantizes only the weights of convolutions and linear layers. The layer policy chooses
+    these layers. The authors quantize every parameter, including biases and batch normalization.
     As in the authors' code, only the parameters of quantizers are trained. All other parameters are
     frozen from the start, but the running statistics of batch normalization are still updated.
     Stored bytes include ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point.
@@ -103,13 +103,13 @@ CAPACITY = 4
 
 @in_float32
 def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256) -> Tensor:
-    """Quantize weights (any shape), scaled to [0, 1] in each bucket, to the nearest of `points` (m,).
+    """Scale each bucket of weights (any shape) to [0, 1], round to the nearest of `points` (m,), and scale back.
 
     Only the points get a gradient.
 
     Args:
-        points: quantization points for the scaled weights, in ascending order. A point may be
-            infinite. Such a point is never chosen.
+        points: quantization points for the scaled weights, in ascending order. An infinite point is
+            allowed, but no weight is rounded to it.
         bucket_size: number of consecutive elements of the flattened tensor that share a scale.
             With 0 or None, all elements share one scale.
     """
@@ -126,7 +126,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
 
 @in_float32
 def initial_points(w: Tensor, count: int, bucket_size: int | None = 256, initial: str = "quantiles") -> Tensor:
-    """Return `count` ascending points in [0, 1]: quantiles of the scaled weights, or equally spaced (`uniform`)."""
+    """Return `count` ascending points in [0, 1], at quantiles of the scaled weights or equally spaced (`uniform`)."""
     evenly = torch.linspace(0, 1, count, dtype=w.dtype, device=w.device)
     if initial == "uniform":
         return evenly
@@ -154,7 +154,7 @@ def allocate_points(norms: Sequence[float], points: int, maximum: int | None = N
         return [points] * len(norms)
     shared = total - base * len(norms)
     counts = [min(base + round(norm / sum_of_norms * shared), maximum or total) for norm in norms]
-    # keep the total: make up for rounding and the bound, one point at a time
+    # restore the total, which rounding and the bound changed, one point at a time
     while sum(counts) > total:
         counts[counts.index(max(counts))] -= 1
     while sum(counts) < total:
@@ -193,7 +193,7 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per bucket. They are the layer's points, scaled to the bucket."""
+        """Return the allowed values, with one group per bucket. They are the layer's points, scaled to its range."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -206,7 +206,7 @@ class DQWeight(Quantizer):
         return {"points": int(self.count)}
 
     def _used_points(self) -> Tensor:
-        """Return the points, with infinity in unused entries. This does not wait for a GPU."""
+        """Return the points, with infinity in unused entries. The function does not wait for a GPU."""
         rank = torch.arange(len(self.points), device=self.points.device)
         return torch.where(rank < self.count, self.points, torch.inf)
 

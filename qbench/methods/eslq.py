@@ -2,9 +2,9 @@
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
-    Quantization", AAAI 2018, arXiv 1803.03289: the extended SLQ. The authors' released code does
-    not contain ESLQ. That ESLQ replaces centroids by powers of two is remembered from the paper and
-    not verified.
+    Quantization", AAAI 2018, arXiv 1803.03289. ESLQ is the extended SLQ of this paper. The authors'
+    released code does not contain ESLQ. We remember from the paper that ESLQ replaces centroids by
+    powers of two. We have not verified this fact.
 
 Idea
     SLQ clusters the weights. INQ uses powers of two as levels, so that shifts replace
@@ -12,16 +12,16 @@ Idea
     is nearest to the cluster's centroid.
 
 Forward
-    As in SLQ, but the weights of a cluster do not become its centroid c. They become the level
-    nearest to c. The levels are 0, +-2^n2, ..., +-2^n1. If c is halfway between two levels, the
-    level with the larger magnitude is taken. n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1 - 2^(b-1)
-    / 2.
+    Clusters are found as in SLQ. The weights of a cluster become the level nearest to the cluster's
+    centroid c, not c itself. The levels are 0, +-2^n2, ..., +-2^n1. If c is halfway between two
+    levels, the level with the larger magnitude is taken. n1 = floor(log2(4 max|c| / 3)), n2 = n1 +
+    1 - 2^(b-1) / 2.
 
 Backward
     Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
-    As in SLQ.
+    The schedule is the same as in SLQ.
 
 Sites
     weight.
@@ -44,7 +44,7 @@ Choices
     has fewer levels than in INQ. Portions are fractions of the number of levels that the layer
     uses. If the nearest level of a cluster is already frozen, the cluster is frozen too. Losses and
     distances are measured with the levels, not with the centroids.
-    partition, portions: as in SLQ.
+    partition, portions: see the method slq.
 
 Deviations
     The first and last layers stay float, following the layer policy. To quantize both layers, type
@@ -66,7 +66,7 @@ from qbench.quant.quantizer import Storage
 
 
 class ESLQWeight(slq.SLQWeight):
-    """Quantizer of one layer's weights. Each frozen weight is the power of two nearest to its centroid."""
+    """Quantizer of one layer's weights. Each frozen weight is the level nearest to the centroid of its cluster."""
 
     n1: Tensor
 
@@ -75,13 +75,13 @@ class ESLQWeight(slq.SLQWeight):
         self.register_buffer("n1", torch.tensor(0))
 
     def shared_values(self, centroids: Tensor) -> Tensor:
-        """Return the nearest level of each centroid: a power of two or 0. The first call sets the largest exponent."""
+        """Return the level nearest to each centroid, a power of two or 0. The first call sets the largest exponent."""
         if not self.settled.any():
             self.n1.fill_(largest_exponent(centroids))
         return round_to_levels(centroids, levels_from_exponent(int(self.n1), self.bits).to(centroids))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage size of the codes and of one byte for the exponent."""
+        """Return the storage size of the codes and of the exponent, which takes one byte."""
         return Storage(w.numel(), self.bits, 1)
 
 

@@ -1,7 +1,7 @@
 """Float: the network without quantization. Quantized runs use this network as baseline or as control.
 
 Paper
-    None. The float network is the baseline that papers compare their method with.
+    None. The float network is the baseline with which papers compare their methods.
 
 Idea
     A quantized network is judged by the difference between two accuracies: the accuracy of the
@@ -17,7 +17,7 @@ Backward
     The backward pass of the network is not changed.
 
 Schedule
-    One phase.
+    Training has one phase.
 
 Sites
     None.
@@ -39,7 +39,7 @@ Deviations
     None known.
 
 Results
-    The column `float` of every table.
+    The column `float` of every table has the results.
 """
 
 from qbench.bits import Bits

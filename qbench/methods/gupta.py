@@ -19,9 +19,9 @@ Forward
     <= f + eps / 2, else f + eps. Stochastic rounding returns f + eps with probability (x - f) /
     eps, else f. (The source for saturation and stochastic rounding is a restatement of the paper.
     The ends of the range and the rounding of ties are from memory.)
-    A layer computes y = Convert(sum of w x, + bias). The products and the sum are computed in a
-    wider format. Only the sum is rounded to the format. Stored weights are on the grid already, so
-    the layer does not round them.
+    A layer computes y = Convert(sum(w x) + bias). The products and the sum are computed in a wider
+    format. Only the sum is rounded to the format <IL, FL>. Stored weights are on the grid already,
+    so the layer does not round them.
 
 Backward
     The gradients that arrive from the next layers are summed in a wider format, and Convert rounds
@@ -32,7 +32,7 @@ Backward
     the same way.
 
 Schedule
-    One phase. The initial weights are random and rounded to nearest.
+    Training has one phase. The initial weights are random and rounded to nearest.
 
 Sites
     weight (with the bias), input, output (activations forward, errors backward).
@@ -58,23 +58,24 @@ Choices
     two. In evaluation mode, values and gradients are rounded to nearest, and no random numbers are
     drawn.
     integer_*: IL of each kind of tensor. FL is WL - IL. By default, IL is 2 for weights, biases and
-    updates, and 6 for activations, as remembered above. For errors, IL is -4, so their range is
-    +-1/32. This range is sufficient for batches of 64 images: the loss is a mean over the batch, so
-    errors at the logits are at most 1/64. Smaller batches need a larger range.
+    updates, and 6 for activations. Like the protocol, these defaults are from memory. For errors,
+    IL is -4, so their range is +-1/32. This range is sufficient for batches of 64 images. The loss
+    is a mean over the batch, so errors at the logits are at most 1/64. Smaller batches need a
+    larger range.
     momentum: `float` or `fixed`. With `fixed`, SGD's momentum buffer or Adam's first moment is
     rounded after each step, to a format with integer_momentum integer bits. The paper does not say
     whether its momentum is float or fixed. Adam's second moment stays float, because squares of
     gradients do not fit such a format.
-    The gradient of a saturated value is 0, as for a clipped value. The sources do not describe this
-    case. ReLU, pooling and sums between layers are computed in float, from values on the grid. The
-    input quantizer of the next layer rounds the results.
+    The gradient of a saturated value is 0, as in methods that clip values. The sources do not state
+    this gradient. ReLU, pooling and sums between layers are computed in float, from values on the
+    grid. The input quantizer of the next layer rounds the results.
 
 Deviations
     The first and last layers stay float, following the layer policy. In the paper, all layers are
     in fixed point.
-    The wide sum is computed in float32, with 24 significant bits. If the exact sum is close to a
-    rounding threshold, the result may therefore be the neighbouring grid value. (On CUDA, torch's
-    default TF32 convolutions keep 11 bits of each factor.)
+    The sum of a layer's products is computed in float32, with 24 significant bits. If the exact sum
+    is close to a rounding threshold, the result may therefore be the neighbouring grid value. (On
+    CUDA, torch's default TF32 convolutions keep 11 bits of each factor.)
     dW is computed as the difference of the float32 values W + dW and W. For |W| < 2, a dW below
     2^-24 is therefore lost. With WL 16, 2^-24 is 1/1024 of a step.
 
@@ -100,7 +101,7 @@ ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")
 WIDTHS = (*range(8, 21), FLOAT)
 INTEGERS = range(-16, 17)
-MOMENTUM_STATE = ("momentum_buffer", "exp_avg")  # SGD's, Adam's
+MOMENTUM_STATE = ("momentum_buffer", "exp_avg")  # the names in SGD and in Adam
 
 
 @in_float32
@@ -153,7 +154,7 @@ def to_fixed(
 
 
 def _round_to_nearest(steps: Tensor, result: Tensor, half: Tensor, *scratch: Tensor) -> None:
-    """Round `steps` to the nearest integers, with ties down, into `result`. Overwrites `steps` and `half`."""
+    """Write `steps`, rounded to nearest with ties down, to `result`. Overwrite `steps` and `half`."""
     torch.add(torch.floor(steps, out=result), 0.5, out=half)
     result.add_(steps.gt_(half))
 
@@ -172,7 +173,7 @@ class FixedPointFormat(NamedTuple):
         return to_fixed(x, self.integer, self.fraction, self.rounding if training else "nearest")
 
     def grid(self, like: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: all 2^WL values of the format."""
+        """Return the allowed values: all 2^WL values of the format. There is one group for the whole tensor."""
         half = 2 ** (self.integer + self.fraction - 1)
         codes = torch.arange(-half, half, device=like.device).to(like.dtype)
         return Grid((codes * 2.0**-self.fraction).reshape(1, -1, 1))
@@ -195,11 +196,11 @@ class GuptaWeight(Quantizer):
         self.weights, self.biases, self.updates, self.momentum = weights, biases, updates, momentum
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return w itself, which is on the grid. Rounding here would allow w to be a float copy of the weights."""
+        """Return w itself, which is on the grid. If this function rounded w, w could be a float copy of the weights."""
         return w
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: all values of the weights' format."""
+        """Return the allowed values: all values of the weights' format. There is one group for the whole tensor."""
         return self.weights.grid(w)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -219,7 +220,7 @@ class GuptaActivation(Quantizer):
         return self.activations.convert(x, self.training)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: all values of the activations' format."""
+        """Return the allowed values: all values of the activations' format. There is one group for the whole tensor."""
         return self.activations.grid(x)
 
 
@@ -237,12 +238,12 @@ class GuptaOutput(Quantizer):
         return on_backward(y, lambda d: self.errors.convert(d, training))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: all values of the errors' format."""
+        """Return the allowed values: all values of the errors' format. There is one group for the whole tensor."""
         return self.errors.grid(grad)
 
 
 def fixed_point_parameters(model: nn.Module) -> Iterator[tuple[Tensor, FixedPointFormat, GuptaWeight]]:
-    """Yield, for each fixed-point weight or bias tensor: the tensor, its format, and the layer's weight quantizer."""
+    """Yield (tensor, format, weight quantizer of the layer) for each tensor of weights or biases in fixed point."""
     for layer in quantized_layers(model).values():
         if isinstance(site := layer.weight_q, GuptaWeight):
             yield layer.weight, site.weights, site

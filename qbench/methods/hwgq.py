@@ -11,10 +11,10 @@ Idea
     surrogate derivative. Whether deep networks can be trained depends on this surrogate.
 
 Forward
-    Activations: the positive levels are q_1 < ... < q_m, m = 2^b - 1. Q(x) is 0 for x <= 0, and q_i
-    for t_i-1 < x <= t_i. The threshold t_0 is 0, t_m is infinite, and every other t_i is halfway
-    between q_i and q_i+1. The levels minimize E (Q(x) - x)^2 over the positive half of N(0, 1).
-    With uniform levels, q_i is i times a step.
+    Activations: the positive levels are q_1 < ... < q_m, with m = 2^b - 1. Q(x) is 0 for x <= 0,
+    and q_i for t_i-1 < x <= t_i. The threshold t_0 is 0, t_m is infinite, and every other t_i is
+    halfway between q_i and q_i+1. The levels minimize E (Q(x) - x)^2 over the positive half of N(0,
+    1). With uniform levels, q_i is i times a step.
     Weights, for each output filter: mean|w| sign(w), with sign(0) = +1.
 
 Backward
@@ -24,7 +24,7 @@ Backward
     Weights: dL/dw = dL/dw_hat, without clipping and without the factor alpha = mean|w|.
 
 Schedule
-    One phase.
+    Training has one phase.
 
 Sites
     weight, input.
@@ -48,22 +48,22 @@ Choices
     `sign` is a control experiment of the paper. It replaces the half-wave quantizer by the one-bit
     function sign(x), with the derivative of hard tanh.
     constants: `exact` computes the optimal levels. `authors` uses rounded constants. The constants
-    for 2 bits come from the authors' code: step 0.538, or the non-uniform levels 0.453 and 1.51
-    (three values with 0). The authors' code has no constants for other widths. The steps for 1, 3
-    and 4 bits (0.799, 0.3217 and 0.185) come from EdMIPS, later code by the same first author.
+    for 2 bits are a step of 0.538, or the three non-uniform levels 0, 0.453 and 1.51. They come
+    from the authors' code, which has no constants for other widths. The steps for 1, 3 and 4 bits
+    (0.799, 0.3217 and 0.185) come from EdMIPS, later code by the same first author.
     threshold: `zero` is the paper's first threshold. `half_step` sets the first threshold to half a
     step, as in round(x / step), and uses the optimal step for this threshold. EdMIPS also has a
     first threshold of half a step, but the steps in EdMIPS are optimal for the first threshold 0.
     A ReLU in front of the quantizer changes nothing, because the quantizer maps x <= 0 to 0. qbench
-    removes the ReLU where the network allows it.
+    removes this ReLU if the network allows the removal.
     The released code does not contain the offset of log_tailed. qbench uses q_m - 1, because this
     offset makes the derivative continuous at q_m.
 
 Deviations
-    In the authors' CIFAR-10 network, the last batch normalization has scale and shift. It is
-    followed by ReLU and the linear layer. The networks vgg_small and hwgq_resnet follow the
-    authors. With this method, no batch normalization in any other network of qbench has scale and
-    shift.
+    In the authors' CIFAR-10 network, the last batch normalization has scale and shift. ReLU and the
+    linear layer follow this batch normalization. The networks vgg_small and hwgq_resnet have scale
+    and shift in the same places as the authors' networks. With this method, no batch normalization
+    in any other network of qbench has scale and shift.
 
 Results
     docs/results.md (digits, glyphs).
@@ -121,7 +121,7 @@ def half_wave_levels(bits: int, uniform: bool = True) -> Tensor:
 
 
 def half_step_levels(bits: int) -> Tensor:
-    """Return the optimal equally spaced levels if the first threshold is half a step, as in round(x / step)."""
+    """Return equally spaced positive levels that are optimal if the first threshold is half a step."""
     m = 2**bits - 1
     return torch.tensor([i * _step(m, 0.5) for i in range(1, m + 1)])
 
@@ -169,7 +169,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells, with borders where value or slope can change: the thresholds, 0 and the largest level."""
+    """Return the cells. The value or slope can change at the thresholds, at 0 and at the largest level."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
@@ -182,7 +182,7 @@ def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
 
 @in_float32
 def binarize_weight(w: Tensor) -> Tensor:
-    """Binarize weights (O, ...) per output filter: mean|w| sign(w). The gradient passes unchanged. Section 3."""
+    """Return mean|w| sign(w) for each output filter of weights (O, ...). The gradient passes unchanged. Section 3."""
     return straight_through(w, filter_scale(w) * sign(w))
 
 
@@ -276,7 +276,7 @@ def _lloyd_max(m: int) -> list[float]:
 
 
 class HWGQWeight(BinaryWeight):
-    """Binary quantizer of one layer's weights. Values are as in BWN, but the gradient passes unchanged."""
+    """Binary quantizer of one layer's weights. The values are the same as in BWN, but the gradient passes unchanged."""
 
     def __init__(self) -> None:
         super().__init__("identity")
@@ -309,7 +309,7 @@ class HWGQActivation(Quantizer):
         return quantize_activation(x, self.levels, self.backward)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: zero and the positive levels."""
+        """Return the allowed values: zero and the positive levels. There is one group for the whole tensor."""
         return Grid(torch.cat([self.levels.new_zeros(1), self.levels]).to(x.dtype).reshape(1, -1, 1))
 
 
@@ -333,7 +333,7 @@ def _levels(bits: int, kind: str, constants: str, threshold: str) -> Tensor:
 
 
 def _sign_control(w: int, a: int) -> Method:
-    """Return the `Method` of the paper's control experiment: binary activations, and weights as in HWGQ."""
+    """Return the `Method` of the paper's control experiment. Activations are binary, and weights are as in HWGQ."""
     return Method(
         name="hwgq",
         bits=Bits(w, a),

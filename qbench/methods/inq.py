@@ -24,8 +24,8 @@ Backward
 Schedule
     One phase per portion. All phases have equal length. At the start of each phase, the
     learning-rate schedule restarts and momentum is set to zero. In the last phase (portion 1), only
-    batch normalization and biases are trained. With variant=authors, the last phase is only the
-    last epoch. In this epoch no parameter is trained, but the running averages of batch
+    batch normalization and biases are trained. With variant=authors, the last phase consists of the
+    last epoch only. In this epoch no parameter is trained, but the running averages of batch
     normalization are still updated.
 
 Sites
@@ -41,12 +41,12 @@ Bits
     bits, weights are therefore ternary.
 
 Protocol
-    ImageNet from published float networks: SGD with momentum 0.9 and weight decay 5e-4
-    (2e-4 for GoogLeNet). A portion is the fraction of a layer's weights that is frozen after a
-    phase. The portions depend on the network. For ResNets with 5 bits, they are 0.5, 0.75, 0.875
-    and 1. With fewer bits, the paper uses more portions with smaller differences. All layers are
-    quantized, but biases and batch normalization are not. The paper does not state the learning
-    rate and the number of epochs of each phase.
+    The paper starts from published float networks for ImageNet. It trains by SGD with momentum 0.9
+    and weight decay 5e-4 (2e-4 for GoogLeNet). A portion is the fraction of a layer's weights that
+    is frozen after a phase. The portions depend on the network. For ResNets with 5 bits, the
+    portions are 0.5, 0.75, 0.875 and 1. With fewer bits, the paper uses more portions, with smaller
+    differences between them. All layers are quantized, but biases and batch normalization are not.
+    The paper does not state the learning rate and the number of epochs of each phase.
 
 Choices
     portions: by default 0.5, 0.75, 0.875 and 1, as for the paper's ResNets.
@@ -57,8 +57,8 @@ Choices
     weights in a portion is rounded up. After the last portion is frozen, nothing is trained,
     because the last solver file of the authors has max_iter: 1.
     n1 is computed for the first portion only. The authors' code computes n1 again for every
-    portion. The largest weight is frozen in the first portion. Both ways therefore give the same
-    n1, unless a free weight later becomes larger than this frozen weight.
+    portion. The largest weight is frozen in the first portion. Both computations therefore give the
+    same n1, unless a free weight later becomes larger than this frozen weight.
 
 Deviations
     The first and last layers stay float, following the layer policy. The paper quantizes both
@@ -152,15 +152,15 @@ class INQWeight(FrozenWeight):
         self.freeze(extend_mask(self.frozen, score, portion), self.level(effective))
 
     def level(self, w: Tensor) -> Tensor:
-        """Return the level of each weight: the value that the weight gets when it is frozen."""
+        """Return the level of each weight, the value that the weight gets when it is frozen."""
         return round_to_levels(w, self._levels(w), ties_up=self.variant == "paper")
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: zero and the powers of two."""
+        """Return the allowed values: zero and the powers of two. There is one group for the whole tensor."""
         return Grid(self._levels(w).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage size of the codes and of one byte for the exponent."""
+        """Return the storage size of the codes and of the exponent, which takes one byte."""
         return Storage(w.numel(), self.bits, 1)
 
     def _levels(self, w: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def check_portions(portions: Sequence[float]) -> list[float]:
 
 
 def rounded_up(portion: float, count: int) -> float:
-    """Return `portion`, changed so that the number of weights, portion times `count`, is rounded up to an integer.
+    """Return `portion`, increased so that portion times `count` is an integer number of weights.
 
     The authors' code leaves int(rest * count) weights free, where rest is the decimal number
     1 - portion.

@@ -5,9 +5,9 @@ Paper
     arXiv 1902.08153.
 
 Idea
-    The step between levels is a parameter, trained by gradient descent. Both rounded and clipped
-    values contribute to its gradient. This gradient is scaled so that steps and weights change at
-    comparable rates.
+    The step between levels is a parameter, trained by gradient descent. Rounded values and clipped
+    values contribute to the gradient of the step. This gradient is scaled so that steps and weights
+    change at comparable rates.
 
 Forward
     v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.
@@ -20,7 +20,7 @@ Backward
     number of activations of one sample.
 
 Schedule
-    One phase, from a float network.
+    Training has one phase and starts from a float network.
 
 Sites
     weight, input.
@@ -35,15 +35,15 @@ Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w2a2g32.
 
 Protocol
-    ImageNet: SGD with momentum 0.9 and a cosine schedule over 90 epochs, from a float network. The
-    first and last layers have 8 bits.
+    The paper trains on ImageNet for 90 epochs, from a float network, by SGD with momentum 0.9 and a
+    cosine schedule. The first and last layers have 8 bits.
 
 Choices
-    channel: `false` (default) is the paper's one step per layer. `true` is one step per output
-    channel, as in many later papers and libraries. N is then the number of weights in one channel.
-    Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over 256 training images
-    (the probe). The paper uses the first batch. If the input of a layer has negative values on the
-    probe, its levels are positive and negative.
+    channel: `false` (default) is one step per layer, as in the paper. `true` is one step per output
+    channel, as in many later papers and libraries. With `true`, N is the number of weights in one
+    channel. Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over 256
+    training images (the probe). The paper uses the first batch. If the input of a layer has
+    negative values on the probe, the levels of this input are positive and negative.
 
 Deviations
     qbench keeps steps at 1e-8 or more.
@@ -136,7 +136,7 @@ def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
 
 
 class LSQWeight(Quantizer):
-    """Quantizer of one layer's weights with a learned step."""
+    """Quantizer of one layer's weights. The step is learned."""
 
     positive_parameters: tuple[str, ...] = ("step",)
 
@@ -164,7 +164,7 @@ class LSQWeight(Quantizer):
 
 
 class LSQActivation(Quantizer):
-    """Quantizer of one layer's input with a learned step."""
+    """Quantizer of one layer's input. The step is learned."""
 
     positive_parameters: tuple[str, ...] = ("step",)
 
@@ -184,7 +184,7 @@ class LSQActivation(Quantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set `signed` and the initial step from x, inputs of the layer."""
+        """Set `signed` and the initial step from the layer's inputs x."""
         self.is_signed = bool((x < 0).any()) and self.bits > 1
         self.signed.fill_(self.is_signed)
         self.step.copy_(initial_step(x, self.bits, self.is_signed))
@@ -206,7 +206,7 @@ class LSQActivation(Quantizer):
         return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: the step times every integer from -Qn to Qp."""
+        """Return the allowed values: -Qn to Qp times the step. There is one group for the whole tensor."""
         return _grid(self.step, self.bits, bool(self.signed))
 
 

@@ -19,7 +19,7 @@ Backward
     alpha. Values below alpha do not contribute to dL/dalpha.
 
 Schedule
-    One phase, from a float network.
+    Training has one phase and starts from a float network.
 
 Sites
     weight, input.
@@ -124,7 +124,7 @@ class PACTActivation(LearnedClip):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: 2^bits levels from 0 to alpha."""
+        """Return the allowed values: 2^bits levels from 0 to alpha. There is one group for the whole tensor."""
         return Grid((levels_k(self.bits, x) * self.alpha).reshape(1, -1, 1))
 
 

@@ -203,7 +203,7 @@ class PTQActivation(Quantizer):
         self.high.copy_(high)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: 2^bits levels, including zero."""
+        """Return the allowed values: 2^bits levels, including zero. There is one group for the whole tensor."""
         step, zero = uniform.step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 

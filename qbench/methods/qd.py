@@ -22,7 +22,7 @@ Backward
     where z_t are the logits of the teacher and z_s are the logits of the student.
 
 Schedule
-    One phase.
+    Training has one phase.
 
 Sites
     weight. The configuration group `distill` sets the loss and the teacher. By default, the teacher

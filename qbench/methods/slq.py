@@ -214,7 +214,7 @@ class SLQWeight(FrozenWeight):
         self.freeze(settled[clusters.labels], clusters.centroids[clusters.labels])
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: the centroids."""
+        """Return the allowed values: the centroids. There is one group for the whole tensor."""
         return Grid((self.centroids[self.settled] if self.complete else self.centroids).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:

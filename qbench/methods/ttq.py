@@ -23,7 +23,7 @@ Backward
     and can become nonzero.
 
 Schedule
-    One phase, from a float network.
+    Training has one phase and starts from a float network.
 
 Sites
     weight.
@@ -122,7 +122,7 @@ class TTQWeight(Quantizer):
         return ternarize_weight(w, self.positive, self.negative, self.delta(w))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: -Wn, 0 and Wp."""
+        """Return the allowed values: -Wn, 0 and Wp. There is one group for the whole tensor."""
         return Grid(torch.stack([-self.negative, torch.zeros_like(self.positive), self.positive]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:

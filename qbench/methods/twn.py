@@ -16,7 +16,7 @@ Backward
     dL/dw = dL/dw_hat.
 
 Schedule
-    One phase.
+    Training has one phase.
 
 Sites
     weight.
@@ -73,7 +73,7 @@ class TWNWeight(Quantizer):
         return ternarize_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: -alpha, 0 and alpha."""
+        """Return the allowed values: -alpha, 0 and alpha. There is one group for the whole tensor."""
         _, alpha = threshold_and_scale(w)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha]).reshape(1, 3, 1))
 

@@ -21,7 +21,7 @@ Backward
     and 0 if x is clipped to the lowest or the highest level.
 
 Schedule
-    One phase, from a float network.
+    Training has one phase and starts from a float network.
 
 Sites
     weight, input.
@@ -154,7 +154,7 @@ class UniformActivation(Quantizer):
         self.seen.fill_(True)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: 2^bits levels, including zero."""
+        """Return the allowed values: 2^bits levels, including zero. There is one group for the whole tensor."""
         step, zero = step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 

@@ -27,7 +27,7 @@ Backward
     Activations: dL/dx = 1{|x| < 1} dL/dx_hat. No gradient passes through K.
 
 Schedule
-    One phase.
+    Training has one phase.
 
 Sites
     weight, input. With scale=K, also output.
@@ -163,7 +163,7 @@ class BinaryActivation(Quantizer):
         return binarize_activation(x)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values, one group for the whole tensor: -1 and 1."""
+        """Return the allowed values: -1 and 1. There is one group for the whole tensor."""
         return Grid(x.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
 
