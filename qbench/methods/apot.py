@@ -33,8 +33,9 @@ Backward
     sign(v) where v is clipped, else project(v) - v.
 
 Schedule
-    Training has one phase and starts from a float network. The authors start each width from the trained network of the
-    next larger width. In qbench, type init=RUN, where RUN is the directory of the wider run.
+    Training has one phase and starts from a float network. The authors start each width from the
+    trained network of the next larger width. In qbench, type init=RUN, where RUN is the directory
+    of the wider run.
 
 Sites
     weight, input.

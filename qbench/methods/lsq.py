@@ -110,7 +110,7 @@ def _sum_to(values: Tensor, step: Tensor) -> Tensor:
 
 
 def initial_step(x: Tensor, bits: int, signed: bool, channel: bool = False) -> Tensor:
-    """Return the initial step 2 mean|x| / sqrt(Qp), or 1 if x is zero. `channel`: one step per index of axis 0."""
+    """Return the initial step 2 mean|x| / sqrt(Qp), or 1 if x is zero. With `channel`, return one step per channel."""
     magnitude = x.detach().abs()
     mean = magnitude.mean(tuple(range(1, x.dim())), keepdim=True) if channel else magnitude.mean()
     start = 2 * mean / max(limits(bits, signed)[1], 1) ** 0.5
@@ -129,7 +129,7 @@ def gradient_scale(count: int, bits: int, signed: bool) -> float:
 
 
 def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
-    """Return the allowed values, with one group per step: the step times each integer from -Qn to Qp."""
+    """Return the allowed values: each step times every integer from -Qn to Qp. There is one group per step."""
     low, high = limits(bits, signed)
     points = (torch.arange(-low, high + 1, device=step.device) * step.reshape(-1, 1)).unsqueeze(2)
     return Grid(points) if step.dim() == 0 else Grid(points, lambda t: t.reshape(len(t), -1, 1))
@@ -155,7 +155,7 @@ class LSQWeight(Quantizer):
         return gradient_scale(w.numel() // self.step.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per step: the step times each integer from -Qn to Qp."""
+        """Return the allowed values: each step times every integer from -Qn to Qp. There is one group per step."""
         return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -206,7 +206,7 @@ class LSQActivation(Quantizer):
         return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: -Qn to Qp times the step. There is one group for the whole tensor."""
+        """Return one group with all allowed values: the step times every integer from -Qn to Qp."""
         return _grid(self.step, self.bits, bool(self.signed))
 
 

@@ -9,7 +9,8 @@ Paper
 Idea
     If a layer has only three clusters, few of its weights are still free after one cluster is
     frozen. MLQ therefore does not quantize all layers at once. It starts with the layers whose
-    quantization raises the loss most. The layers that are still free are trained to compensate.
+    quantization raises the loss most. The layers that are still free are trained to compensate this
+    loss.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer. The boundary clusters are the
@@ -22,43 +23,45 @@ Backward
     Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
-    One phase for each group of clusters: first the boundary clusters, then the zero cluster. The
-    phases have equal length. A freezing step freezes the next group of clusters in one layer. The
-    freezing steps of all layers are spread over the first half of a phase, as evenly as the number
-    of epochs allows. In the second half of a phase, all free weights are trained further. At the
-    start of each phase, the learning-rate schedule restarts and momentum is set to zero. A freezing
-    step changes neither the schedule nor the momentum.
-    Before freezing steps, the loss of the network is measured once for each layer that has not
-    taken its step in this phase. During this measurement, the next clusters of this one layer are
-    replaced by their centroids. The loss is measured on 256 fixed training images (the probe). The
-    layers with the largest loss take their freezing step.
+    Each group of clusters has one phase. The phase of the boundary clusters is the first, and the
+    phase of the zero cluster is the last. The phases have equal length. A freezing step freezes the
+    next group of clusters in one layer. The freezing steps of all layers are spread over the first
+    half of a phase, as evenly as the number of epochs allows. In the second half of a phase, all
+    free weights are trained further. At the start of each phase, the learning-rate schedule
+    restarts and momentum is set to zero. A freezing step changes neither the schedule nor the
+    momentum.
+    Before each round of freezing steps, the loss of the network is measured once for each layer
+    that has not taken its step in this phase. During this measurement, the next clusters of this
+    one layer are replaced by their centroids. The loss is measured on 256 fixed training images
+    (the probe). The layers with the largest loss take their freezing step.
 
 Sites
     weight.
 
 State
-    frozen, value, centroids, settled: as in SLQ.
-    turn (int, one per group of clusters): the position of the freezing step of this layer and group
-    among all freezing steps of the network, or 0 before this step.
-    loss (float64, one per group): the loss measured for this freezing step, or NaN if no loss was
-    measured.
+    frozen, value, centroids, settled: see the method slq.
+    turn (int, one per group of clusters): the number of the group's freezing step. The number
+    counts the freezing steps of all layers. Before the group's step, the number is 0.
+    loss (float64, one per group): the loss measured for the group's freezing step, or NaN if no
+    loss was measured.
 
 Bits
     w 2 (three values), 3 (five), 4 (nine) or 32; a and g 32; by default w2a32g32.
 
 Protocol
-    The authors train ResNet-20 on CIFAR-10, and ImageNet networks. The names of the authors' files
-    suggest at least 18 iterations of freezing and training. The learning rates are unknown.
+    The authors train ResNet-20 on CIFAR-10, and other networks on ImageNet. The names of the
+    authors' files suggest at least 18 iterations of freezing and training. The learning rates are
+    unknown.
 
 Choices
-    zero: the value of the zero cluster. `mean` is the mean of its weights, as in the authors' code.
-    The mean is not exactly 0. `pinned` keeps this centroid at exactly 0.
+    zero: the value of the zero cluster. `mean` is the mean of the cluster's weights, as in the
+    authors' code. The mean is not exactly 0. `pinned` keeps the value at exactly 0.
     In qbench, all layers freeze their boundary clusters before any layer freezes its zero cluster.
     This is our interpretation of "boundary before zero", because the sources describe only single
-    layers. The loss of the remaining layers is measured again before every round of freezing steps.
-    With 3 bits there are five clusters, and with 4 bits there are nine. The sources do not state
-    the order for these widths. qbench freezes the outermost two clusters first, then the next two
-    inwards, and the middle cluster last.
+    layers. The losses of the remaining layers are measured again before every round of freezing
+    steps. With 3 bits there are five clusters, and with 4 bits there are nine clusters. The sources
+    do not state the order of freezing for these widths. qbench freezes the outermost two clusters
+    first, then the next two inwards, and the middle cluster last.
     depth: `true` (default) is the order described above.
     `false` is an ablation: all layers take their freezing step at the start of a phase, and no loss
     is measured.
@@ -95,7 +98,7 @@ CLUSTER_GROUPS = {
 """Maps a width in bits to the names of the groups of clusters, in the order in which they are frozen."""
 PINNED: dict[str, tuple[float, ...]] = {"mean": (), "pinned": (0.0,)}
 ADVANCING_SHARE = 0.5
-"""Fraction of a phase in which layers take their freezing steps. In the rest, all free weights are trained further."""
+"""Fraction of a phase in which layers take their freezing steps. The rest of the phase only trains free weights."""
 
 
 class MLQWeight(slq.SLQWeight):

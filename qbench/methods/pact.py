@@ -5,14 +5,14 @@ Paper
     arXiv 1805.06085 (2018).
 
 Idea
-    DoReFa-Net clips activations at 1, which does not suit every layer. In PACT, every layer learns
-    a clipping level. Weight decay reduces this level. A lower clipping level means smaller steps
-    between the levels.
+    DoReFa-Net clips activations at 1, but this clipping level does not suit every layer. In PACT,
+    every layer learns a clipping level. Weight decay reduces this level. A lower clipping level
+    means smaller steps between the levels.
 
 Forward
     Activations: y = 0.5 (|x| - |x - alpha| + alpha), which is x clipped to [0, alpha]. x_hat =
     round(y n / alpha) alpha / n, n = 2^k - 1.
-    Weights: DoReFa-Net's function for the same number of bits.
+    Weights are quantized by DoReFa-Net's function for the same number of bits.
 
 Backward
     dL/dx = dL/dx_hat where 0 <= x < alpha, else 0. dL/dalpha is the sum of dL/dx_hat over all x >=
@@ -31,9 +31,9 @@ Bits
     w and a each 1-16 or 32, g 32; by default w2a2g32.
 
 Protocol
-    CIFAR-10 ResNet-20: SGD with momentum 0.9, 200 epochs, batch size 128, weight decay 2e-4. The
-    learning rate starts at 0.1 and is divided by 10 at epochs 60 and 120. The first and last layers
-    keep a high precision.
+    The paper trains ResNet-20 on CIFAR-10 for 200 epochs, by SGD with momentum 0.9, batch size 128
+    and weight decay 2e-4. The learning rate starts at 0.1 and is divided by 10 at epochs 60 and
+    120. The first and last layers keep a high precision.
 
 Choices
     initial: the initial alpha. The default 10 is remembered from the paper and not verified.

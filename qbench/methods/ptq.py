@@ -1,7 +1,7 @@
 """PTQ: post-training quantization. It is the usual way to deploy int8 networks, and the control for quantized training.
 
 Paper
-    PTQ has no paper of its own. It follows the practice that is described by Krishnamoorthi,
+    PTQ has no paper of its own. It follows the practice that Krishnamoorthi describes in
     "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342. Weights have
     symmetric levels with one scale per channel. Activations have affine levels. The ranges of
     activations are measured on a few images.
@@ -18,8 +18,8 @@ Forward
     Activations: 2^b levels over a fixed range [l, h], as in the method uniform. The range contains
     zero, and zero is a level. After a ReLU, l = 0. With calibration=minmax, l and h are the minimum
     and the maximum. With calibration=percentile, p % of all values are at most h, and p % are at
-    least l. With calibration=mse, l and h are the minimum and the maximum, times 1, 2, ... or 100
-    %. The percentage with the smallest squared error is taken.
+    least l. With calibration=mse, l and h are 1, 2, ... or 100 % of the minimum and of the maximum.
+    The percentage with the smallest squared error is taken.
 
 Backward
     The backward pass is used only if the network is trained further. As in the method uniform, the
@@ -29,8 +29,8 @@ Backward
 Schedule
     There are no epochs. `prepare` works in three steps. First it fits the steps of the weights.
     Then it fits the ranges of the activations to the layers' inputs in the float network. Finally
-    it adapts the running statistics of batch normalization to the quantizers, in one of three ways
-    (`reestimate`).
+    it adapts the running statistics of batch normalization to the quantizers. The option
+    `reestimate` chooses one of three ways.
     shift: mean and variance are measured twice on the probe (256 training images), without and with
     the quantizers. The difference of the two means is added to the running mean. The running
     variance is multiplied by the ratio of the two variances.
@@ -42,7 +42,7 @@ Sites
     weight, input.
 
 State
-    scale, (O, 1, ...) or a scalar: step of the weights. Before `prepare`, it is the minmax step.
+    scale, (O, 1, ...) or a scalar: step of the weights. Before `prepare`, scale is the minmax step.
     low, high (scalars): ends of the range of a layer's input. Before `prepare`, they are 0 and 1.
 
 Bits
@@ -56,9 +56,9 @@ Choices
     options give different results. The defaults are chosen so that the control is as accurate as
     possible. Statistics of 256 images are noisy. With reestimate=replace, this noise costs more
     accuracy than rounding to 8 bits. With reestimate=shift, both measurements have the same noise,
-    so it cancels.
-    The ranges of all activations are measured at once in the float network, as
-    deployment tools do. They are not measured layer by layer with the earlier layers quantized.
+    so the noise cancels.
+    qbench measures the ranges of all activations at once in the float network, as deployment tools
+    do. It does not measure one layer after another with the earlier layers quantized.
     calibration=percentile and calibration=mse use at most 2^20 values of a layer's input, evenly
     sampled. calibration=mse multiplies both ends of the range by the same factor.
 
@@ -98,7 +98,7 @@ Range = tuple[Tensor, Tensor]
 
 @in_float32
 def quantize_weight(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Round and clip weights (O, ...) to 2^bits - 1 multiples of `scale`, a scalar or a tensor (O, 1, ...)."""
+    """Round and clip weights (O, ...) to 2^bits - 1 multiples of `scale`, which is a scalar or (O, 1, ...)."""
     top, scale = 2 ** (bits - 1) - 1, scale.to(w.dtype)
     return straight_through(w, (w.detach() / scale).round().clamp(-top, top) * scale)
 
@@ -129,7 +129,7 @@ def minmax_range(x: Tensor) -> Range:
 
 
 def percentile_range(x: Tensor, percent: float) -> Range:
-    """Return (low, high). `percent` % (50 to 100) of all values are at most high, and `percent` % at least low.
+    """Return (low, high). `percent` % (50 to 100) of all values are at most high, and `percent` % are at least low.
 
     The range is widened to contain zero.
     """
@@ -139,7 +139,7 @@ def percentile_range(x: Tensor, percent: float) -> Range:
 
 
 def mse_range(x: Tensor, bits: int) -> Range:
-    """Return (low, high), the minimum and maximum of x times a factor.
+    """Return (low, high), the minimum and the maximum of x, both multiplied by one factor.
 
     Of the factors 0.01, 0.02, ..., 1, the factor with the smallest squared error is used.
     """
@@ -167,7 +167,7 @@ class PTQWeight(Quantizer):
         return quantize_weight(w, self.scale, self.bits)
 
     def calibrate(self, w: Tensor) -> None:
-        """Set the step to the one that fits the weights w."""
+        """Fit the step to the weights w."""
         self.scale.copy_(weight_scale(w.detach(), self.bits, self.channel, self.criterion))
 
     def grid(self, w: Tensor) -> Grid:
@@ -258,7 +258,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 @torch.no_grad()
 def shift_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Change the running statistics of batch normalization as the quantizers change mean and variance on `batches`."""
+    """Transfer the change of mean and variance that the quantizers cause on `batches` to the running statistics."""
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     with float_mode(model):
         before = _measured_statistics(model, norms, batches)

@@ -35,19 +35,22 @@ Sites
 State
     codebooks (M, K, Cs'): the codewords. If there are fewer than K distinct sub-vectors, unused
     codewords are NaN.
-    codes, int16, (Ct, kh, kw, M) or (Ct, M): the indices of the codewords.
+    codes (int16): the indices of the codewords. Their shape is (Ct, kh, kw, M) for a convolution
+    with Ct outputs and kernels of kh x kw, and (Ct, M) for a linear layer with Ct outputs.
     Before `prepare`, codebooks and codes are zero.
 
 Bits
     w 1-8 or 32, a and g 32; by default w1a32g32. The width w is log2(K) / Cs', rounded up. A code
-    has at most 10 bits. By default, K = 16 and Cs' = 4. The column `levels` counts codewords.
+    has at most 10 bits. By default, K = 16 and Cs' = 4. The column `levels` of a table counts
+    codewords.
 
 Protocol
-    ImageNet networks. Convolutions have Cs' = 8 and K = 128 (VGG-16: Cs' = 6 and K = 128). Linear
-    layers have Cs' = 3 or 4 and K = 32. The last layer has Cs' = 1 and K = 16. Biases are float.
-    Convolutions are quantized first. Then linear layers are fine-tuned and quantized. According to
-    an author, error correction uses 250 to 500 images for convolutions and 25,000 images for linear
-    layers. The values for VGG-16 are from memory. They agree with the reported speed-up.
+    The paper quantizes ImageNet networks. Convolutions have Cs' = 8 and K = 128 (VGG-16: Cs' = 6
+    and K = 128). Linear layers have Cs' = 3 or 4 and K = 32. The last layer has Cs' = 1 and K = 16.
+    Biases are float. Convolutions are quantized first. Then linear layers are fine-tuned and
+    quantized. According to an author, error correction uses 250 to 500 images for convolutions and
+    25,000 images for linear layers. The values for VGG-16 are from memory. They agree with the
+    reported speed-up.
 
 Choices
     The paper does not state the initial centroids of k-means or the number of iterations. qbench
@@ -56,9 +59,9 @@ Choices
     Error correction passes 3 times over the subspaces. It uses all outputs of linear layers on 256
     training images (the probe). For convolutions, it uses about 4,096 output positions, spread over
     these images.
-    We derived the formulas for operations and bytes ourselves. One speed-up is 4.16 by these
-    formulas and 4.15 in the authors' README. The formulas agree with the other speed-ups of the
-    paper that we remember.
+    We derived the formulas for operations and bytes ourselves. The formulas give 4.16 for a
+    speed-up that the authors' README states as 4.15. The formulas agree with the other speed-ups of
+    the paper that we remember.
 
 Deviations
     The error correction also penalizes |w_hat - w|^2. The factor of this penalty is 0.1 times the
@@ -132,7 +135,7 @@ def conv_bytes(inputs: int, outputs: int, kernel: int, subspace: int, codewords:
 
 
 class QCNNWeight(Quantizer):
-    """Quantizer of one layer's weights to codewords. All codes are zero until `encode` is called."""
+    """Quantizer that replaces one layer's weights by codewords. All codes are zero until `encode` is called."""
 
     codebooks: Tensor
     codes: Tensor
@@ -149,7 +152,7 @@ class QCNNWeight(Quantizer):
         return decode(self.codebooks, self.codes, w.shape[1]).to(w.dtype)
 
     def encode(self, w: Tensor) -> None:
-        """Set the codebooks and codes to those that k-means finds for the weights w. This may take minutes."""
+        """Set the codebooks and codes to those that k-means finds for the weights w. K-means may take minutes."""
         self._set_codes(*product_codes(w, self.subspace, self.codewords))
 
     def correct(self, w: Tensor, inputs: Tensor, targets: Tensor) -> None:
@@ -161,7 +164,7 @@ class QCNNWeight(Quantizer):
         self.codes.copy_(codes)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per subspace. They are the codewords of the subspace."""
+        """Return the allowed values, with one group per subspace. A group has the codewords of the subspace."""
         return Grid(self.codebooks, lambda t: subvectors(t, self.subspace).flatten(0, -3).transpose(0, 1))
 
     def bytes(self, w: Tensor) -> Storage:
@@ -171,10 +174,10 @@ class QCNNWeight(Quantizer):
 
 
 def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
-    """Return the patches of a layer's input x, one patch for each of about `limit` responses: (N, G, P, Cs).
+    """Return (N, G, P, Cs), the patches of a layer's input x from which N responses are computed. N is about `limit`.
 
-    The patches are for evenly sampled responses of the layer. The function `responses` returns
-    these same responses.
+    G is the number of groups of the layer, and P is the number of positions of its kernel. The
+    responses are evenly sampled. The function `responses` returns the same responses.
     """
     if not isinstance(layer, nn.Conv2d):
         return _spread(x.flatten(0, -2), limit)[:, None, None]
@@ -195,7 +198,7 @@ def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
 
 
 def responses(layer: QLayer, y: Tensor, limit: int) -> Tensor:
-    """Return about `limit` evenly sampled responses of a layer's output y, without the bias: (N, Ct)."""
+    """Return (N, Ct), evenly sampled responses of a layer's output y, without the bias. N is about `limit`."""
     rows = _spread((y.movedim(1, -1) if isinstance(layer, nn.Conv2d) else y).flatten(0, -2), limit)
     return rows if layer.bias is None else rows - layer.bias
 
@@ -224,7 +227,7 @@ def _sample_outputs(model: nn.Module, probe: Probe, layers: dict[str, QLayer], s
 
 
 def encode(model: nn.Module, probe: Probe, correct: bool) -> None:
-    """Encode the weights of all layers. If `correct` is true, then fit the codes to the float network's responses."""
+    """Encode the weights of all layers. If `correct` is true, also fit the codes to the float network's responses."""
     layers: dict[str, QLayer] = {}
     sites: dict[str, QCNNWeight] = {}
     for name, layer in quantized_layers(model).items():

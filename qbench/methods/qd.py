@@ -12,9 +12,9 @@ Idea
 Forward
     The flattened tensor is cut into buckets of k elements, across channels. The last bucket is
     padded with its last element. A tensor shorter than k is one bucket. For each bucket v, beta =
-    min v, alpha = max v - min v (1 if the difference is below 1e-10) and x = (v - beta) / alpha.
-    There are s = 2^b levels, and 0 and 1 are two of them: w_hat = alpha round(x (s - 1)) / (s - 1)
-    + beta. Stochastic rounding of y = x (s - 1) returns floor(y) + 1 with probability y - floor(y),
+    min v, alpha = max v - min v (1 if the difference is below 1e-10) and x = (v - beta) / alpha. x
+    is rounded to one of s = 2^b levels from 0 to 1: w_hat = alpha round(x (s - 1)) / (s - 1) +
+    beta. Stochastic rounding of y = x (s - 1) returns floor(y) + 1 with probability y - floor(y),
     else floor(y).
 
 Backward
@@ -35,12 +35,12 @@ Bits
     w 1-8 or 32, a and g 32; by default w4a32g32. With b bits, a bucket has 2^b levels.
 
 Protocol
-    CIFAR-10, authors' code: the students are convolutional networks without shortcuts, trained from
-    random weights for 200 epochs. The optimizer is SGD with Nesterov momentum 0.9, weight decay
-    2.2e-4 and batch size 25. The learning rate starts at 0.001 and is halved after 10 epochs
-    without a lower test error. Weights have 2, 4 or 8 bits, k is 256, and rounding is
-    deterministic. For CIFAR-100, the networks are wide ResNets. The learning rate starts at 0.1 and
-    is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
+    For CIFAR-10, the students in the authors' code are convolutional networks without shortcuts.
+    They are trained from random weights for 200 epochs. The optimizer is SGD with Nesterov momentum
+    0.9, weight decay 2.2e-4 and batch size 25. The learning rate starts at 0.001 and is halved
+    after 10 epochs without a lower test error. Weights have 2, 4 or 8 bits, k is 256, and rounding
+    is deterministic. For CIFAR-100, the networks are wide ResNets. The learning rate starts at 0.1
+    and is multiplied by 0.2 after 60, 120 and 160 of 200 epochs.
 
 Choices
     bucket: the number k, by default 256 as in the paper. With 0, the whole tensor is one bucket
@@ -54,12 +54,13 @@ Choices
     averages over classes, so its factor on KL is 0.7 T^2 / classes. To average as the authors do,
     type distill.average=classes. (From memory: averaging over classes was the default in the
     authors' version of PyTorch.)
-    qbench leaves out two options of the authors' code, because the authors' experiments do not use
-    them: a gradient through minimum and maximum, and clipping of gradients at |w| > 1.
+    The authors' code has two options that qbench leaves out: a gradient through minimum and
+    maximum, and clipping of gradients at |w| > 1. The authors' experiments do not use these
+    options.
 
 Deviations
-    Only the weights of convolutions and linear layers are quantized, as chosen by the layer policy.
-    The authors quantize every parameter, including biases and batch normalization.
+    qbench quantizes only the weights of convolutions and linear layers. The layer policy chooses
+    these layers. The authors quantize every parameter, including biases and batch normalization.
     By default, training starts from the float baseline. The authors start from random weights
     (init=scratch). By default, the teacher is as large as the student. `distill.teacher` can name a
     larger network.
@@ -135,14 +136,14 @@ def from_buckets(v_BK: Tensor, like: Tensor) -> Tensor:
 
 
 def bucket_scale(v_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return range alpha and minimum beta of each bucket, both (B, 1). Alpha of a constant bucket is 1."""
+    """Return the range alpha (B, 1) and the minimum beta (B, 1) of each bucket. Alpha of a constant bucket is 1."""
     beta, top = v_BK.aminmax(dim=1, keepdim=True)
     alpha = top - beta
     return torch.where(alpha < MIN_RANGE, torch.ones_like(alpha), alpha), beta
 
 
 def bucketed_grid(w: Tensor, points_L: Tensor, bucket_size: int | None) -> Grid:
-    """Return the allowed values, with one group per bucket of w: alpha times the points (L,), plus beta."""
+    """Return the allowed values: alpha times the points (L,), plus beta. There is one group per bucket of w."""
     alpha, beta = bucket_scale(in_buckets(w.detach(), bucket_size))
     return Grid((points_L * alpha + beta).unsqueeze(-1), lambda t: in_buckets(t, bucket_size).unsqueeze(-1))
 
@@ -153,7 +154,10 @@ def scale_bytes(w: Tensor, bucket_size: int | None) -> int:
 
 
 def compression_ratio(bits: int, bucket_size: int = 256, float_bits: int = 32) -> float:
-    """Return k f / (k b + 2 f), the size of k float weights divided by the size of k codes and two floats."""
+    """Return k f / (k b + 2 f), with b = `bits`, k = `bucket_size` and f = `float_bits`.
+
+    The numerator is the size of k float weights. The denominator is the size of k codes and two floats.
+    """
     return bucket_size * float_bits / (bucket_size * bits + 2 * float_bits)
 
 

@@ -2,8 +2,8 @@
 
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
-    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ (Caffe). It contains
-    only the first iteration for AlexNet.
+    Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ (Caffe). This code
+    contains only the first iteration for AlexNet.
 
 Idea
     K-means on the weights finds the levels. The clusters whose quantization raises the loss most
@@ -18,11 +18,11 @@ Backward
     Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
-    One phase per portion. The phases have equal length. At the start of a phase, all weights of
-    every layer are clustered again, with frozen centroids fixed. If the nearest centroid of a free
-    weight is frozen, the weight is frozen at this centroid. Then the free clusters are ranked, and
-    the first clusters of the ranking are frozen. The learning-rate schedule restarts, and momentum
-    is set to zero. In the last phase, only batch normalization and biases are trained.
+    Each portion has one phase. The phases have equal length. At the start of a phase, all weights
+    of every layer are clustered again, with frozen centroids fixed. If the nearest centroid of a
+    free weight is frozen, the weight is frozen at this centroid. Then the free clusters are ranked,
+    and the first clusters of the ranking are frozen. The learning-rate schedule restarts, and
+    momentum is set to zero. In the last phase, only batch normalization and biases are trained.
 
 Sites
     weight.
@@ -36,32 +36,33 @@ Bits
     w 2-8 or 32, a and g 32; by default w5a32g32. With b bits, there are 2^(b-1) + 1 clusters.
 
 Protocol
-    AlexNet with 5 bits, authors' code: after phases 1 to 5, the number of frozen clusters is 5, 9,
-    13, 15 and 17 (all). Each phase uses SGD with momentum 0.9, weight decay 5e-4 and batch size
-    256, for at most 90,000 iterations. The learning rate is 1e-4, and is divided by ten every
-    20,000 iterations. The learning rates for other networks are unknown.
+    The authors' code quantizes AlexNet with 5 bits, which means 17 clusters. After phases 1 to 5,
+    the number of frozen clusters is 5, 9, 13, 15 and 17. Each phase uses SGD with momentum 0.9,
+    weight decay 5e-4 and batch size 256, for at most 90,000 iterations. The learning rate is 1e-4,
+    and is divided by ten every 20,000 iterations. The learning rates for other networks are
+    unknown.
 
 Choices
     partition: the order in which clusters are frozen.
     `probe` (default) follows the paper's text as quoted by second-hand sources. For each cluster,
-    the network's loss is measured on 256 fixed training images (the probe), with only this cluster
-    replaced by its centroid. The cluster with the largest loss comes first. Every phase needs one
-    pass over the probe for each cluster of each layer.
+    the network's loss is measured on 256 fixed training images (the probe), while only the weights
+    of this cluster are replaced by its centroid. The cluster with the largest loss comes first.
+    Every phase needs one pass over the probe for each cluster of each layer.
     `weight_error` follows the reviewers' understanding of the paper. The error of a cluster is the
     sum of squared distances between its weights and its centroid. The cluster with the largest
     error comes first.
-    `magnitude` is the order in the authors' released code, which needs no measurement. The zero
+    `magnitude` is the order in the authors' released code. It needs no measurement. The zero
     cluster comes first. Then come pairs of clusters from the outermost inwards, and in each pair
     the positive cluster is first.
     `random` is an ablation.
     portions: the fraction of the clusters that is frozen after each phase. The resulting number of
-    clusters is rounded down, but is at least one. The default gives the authors' numbers. Portions
-    with the same number of clusters share one phase. Every phase freezes clusters in all layers.
-    The order in which the paper treats the layers is not known. clustering: `exact` (default) finds
-    the optimal clusters. `lloyd` follows the authors' code: ten Lloyd iterations that start from
-    the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|) and j = 0, 1, and so on. A cluster
-    without weights keeps its centroid. In later phases, the iterations of free centroids start from
-    these powers of two again.
+    clusters is rounded down, but is at least one. The default gives the authors' numbers of
+    clusters. Portions with the same number of clusters share one phase. Every phase freezes
+    clusters in all layers. The order in which the paper treats the layers is not known.
+    clustering: `exact` (default) finds the optimal clusters. `lloyd` follows the authors' code: ten
+    Lloyd iterations that start from the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|)
+    and j = 0, 1, and so on. A cluster without weights keeps its centroid. In later phases, the
+    iterations of free centroids start from these powers of two again.
     A layer with fewer than k distinct weights has fewer than k clusters. Every phase still freezes
     at least one cluster of the layer.
 
@@ -109,15 +110,16 @@ def cluster(w: Tensor, k: int, pinned: float | Sequence[float] | Tensor | None =
         pinned: values of fixed centroids. They are counted in k.
 
     Returns:
-        Centroids (m,), distinct and in ascending order, with the dtype of w, and labels (int64,
-        with the shape of w). The label of a weight is the index of its centroid.
+        Centroids (m,) and labels. The centroids are distinct, in ascending order, and have the
+        dtype of w. The labels are int64 and have the shape of w. The label of a weight is the index
+        of its centroid.
     """
     clustering = kmeans(w, k, torch.as_tensor(() if pinned is None else pinned, dtype=w.dtype))
     return clustering.centroids, clustering.labels
 
 
 def power_of_two_starts(w: Tensor, k: int) -> Tensor:
-    """Return the initial centroids of the authors' code: 0 and powers of two, (k,), in ascending order."""
+    """Return the k initial centroids of the authors' code, 0 and signed powers of two, in ascending order."""
     largest = torch.floor(torch.log2(w.detach().abs().max().clamp(min=torch.finfo(w.dtype).tiny)))
     powers = torch.exp2(largest - torch.arange(k // 2, device=w.device)).to(w.dtype)
     return torch.cat([-powers, w.new_zeros(1), powers.flip(0)])
@@ -145,13 +147,13 @@ def lloyd(w: Tensor, starts: Tensor, fixed: Tensor, steps: int = LLOYD_STEPS) ->
 
 
 def merge_equal(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct `values` (of k) in ascending order, and the labels as indices of the distinct values."""
+    """Return the distinct values of `values` in ascending order, and the labels as indices of the distinct values."""
     distinct, index = torch.unique(values, return_inverse=True)
     return distinct, index[labels]
 
 
 def weight_errors(w: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
-    """Return, for each cluster, the sum of squared distances between its weights and its centroid: (m,), float64."""
+    """Return (m,), float64: for each cluster, the sum of squared distances between its weights and its centroid."""
     squares = (w.detach().double() - centroids.double()[labels]) ** 2
     return torch.stack([squares[labels == c].sum() for c in range(centroids.numel())])
 
@@ -188,7 +190,7 @@ class SLQWeight(FrozenWeight):
         self.register_buffer("settled", torch.zeros_like(self.centroids, dtype=torch.bool))
 
     def shared_values(self, centroids: Tensor) -> Tensor:
-        """Return the value that all weights of a cluster share, for each cluster. For SLQ, it is the centroid."""
+        """Return, for each cluster, the value that all its weights share. For SLQ, this value is the centroid."""
         return centroids
 
     @torch.no_grad()
@@ -234,7 +236,7 @@ def loss_when_frozen(model: nn.Module, probe: Probe, site: FrozenWeight, cluster
 
 
 def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters: Clusters, partition: str) -> Tensor:
-    """Return a score for each cluster (m,). The highest is frozen first. Scores of frozen clusters are not used."""
+    """Return the scores (m,) of the clusters. The highest score comes first. Scores of frozen clusters are not used."""
     if partition == "magnitude":
         return magnitude_order(clusters.centroids)
     if partition == "weight_error":
@@ -250,7 +252,7 @@ def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters:
 
 @torch.no_grad()
 def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) -> None:
-    """In every layer, freeze at least one more cluster, until the fraction `portion` of the clusters is frozen."""
+    """In every layer, freeze one or more clusters, until the fraction `portion` of the clusters is frozen."""
     layers = [(layer.weight_q, layer.weight) for layer in quantized_layers(model).values()]
     unfinished = [(s, w, s.clusters(w)) for s, w in layers if isinstance(s, SLQWeight) and not s.complete]
     # before any measurement, freeze in all layers the free weights whose nearest centroid is frozen

@@ -35,13 +35,13 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    CIFAR-10, authors' log: SGD with momentum 0.9, 400 epochs, weight decay 2e-4, which also applies
-    to the scales. The learning rate is 0.0002 in the first epoch, then 0.1, 0.01 from epoch 83,
-    0.001 from epoch 124 and 0.0002 from epoch 301. The networks are
+    According to their log, the authors train on CIFAR-10 for 400 epochs, by SGD with momentum 0.9.
+    The weight decay of weights and scales is 2e-4. The learning rate is 0.0002 in the first epoch,
+    then 0.1, 0.01 from epoch 83, 0.001 from epoch 124 and 0.0002 from epoch 301. The networks are
     pre-activation ResNets with 20 to 56 layers. Their first layer is float.
 
 Choices
-    t: the number t of the threshold, 0.05 by default, as in the paper.
+    t: the number t of the threshold. The default 0.05 is the paper's value.
     initial: the initial scales. With `mean` (default), Wp starts at the mean of |w| over w > delta,
     and Wn at the mean of |w| over w < -delta. With `one`, both scales start at 1, as in the
     authors' code. In networks without batch normalization, activations explode with `one`.
@@ -50,7 +50,7 @@ Choices
 
 Deviations
     qbench keeps the scales at 1e-8 or more. If one scale became negative, all nonzero weights would
-    have the same sign. Accuracy dropped in runs in which this happened.
+    have the same sign. Accuracy dropped in runs in which a scale became negative.
     The last layer stays float, following the layer policy. In the paper, the last layer is float
     too. In the authors' CIFAR code, the last layer is ternary.
 
@@ -91,7 +91,7 @@ def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: T
 
 
 def mean_within(zone: Tensor, w: Tensor) -> Tensor:
-    """Return the mean of |w| where the mask `zone` is true, or 1 if it is true nowhere. The result is a scalar."""
+    """Return the mean of |w| where the mask `zone` is true, or 1 if the mask is empty. The result is a scalar."""
     mean = (w.abs() * zone).sum() / zone.sum()
     return torch.where(zone.any(), mean, torch.ones_like(mean))
 
@@ -110,7 +110,7 @@ class TTQWeight(Quantizer):
         self.positive, self.negative = (nn.Parameter(start) for start in starts)
 
     def delta(self, w: Tensor) -> Tensor:
-        """Return the threshold for the latent weights w, a scalar."""
+        """Return the scalar threshold for the latent weights w."""
         magnitude = w.detach().abs().flatten()
         if self.threshold == "max":
             return self.t * magnitude.max()

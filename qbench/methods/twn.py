@@ -28,7 +28,7 @@ Bits
     w 2 (three values) or 32, a and g 32; by default w2a32g32.
 
 Protocol
-    The unified recipe (`optim=unified`). The paper's recipe is not in qbench.
+    The recipe is the unified recipe (`optim=unified`). The paper's recipe is not in qbench.
 
 Choices
     None.

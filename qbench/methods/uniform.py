@@ -3,7 +3,7 @@
 Paper
     Uniform has no paper of its own. Its formulas are those of Jacob et al., "Quantization and
     Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018, arXiv
-    1712.05877, with symmetric weights.
+    1712.05877. The levels of weights are symmetric.
 
 Idea
     The levels are equally spaced over the range of the values. A comparison with this control shows
@@ -34,7 +34,7 @@ Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
 
 Protocol
-    The unified recipe, which is the same for all methods (`optim=unified`).
+    The recipe is the unified recipe (`optim=unified`), which is the same for all methods.
 
 Choices
     channel: `true` (default) means one step per output channel of the weights. `false` means one
@@ -66,7 +66,7 @@ def quantize_weight(w: Tensor, bits: int, channel: bool = True) -> Tensor:
 
 
 def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
-    """Return the step, (O, 1, ..., 1) with `channel`, else a scalar. If all its weights are zero, a step is 1."""
+    """Return the step, (O, 1, ..., 1) with `channel`, else a scalar. A step is 1 if its weights are all 0."""
     magnitude = w.detach().abs()
     top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.max()
     scale = top / (2 ** (bits - 1) - 1)
@@ -125,7 +125,7 @@ class UniformWeight(Quantizer):
 
 
 class UniformActivation(Quantizer):
-    """Quantizer of one layer's input, with equally spaced levels over a range that follows the batches."""
+    """Quantizer of one layer's input. The levels are equally spaced over a range that follows the batches."""
 
     low: Tensor
     high: Tensor

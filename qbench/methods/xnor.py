@@ -39,14 +39,15 @@ Bits
     w 1 or 32, a 1 or 32, g 32; by default w1a1g32.
 
 Protocol
-    The authors' code: Adam, batch size 800, 55 epochs. The learning rate is 1e-3, then 5e-4 from
-    epoch 19, 1e-4 from epoch 30, 5e-5 from epoch 44 and 1e-5 from epoch 53. Weight decay is 5e-4 up
-    to epoch 29 and 0 afterwards. The first and last layers are float. The order of layers in a
-    block is batch normalization, sign, convolution, pooling.
+    The authors' code trains for 55 epochs by Adam with batch size 800. The learning rate is 1e-3,
+    then 5e-4 from epoch 19, 1e-4 from epoch 30, 5e-5 from epoch 44 and 1e-5 from epoch 53. Weight
+    decay is 5e-4 up to epoch 29 and 0 afterwards. The first and last layers are float. The order of
+    layers in a block is batch normalization, sign, convolution, pooling.
 
 Choices
-    scale: `K` multiplies the output by K, as in the paper. `none` (default) does not multiply by K,
-    as in the authors' code. The authors write that K improves accuracy by less than one point.
+    scale: `K` multiplies the output by K, as in the paper. `none` (default) leaves the output
+    unchanged, as in the authors' code. The authors write that K improves accuracy by less than one
+    point.
     gradient: the formula of the weights' gradient.
     `paper` (default) is the paper's formula as it is commonly understood. The paper prints r 1{|r|
     <= 1} as the derivative of sign. We assume that the factor r is a misprint.
@@ -55,8 +56,8 @@ Choices
     This formula includes the derivative of alpha with respect to every weight of the filter. The
     paper's formula leaves out this derivative.
     center, clamp: `center` subtracts the mean over input channels from the latent weights, and
-    `clamp` clamps the latent weights to [-1, 1]. The authors' code does both before every step. The
-    paper mentions neither. Both options are off by default.
+    `clamp` clamps the latent weights to [-1, 1]. The authors' code centers and clamps before every
+    step. The paper does not mention centering or clamping. These two options are off by default.
 
 Deviations
     Convolutions pad their input with zeros, as in the authors' code, although binary activations
@@ -214,8 +215,9 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """Return a layer's weight quantizer.
 
     Raises:
-        Unsupported: the filters have one input channel, and the options need more. The factor 1 - 1
-            / c of the gradients would be 0, and `center` would set all weights to 0.
+        Unsupported: the filters have one input channel, and the options need more input channels.
+            The factor 1 - 1 / c of the gradients would be 0, and `center` would set all weights to
+            0.
     """
     if layer.weight.shape[1] == 1 and (gradient != "paper" or center):
         what = "center=true" if gradient == "paper" else f"gradient={gradient}"
@@ -224,7 +226,7 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
 
 
 def center_and_clamp(model: nn.Module, *, center: bool, clamp: bool) -> None:
-    """Center latent weights over input channels and clamp them to [-1, 1], both in place, as in the authors' code."""
+    """As the authors' code does, center latent weights over input channels and clamp them to [-1, 1], in place."""
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             if isinstance(layer.weight_q, BinaryWeight):
@@ -242,7 +244,7 @@ def multiply_gradients(model: nn.Module, factor: float) -> None:
 
 
 def scale_as_authors(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Multiply gradients as the authors' code does: for SGD, of binary weights by n; for Adam, all by 1e9."""
+    """As the authors' code does, multiply all gradients by 1e9 (Adam), or gradients of binary weights by n (SGD)."""
     if isinstance(optimizer, torch.optim.Adam):
         multiply_gradients(model, ADAM_FACTOR)
         return

@@ -46,8 +46,8 @@ class SamePool(nn.Module):
 class DoReFaAlexNet(nn.Sequential):
     """AlexNet with the layers `conv0` to `conv4`, `fc0`, `fc1` and `fct`.
 
-    The names of modules `bn`, `pool` and `act` end like the name of the layer in front of them,
-    such as `bn1` after `conv1`.
+    The name of a module `bn`, `pool` or `act` shows which layer is in front of the module. For
+    example, `bn1` follows `conv1`, and `bnfc0` follows `fc0`.
     """
 
     feeds: Feeds

@@ -2,10 +2,10 @@
 
 The layers were checked against that script. The script evaluates a trained network, and we do not
 know how this network was trained. The layers are conv7x7/2 64 (bias) - MP - blocks - BN - last_act
-- average times 49 - FC. BN is batch normalization with eps 1e-4. MP is max pooling. Q is the
-activation that an input quantizer replaces. The image is padded with three rows and columns at the
-top and left, and with two at the bottom and right. In front of MP, the border pixels are repeated
-once.
+- average times 49 - FC. BN is batch normalization with eps 1e-4. MP is max pooling. FC is a linear
+layer. Q is the activation that an input quantizer replaces. The image is padded with three rows and
+columns at the top and left, and with two at the bottom and right. In front of MP, the border pixels
+are repeated once.
 
 A block adds a shortcut to the branch BN - Q - conv3x3 - BN - Q - conv3x3. In most blocks, the
 shortcut is the block's input. In the first block, and in blocks that change the shape, the shortcut

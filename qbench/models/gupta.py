@@ -2,10 +2,10 @@
 
 This paragraph is remembered from the paper and not verified. The MNIST perceptron has two hidden
 layers of 1000 units. The MNIST CNN is conv5x5 8 - ReLU - MP2x2 - conv5x5 16 - ReLU - MP2x2 - FC 128
-- ReLU - FC. The CIFAR-10 CNN has three times conv5x5 64 - ReLU - MP3x3/2, then FC. MP is max
-pooling. There is no batch normalization. Every layer has a bias. Initial weights are Gaussian with
-standard deviation 0.01, and initial biases are 0. We remember this initialization for the
-perceptron only.
+- ReLU - FC. The CIFAR-10 CNN repeats conv5x5 64 - ReLU - MP3x3/2 three times, and ends with FC. MP
+is max pooling. FC is a linear layer. There is no batch normalization. Every layer has a bias.
+Initial weights are Gaussian with standard deviation 0.01, and initial biases are 0. We remember
+this initialization for the perceptron only.
 
 We do not know how the paper pads convolutions, or whether its max pooling rounds sizes up or down.
 In qbench, the MNIST CNN does not pad, the CIFAR CNN pads by 2, and max pooling rounds sizes up.

@@ -5,15 +5,15 @@ torchvision's checkpoints can be loaded. The stem is a 7x7 convolution at stride
 normalization (BN), ReLU and max pooling of 3x3 at stride 2. Four stages of blocks follow. A block
 is convolution, BN, ReLU, ..., convolution, BN, sum, ReLU. A shortcut that changes the shape is a
 1x1 convolution with BN. In a bottleneck block, the 3x3 convolution has the stride. The ReLU after a
-sum also feeds the next shortcut. Because a quantizer must not change a shortcut, it can replace
+sum also feeds the next shortcut. A quantizer must not change a shortcut, so a quantizer can replace
 only the other ReLUs of a block.
 
 `pre` (He et al. 2016, Identity mappings, arXiv 1603.05027): a block repeats BN, ReLU, convolution.
 The last block is followed by one more BN and ReLU. A shortcut that changes the shape is a 1x1
 convolution that reads the output of the block's first ReLU. The stem is a convolution, BN and max
 pooling. The first block begins with a ReLU instead of a BN, because the stem has a BN already. If
-the shortcut of the first block is the identity, it carries the stem's output from before this ReLU.
-LSQ and PACT use the form `pre` (from memory, not verified).
+the shortcut of the first block is the identity, the shortcut carries the input of this ReLU. LSQ
+and PACT use the form `pre` (from memory, not verified).
 
 `width` is the number of channels of the stem and of the first stage. The original ResNet has
 `width` 64. With `width` 96, ResNet-18 becomes the ResNet-18B of TWN and TTQ, whose blocks have 1.5

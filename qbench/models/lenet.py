@@ -1,9 +1,10 @@
 """LeNet as used in quantization papers: Caffe's network (examples/mnist), not LeCun's network of 1998.
 
 The network has 20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, and the output layer.
-On MNIST without batch normalization (BN), the network has 431,080 parameters. Caffe's network has a single ReLU, in
-front of the last layer. In qbench, BN and ReLU are in front of every layer except the first, and after max pooling, as
-in HWGQ's networks. Every layer except the first therefore has an activation that an input quantizer can replace.
+For MNIST images and without batch normalization (BN), the network has 431,080 parameters. Caffe's network has a single
+ReLU, in front of the last layer. In qbench, BN and ReLU are in front of every layer except the first. Max pooling comes
+before BN and ReLU, as in HWGQ's networks. Every layer except the first therefore has an activation that an input
+quantizer can replace.
 """
 
 from collections import OrderedDict
@@ -48,8 +49,7 @@ def build(shape: tuple[int, int, int], classes: int, *, pad: int = 0, norm: str 
     """Return a LeNet for images of `shape` (C, H, W).
 
     `pad` is the number of zeros that each convolution adds on each side of its input. With `pad=0`,
-    images must be
-    16x16 or larger. With `pad=2`, images must be 4x4 or larger.
+    images must be 16x16 or larger. With `pad=2`, images must be 4x4 or larger.
     """
     if not 0 <= pad <= 2:
         raise ValueError(f"pad={pad}: must be 0 (as in Caffe), 1 or 2")

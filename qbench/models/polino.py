@@ -4,9 +4,9 @@ CIFAR-10 without shortcuts.
 The layers were checked against the authors' code (antspy/quantized_distillation,
 cnn_models/conv_forward_model.py and cifar10_test.py). Each convolution is followed by ReLU and
 batch normalization (BN), in this order. After some convolutions, 2x2 max pooling and dropout of
-whole channels come next. Each hidden linear layer is followed by ReLU, BN and dropout. Even the
-output layer is followed by a ReLU. Every layer has a bias. Convolutions do not change height and
-width. Initial weights are drawn from Glorot's uniform distribution.
+whole channels follow. Each hidden linear layer is followed by ReLU, BN and dropout. Even the output
+layer is followed by a ReLU. Every layer has a bias. Convolutions do not change height and width.
+Initial weights are drawn from Glorot's uniform distribution.
 
 By our own count, the teacher has 5.346 M parameters, student S0 has 1.000 M, S1 has 0.318 M, S2 has
 0.112 M, and the deeper student has 5.83 M. Distilled students are trained without dropout
@@ -90,7 +90,8 @@ def build(
         convs: number of channels of each convolution.
         kernel: kernel size of the convolutions, an odd number.
         pools: numbers of the convolutions in front of a 2x2 max pooling. The first convolution is
-        number 1. hidden: number of units of each hidden linear layer.
+            number 1.
+        hidden: number of units of each hidden linear layer.
         dropout: one dropout rate for each max pooling and each hidden layer. An empty list means
             no dropout.
         norm: kind of batch normalization, one of affine, no_affine and none.

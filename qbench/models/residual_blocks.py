@@ -24,14 +24,13 @@ ConvSpec = tuple[int, int, int]
 SHORTCUTS = ("A", "A_stride", "B")
 """Kinds of shortcut in blocks that change the shape.
 
-A averages over 2x2 pixels, and A_stride takes every second pixel. Both then add channels of zeros.
-B is a 1x1
-convolution.
+A averages over 2x2 pixels, and A_stride takes every second pixel. Both of these shortcuts then
+add channels of zeros. B is a 1x1 convolution.
 """
 
 
 class PadShortcut(nn.Module):
-    """Shortcut A or A_stride: reduce height and width, then add channels of zeros. It has no parameters.
+    """Shortcut A or A_stride. It reduces height and width, then adds channels of zeros. It has no parameters.
 
     Args:
         new_channels: number of channels that are added.
@@ -87,8 +86,8 @@ class PreBlock(ResidualBlock):
         convs: the convolutions of the branch.
         first_bn: true if the block begins with a BN.
         ending: kind of normalization after the branch's last convolution and after the shortcut's
-            convolution. The
-            papers that use pre-activation have no normalization there (`none`).
+            convolution. The papers that use pre-activation have no normalization after these
+            convolutions (`none`).
     """
 
     def __init__(

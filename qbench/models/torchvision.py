@@ -24,8 +24,7 @@ OPTIONS: dict[str, dict[str, bool]] = {
 """Maps a network to its arguments for torchvision.
 
 The networks are built without auxiliary heads, because no loss in qbench uses the outputs of these
-heads. torchvision
-warns if `init_weights` is not set.
+heads. torchvision warns if `init_weights` is not set.
 """
 
 
@@ -76,8 +75,7 @@ def _feeds_of_chain(model: nn.Module, shape: tuple[int, int, int]) -> Feeds:
     """Return which layers each activation of AlexNet or VGG feeds, or an empty map for another network.
 
     Other modules may be between an activation and the next layer, if they commute with ReLU. Such
-    modules are max
-    pooling, dropout, and average pooling that does not change the size.
+    modules are max pooling, dropout, and average pooling that does not change the size.
     """
     if type(model).__name__ not in ("AlexNet", "VGG"):
         return {}

@@ -99,7 +99,7 @@ def build(
 ) -> nn.Module:
     """Return a wide ResNet for images of `shape` (C, H, W).
 
-    `depth` is 6 n + 4 for n blocks per stage. The stages have `widen` times the channels of a ResNet.
+    `depth` is 6 n + 4 for n blocks per stage. The stages have 16, 32 and 64 times `widen` channels.
     """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth={depth}: must be 6 n + 4, such as 10, 16, 22, 28 or 40")
