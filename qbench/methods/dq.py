@@ -193,7 +193,7 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per bucket. A group has the layer's points, scaled to the bucket."""
+        """Return the allowed values, with one group per bucket. A group has the layer's points, scaled to a bucket."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:

@@ -10,7 +10,8 @@ Idea
     change at comparable rates.
 
 Forward
-    v_hat = s round(clip(v / s, -Qn, Qp)). Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.
+    v_hat = s round(clip(v / s, -Qn, Qp)).
+    Weights of b bits: Qn = 2^(b-1), Qp = 2^(b-1) - 1.
     Activations: Qn = 0, Qp = 2^b - 1.
 
 Backward
