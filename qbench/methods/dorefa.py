@@ -19,8 +19,8 @@ Forward
     Activations: Qk(h(x)), with h(x) = clip(x, 0, 1).
 
 Backward
-    Weights, k >= 2: the gradient includes the derivatives of tanh and of the maximum. Weights, k =
-    1: dL/dw = dL/dw_hat.
+    Weights, k >= 2: the gradient includes the derivatives of tanh and of the maximum.
+    Weights, k = 1: dL/dw = dL/dw_hat.
     Activations: dL/dx = h'(x) dL/dx_hat. With h = clip, h'(x) is 1 where 0 <= x <= 1, and 0
     elsewhere.
     Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), where m is max|d| of the

@@ -11,8 +11,9 @@ Idea
     operations and bit counts.
 
 Forward
-    Weights, for each output filter of n weights: alpha sign(w), with alpha = mean|w| and sign(0) = +1.
-    Activations: sign(x).
+    Weights: w_hat = alpha sign(w) for each output filter of n weights, with alpha = mean|w| and
+    sign(0) = +1.
+    Activations: x_hat = sign(x).
     With scale=K the output is multiplied by K = A * k, where * is a convolution with the layer's
     stride and padding. A is the mean of |x| over channels. k is a box filter of the kernel's size,
     which computes a mean. For a linear layer, K is mean|x|.
