@@ -334,9 +334,8 @@ def claim_section(
         if one.means is not None:
             places = 4 if claim.measure == "gradient_mismatch" else 2
             first, second = (f"{x:.{places}f}" for x in one.means)
-            lines.append(
-                f"- {one.comparison.name}: mean of the first arm {first}, of the second arm {second}. Outcome: {one.outcome}"
-            )
+            means = f"mean of the first arm {first}, of the second arm {second}"
+            lines.append(f"- {one.comparison.name}: {means}. Outcome: {one.outcome}")
         lines += [f"- {one.comparison.name}: {text}" for text in one.problems + one.notes]
     lines += ["", *(f"    qbench {' '.join(sweep_words(claim, arm, seeds, out))}" for arm in arms), ""]
     runs = [run for arm in arms.values() for run in arm.values()]

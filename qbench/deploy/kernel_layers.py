@@ -140,8 +140,8 @@ class Finish(NamedTuple):
 
     Args:
         integers: whether the source returns integers.
-        ramp, residual, second_ramp: the operations of the first ramp, whether a residual map is added, and the
-            operations of the second ramp.
+        ramp, second_ramp: the operations of the first ramp and of the second ramp.
+        residual: strides of the map of floats that is added between the ramps, or None if no map is added.
         floats: strides of the output map of floats, or None if the values are not stored as floats.
         thresholds: number of thresholds that turn values into codes, 0 to 3. 0 means no codes.
         codes: strides of the output map of codes, or None if no codes are stored.
@@ -150,7 +150,7 @@ class Finish(NamedTuple):
 
     integers: bool = False
     ramp: RampParts = NO_RAMP
-    residual: bool = False
+    residual: Strides | None = None
     second_ramp: RampParts = NO_RAMP
     floats: Strides | None = None
     thresholds: int = 0
@@ -169,10 +169,12 @@ def layer(source: Source, finish: Finish, height: int, width: int, vectors: int)
     Args:
         height, width, vectors: size of the output in pixels, and number of vectors of channels per pixel.
     """
-    integers, residual = finish.integers, finish.residual
+    integers, residual = finish.integers, finish.residual is not None
     ramp, second_ramp = _ramp(*finish.ramp), _ramp(*finish.second_ramp)
     stored, thresholds = finish.floats is not None, finish.thresholds
     row, pixel, _, _ = finish.floats or Strides(0, 0, 0)
+    # The residual has strides of its own: the image is stored without padding, and the sum may not be stored at all.
+    residual_row, residual_pixel, _, _ = finish.residual or Strides(0, 0, 0)
     convert = to_floats if integers and not finish.integer_thresholds else _same
     codes_row, codes_pixel, codes_vector, codes_plane = finish.codes or Strides(0, 0, 0)
     if finish.tables:
@@ -186,13 +188,13 @@ def layer(source: Source, finish: Finish, height: int, width: int, vectors: int)
             for x in range(width):
                 for o in range(vectors):
                     found = convert(source(memory, at, y, x, (y * width + x) * vectors + o, o))
-                    place = y * row + x * pixel + o * BYTES
                     found = ramp(memory, at.ramp + o * RAMP_BYTES, found)
                     if residual:
-                        found = found + load_floats(memory, at.residual + place)
+                        added = at.residual + y * residual_row + x * residual_pixel + o * BYTES
+                        found = found + load_floats(memory, added)
                     found = second_ramp(memory, at.second_ramp + o * RAMP_BYTES, found)
                     if stored:
-                        store(memory, at.floats + place, found)
+                        store(memory, at.floats + y * row + x * pixel + o * BYTES, found)
                     if thresholds:
                         parameters = at.thresholds + o * (thresholds + 1) * BYTES
                         codes = at.codes + y * codes_row + x * codes_pixel + o * codes_vector

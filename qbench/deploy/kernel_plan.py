@@ -247,7 +247,7 @@ class Planner:
             fields["codes"], codes_strides = result.address, result.strides
             self._operands[quantizer] = Operand(result, levels=levels)
         finish = Finish(
-            computed.integers, parts, residual is not None, second_parts,
+            computed.integers, parts, residual.strides if residual else None, second_parts,
             floats.strides if floats else None, count, codes_strides, self.format.tables,
         )  # fmt: skip
         channels, height, width = computed.size

@@ -76,6 +76,42 @@ class Pooled(nn.Module):
         return logits
 
 
+class Residual(nn.Module):
+    """A residual block. `only_quantized`: its sum is read by a quantizer alone. `image`: it adds the image itself."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, channels = kind, 1 if kind == "image" else 20
+        self.stem, self.shortcut = nn.Conv2d(1, channels, 3, 1, 1), nn.Conv2d(channels, channels, 1)
+        self.conv, self.next, self.last = (
+            nn.Conv2d(channels, channels, 3, 1, 1),
+            nn.Conv2d(channels, 16, 3),
+            nn.LazyLinear(10),
+        )
+        self.bn, self.norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        y = self.bn(self.conv(stem.relu())) + {"image": x, "identity": stem}.get(self.kind, self.shortcut(stem))
+        logits: Tensor = self.last(self.norm(self.next(y.relu())).relu().flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("kind", ["only_quantized", "identity", "image"])
+def test_a_residual_is_read_with_its_own_strides(kind: str, configure: Configure) -> None:
+    """Floats with channels in whole vectors; the image, whose channels are not padded; a sum that is not stored."""
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    net = Residual(kind)
+    net(images)
+    model = install(dorefa.build(w=2, a=2), net, example=images).eval()
+    with torch.no_grad():
+        model.train()(images)
+        expected = model.eval()(images)
+        run = in_numba(trace(model, images), about_digits("packed"))
+        torch.testing.assert_close(run(images), expected, rtol=0, atol=1e-4)
+
+
 SIZES = {
     "stride": (nn.Conv2d(20, 40, 3, 2, 1), nn.Identity()),
     "max": (nn.Conv2d(20, 7, 5, 1, 2, bias=False), nn.MaxPool2d(3, 2, 1)),
