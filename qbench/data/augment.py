@@ -163,8 +163,8 @@ def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tens
 
     3. `jitter` changes brightness, contrast about the mean grey value, and saturation.
 
-    DoReFa's training script for SVHN makes changes 1 and 2 (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). He's
-    ImageNet training code in Torch (fb.resnet.torch) makes the changes of step 3 in random order.
+    DoReFa's training script for SVHN makes changes 1 and 2 (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). The
+    ImageNet training code of He et al. (fb.resnet.torch) makes change 3, with its three parts in random order.
 
     Returns:
         float32 images of the same shape. If the augmentation does not change colours, the input itself is returned.

@@ -1,4 +1,4 @@
-"""Reads the published files of CIFAR-10 and CIFAR-100 directly into the layout from which batches are made.
+"""Reads the published files of CIFAR-10 and CIFAR-100 directly into the memory layout that the loader uses.
 
 File names and md5 are those of the Python versions at https://www.cs.toronto.edu/~kriz/cifar.html. torchvision is
 imported only for a download.
@@ -35,7 +35,8 @@ class CifarFiles:
     Args:
         kind: the name of torchvision's class, which downloads the files.
         folder: the folder of the files, below `dataset.root`.
-        train, test, names: maps each file of a part to its md5. `names` has the names of the classes.
+        train, test, names: each maps the files of one part to their md5. The part `names` contains the names of the
+            classes.
         labels: the key of the labels in a file.
     """
 
@@ -95,7 +96,7 @@ def read_cifar(published: CifarFiles, root: str, download: bool) -> tuple[Split,
 
 
 def _read(folder: Path, part: Mapping[str, str], labels_key: bytes) -> Split:
-    """Read the files of a part one after another, each into its place among all images."""
+    """Read the files of a part one after another, into one array of images."""
     channels, height, width = PIXELS
     # Sizes of files give an upper bound of the number of images. Memory that is not written to takes no space.
     most = sum(os.path.getsize(folder / name) for name in part) // (channels * height * width)
@@ -124,7 +125,7 @@ def _unpickle(path: Path, md5: str) -> dict[bytes, Any]:
 
 @contextmanager
 def _intact(path: Path, md5: str) -> Iterator[mmap]:
-    """Map a file into memory, which is released at the end of the `with` block.
+    """Map a file into memory. The mapping ends with the `with` block.
 
     Raises:
         ValueError: the file is empty, or its md5 is not that of the published file.

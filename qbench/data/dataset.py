@@ -163,7 +163,7 @@ class Dataset:
     def fingerprint(self) -> dict[str, str | int]:
         """Return the number of images and the sha256 of each split.
 
-        The hash covers the images, or the names of their files, and the labels, in their order.
+        The hash covers the images (or the names of their files) and the labels, in the order of the split.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         counts: dict[str, str | int] = {f"{name}_images": len(split) for name, split in splits.items()}
@@ -256,7 +256,7 @@ class Loader:
             needed.
         batch_size: number of images per training batch. Images after the last full batch of an epoch are not used in
             that epoch.
-        seed: seed of the order and of the augmentation. Each epoch uses it together with the number of the epoch.
+        seed: seed of the order and of the augmentation. Each epoch combines this seed with the number of the epoch.
         device: the device of the batches.
         workers: number of processes that decode images from files. The batches do not depend on this number.
         shards: number of equal shards into which each training batch is divided.
@@ -291,7 +291,7 @@ class Loader:
         """Yield the shards of an epoch's training batches, beginning with batch number `start`.
 
         Each shard is computed separately. The images of a shard are therefore bit-identical in every process that makes
-        it.
+        this shard.
         """
         split, size = self.splits["train"], self.batch_size // self._shards
         generator = Generator().manual_seed(epoch_seed(self.seed, epoch))

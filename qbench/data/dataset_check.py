@@ -27,7 +27,10 @@ SAMPLED, MIN_SAMPLED = 256, 8
 """Maximum and minimum number of images in the samples whose grey values are compared."""
 
 MAX_SHIFT, STANDARD_ERRORS = 0.25, 5.0
-"""Largest allowed difference of grey values between splits, in standard deviations of train and in standard errors."""
+"""Largest allowed differences of grey values between splits.
+
+The first is in standard deviations of train, and the second is in standard errors.
+"""
 
 CHECKED = 1000
 """Number of images whose lowest and highest value are computed at once."""
@@ -51,7 +54,7 @@ def check_dataset(data: Dataset, name: str) -> None:
 def _problems(data: Dataset) -> Iterator[str]:
     """Yield the problems of a data set. Later checks assume that earlier checks passed, so use only the first one."""
     if type(data.classes) is not int or data.classes < 2:
-        yield f"classes={data.classes!r}: must be an int from 2 on"
+        yield f"classes={data.classes!r}: must be an integer of 2 or more"
     splits = {"train": data.train, "val": data.val, "test": data.test}
     typed: dict[str, object] = {**splits}  # a user's function may have returned anything
     for part, value in typed.items():
@@ -209,7 +212,7 @@ def _grey_values(split: StoredSplit, data: Dataset) -> Tensor:
 
 
 def repeated_images(data: Dataset) -> list[str]:
-    """Return messages that count images which an earlier split also contains.
+    """Return messages with the number of images of a split that an earlier split also contains.
 
     The order of the splits is train, val, test.
 

@@ -59,7 +59,7 @@ def dataset_from_splits(
 ) -> Dataset:
     """Return a data set of images in memory. The share `val` of the training images becomes the validation split.
 
-    The memory of `train` is reordered and becomes that of both splits, so that the images are not copied.
+    The images of `train` are reordered in their memory. Both splits share this memory, so no image is copied.
 
     Raises:
         ValueError: `val`, `normalize` or the augmentation's `pad` is out of range.

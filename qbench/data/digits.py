@@ -41,7 +41,7 @@ def build(*, val: float = 0.1, pad: int = 1) -> Dataset:
     """Return the data set `digits`.
 
     Args:
-        val: share of the training images in the validation split.
+        val: share of the training images that becomes the validation split.
         pad: largest random shift in pixels.
     """
     if not 0 <= pad < 8:

@@ -26,7 +26,7 @@ def build(
     replicate: bool = False,
     normalize: Normalize = "own",
 ) -> Dataset:
-    """Return Fashion-MNIST; `val` is the share of the training images in the validation split."""
+    """Return Fashion-MNIST. The share `val` of the training images becomes the validation split."""
     train, test = read_mnist("FashionMNIST", root, download)
     return dataset_from_splits(
         "fashion_mnist", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),

@@ -5,7 +5,7 @@ in the user's cache folder, `qbench/data` below $XDG_CACHE_HOME or ~/.cache. The
 sizes, modification times and inodes of all files stay the same.
 
 If a data set has up to 4 GiB, all bytes are read and hashed. In a larger data set, only the size and the first and last
-4096 bytes of each file are read and hashed. For ImageNet, these are 11 GB in 1,331,167 files. The data set's
+4096 bytes of each file are read and hashed. For ImageNet, these bytes are 11 GB in 1,331,167 files. The data set's
 fingerprint states whether all bytes were hashed.
 
 A JPEG or PNG file passes if PIL recognizes its header and if the last bytes contain the format's end marker. A PNG file
@@ -63,7 +63,7 @@ class FileCheck:
     width: int
 
     def manifest_entries(self) -> dict[str, str | int]:
-        """Return the entries about the files that are stored in a run's manifest."""
+        """Return the entries of a run's manifest that describe the files."""
         return {
             "files": self.count, "files_bytes": self.size, "files_sha256": self.sha256, "files_hashed": self.hashed,
         }  # fmt: skip
@@ -141,7 +141,7 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
 
 
 def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
-    """Raise `DataError` if the images have more than 8 bits but do not use the upper bits of 16."""
+    """Raise `DataError` if the images have more than 8 bits but use only the lower of their 16 bits."""
     for part, value in brightest.items():
         if value < 128:
             raise DataError(

@@ -80,7 +80,7 @@ class FileSplit:
         return replace(self, cache=cache, rows=torch.arange(first, first + len(self)))
 
     def job(self, index: Tensor, draws: Tensor | None) -> "DecodeJob":
-        """Return the job that decodes the images that an index tensor (n,) selects."""
+        """Return the job that decodes the images of an index tensor (n,)."""
         rows = None if self.rows is None else self.rows[index].tolist()
         return DecodeJob(self.paths(index), rows, None if draws is None else draws[index].tolist())
 
@@ -142,11 +142,11 @@ def decoded_batches(
     Args:
         split: the split of N images.
         indices: one tensor per batch, with the indices of its n images.
-        draws: uniform random numbers in [0, 1) for the augmentation, of shape (N, k), with k numbers per image of the
-            split. None means centre crops.
+        draws: uniform random numbers in [0, 1) for the augmentation, of shape (N, k): k numbers for each of the split's
+            N images. None means centre crops.
         augment: the augmentation.
-        workers: number of worker processes. At most one is started per core that this process may use. With 0, the
-            calling process decodes the images.
+        workers: number of worker processes. At most one worker is started per core that this process may use. With 0
+            workers, the calling process decodes the images.
         device: the device of the batches.
 
     Raises:
@@ -173,7 +173,7 @@ def _decode_with_fallback(
 ) -> Iterator[DecodedBatch]:  # fmt: skip
     """Yield the decoded batches.
 
-    If a worker process is killed, the main process decodes the remaining batches. The batches are the same.
+    If a worker process is killed, the main process decodes the remaining batches. The batches do not change.
     """
     done, workers = 0, min(workers, own_cores(), len(indices))
     while True:
@@ -223,7 +223,7 @@ def _identity(batch: DecodedBatch) -> DecodedBatch:
 def _ensure_fork_server() -> None:
     """Ensure that the fork server is running.
 
-    The fork server starts while signals are blocked. Blocked signals therefore never reach the fork server and the
+    The fork server starts while signals are blocked. Blocked signals therefore never reach the fork server or the
     workers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -18,7 +18,7 @@ covers a random 8 % to 100 % of the image and has a random aspect ratio from 3/4
 saturation.
 
 With `augment=plain`, images are kept in memory if all have the same size and together fit into 2 GiB. In all other
-cases, `runtime.num_workers` processes decode images when they are needed. The batches are the same.
+cases, `runtime.num_workers` processes decode images when they are needed. The batches are the same in both cases.
 """
 
 from qbench.data.augment import Augment
@@ -56,9 +56,9 @@ def build(
 
     Args:
         cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
-        test: name of the folder of test images, or the share of images that form the test split if `root` contains the
-            class folders.
-        val: share of the training images in the validation split.
+        test: name of the folder of test images. If `root` contains the class folders, `test` is the share of the images
+            that becomes the test split.
+        val: share of the training images that becomes the validation split.
     """
     top = absolute_root(root)
     if isinstance(test, str):

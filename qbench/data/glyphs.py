@@ -13,9 +13,10 @@ The glyph is brighter than the background in every channel, and every image is s
 task easier to learn. In images without these rules, the glyph was randomly brighter or darker in each channel and the
 mean was random. On such images, a small network stayed at chance level for ten epochs.
 
-`difficulty` scales all random properties except colour and font: rotation, shear, size, proportions, position, loss of
-contrast, uneven background, fragments of other glyphs at the border, and noise. At difficulty 0, glyphs are upright,
-centred and clean. A seed gives the same glyphs, fonts and colours at every difficulty and image size.
+`difficulty` scales these random properties: rotation, shear, size, proportions, position, loss of contrast, uneven
+background, fragments of other glyphs at the border, and noise. It does not scale colour and font. At difficulty 0,
+glyphs are upright, centred and clean. A seed gives the same glyphs, fonts and colours at every difficulty and image
+size.
 
 We measured top-1 in % on the 10,000 test images (sampling error +-0.5 points) for the float baseline of this command:
 
@@ -24,8 +25,8 @@ We measured top-1 in % on the 10,000 test images (sampling error +-0.5 points) f
 The network is a pre-activation ResNet-8. It was trained for 10 epochs of the 10,810 training images on one thread, with
 SGD, learning rate 0.1, a cosine schedule and batches of 64. With one seed, top-1 was 95.7 at D = 1, 93.1 at D = 1.1 and
 88.1 at D = 1.2. With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5 and 93.3 at D = 1 (mean of
-three seeds, from 92.9 to 93.6). At D = 1.5, top-1 was 52 and still rising. The default is D = 1.1, where float networks
-reach about 92 % and different bit widths give different accuracy.
+three seeds, whose top-1 was 92.9 to 93.6). At D = 1.5, top-1 was 52 and still rising. The default is D = 1.1, where
+float networks reach about 92 % and different bit widths give different accuracy.
 
 Rendering 22,000 images and computing their mean and standard deviation takes 1.8 to 2.5 s on one
 core.
@@ -94,7 +95,7 @@ def build(
         size: height and width in pixels, 8 or more.
         difficulty: from 0 (clean) to 2. The module's docstring explains the default of 1.1.
         seed: seed of the images, 0 or more. Training and test images use separate sequences of random numbers.
-        val: share of the training images in the validation split.
+        val: share of the training images that becomes the validation split.
         pad: number of pixels that are added on each side before the random crop. The added pixels repeat the border
             pixels, because the background is not black.
     """

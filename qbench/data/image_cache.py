@@ -81,7 +81,7 @@ def open_cache(top: Path, sha256: str, root: Path, names: Sequence[str], side: i
     with locked(top / f".{key}.lock"):
         if not _is_intact(folder, len(names)):
             if folder.exists():
-                print(f"warning: {folder} is damaged; it is built again", file=sys.stderr)
+                print(f"warning: {folder} is damaged; the cache is built again", file=sys.stderr)
             _build(folder, root, names, side)
     return ImageCache(str(folder), side)
 

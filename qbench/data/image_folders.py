@@ -88,7 +88,7 @@ def classes_of_one_folder(root: Path) -> list[str]:
         alone = "train" if "train" in splits else splits[0]
         raise DataError(
             f"{root} contains {_first_names([f'{name}/' for name in splits])}, which are splits and not classes\n"
-            f"type dataset.test=auto, or the name of the test split, or dataset.root={root / alone} to read only "
+            f"type dataset.test=auto, or dataset.test=NAME of the test split, or dataset.root={root / alone} to read "
             f"{alone}/"
         )
     return classes
@@ -132,7 +132,7 @@ def find_test_folder(root: Path, part: str) -> str:
     If `part` is auto, the folder is val or test, whichever exists. Otherwise, the folder is `part` itself.
 
     Raises:
-        DataError: `part` is auto, and neither or both of val and test exist.
+        DataError: `part` is auto, and either both or none of the folders val and test exist.
     """
     if part != "auto":
         return part

@@ -10,10 +10,10 @@ needed.
 
 `augment=plain` resizes the shorter side of an image to `resize` pixels, crops `size` x `size` pixels at random and
 mirrors half of the images. The code of XNOR, INQ and HWGQ does the same (HWGQ with 227 pixels). `augment=inception`
-crops a random area with a random aspect ratio, and `jitter=0.4` also changes the colours. Both follow the ImageNet
-training code of He et al. (fb.resnet.torch), as tensorpack's DoReFa script does. The code of He et al. also adds noise
-along the principal components of the colours, which qbench does not. Evaluation uses the centre crop of the resized
-image.
+crops a random area with a random aspect ratio, and `jitter=0.4` also changes the colours. Both settings follow the
+ImageNet training code of He et al. (fb.resnet.torch). tensorpack's DoReFa script follows the same code. The code of He
+et al. also adds noise along the principal components of the colours. qbench does not add this noise. Evaluation uses
+the centre crop of the resized image.
 """
 
 from qbench.data.dataset import Dataset
@@ -43,7 +43,7 @@ def build(
 
     Args:
         cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
-        val: share of the training images in the validation split.
+        val: share of the training images that becomes the validation split.
     """
     if download:
         raise ValueError("download=true: must be false, because image-net.org requires registration for ImageNet")

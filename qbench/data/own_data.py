@@ -21,7 +21,7 @@ from qbench.data.normalize import MeanAndStd, mean_and_std
 from qbench.errors import DataError
 
 MAX_MEMORY = 2**32
-"""Maximum size in bytes of a torch data set that is kept in memory. A larger one is read again in every epoch."""
+"""Maximum size in bytes of a torch data set that is kept in memory. A larger data set is read again in every epoch."""
 
 STATISTICS_IMAGES = 1000
 """Number of images from which the mean and the standard deviation are computed if images are read in every epoch."""
@@ -44,7 +44,7 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
     """Return a data set from the value that a user's function returned.
 
     Args:
-        val: share of the training images in the validation split, if the value contains no validation split.
+        val: share of the training images that becomes the validation split, if the value contains no validation split.
 
     Raises:
         DataError: the value has none of the expected forms. The message lists these forms.

@@ -1,4 +1,4 @@
-"""Provides the shapes, classes and numbers of images of the data sets, for `qbench plan` without the image files."""
+"""Provides the shapes, classes and numbers of images of the data sets, so that `qbench plan` needs no image files."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -4,7 +4,7 @@ Y. Netzer et al., 2011, "Reading Digits in Natural Images with Unsupervised Feat
 data set: 3x32x32 images in ten classes. The digit is in the middle, and neighbouring digits are often visible at the
 sides. There are 73,257 training images, 26,032 test images and 531,131 easier images, named "extra". Papers train on
 different parts: DoReFa uses train and extra together, PACT uses train alone. `split` selects train, extra or both.
-`split=both` takes 1.9 GB of memory, or 2.9 GB with size=40. While the files are read, it takes twice as much.
+`split=both` takes 1.9 GB of memory, or 2.9 GB with size=40. Reading the files takes twice as much memory.
 
 The files are train_32x32.mat, extra_32x32.mat and test_32x32.mat in `<root>/`; reading them needs scipy. The digit 0
 has the label 10 in the files and is class 0 here. As for CIFAR, the image is padded by 4 pixels and cropped at random
@@ -43,7 +43,7 @@ def build(
     contrast: float = 0.0,
     normalize: Normalize = "own",
 ) -> Dataset:
-    """Return SVHN; `val` is the share of the images of `split` in the validation split."""
+    """Return SVHN. The share `val` of the images of `split` becomes the validation split."""
     if split not in SPLITS:
         raise ValueError(f"split={split}: must be one of {', '.join(SPLITS)}")
     if size < 1:

@@ -26,7 +26,7 @@ def build(
 
     Args:
         signal: share of the pattern in each pixel value, 0 to 1. The rest is noise.
-        val: share of the training images in the validation split.
+        val: share of the training images that becomes the validation split.
     """
     if min(train, test, classes, channels, size) < 1:
         raise ValueError("train, test, classes, channels and size: must be 1 or more")

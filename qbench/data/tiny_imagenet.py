@@ -4,8 +4,8 @@ There are 100,000 training images and 10,000 validation images. The validation i
 labels of the official test images are not public. `<root>/` is the published folder tiny-imagenet-200. The images are
 read from train/nXXXXXXXX/images/*.JPEG and val/images/*.JPEG, and the test labels from val/val_annotations.txt. A val
 folder with class folders is also accepted. Classes are sorted by name. All images are decoded once and kept in memory,
-which takes 1.4 GB. As in CIFAR-10, but with twice the padding, the image is padded by 8 pixels, cropped at random to
-its original size, and mirrored with probability 1/2.
+which takes 1.4 GB. The image is padded by 8 pixels, cropped at random to its original size, and mirrored with
+probability 1/2. For CIFAR-10, the padding is 4 pixels.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def build(
 
     Args:
         cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
-        val: share of the training images in the validation split.
+        val: share of the training images that becomes the validation split.
     """
     if download:
         raise ValueError(

@@ -23,8 +23,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         shape: channels, height and width of an image.
         white: 255 for 8-bit images, 1 for float images.
         threads: number of torch threads that were used to verify the export.
-        data_sha256: the digest of the run's images (`Result.data_sha256`), or None if the digest is not known. It is
-            None for a debug run, which used only a few of the images that `dataset` describes.
+        data_sha256: the digest of the run's images (`Result.data_sha256`), or None if the digest is not known. A debug
+            run has no digest, because it used only a few of the images that `dataset` describes.
         debug: whether the run had debug=true. The accuracy of such a run is meaningless.
     """
 

@@ -46,8 +46,7 @@ def compare(
 
 @torch.no_grad()
 def batch_noise(run: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Return the largest difference between logits of a whole batch and logits of its images one by
-    one.
+    """Return the largest difference between logits of a batch and logits of its images one at a time.
 
     torch adds in an order that depends on the batch size, so the logits differ. A tolerance must
     not be smaller than this difference.

@@ -46,7 +46,7 @@ class Levels:
 
     Args:
         form: steps, span or book.
-        count: number of levels in each group.
+        count: number of levels in each group. Below, `dimension` is the number of weights that share a code.
         first, step: the integers of the form `steps`.
         scale: (groups,); empty for `book`.
         low: (groups,) for `span`, else empty.
@@ -62,7 +62,7 @@ class Levels:
     book: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def values(self) -> Tensor:
-        """Return the levels (groups, count, dimension)."""
+        """Return the levels (groups, count, weights per code)."""
         if self.form == "book":
             return self.book
         codes = torch.arange(self.count).to(self.scale.dtype)
@@ -89,7 +89,7 @@ class Encoded:
         shape: shape of the weights.
         order: the axes from the largest stride to the smallest. The rounding of sums in a convolution may depend on
             this order.
-        layout: name of the layout in the module's docstring, which says which weights form a scale group.
+        layout: name of a layout from the module's docstring. The layout says which weights form a scale group.
         levels: the levels of the groups.
         codes: the codes as bytes. The order is that of (groups, codes per group) in the layout, without padding. The
             codes are packed without gaps, lowest bit first.
@@ -147,7 +147,7 @@ def code_count(layout: str, shape: tuple[int, ...]) -> int:
 
 
 def places(layout: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the indices of each group's weights in the flattened tensor: (groups, codes, dimension).
+    """Return the indices of each group's weights in the flattened tensor: (groups, codes, weights per code).
 
     Padding has the index after the last weight.
     """
@@ -232,10 +232,10 @@ def _layout(found: Tensor, shape: tuple[int, ...]) -> str:
 
 
 def _levels(quantizer: Quantizer, latent: Tensor, exact: Tensor, used: Tensor) -> Levels:
-    """Return the shortest form of the levels (G, L, 1 or D) that reproduces all used levels exactly.
+    """Return the shortest form of the levels that reproduces all used levels exactly.
 
     Args:
-        latent: the latent weights (G, n, 1 or D).
+        latent: the latent weights (G, n, D) of G groups, with n codes per group and D weights per code.
     """
     count = exact.shape[1]
     if exact.shape[2] == 1 and count > 1:
@@ -246,7 +246,7 @@ def _levels(quantizer: Quantizer, latent: Tensor, exact: Tensor, used: Tensor) -
 
 
 def _multiples(points: Tensor) -> Iterator[Levels]:
-    """Yield candidates of the form `steps` for levels (G, L): integers times a scale per group."""
+    """Yield candidates of the form `steps` for levels (groups, count): integers times a scale per group."""
     count = points.shape[1]
     zeros = (points[0] == 0).nonzero().flatten().tolist()
     # ..., -1, 0, 1, ..., or, without 0, odd integers ..., -1, 1, 3, ...
@@ -258,10 +258,10 @@ def _multiples(points: Tensor) -> Iterator[Levels]:
 
 
 def _spans(quantizer: Quantizer, latent: Tensor, points: Tensor, used: Tensor) -> Iterator[Levels]:
-    """Yield candidates of the form `span` for levels (G, L): a shared table times a scale plus a lowest value.
+    """Yield candidates of the form `span` for levels (groups, count): a shared table times a scale plus a lowest value.
 
-    The range of a group, from which its scale and lowest value follow, is the range of its latent weights or of its
-    levels.
+    The scale and the lowest value of a group follow from a range. This range is that of the group's latent weights or
+    that of its levels.
     """
     count, (low, high) = points.shape[1], latent.aminmax(dim=1)
     shared = [t.detach()[:count] for t in quantizer.state_dict().values() if t.dim() == 1 and len(t) >= count]

@@ -5,7 +5,7 @@ A container is a safetensors file. It contains one-dimensional tensors, and two 
     header   uint8: JSON, compressed by zlib
     sha256   uint8 (32,): the digest of all other tensors
 
-A reader runs nothing in the file as code.
+A reader never runs content of the file as code.
 """
 
 import hashlib
@@ -135,7 +135,7 @@ def natural(value: Any) -> int:
 
 
 def check_image(shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` if an image of this shape is too large for the test run of a network that was read."""
+    """Raise `ValueError` if an image of this shape is too large for the run that tests a network after reading."""
     if prod(shape) > MAX_IMAGE_VALUES:
         raise ValueError(f"images of {shape}")
 

@@ -1,4 +1,4 @@
-"""Imports optional packages, which only exports need."""
+"""Imports optional packages. Only exported files need them."""
 
 import importlib
 import warnings

@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 class NotInteger(Exception):
-    """Raised if a step cannot be computed in integers. The message follows the word `integer`."""
+    """Raised if a step cannot be computed in integers. The message continues a sentence that begins with `integer`."""
 
 
 class QuantizerPlace(NamedTuple):
@@ -37,7 +37,7 @@ class Builder:
 
     Args:
         network: the traced network.
-        quantized_later: indices of the steps in the traced network whose result goes to a quantizer.
+        quantized_later: indices of those steps of the traced network on which a quantizer depends.
     """
 
     def __init__(self, network: Network, about: About, quantized_later: set[int]) -> None:
@@ -93,7 +93,7 @@ class Builder:
         return self._values[place]
 
     def tensor(self, stored: Stored | None, default: float, count: int) -> Array:
-        """Return a stored vector as float64. If it is None, return a vector of `count` times the default."""
+        """Return a stored vector as float64. If the vector is None, return `count` times the default."""
         return np.full(count, default) if stored is None else self.network.tensors[stored.name].double().numpy()
 
     def add(self, function: str, *inputs: Value, integer: bool, **parameters: Any) -> int:
@@ -107,7 +107,7 @@ class Builder:
         return place
 
     def as_real(self, value: Value) -> Value:
-        """Return a value as float64. A step that converts integers is added if needed."""
+        """Return a value as float64. For an integer value, add a step that converts integers to float64."""
         if not value.integer:
             return value
         place = self.add("affine", value, integer=False, scale=flat(value.scale), shift=flat(value.shift))
@@ -121,7 +121,7 @@ class Builder:
         return real(place, np.clip(value.low, floor, ceiling), np.clip(value.high, floor, ceiling))
 
     def as_fixed(self, value: Value, fraction: Array | None = None) -> Value:
-        """Return a value as fixed-point numbers, to which its shift and its clamp are already applied.
+        """Return a value as fixed-point numbers. The numbers include the shift and the clamp of the value.
 
         By default, the number of fraction bits is the largest that fits.
         """
@@ -139,7 +139,7 @@ class Builder:
         return self._converted[key]
 
     def affine(self, x: Value, scale: Array, shift: Array) -> Value:
-        """Return scale * x + shift. A step is added only if x is float64 or has a clamp."""
+        """Return scale * x + shift. This adds a step only if x is float64 or has a clamp."""
         if x.clamped:
             x = self.as_fixed(x)
         if x.integer:

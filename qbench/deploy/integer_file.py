@@ -32,7 +32,7 @@ PARTS = ("data",)
 MAX_STEPS = 2**14
 MAX_PACKED_BITS = 8
 IMAGES_AT_ONCE = 50
-"""Number of images that a network processes at once, which limits the memory for the inputs of a convolution."""
+"""Number of images that a network processes at once. It limits the memory for the inputs of a convolution."""
 
 DTYPES = ("<i1", "<i2", "<i4", "<i8", "<f4", "<f8")
 THRESHOLDS = "thresholds"
@@ -59,7 +59,7 @@ class IntegerFile(NamedTuple):
         def run(images: Tensor) -> Tensor:
             if not ((low <= images.numpy()) & (images.numpy() <= high)).all():
                 raise ValueError(
-                    "the images are outside the range of 8-bit pixels, normalized with the file's mean and std"
+                    "the images are outside the range of 8-bit pixels after normalization with the file's mean and std"
                 )
             starts = range(0, len(images), IMAGES_AT_ONCE)
             parts = [self.network.run(images[start : start + IMAGES_AT_ONCE].numpy()) for start in starts]
@@ -177,7 +177,7 @@ class _Bytes:
 
     def _take(self, size: int) -> bytes:
         if size > self.left:
-            raise ValueError(f"an array of {size} bytes in the last {self.left} bytes")
+            raise ValueError(f"an array has {size} bytes, but only {self.left} bytes are left")
         start, self._place = self._place, self._place + size
         return self._data[start : self._place]
 

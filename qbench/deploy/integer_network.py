@@ -105,7 +105,7 @@ def quantize(x: Array, *, thresholds: Array, levels: Array, sign: Array | None =
     """Return levels[k] for each element of x (N, C, ...), where k is the number of thresholds that are at most x.
 
     Args:
-        thresholds: ascending; (1, E) for all channels, or (C, E) for each channel.
+        thresholds: E ascending thresholds; (1, E) for all channels, or (C, E) for each channel.
         levels: integers (E + 1,), or floats (C, E + 1) if x is an image.
         sign: (C,) with values 1 or -1. x is multiplied by the sign before the comparison.
     """

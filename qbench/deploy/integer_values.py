@@ -19,7 +19,10 @@ MAX_FRACTION = 40
 """Largest number of fraction bits."""
 
 ROUNDING = 4
-"""Largest rounding error of a fixed-point sum of two numbers, in units: one per number, and a reserve of two."""
+"""Largest rounding error of a fixed-point sum of two numbers, in units of its last bit.
+
+This is one unit per number, and a reserve of two units.
+"""
 
 MULTIPLIER_BITS, MAX_SHIFT, PRODUCT_BITS = 30, 31, 61
 """Maximum bits of a multiplier, maximum right shift, and maximum bits of multiplier times number."""
@@ -124,7 +127,7 @@ def integer_thresholds(value: Value, thresholds: Array) -> tuple[Array, Array]:
     A number q reaches as many integer thresholds as its real value reaches thresholds.
 
     Args:
-        thresholds: thresholds on the real values, ascending, (1, E) or (C, E).
+        thresholds: E ascending thresholds on the real values; (1, E) for all channels, or (C, E) for each channel.
     """
     scale, shift, low, high = (part.reshape(-1, 1) for part in (value.scale, value.shift, value.low, value.high))
     sign = np.where(scale < 0, -1.0, 1.0)

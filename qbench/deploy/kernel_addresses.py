@@ -13,8 +13,8 @@ class At(NamedTuple):
         ramp, second_ramp: parameters of the finish's first and second ramp.
         residual: map of floats that is added to the values.
         floats: output map of floats.
-        thresholds: thresholds of each vector of channels, and bits that mark the channels in which codes decrease with
-            the value.
+        thresholds: thresholds of each vector of channels, and bits that mark channels. In a marked channel, larger
+            values have smaller codes.
         codes: output map of codes.
         tables: tables for all codes of 4 channels (`qbench.deploy.kernel_tables`).
     """
@@ -32,15 +32,15 @@ class At(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Layout of the input that one output pixel reads, which consists of parts of consecutive bytes.
+    """Layout of the input that one output pixel reads. This input consists of parts of consecutive bytes.
 
     Args:
         rows: number of rows of the filter.
         row: stride from one row of the filter to the next row.
         columns: number of parts of one row, which is 1 if all columns of the filter are consecutive.
         column: stride from one part of a row to the next part.
-        down, right: strides from the window of an output pixel to the window of the pixel below it, and of the pixel to
-            its right.
+        down, right: strides from the window of an output pixel to the windows of two neighbours: the pixel below, and
+            the pixel to the right.
         vectors: number of vectors of output channels that read the same input channels.
         group: stride from the input channels of these vectors to the input channels of the next vectors.
     """

@@ -34,6 +34,6 @@ def _described(constant: Any) -> str:
 
 
 def has(feature: str) -> bool:
-    """Return whether code is compiled for a processor with a feature that LLVM knows, such as `avx2`."""
+    """Return whether code is compiled for a processor with a feature. LLVM defines the names, such as `avx2`."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return f"+{feature}" in features.split(",")

@@ -69,7 +69,7 @@ class Tables(NamedTuple):
 
 
 def tables_are_faster() -> bool:
-    """Return whether this processor can look up bytes in vectors but cannot count ones in vectors."""
+    """Return whether this processor can look up bytes in vectors but cannot count bits that are 1 in vectors."""
     return has("avx2") and not has("avx512vpopcntdq")
 
 

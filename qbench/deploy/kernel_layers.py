@@ -50,7 +50,7 @@ __all__ = [
 Source = Function
 """Function (memory, at, y, x, output, vector of channels) -> 16 values.
 
-`output` is the index of the vector in the whole output, and `vector of channels` the index within a pixel.
+`output` is the index of the vector in the whole output, and `vector of channels` is its index within a pixel.
 """
 
 
@@ -82,11 +82,11 @@ def floats(window: Window, count: int) -> Source:
 def pool(
     window: Window, height: int, width: int, stride: tuple[int, int], padding: tuple[int, int], mean: bool
 ) -> Source:
-    """Return the source of max pooling or average pooling. With windows of one pixel, it copies a map.
+    """Return the source of max pooling or average pooling. With windows of one pixel, the source copies a map.
 
     Args:
-        height, width: size of the input in pixels. Pixels outside the input do not count, neither in the maximum nor in
-            the mean.
+        height, width: size of the input in pixels. Pixels outside the input count neither in the maximum nor in the
+            mean.
     """
     rows, row, columns, column, down, right, _, _ = window
 
@@ -111,7 +111,7 @@ def pool(
 
 @cache
 def _ramp(linear: bool, bounded: bool) -> Function:
-    """Return a function that computes a ramp: slope * x + offset, clamped, or only one of these two operations.
+    """Return a function that computes a ramp: slope * x + offset, a clamp, or both in this order.
 
     The parameters of the ramp are slopes, offsets, lowest and highest values, per channel.
     """

@@ -64,7 +64,7 @@ class Map(NamedTuple):
         return Part(window, pixel)
 
     def start(self, padding: tuple[int, int]) -> int:
-        """Return the address of the first window, which begins in the border."""
+        """Return the address of the first window. This window begins in the border."""
         return self.address - padding[0] * self.strides.row - padding[1] * self.strides.pixel
 
 
@@ -107,7 +107,7 @@ class Memory:
         """Add a map of codes that are stored as tables.
 
         Args:
-            border: the table that is stored in the border, which belongs to the code 0.
+            border: the table of the code 0, which is stored in the border.
         """
         pixel = 4 * whole(channels)
         new = self._map(channels, height, width, Strides(self._row(width, pixel), pixel, BYTES))

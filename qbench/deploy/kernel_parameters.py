@@ -27,7 +27,7 @@ LARGEST = 1e30
 
 
 class NoKernel(Exception):
-    """Raised if kernels cannot compute a step. The message is a noun phrase that names what they do not support."""
+    """Raised if kernels cannot compute a step. The message is a noun phrase that names what kernels do not support."""
 
 
 class IntegerLevels(NamedTuple):
@@ -70,7 +70,7 @@ class BitWeights(NamedTuple):
 
     Args:
         integers: the weights divided by their scale, (O, C, H, W).
-        scale: scale of each output, (O,).
+        scale: scale of each of the O outputs, (O,).
         planes: zeros and ones, (bits, O, C, H, W).
         odd: whether the integers are the sum over i of 2^i * (2 * plane_i - 1). If false, the integers are plane_0 - 2
             * plane_1.
@@ -86,7 +86,7 @@ def bit_weights(weight: Encoded, shape: Sequence[int]) -> BitWeights:
     """Return quantized weights in bit planes.
 
     Raises:
-        NoKernel: the weights have more than 2 bits, or are not such integers times one scale per output.
+        NoKernel: the weights have more than 2 bits, or are not integers of this form times one scale per output.
     """
     if weight.layout not in ("tensor", "channel") or weight.levels.values().shape[2] != 1:
         raise NoKernel("weights without one scale per layer or channel")
@@ -107,9 +107,9 @@ def bit_weights(weight: Encoded, shape: Sequence[int]) -> BitWeights:
 def pack_planes(planes: Tensor, parts: int) -> np.ndarray:
     """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_planes.planes` reads them.
 
-    The result has the shape (vectors of O, words, bits, 16) and consists of 32-bit words. A word contains two 16-bit
-    pieces of a part of the filter. If a part has an odd number of pieces, its last piece shares a word with the last
-    piece of the next part.
+    The result has the shape (vectors of outputs, words, bits, 16) and consists of 32-bit words. A word contains two
+    16-bit pieces of a part of the filter. If a part has an odd number of pieces, its last piece shares a word with the
+    last piece of the next part.
 
     Args:
         parts: number of parts of the filter: its rows, or all its pixels.
@@ -127,8 +127,8 @@ def pack_planes(planes: Tensor, parts: int) -> np.ndarray:
 def pack_places(planes: Tensor) -> np.ndarray:
     """Return weights (bits, O, C, H, W) in the order in which `qbench.deploy.kernel_tables.tables` reads them.
 
-    The result has the shape (vectors of O, pairs of tables, bits, 2, 16) and consists of bytes. A byte contains the
-    bits of 4 channels, which are an index into a table.
+    The result has the shape (vectors of outputs, pairs of tables, bits, 2, 16) and consists of bytes. The bits of 4
+    channels form a byte, which is an index into a table.
     """
     padded = _channels_last(planes)
     bits, outputs = padded.shape[:2]
@@ -137,7 +137,7 @@ def pack_places(planes: Tensor) -> np.ndarray:
 
 
 def _channels_last(planes: Tensor) -> np.ndarray:
-    """Return weights (bits, O, C, H, W) as (bits, O, H, W, C), with whole vectors of O and C."""
+    """Return weights (bits, O, C, H, W) as (bits, O, H, W, C), with O and C padded to whole vectors."""
     bits, outputs, channels, rows, columns = planes.shape
     padded = np.zeros((bits, whole(outputs), rows, columns, whole(channels)), np.uint8)
     padded[:, :outputs, ..., :channels] = planes.permute(0, 1, 3, 4, 2).numpy()
@@ -180,10 +180,10 @@ FLOAT_NUMBERS = Numbers(int(ordered(torch.tensor([LARGEST]))), float_of)
 def code_thresholds(
     function: Callable[[Tensor], Tensor], levels: Tensor, channels: int, numbers: Numbers
 ) -> tuple[Tensor, Tensor]:
-    """Find the thresholds (count - 1, C) of codes, and the channels (C,) in which codes decrease with the value.
+    """Find the thresholds (count - 1, C) of codes, and the channels (C,) in which larger values have smaller codes.
 
-    A code is the number of thresholds that are at most a number. In channels with decreasing codes, it is the number of
-    thresholds above a number.
+    The code of a number is the count of thresholds that are at most this number. In channels in which larger values
+    have smaller codes, the code is the count of thresholds above the number.
 
     Args:
         function: function from floats (count - 1, C) to levels, monotone in each channel.
@@ -206,9 +206,9 @@ def code_thresholds(
 
 
 def pack_thresholds(thresholds: Tensor, falling: Tensor, integers: bool) -> np.ndarray:
-    """Return thresholds as 32-bit words (vectors, 1 + thresholds, 16).
+    """Return thresholds as 32-bit words (vectors, 1 + thresholds, 16), with 16 channels per vector.
 
-    The bits of the first word mark the channels in which codes decrease with the value.
+    The bits of the first word mark the channels in which larger values have smaller codes.
     """
     count, channels = thresholds.shape
     never = 2**31 - 1 if integers else torch.inf
@@ -223,7 +223,7 @@ def pack_thresholds(thresholds: Tensor, falling: Tensor, integers: bool) -> np.n
 
 
 def pack_integers(numbers: Tensor) -> np.ndarray:
-    """Return integers (O, H, W) as 32-bit words (H, W, vectors, 16)."""
+    """Return integers (O, H, W) of O outputs as 32-bit words (H, W, vectors of outputs, 16)."""
     outputs, height, width = numbers.shape
     padded = np.zeros((height, width, whole(outputs)), np.int32)
     padded[..., :outputs] = numbers.permute(1, 2, 0).numpy()

@@ -19,9 +19,9 @@ from qbench.deploy.kernel_vectors import BYTES, count_ones, load_half, load_inte
 def planes(
     window: Window, halves: int, plane: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool
 ) -> Function:
-    """Return the source of a convolution of codes, which counts the ones in products of bit planes.
+    """Return the source of a convolution of codes. The source counts the ones in products of bit planes.
 
-    For weights in two's complement, w = w_0 - 2 w_1, and activations a = a_0 + 2 a_1:
+    For weights in two's complement, w = w_0 - 2 w_1, and activations a = a_0 + 2 a_1, the source computes
 
         sum w a = ones(w_0 & a_0) + 2 ones(w_0 & a_1) - 2 ones(w_1 & a_0) - 4 ones(w_1 & a_1)
 

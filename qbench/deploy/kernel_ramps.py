@@ -40,7 +40,7 @@ class Ramp(NamedTuple):
         )  # fmt: skip
 
     def pack(self) -> np.ndarray:
-        """Return the parameters as float32 (vectors, 4, 16): slopes, offsets, lowest and highest values."""
+        """Return the parameters as float32 (vectors of channels, 4, 16): slopes, offsets, lowest and highest values."""
         padded = np.zeros((4, whole(len(self.slope))), np.float32)
         padded[:, : len(self.slope)] = torch.stack(self).numpy()
         return np.ascontiguousarray(padded.reshape(4, -1, LANES).transpose(1, 0, 2))

@@ -3,7 +3,7 @@
 The codes of 4 channels are stored as a table of 16 bytes, which contains the sum of products for each combination of
 four 1-bit weights. A convolution therefore computes no products: the bits of 4 weights are an index into the table, and
 one AVX2 instruction (`vpshufb`) looks up 32 sums. Processors without AVX-512 have no instruction that counts ones in
-vectors. For planes of bits, they need several times as many instructions.
+vectors. For planes of bits, these processors need several times as many instructions.
 
 A vector of 16 channels has 4 tables, which take as many bytes as 16 floats. In a map of tables, channels are the last
 axis. One row of a convolution's filter therefore reads consecutive tables, always in pairs.
@@ -32,7 +32,7 @@ from qbench.deploy.kernel_vectors import (
 )
 
 PAIR = 2 * TABLE
-"""Bytes of a pair of tables, and of the places in it for 16 output channels."""
+"""Number of bytes of a pair of tables, and of the places in this pair for 16 output channels."""
 
 
 def product_tables(a_bits: int, odd: bool) -> np.ndarray:
@@ -51,9 +51,9 @@ def product_tables(a_bits: int, odd: bool) -> np.ndarray:
 
 
 def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool) -> Function:
-    """Return the source of a convolution of codes, which adds sums of products that it looks up in tables.
+    """Return the source of a convolution of codes. The source looks up sums of products in tables, and adds them.
 
-    The result is the integer of `qbench.deploy.kernel_planes.planes`.
+    The result is the same integer as with `qbench.deploy.kernel_planes.planes`.
 
     Args:
         pairs: pairs of tables in one part of the window.

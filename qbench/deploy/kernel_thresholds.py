@@ -1,4 +1,4 @@
-"""Compares values with thresholds, which turns them into codes."""
+"""Converts values to codes, by comparing the values with thresholds."""
 
 from functools import cache
 from typing import Any
@@ -13,11 +13,11 @@ from qbench.deploy.kernel_vectors import BYTES, at_least, load_floats, load_inte
 def codes_of(thresholds: int, integers: bool) -> Function:
     """Return the function (memory, parameters, values) -> (low, high), the bits of the codes of 16 values.
 
-    A code is the number of thresholds at or below a value, or above it where codes fall. Bit i of `low`
-    and of `high` belong to value i.
+    A code is the number of thresholds at or below a value. In channels in which larger values have smaller codes, it is
+    the number of thresholds above the value. Bit i of `low` and bit i of `high` belong to value i.
 
     Args:
-        thresholds: 1 to 3.
+        thresholds: number of thresholds, 1 to 3.
         integers: whether the source returns integers.
     """
     load = load_integers if integers else load_floats

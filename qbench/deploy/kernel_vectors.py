@@ -2,9 +2,9 @@
 
 A vector of 64 bytes has 16 numbers of 32 bits, one for each of 16 channels. LLVM turns an operation
 on such a vector into one AVX-512 instruction, two AVX2 instructions or four SSE instructions,
-whichever the processor has. A table has 16 bytes. A pair of tables is one AVX2 register.
+depending on the processor. A table has 16 bytes. A pair of tables is one AVX2 register.
 
-Memory is one array of bytes, and addresses are places in it. Nothing checks that an address is inside.
+Memory is one array of bytes, and addresses are places in it. Nothing checks that an address is inside the array.
 """
 
 import operator
@@ -116,7 +116,7 @@ def count_ones(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def look_up(typing: Any, tables: Any, places: Any) -> Any:
-    """Return the bytes of two tables at places from 0 to 15: 16 bytes of the first, then 16 of the second."""
+    """Return the bytes of two tables at places from 0 to 15: 16 bytes of the first table, then 16 of the second."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         shuffle = ir.FunctionType(_I8, [_I8, _I8])

@@ -28,7 +28,7 @@ class Ref(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Refers to a tensor of the network by name, such as weights or parameters of normalization."""
+    """Refers by name to a tensor of the network, such as weights or parameters of normalization."""
 
     name: str
 
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
     Args:
         function: a name in `FUNCTIONS`.
-        where: name of the module of the original network that made the call, for messages. Files do not store this
+        where: name of the module that made the call in the original network, for messages. Files do not store this
             name.
     """
 
@@ -152,7 +152,7 @@ def quantize(x: Tensor, thresholds: Tensor, levels: Tensor) -> Tensor:
     """Return levels[k] for each element of x (N, C, ...), where k is the number of thresholds that are at most x.
 
     Args:
-        thresholds: ascending; (E,) for all channels, or (C, E) for each channel.
+        thresholds: E ascending thresholds; (E,) for all channels, or (C, E) for each channel.
         levels: (E + 1,) for all channels, or (C, E + 1) for each channel.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Adds activation quantizers to an ONNX graph, as QuantizeLinear and DequantizeLinear, rounding, or comparisons."""
+"""Adds activation quantizers to an ONNX graph.
+
+A quantizer becomes QuantizeLinear and DequantizeLinear, rounding, or comparisons.
+"""
 
 import numpy as np
 import torch

@@ -45,7 +45,7 @@ def to_onnx(network: Network, about: About) -> bytes:
     results = {-1: "images"}
 
     def value(argument: Argument) -> Any:
-        """Return an argument in which names of graph values, or tensors of a quantizer, replace references."""
+        """Return an argument with references replaced by names of graph values or by tensors of a quantizer."""
         if isinstance(argument, Ref):
             if argument.item is not None:
                 raise NoConverter("functions that return several results")

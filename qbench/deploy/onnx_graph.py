@@ -18,7 +18,7 @@ QONNX_DOMAIN, QONNX_OPSET = "qonnx.custom_op.general", 1
 """Domain and version of QONNX's operators Quant and BipolarQuant."""
 
 OPSET, OPSET_WITH_UINT2 = (21, 10), (25, 13)
-"""Each pair contains the version of the ONNX operators and the version of the file format that they need."""
+"""Each pair contains the version of the ONNX operators and the version of the file format that these operators need."""
 
 
 class OnnxGraph:

@@ -155,7 +155,7 @@ class _Parts:
         """Return the next part as a tensor of the given shape."""
         shape = _sizes(sizes)
         if prod(shape) > self.left:
-            raise ValueError(f"a tensor of {shape} in the last {self.left} of {len(self._flat)} elements")
+            raise ValueError(f"a tensor of {shape}, but only {self.left} of {len(self._flat)} elements are left")
         start, self._place = self._place, self._place + prod(shape)
         return self._flat[start : self._place].reshape(shape).clone()
 
@@ -165,7 +165,7 @@ def _weight(entry: Mapping[str, Any], floats: _Parts, codes: _Parts) -> Encoded:
     if sorted(order) != list(range(len(shape))) or form not in FORMS or not 1 <= count <= 2**MAX_CODE_BITS:
         raise ValueError(f"weights of {shape} in the form {form} with {count} levels")
     if prod(shape) > 1024 * (codes.left + floats.left + 1):
-        raise ValueError(f"weights of {shape} from {codes.left} bytes of codes")
+        raise ValueError(f"weights of {shape}, but only {codes.left} bytes of codes are left")
     levels = Levels(
         form, count, int(entry["first"]), int(entry["step"]), *(floats.tensor(entry[key]) for key in LEVELS)
     )

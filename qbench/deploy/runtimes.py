@@ -100,7 +100,7 @@ RUNTIMES: Mapping[str, Callable[[bytes, About, str], Function]] = {
 
 
 def about_onnx(data: bytes, source: str) -> About:
-    """Return the description of the run that an ONNX file contains.
+    """Return an ONNX file's description of its run.
 
     Raises:
         CheckpointError: the file is damaged, or `qbench export` did not write it.

@@ -246,7 +246,7 @@ def _record(model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> t
 
 
 def _merged(first: Argument, second: Argument, step: Step) -> Any:
-    """Combine the arguments recorded for batches of 2 and 3 images into one that is valid for all batch sizes."""
+    """Combine the arguments for batches of 2 and 3 images into one argument that is valid for all batch sizes."""
     if isinstance(first, dict):
         return {key: _merged(value, second[key], step) for key, value in first.items()}
     if isinstance(first, Ref | Stored):

@@ -53,7 +53,7 @@ def sign_of_zero(w: Tensor) -> Tensor:
 
 @in_float32
 def unit_weights(w: Tensor) -> Tensor:
-    """Binarize weights to +-1. As with more bits, the gradient passes through tanh and the maximum."""
+    """Binarize weights to +-1. As for weights with more bits, the gradient passes through tanh and the maximum."""
     t = torch.tanh(w)
     top = t.abs().max()
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
@@ -303,7 +303,7 @@ CSYHHU = "csyhhu/Awesome-Deep-Neural-Network-Compression, Codes/DoReFa/module.py
 DEVIATIONS = {
     "detached_max": _weights(
         DetachedMax, "The maximum of |tanh w| is a constant in the backward pass.",
-        "jsk1107/dorefanet-pytorch, dorefanet.py; a test in larq/larq#651 expects it",
+        "jsk1107/dorefanet-pytorch, dorefanet.py; a test in larq/larq#651 expects this deviation",
     ),
     "rescaled_by_max": _weights(
         RescaledByMax,
@@ -327,8 +327,8 @@ DEVIATIONS = {
     ),
     "tanh_activation": _activations(
         "tanh_activation", tanh_activation,
-        "Activations are tanh x / max|tanh x| over the batch, as weights are, instead of the clip.",
-        f"{CSYHHU}; ModelTC/MQBench, mqbench/fake_quantize/dorefa.py where it is used for activations",
+        "tanh x / max|tanh x| over the batch replaces the clip of activations. Weights are divided in the same way.",
+        f"{CSYHHU}; ModelTC/MQBench, mqbench/fake_quantize/dorefa.py if this quantizer is used for activations",
     ),
     "tenth_of_activation": _activations(
         "tenth_of_activation", tenth_of_activation, "Activations are multiplied by 0.1 before the clip.",
@@ -336,7 +336,7 @@ DEVIATIONS = {
         bits="w32a4",
     ),
     "sign_activation": _activations(
-        "sign_activation", sign_activation, "One-bit activations are 1 for every x > 0, not only above 0.5.",
+        "sign_activation", sign_activation, "One-bit activations are 1 for every x > 0, not only for x > 0.5.",
         "torch.sign after the clip in zzzxxxttt/pytorch_DoReFaNet, utils/quant_dorefa.py",
         bits="w32a1", binary=True,
     ),
@@ -345,7 +345,7 @@ DEVIATIONS = {
         "a misreading of eq. 12, whose noise has no index; found in no public code",
     ),
     "max_per_tensor": _gradients(
-        MaxPerTensor, "Gradients are scaled by the batch's maximum, not by each sample's.",
+        MaxPerTensor, "Gradients are scaled by the maximum of the batch, not by the maximum of each sample.",
         f"{CSYHHU}, dorefa_gradient_attachment",
     ),
     "no_noise": _gradients(

@@ -84,7 +84,7 @@ DEVIATIONS = {
     ),
     "remade_masks": Deviation(
         "Each portion's mask is computed from the current magnitudes, so frozen weights can become free again.",
-        "Mxbonn/INQ-pytorch, inq/quantization_scheduler.py, and its issue 13; the authors' code too",
+        "Mxbonn/INQ-pytorch, inq/quantization_scheduler.py, and its issue 13; also the authors' code",
         lambda method: _with_weights(RemadeMasks, method),
         acts=lambda bits: bits.w < FLOAT, bits="w3",
     ),

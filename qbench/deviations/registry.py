@@ -21,7 +21,7 @@ class Deviation:
 
     Args:
         what: a sentence that says how the deviation differs from the paper.
-        source: the code in which the deviation was found, and where it was pointed out.
+        source: the code in which the deviation was found, and the place in which the deviation was pointed out.
         apply: function that takes the paper's method and returns the deviating method.
         acts: function that takes widths and returns whether the deviation has an effect at these
             widths.

@@ -83,7 +83,7 @@ class WeightsForGradient(TTQWeight):
 
 
 def _with_weights(kind: type[TTQWeight], method: Method) -> Method:
-    """Return the method with weight quantizers of the class `kind`. Training steps keep their scales above zero."""
+    """Return the method with weight quantizers of the class `kind`. Training steps keep all scales above zero."""
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
@@ -98,7 +98,7 @@ def _ternary(bits: Bits) -> bool:
 
 DEVIATIONS = {
     "missing_minus": Deviation(
-        "The gradient of Wn lacks its minus sign, as in the paper's eq. 7.",
+        "The gradient of Wn lacks its minus sign. The paper's eq. 7 also lacks this sign.",
         "TropComplique/trained-ternary-quantization, utils/quantization.py, and its issue 6",
         lambda method: _with_weights(MissingMinus, method),
         acts=_ternary, bits="w2",
@@ -116,7 +116,7 @@ DEVIATIONS = {
         acts=_ternary, bits="w2",
     ),
     "unscaled_ties": Deviation(
-        "Weights whose magnitude is the threshold become +-1, not 0.",
+        "Weights whose magnitude equals the threshold become +-1, not 0.",
         "czhu95/ternarynet, examples/Ternary-Net/ternary.py",
         lambda method: _with_weights(UnscaledTies, method),
         acts=_ternary, bits="w2",

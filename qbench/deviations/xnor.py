@@ -1,4 +1,4 @@
-"""Deviations from XNOR-Net as usually implemented, found in public code or in the formulas as printed in the paper."""
+"""Deviations from the usual implementation of XNOR-Net. Public code or the paper's printed formulas contain them."""
 
 from dataclasses import replace
 
@@ -120,13 +120,13 @@ DEVIATIONS = {
         acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a32",
     ),
     "printed_weight_gradient": Deviation(
-        "The derivative of a weight's sign is r 1{|r| <= 1}, as printed, not 1{|r| <= 1}.",
+        "The derivative of a weight's sign is r 1{|r| <= 1}, as the paper prints it, not 1{|r| <= 1}.",
         "the paper, quoted in allenai/XNOR-Net#25",
         lambda method: replace(method, weight=recast(method.weight, PrintedWeight, _has_paper_gradient)),
         acts=lambda bits: bits.w == 1, bits="w1a32",
     ),
     "printed_activation_gradient": Deviation(
-        "The derivative of an activation's sign is r 1{|r| <= 1}, as printed, not 1{|r| <= 1}.",
+        "The derivative of an activation's sign is r 1{|r| <= 1}, as the paper prints it, not 1{|r| <= 1}.",
         "the paper, quoted in allenai/XNOR-Net#25",
         lambda method: replace(method, input=recast(method.input, PrintedActivation)),
         acts=lambda bits: bits.a == 1, bits="w32a1",

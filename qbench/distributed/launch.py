@@ -55,7 +55,7 @@ def refuse_processes(size: int, shards: int) -> None:
 
 
 def passed_on(status: int) -> int:
-    """Pass this process's exit status on to `qbench.distributed.torchrun`, if that program started it.
+    """Pass this process's exit status on to `qbench.distributed.torchrun`, if that program started the process.
 
     The status is written to a file, and the function returns 0. If another program started the process, the function
     returns the status.

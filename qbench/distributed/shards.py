@@ -18,7 +18,7 @@ from qbench.errors import ConfigError
 
 T = TypeVar("T")
 Pass = Callable[[], tuple[Tensor, Tensor]]
-"""Forward and backward pass over one shard. It returns the loss () and the number of correct predictions ()."""
+"""Forward and backward pass over one shard. It returns scalars: the loss and the number of correct predictions."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shards:
         return range(self.group.rank * each, (self.group.rank + 1) * each)
 
     def draw_seed(self, purpose: str, step: int, shard: int = 0) -> int:
-        """Return a 63-bit seed for the random numbers of one shard, or for those that all processes share."""
+        """Return a 63-bit seed for the random numbers of one shard, or for random numbers that all processes share."""
         name = f"{purpose} {self.seed} {step} {shard}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
@@ -80,7 +80,7 @@ class ShardedStep:
     def compute(self, passes: Iterable[Pass]) -> tuple[Tensor, Tensor]:
         """Add the gradients of the global batch to the parameters, and set the buffers.
 
-        Return the loss () and the number of correct predictions () of the global batch.
+        Return the loss and the number of correct predictions of the global batch, as scalar tensors.
 
         Args:
             passes: the passes over the shards of this process, in order. Each pass divides its loss by the number of

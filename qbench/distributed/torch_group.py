@@ -1,4 +1,4 @@
-"""Connects the processes that torchrun started, by torch.distributed.
+"""Uses torch.distributed to connect the processes that torchrun started.
 
 gloo transfers numbers and messages. NCCL transfers gradients on CUDA devices if each process has its own GPU.
 """
@@ -27,7 +27,7 @@ SECONDS_FOR_ERROR = 2.0
 """Maximum time in seconds to wait for the error of a process that closed its connection."""
 
 SECONDS_FOR_OTHERS = 10.0
-"""Maximum time in seconds for which, at the end, process 0 waits for the other processes, and these for process 0."""
+"""Maximum time in seconds for which process 0 and the other processes wait for each other at the end."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ class TorchGroup(Group):
         except RuntimeError as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).partition("\n")[0]
-            raise ResourceError(f"process {self.rank} cannot join the others by {address}: {reason}") from None
+            raise ResourceError(f"process {self.rank} cannot join the other processes by {address}: {reason}") from None
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Call `make` on process 0 only, and return its result on all processes."""
@@ -113,7 +113,7 @@ class TorchGroup(Group):
         ]
 
     def publish(self, error: BaseException) -> None:
-        """Pass an error on to the other processes, unless another process has already done so."""
+        """Pass an error on to the other processes, unless another process has already passed on an error."""
         error.add_note(f"on process {self.rank} of {self.size}:\n{''.join(traceback.format_exception(error))}")
         with suppress(Exception):  # the store may have ended with its process
             if self._store.add("qbench errors", 1) == 1:
@@ -181,7 +181,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _pickled(error: BaseException) -> bytes:
-    """Return an error as bytes. If it cannot be pickled, an error with its name and message takes its place."""
+    """Return an error as bytes. If the error cannot be pickled, a RuntimeError that contains its text replaces it."""
     try:
         data = pickle.dumps(error)
         pickle.loads(data)

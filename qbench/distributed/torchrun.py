@@ -2,7 +2,8 @@
 
     python -m qbench.distributed.torchrun --nproc-per-node=4 -m qbench method=dorefa batch_shards=4
 
-torchrun alone passes on only some signals, and ends with status 1 if a process fails with any status.
+torchrun alone passes on only some signals. If a process fails, torchrun alone ends with status 1, whatever the
+process's status is.
 """
 
 import logging
@@ -20,7 +21,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun with the given arguments. Return the exit status of the process of lowest rank that wrote one.
+    """Run torchrun with the given arguments. Return the exit status of the process of lowest rank that wrote a status.
 
     If no process wrote a status, because all were killed or had not begun, the result is the status of an interrupted
     run.

@@ -114,7 +114,7 @@ def _create_method(node: Node, bits: Bits, key: str) -> Method:
     try:
         method = registry.create("method", node, **bits._asdict())
         if not isinstance(method, Method):
-            raise ConfigError(f"method={node['name']}: returned a {type(method).__name__}, not a Method")
+            raise ConfigError(f"method={node['name']}: the function returned a {type(method).__name__}, not a Method")
         return deviate(node["name"], str(node.get("deviation", "none")), method)
     except ConfigError as error:
         raise ConfigError(str(error).replace("method.", f"{key}.").replace("method=", f"{key}=")) from None
@@ -160,7 +160,9 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
         seed_everything(seed)
         model = registry.create("model", options, shape=data.shape, **counts)
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model={node['name']}: returned a {type(model).__name__}, not a torch.nn.Module")
+            raise ConfigError(
+                f"model={node['name']}: the function returned a {type(model).__name__}, not a torch.nn.Module"
+            )
         if norm == "no_affine" and not takes_norm:
             remove_scale_and_shift(model)
         check_norm(model, method.requires, method.name)

@@ -50,7 +50,9 @@ def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_
         )
         raise ConfigError(f"runtime.compress_activations=true has no effect with {method.name} {method.bits}: {why}")
     if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-        raise ConfigError(f"runtime.compile=true needs a C++ compiler on the CPU; none found of {', '.join(COMPILERS)}")
+        raise ConfigError(
+            f"runtime.compile=true needs a C++ compiler on the CPU; none of these was found: {', '.join(COMPILERS)}"
+        )
 
 
 def check_distill(distill: Distill, method: Method) -> None:
@@ -93,7 +95,7 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
 
 
 def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int]) -> None:
-    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that is not shorter than each phase.
+    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that is not shorter than every phase.
 
     Args:
         key: the dotted key of the recipe in the configuration, such as `pretrain.optim`.
@@ -101,7 +103,9 @@ def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int])
     """
     _, batches = batch_size_and_steps(data, optim.batch_size)
     if optim.accumulate > batches:
-        raise ConfigError(f"{key}.accumulate={optim.accumulate}: must be at most {batches}, the batches in an epoch")
+        raise ConfigError(
+            f"{key}.accumulate={optim.accumulate}: must be at most {batches}, the number of batches in an epoch"
+        )
     steps = updates_per_epoch(optim, batches)
     shortest = min((stop - start for start, stop in pairwise(sorted(set(borders)))), default=0)
     if shortest and warmup_steps(optim, steps) >= shortest * steps:
@@ -125,7 +129,7 @@ def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
 def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
     """Refuse a user's network that fails on the images, or that does not return one logit per class.
 
-    On the meta device, even a correct network may fail. There, the error of the network itself is raised.
+    On the meta device, even a correct network may fail. On this device, the error of the network itself is raised.
 
     Raises:
         ConfigError: the network does not fit the images or the classes.
@@ -139,7 +143,7 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
             raise
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"model={name}: fails on images of shape {(2, *data.shape)} (N, C, H, W): {reason}\n"
+            f"model={name}: the network fails on images of shape {(2, *data.shape)} (N, C, H, W): {reason}\n"
             "make the network fit the images: qbench passes their (C, H, W) to an argument with the name shape"
         ) from error
 

@@ -20,7 +20,9 @@ POLL_SECONDS = 1.0
 
 
 def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Callable[[], int]) -> None:
-    """Execute the runs in jobs of SLURM. Each missing float baseline has a job, for which the jobs of its runs wait.
+    """Execute the runs in jobs of SLURM.
+
+    Each missing float baseline has a job. The jobs of runs that need this baseline wait for it.
 
     A job that ends without a result is submitted once more, unless it was cancelled. After a signal to this process,
     the jobs stay in the queue.
@@ -56,7 +58,7 @@ def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Call
 
 
 def _missing_baseline(planned: PlannedRun) -> PlannedRun | None:
-    """Return the float baseline that a run needs, if it has no result yet."""
+    """Return the float baseline that a run needs, if this baseline has no result yet."""
     config = planned.config
     if not config.needs_baseline:
         return None
@@ -69,7 +71,7 @@ def _missing_baseline(planned: PlannedRun) -> PlannedRun | None:
 
 @dataclass
 class _ClusterJobs:
-    """Submits jobs to SLURM, and finds those that an earlier command has submitted."""
+    """Submits jobs to SLURM, and finds jobs that an earlier command has submitted."""
 
     settings: JobSettings
     jobs: dict[Path, Any] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class _ClusterJobs:
                     self.jobs[planned.path] = job
 
     def submit(self, runs: Sequence[PlannedRun], after: Any = None) -> None:
-        """Submit a job for each run that has none. With `after`, they begin when this job has ended."""
+        """Submit a job for each run that has none. With `after`, the jobs begin when the job `after` has ended."""
         new = [planned for planned in runs if planned.path not in self.jobs]
         if not new:
             return

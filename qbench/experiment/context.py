@@ -25,8 +25,8 @@ class RunContext:
 
     Args:
         reporter: shows progress and messages.
-        stop: function that returns the number of a signal that asks this process to stop, or 0 if there was none.
-        group: the processes of the run. All of them must call the methods of their contexts in the same order.
+        stop: function that returns the number of the signal that asks this process to stop, or 0.
+        group: the processes of the run. All processes call the methods of their contexts in the same order.
         waits: whether to wait for a run that another process works on. Otherwise `Busy` is raised.
     """
 

@@ -61,7 +61,7 @@ def check_stored(runs: Sequence[PlannedRun]) -> None:
     """Check that the data sets of some runs have not changed since the runs' stored results were measured.
 
     Raises:
-        CheckpointError: images have changed. The message names the first run concerned.
+        CheckpointError: images have changed. The message names the first of these runs.
     """
     stored = [(planned, planned.directory.stored()) for planned in runs if not planned.config.rerun]
     warnings: dict[str, None] = {}

@@ -7,17 +7,17 @@ from qbench.experiment.setup import ExperimentSetup
 from qbench.runs.result import Evaluation
 
 FEW_STEPS = 500
-"""A run with fewer training steps has a warning. The default recipe of the smallest data set, digits, has 540."""
+"""A run with fewer training steps has a warning. The default recipe of the smallest data set, digits, has 540 steps."""
 
 COARSE_POINTS = 0.5
-"""A test split has a warning if one image changes top-1 by more than this many points, at fewer than 200 images."""
+"""A split has a warning if one image changes top-1 by more than this many points: if it has fewer than 200 images."""
 
 QUANTILE = 1.645
-"""Standard errors of a one-sided 95 % bound."""
+"""Number of standard errors of a one-sided 95 % bound."""
 
 
 def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps: int) -> list[str]:
-    """Return warnings about accuracies that say little. A debug run has none, because it has a warning of its own.
+    """Return warnings about accuracies that mean little. A debug run has none of them, because it has another warning.
 
     Args:
         setup: the setup of the run.
@@ -37,8 +37,8 @@ def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps
 def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
     """Yield a warning if a float baseline is not clearly better than a constant answer.
 
-    Chance is the share of the most frequent class in the test split. The baseline must exceed it by a fifth of the
-    smaller of chance and 1 - chance, and by the one-sided 95 % error of the test sample.
+    Chance is the share of the most frequent class in the test split. The limit is chance plus a fifth of the smaller of
+    chance and 1 - chance. The baseline must exceed this limit by the one-sided 95 % error of the test sample.
 
     Args:
         top1: test top-1 of the baseline in percent.
@@ -50,21 +50,21 @@ def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
     needed = 100 * min(1, limit + QUANTILE * sqrt(limit * (1 - limit) / images))
     if top1 < needed:
         yield (
-            f"the float baseline is not clearly above chance: {top1:.2f} % of {images:,} test images; always the most "
-            f"frequent class: {100 * chance:.2f} %; clear from {needed:.2f} % on"
+            f"the float baseline is not clearly above chance: its top-1 is {top1:.2f} % on {images:,} test images, the "
+            f"most frequent class alone gives {100 * chance:.2f} %, and a clear baseline needs {needed:.2f} %"
         )
 
 
 def few_steps(steps: int, prefix: str) -> Iterator[str]:
-    """Yield a warning if a run has few training steps. `prefix` is that of its keys: `pretrain.` for a baseline."""
+    """Yield a warning if a run has few training steps. `prefix` begins the run's keys: `pretrain.` for a baseline."""
     if 0 < steps < FEW_STEPS:
         yield (
-            f"{steps} training steps; papers train for tens of thousands: raise {prefix}epochs, or lower "
-            f"{prefix}optim.batch_size"
+            f"the run has {steps} training steps, but papers train for tens of thousands; raise {prefix}epochs, or "
+            f"lower {prefix}optim.batch_size"
         )
 
 
 def coarse_test_split(images: int) -> Iterator[str]:
     """Yield a warning if one image of the test split changes top-1 by more than `COARSE_POINTS`."""
     if 100 / images > COARSE_POINTS:
-        yield f"{images} test images: one image is {100 / images:.1f} points"
+        yield f"the test split has {images} images, so one image is {100 / images:.1f} points of top-1"

@@ -150,7 +150,7 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
     if clipped:
         worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
         warnings.append(
-            f"{len(clipped)} layers set negative inputs to 0, because no level is negative ({worst} of the inputs)"
+            f"{len(clipped)} layers set negative inputs to 0 ({worst} of the inputs), because no level is negative"
         )
     return warnings
 

@@ -19,7 +19,7 @@ def run_catching(
     """Execute a run and return its result. If the run fails, the result has the status `failed`.
 
     Args:
-        group: the processes that share the run. None means that there is only one.
+        group: the processes that share the run. None means that there is only one process.
         waits: whether to wait while another process works on the run or on its float baseline.
 
     Raises:
@@ -43,7 +43,7 @@ def run_catching(
 def work(planned: PlannedRun) -> Path | None:
     """Execute a run in a worker process. The outcome is written to the run's directory.
 
-    Return None or, if another process works on the run or on its float baseline, the directory of that work.
+    Return None or, if another process works on the run or on its float baseline, the directory that it works on.
     """
     with stop_on_signals() as stop:
         try:

@@ -100,7 +100,7 @@ def run(
 def _baseline_result(setup: ExperimentSetup, context: RunContext) -> Result:
     """Return the result of the float baseline.
 
-    With `rerun=true`, it is trained again only if the images have changed.
+    With `rerun=true`, the baseline is trained again only if the images have changed.
     """
     return run(setup.baseline, context, intact=True, replace_other_data=setup.config.rerun)
 
@@ -189,7 +189,7 @@ def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: Tr
 def _initial_model(
     setup: ExperimentSetup, baseline: Result | None, loader: Loader, session: TrainingSession
 ) -> tuple[nn.Module, BaselineResult | None]:
-    """Return the quantized network on its device, and the float baseline with which it is compared.
+    """Return the quantized network on its device, and the float baseline with which the network is compared.
 
     Initial weights are loaded if no checkpoint exists. If the initial weights come from a file, the float network in
     this file is the baseline. The baseline is evaluated before the network is quantized.

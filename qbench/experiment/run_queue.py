@@ -1,7 +1,7 @@
 """Holds the runs of a sweep that have not begun. A run that another process works on is put off.
 
-Several processes, also on several hosts, can therefore execute the same sweep in one folder. They share its runs, and
-no process waits while there is a run that nobody works on.
+Several processes, also on several hosts, can therefore execute the same sweep in one folder. They share the runs of the
+sweep, and no process waits while there is a run that no process works on.
 """
 
 import time
@@ -44,7 +44,7 @@ class RunQueue:
         return len(self._entries)
 
     def take(self) -> PlannedRun | None:
-        """Remove and return the first run that no other process works on; None if there is none at the moment.
+        """Remove and return the first run that no other process works on. Return None if there is no such run now.
 
         Runs with a new result are removed.
         """
@@ -62,7 +62,7 @@ class RunQueue:
     def put_off(self, planned: PlannedRun, busy: Path) -> None:
         """Return a run to the end of the queue, until no other process works on the directory `busy`.
 
-        If `busy` is the directory of a float baseline, the other runs with this baseline wait for it too.
+        If `busy` is the directory of a float baseline, the other runs with this baseline wait for this directory too.
         """
         if busy != planned.path:
             baseline = _baseline_digest(planned)
@@ -108,6 +108,6 @@ def baselines_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 def _baseline_digest(planned: PlannedRun) -> str:
     """Return the identity of a run's float baseline, before its method has chosen the normalization.
 
-    It is empty for a run that needs no baseline.
+    The identity is empty if the run needs no baseline.
     """
     return run_identity(baseline_config(planned.config)).digest if planned.config.needs_baseline else ""

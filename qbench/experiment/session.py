@@ -148,7 +148,7 @@ class TrainingSession:
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
     def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:
-        """Return the training speed, averaged over all `epochs` and without evaluation, and the peak memory."""
+        """Return the training speed and the peak memory. The speed is a mean over all `epochs`, without evaluation."""
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
         return TrainingSpeed(

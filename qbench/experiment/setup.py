@@ -248,7 +248,7 @@ class ExperimentSetup:
                 load_initial_weights(teacher, baseline, self.baseline.identity.digest)
             elif self.config.starts_from_file and not self.load_file(teacher).is_float:
                 raise ConfigError(
-                    f"init={self.config.init}: not a float network, so it cannot be the teacher\n"
+                    f"init={self.config.init}: this is not a float network, so it cannot be the teacher\n"
                     "name a teacher with distill.teacher=RUN, or add distill=none"
                 )
         else:
@@ -300,7 +300,7 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
     """Build every part once on the CPU, to find errors before any work.
 
     Args:
-        group: the processes that share the run. None means that there is only one.
+        group: the processes that share the run. None means that there is only one process.
         planned: whether to build published data sets without images, from their known shapes and counts. Such a setup
             cannot be used for training.
 

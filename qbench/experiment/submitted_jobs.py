@@ -23,7 +23,7 @@ COMMON = (
 )  # fmt: skip
 """The launcher's keys that all kinds of jobs have."""
 FOLDER = ".submitit"
-"""The folder, below `out`, of the jobs' files. Every node of a cluster must be able to read it."""
+"""The folder below `out` that contains the jobs' files. Every node of a cluster must be able to read it."""
 YEAR_MINUTES = 60 * 24 * 365
 """Default time limit of jobs on this machine."""
 LOCAL = ("timeout_min", "tasks_per_node", "stderr_to_stdout")
@@ -32,11 +32,11 @@ LOCAL = ("timeout_min", "tasks_per_node", "stderr_to_stdout")
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What a job gets.
+    """The settings of a job.
 
     Args:
         cluster: `local` or `slurm`.
-        keys: the keys of Hydra's launcher, without the two that follow.
+        keys: the keys of Hydra's launcher, without the keys of the next two arguments.
         folder: the folder of the jobs' files.
         timeouts: how often a job is queued again after it has reached its time limit.
     """
@@ -52,7 +52,7 @@ class JobSettings:
         return int(self.keys["nodes"]) * int(self.keys["tasks_per_node"])
 
     def executor(self, **more: Any) -> Any:
-        """Return submitit's executor with these settings. `more` are further keys of its kind of jobs.
+        """Return submitit's executor with these settings. `more` contains further keys of this kind of job.
 
         Raises:
             ConfigError: a key or value is not valid, or this machine cannot submit jobs.
@@ -78,7 +78,7 @@ class JobSettings:
 def job_settings(cluster: str, keys: Mapping[str, Any], runs: Sequence[PlannedRun]) -> JobSettings:
     """Return the settings of jobs from the keys of Hydra's launcher.
 
-    On this machine, a run with several GPUs gets a process for each of them.
+    On this machine, a run with several GPUs gets a process for each GPU.
 
     Raises:
         ConfigError: the number of processes does not divide the number of shards of a run.
@@ -110,7 +110,7 @@ def run_in_local_jobs(
 
     Args:
         workers: the largest number of runs at a time.
-        gpus: names of the GPUs to share among the runs. Without them, the runs use no GPU.
+        gpus: names of the GPUs to share among the runs. Without names, the runs use no GPU.
         began: when the sweep began; see `RunQueue`.
     """
     queue, working, repeated = RunQueue(baselines_first(runs), began), list[_LocalJob](), set[Path]()
@@ -141,7 +141,7 @@ def run_in_local_jobs(
 
 
 def _start(planned: PlannedRun, settings: JobSettings, folder: Path, gpus: TakenGpus | None) -> Any:
-    """Start a run in a job. Ctrl-C in the terminal reaches all processes, and submitit's own would kill the run."""
+    """Start a run in a job. Ctrl-C in the terminal reaches all processes, so submitit's process ignores it."""
     job = SubmittedRun(waits=False, gpus=gpus.names if gpus else ())
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -37,8 +37,8 @@ class SubmittedRun:
     def __call__(self, planned: PlannedRun) -> Path | None:
         """Execute the run. The outcome is written to the run's directory.
 
-        Return None or, if another process works on the run or on its float baseline, the directory of that work.
-        If a signal stops the run, submitit's own handler of the signal is called after the checkpoint is written. The
+        Return None or, if another process works on the run or on its float baseline, the directory that it works on. If
+        a signal stops the run, submitit's own handler of the signal is called after the checkpoint is written. The
         handler queues the job again if the signal announces the end of the job. This function then does not return.
         """
         import submitit
@@ -83,7 +83,7 @@ def _leave(job: Any, number: int, handler: Any) -> NoReturn:
         job: submitit's description of the job.
         number: number of the signal, or 0 without one.
         handler: submitit's handler of the signal. On process 0, the handler of the signal before the end of a job
-            queues the job again, and ends the process. On other processes it does nothing.
+            queues the job again, and ends the process. On other processes, the handler does nothing.
     """
     if number and callable(handler):
         handler(number, None)

@@ -21,7 +21,7 @@ from qbench.system.locks import is_locked
 TAIL_BYTES = 4096
 """Number of bytes to read at the end of metrics.jsonl.
 
-They include the newest epoch's record, which is its last line.
+These bytes include the record of the newest epoch, which is the last line of the file.
 """
 
 
@@ -204,7 +204,7 @@ def _is_in_work(path: Path) -> bool:
 
 
 def _stored_epochs(path: Path) -> int:
-    """Return the number of epochs in a run's config.yaml, or 0 if it cannot be read."""
+    """Return the number of epochs in a run's config.yaml, or 0 if this file cannot be read."""
     with suppress(OSError, QbenchError, AttributeError):
         epochs = files.read_yaml(path / "config.yaml").get("epochs")
         return epochs if isinstance(epochs, int) else 0

@@ -23,7 +23,7 @@ from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progres
 from qbench.system.streams import keep_running_without_reader
 
 _taken: TakenGpus | None = None
-"""The GPUs of this worker process. The process keeps the locks of its GPUs until it ends."""
+"""The GPUs of this worker process. It keeps the locks of these GPUs until it ends."""
 CHECKS = 3
 """Number of times that the check of a sweep is repeated if its process is killed."""
 
@@ -31,7 +31,7 @@ CHECKS = 3
 def worker_count(
     runs: Sequence[PlannedRun], limit: Sequence[str] = (), *, gpus: Sequence[str] = (), processes: int = 1
 ) -> int:
-    """Return how many runs to execute at a time, such that threads fit on the cores and runs fit on the GPUs.
+    """Return the number of runs at a time, so that the cores suffice for all threads and the GPUs for all runs.
 
     Args:
         runs: the runs. Their configurations state how many threads and GPUs a run needs.
@@ -58,7 +58,7 @@ def run_in_processes(
 
     Args:
         began: when the sweep began; see `RunQueue`.
-        gpus: names of the GPUs that are divided among the processes. If empty, every process sees all GPUs.
+        gpus: names of the GPUs. Each process takes its own GPUs from them. Without names, the processes see all GPUs.
     """
     per_run = max(planned.config.runtime.gpus_per_run for planned in runs)
     pool_of = partial(_pool, gpus=tuple(gpus), per_run=per_run)
@@ -98,7 +98,7 @@ def _pool(workers: int, gpus: Sequence[str], per_run: float) -> Iterator[Executo
 def _prepare_worker(parent: int, workers: int, gpus: Sequence[str], per_run: float) -> None:
     """Import the modules that every run needs. Ignore signals between runs. End this process with its parent.
 
-    Take GPUs first, because CUDA sees those that are visible when torch is imported.
+    Take GPUs first, because CUDA sees only the GPUs that are visible when torch is imported.
     """
     global _taken
     end_with_parent(parent)
@@ -117,7 +117,7 @@ def _prepare_worker(parent: int, workers: int, gpus: Sequence[str], per_run: flo
 
 
 def _checked(pool: Executor, runs: Sequence[PlannedRun], stop: Callable[[], int]) -> bool:
-    """Check the runs in a separate process. Return False if this process was killed or a signal arrived.
+    """Check the runs in a separate process. Return False if the separate process was killed or a signal arrived.
 
     Raises:
         ConfigError: a key or value of a run is not valid.

@@ -14,8 +14,8 @@ def cores() -> int:
 def own_cores() -> int:
     """Return this process's share of the cores, at least 1.
 
-    They are shared by the runs of a sweep, and by the processes of a run (`LOCAL_WORLD_SIZE`, set by torchrun). SLURM
-    itself gives each process its cores.
+    The runs of a sweep share the cores. The processes of a run (`LOCAL_WORLD_SIZE`, set by torchrun) also share them.
+    SLURM itself gives each process its cores.
     """
     if os.environ.get("SLURM_PROCID"):
         given = os.environ.get("SLURM_CPUS_PER_TASK", "")

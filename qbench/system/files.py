@@ -16,7 +16,7 @@ T = TypeVar("T")
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value that JSON can represent."""
 YAML_BYTES, YAML_VALUES = 2**16, 2**14
-"""Maximum number of bytes and of values in a YAML file. The files of qbench stay below a tenth of both."""
+"""Maximum number of bytes and of values in a YAML file. The files of qbench stay below a tenth of both numbers."""
 
 
 def write(path: Path, data: bytes) -> None:

@@ -1,7 +1,8 @@
 """Gives each run of a sweep its own GPUs of this machine.
 
-A lock for each GPU keeps the processes of a user apart, also those of several sweeps. CUDA reads `CUDA_VISIBLE_DEVICES`
-when it starts, so a process must call `take` before it imports torch. This module does not import torch.
+A lock for each GPU keeps all processes of a user apart, including the processes of different sweeps. CUDA reads
+`CUDA_VISIBLE_DEVICES` when it starts, so a process must call `take` before it imports torch. This module does not
+import torch.
 """
 
 import os
@@ -18,7 +19,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 """Environment variable of CUDA: the GPUs that a process may use, separated by commas."""
 DRIVER = Path("/proc/driver/nvidia/gpus")
-"""Has a folder for each NVIDIA GPU of this machine."""
+"""The folder that has a subfolder for each NVIDIA GPU of this machine."""
 POLL_SECONDS = 0.5
 
 
@@ -57,13 +58,13 @@ def most_runs(gpus: Sequence[str], per_run: float) -> int:
     """Return the number of runs that fit on some GPUs at a time.
 
     Args:
-        per_run: GPUs for each run, a whole number; or a fraction such as 0.5 if two runs share a GPU.
+        per_run: number of GPUs for each run. It is a whole number, or a fraction such as 0.5 if two runs share a GPU.
     """
     return len(gpus) * _runs_per_gpu(per_run) // max(1, round(per_run))
 
 
 def take(gpus: Sequence[str], per_run: float, folder: Path | None = None) -> TakenGpus | None:
-    """Lock free GPUs for a run. Return None if not enough of them are free.
+    """Lock free GPUs for a run. Return None if not enough GPUs are free.
 
     Args:
         gpus: names of the GPUs to choose from.
@@ -88,7 +89,7 @@ def take(gpus: Sequence[str], per_run: float, folder: Path | None = None) -> Tak
 
 
 def pin_process(gpus: Sequence[str], per_run: float, folder: Path | None = None) -> TakenGpus:
-    """Wait for free GPUs, and let this process see no others. Return the GPUs: their locks must be kept."""
+    """Wait for free GPUs, and let this process see no others. Return the GPUs. The caller must keep their locks."""
     while (taken := take(gpus, per_run, folder)) is None:
         time.sleep(POLL_SECONDS)
     os.environ[VISIBLE] = ",".join(taken.names)

@@ -18,7 +18,7 @@ from qbench.system import files
 from qbench.system.locks import is_locked, locked
 
 FOLDER = ".processes"
-"""The folder, below the shared one, in which processes announce themselves."""
+"""The folder, below the shared folder, in which processes announce themselves."""
 BEAT_SECONDS = 1.0
 """Seconds between two increases of the counter."""
 BEATS = 3
@@ -29,10 +29,10 @@ BEATS = 3
 def announced(folders: Iterable[str | Path]) -> Iterator[int]:
     """Announce this process in some folders within a `with` block.
 
-    Yield the time at which it was announced, in nanoseconds, by the clock of the file system.
+    Yield the time at which this process was announced, in nanoseconds, by the clock of the file system.
 
     Raises:
-        ResourceError: another process works in a folder, and locks do not exclude it.
+        ResourceError: another process works in a folder, and locks do not exclude this other process.
     """
     with ExitStack() as stack:
         yield max(stack.enter_context(_announced_in(Path(folder))) for folder in dict.fromkeys(folders))
@@ -70,7 +70,9 @@ def _announced_in(shared: Path) -> Iterator[int]:
 
 
 def _refuse_unlocked(shared: Path, others: list[Path]) -> None:
-    """Refuse a folder in which another process works without excluding this one. Remove the files of ended processes.
+    """Refuse a folder in which another process works, if locks do not exclude the two processes.
+
+    The files of ended processes are removed.
 
     Args:
         others: the locked files of all other processes.
@@ -96,7 +98,10 @@ def _counter(lock: Path) -> Path:
 
 
 def _count(lock: Path) -> str | None:
-    """Return the counter of a process, or None without one. On NFS, opening a file fetches its newest content."""
+    """Return the counter of a process, or None if it has no counter.
+
+    On NFS, opening a file fetches its newest content.
+    """
     with suppress(OSError):
         return _counter(lock).read_text()
     return None

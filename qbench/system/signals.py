@@ -1,4 +1,4 @@
-"""Stops a process on a signal: after the current training step or, if none is in progress, within a time limit."""
+"""Stops a process on a signal: after the current training step or, if no step is in progress, within a time limit."""
 
 import os
 import signal
@@ -12,12 +12,9 @@ from qbench.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that SLURM and submitit send before they preempt a job. They have precedence over all other signals."""
+"""Signals that SLURM and submitit send before a job is preempted. They outrank the other signals."""
 GRACE_SECONDS = 10.0
-"""Default for the maximum seconds from a signal to the end of the process.
-
-If a step is in progress, the time begins after it.
-"""
+"""Default of the maximum seconds from a signal, or from the end of the step in progress, to the end of the process."""
 
 _step = threading.RLock()
 
@@ -33,10 +30,10 @@ def step_in_progress() -> Iterator[None]:
 def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
     """Yield a function that returns the last signal received, or 0. A signal in `WARNINGS` has precedence.
 
-    The code in the `with` block is expected to stop soon after a signal. If the block has not ended `grace` seconds
-    after the current step, the process is ended at once. A SIGINT after an earlier signal also ends the process at
-    once. This is safe, because files are written atomically, and locks are released when the process ends. If SIGHUP is
-    ignored, as under nohup, this signal has no effect.
+    The process is expected to stop soon after a signal. If it is still inside the `with` block `grace` seconds
+    after the current step, it is ended at once. A SIGINT after an earlier signal also ends the process at once. This is
+    safe, because files are written atomically, and locks are released when the process ends. If SIGHUP is ignored, as
+    under nohup, it has no effect.
     """
     number = 0
     left = threading.Event()
@@ -72,7 +69,7 @@ def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns SIGINT after Ctrl-C, and 0 before. It is meant for runs in a user's own process.
+    """Yield a function that returns SIGINT after Ctrl-C, and 0 before. This is for runs in a user's own process.
 
     Unlike `stop_on_signals`, this function never ends the process. After Ctrl-C, the code in the `with` block is
     expected to stop soon, and the end of the block raises `KeyboardInterrupt`. A second Ctrl-C raises

@@ -27,7 +27,7 @@ class LossyFile(io.FileIO):
         self._dropped = dropped
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Write bytes, and return how many. If the descriptor is non-blocking, wait until it is writable."""
+        """Write bytes, and return their number. If the descriptor is non-blocking, wait until it is writable."""
         try:
             while (count := super().write(data)) is None:
                 select.select([], [self], [])
@@ -60,7 +60,7 @@ def keep_running_without_reader() -> None:
 
 
 def _lossy(stream: TextIO | None, original: TextIO | None, descriptor: int, dropped: frozenset[int] | None) -> TextIO:
-    """Return a stream for a descriptor that may drop data. It has the encoding of the current stream."""
+    """Return a stream that may drop data, for a descriptor. The stream has the encoding of the current stream."""
     if stream is not original and stream is not None:
         return stream
     encoding, lines = getattr(stream, "encoding", "utf-8"), descriptor == 2 or os.isatty(descriptor)

@@ -38,7 +38,7 @@ def torchvision() -> ModuleType:
 
 
 def imagenet_weights(net: str, *, download: bool) -> Path:
-    """Return the path of torchvision's first version of ImageNet weights for a network, in torch's download cache.
+    """Return the path of a network's ImageNet weights in torch's download cache, in torchvision's first version.
 
     Args:
         download: whether to fetch the file if it is missing.

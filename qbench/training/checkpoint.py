@@ -248,7 +248,7 @@ def check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], sour
 
 
 def _same_type(tensor: Tensor, current: Tensor) -> bool:
-    """Return whether a tensor in the file is an ordinary tensor with the same kind of numbers as in the network."""
+    """Return whether the file's tensor is an ordinary tensor, with the same kind of numbers as the network's tensor."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         return False
     same_kind = tensor.is_floating_point() == current.is_floating_point()

@@ -34,7 +34,7 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
     Args:
         task: the training task.
         state: the state of training.
-        what: the problem, with which the message begins, such as `the loss is not finite`.
+        what: the problem, such as `the loss is not finite`. The message begins with this text.
         images: the images of the step. They are used to find the first layer whose output is not finite. If None, only
             parameters and buffers are examined.
     """
@@ -50,7 +50,7 @@ def find_cause(task: Task, images: Tensor | None) -> str | None:
 
     1. a parameter or buffer that is not finite
     2. images that are not finite
-    3. the first module whose output is not finite although its input is
+    3. the first module whose output is not finite although its input is finite
     4. the last parameter whose gradient is not finite
     5. the parameter with the largest gradient
     """

@@ -14,7 +14,10 @@ from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 
 RELOAD_TOLERANCE = 1e-3
-"""Maximum relative difference between the outputs of a network and of its reloaded copy. On a CPU, it must be 0."""
+"""Maximum relative difference between the outputs of a network and of its reloaded copy.
+
+On a CPU, the difference must be 0.
+"""
 
 
 @torch.inference_mode()
@@ -37,7 +40,7 @@ def evaluate(
         forward: function that computes the network's output. None means the network itself.
         predictions: a list to which one tensor is added per batch. The tensor has shape (N, 2) for N images and
             contains labels and predicted classes.
-        group: the processes that share the batches. None means that there is only one.
+        group: the processes that share the batches. None means that there is only one process.
     """
     model.eval()
     run = model if forward is None else forward
@@ -83,7 +86,9 @@ def _in_order(parts: list[list[_Measured]]) -> Iterator[_Measured]:
 
 @torch.no_grad()
 def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
-    """Return a text that says why a network's accuracy depends on more than its weights, or None if it does not.
+    """Return a text that says why a network's accuracy depends on more than its weights.
+
+    Return None if the accuracy depends only on the weights.
 
     The output for an image must not depend on when the image is evaluated, or on the other images of
     its batch. Only batches of the same shape are compared, because their results must be equal bit for bit. The buffers

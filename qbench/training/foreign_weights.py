@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from qbench.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "ema", "state_dict_ema", "model_ema")
-"""Keys under which programs store a state_dict. If a file has several, the first one is used."""
+"""Keys under which programs store a state_dict. If a file has several of these keys, the first key is used."""
 
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
-"""Prefixes that DataParallel and torch's `AveragedModel`, Lightning, torch.compile and other frameworks add."""
+"""Prefixes that DataParallel, torch's `AveragedModel`, Lightning, torch.compile and other frameworks add."""
 
 HEADS = ("fc", "linear", "classifier", "head")
 """Usual names of a network's last layer."""
@@ -33,7 +33,7 @@ class RenamedWeights(NamedTuple):
 
 
 def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the state_dict in a file's content. If it is under a key, a note names this key.
+    """Return the state_dict in a file's content. If the state_dict is under a key, a note names this key.
 
     Raises:
         CheckpointError: the value under such a key is not a state_dict.
@@ -89,7 +89,7 @@ def _without_prefixes(name: str, known: Iterable[str]) -> str:
 
 
 def last_layer(model: nn.Module) -> str | None:
-    """Return the name of a network's last linear layer, or None if it has none."""
+    """Return the name of a network's last linear layer, or None if the network has no linear layer."""
     return next((name for name, m in reversed([*model.named_modules()]) if isinstance(m, nn.Linear)), None)
 
 

@@ -43,11 +43,11 @@ FIRST_STEPS = 100
 STANDARD_ERRORS = 3.0
 """Minimum number of standard errors by which an accuracy must exceed chance to count as better than chance.
 
-A network that guesses exceeds this limit in 1 of 740 epochs.
+A guessing network exceeds this limit in 1 of 740 epochs.
 """
 
 HealthWarnings = dict[str, str]
-"""Topic of a warning, such as `range conv1` -> text of the warning. Each topic has at most one warning."""
+"""Maps the topic of a warning, such as `range conv1`, to the warning's text. A topic has at most one warning."""
 
 
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:

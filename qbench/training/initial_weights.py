@@ -1,4 +1,4 @@
-"""Loads the float weights that a run starts from. They come from another run or from a checkpoint file."""
+"""Loads the float weights that a run starts from. The weights come from another run or from a checkpoint file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,9 +31,8 @@ class InitialWeights(NamedTuple):
     Args:
         message: one line that states the file, the number of tensors, and everything that was
             renamed or left out.
-        is_float: whether all weights of the network come from a float network in the file, so that
-            its accuracy can be used as a float baseline. False if the file contains quantizers, or
-            if the last layer is new.
+        is_float: whether all weights of the network come from a float network in the file, so that the accuracy of that
+            network can be used as a float baseline. False if the file contains quantizers, or if the last layer is new.
         quantizers: the tensors of quantizers in the file, from which the run also starts.
     """
 
@@ -137,7 +136,7 @@ def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: 
 
 
 def _ending(name: str, foreign_names: Mapping[str, str]) -> str | None:
-    """Return the ending of a tensor's name that is one of the foreign names, or None."""
+    """Return the foreign name with which a tensor's name ends, or None."""
     return next((ending for ending in foreign_names if name.endswith(f".{ending}")), None)
 
 

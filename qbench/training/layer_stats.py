@@ -95,9 +95,9 @@ class LayerTrace(NamedTuple):
 
 
 def observed_images(images: Tensor, epoch_images: int) -> Tensor:
-    """Return the images that an observation uses, which are the first ones in `images` (N, C, H, W).
+    """Return the images that an observation uses: the first images of `images` (N, C, H, W).
 
-    How many images it uses depends on `epoch_images`, the number of images in an epoch.
+    The number of these images depends on `epoch_images`, the number of images in an epoch.
     """
     count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]
@@ -127,7 +127,7 @@ def trace_layers(model: nn.Module, images: Tensor) -> dict[str, LayerTrace]:
 
 
 def _quantized_tensor(quantizer: Quantizer, before: Tensor, after: Tensor) -> QuantizedTensor | None:
-    """Return a tensor before and after quantization, or None if it is float or has no levels yet."""
+    """Return a tensor before and after quantization, or None if the tensor is float or has no levels yet."""
     grid = quantizer.grid(before)
     return QuantizedTensor(before, after, grid) if grid is not None and grid.points.shape[1] else None
 
@@ -139,7 +139,7 @@ def layer_metrics(
     last_codes: Mapping[str, Tensor],
     gradients: LayerMetrics,
 ) -> LayerMetrics:
-    """Return the statistics of every layer, which the docstring of this module describes.
+    """Return the statistics of every layer. The docstring of this module describes the statistics.
 
     Args:
         model: the network.
@@ -169,7 +169,7 @@ def layer_metrics(
 
 
 def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the codes of every layer's weights, with which the next observation compares new codes."""
+    """Return the codes of every layer's weights. The next observation compares new codes with these codes."""
     codes = {}
     for name, trace in traces.items():
         if trace.weights is not None:

@@ -167,7 +167,7 @@ def _validate(task: Task, state: State) -> Accuracy | None:
 
 
 def _keep_best(task: Task, state: State, accuracy: Accuracy) -> None:
-    """Keep the weights if their validation top-1 is the best so far. Between equal top-1, the lower loss decides.
+    """Keep the weights if their validation top-1 is the best so far. If top-1 is equal, the lower loss decides.
 
     Training stops after `patience` epochs without a better result. With an incremental method, only epochs in which
     every layer is fully quantized are considered.

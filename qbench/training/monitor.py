@@ -62,7 +62,7 @@ class TrainingMonitor:
     same logs as an uninterrupted run.
 
     Args:
-        level: "off", "light" or "full", which decides what is logged. Warnings are printed at every level.
+        level: "off", "light" or "full". The level decides what is logged. Warnings are printed at every level.
         logger: the logger of metrics and histograms.
         reporter: the object that prints warnings.
         start: the initial magnitude of each layer's weights.
@@ -93,7 +93,7 @@ class TrainingMonitor:
             self.without_gradient = still_without_gradient(model, self.without_gradient)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the state of the monitor for a checkpoint, which consists of the arguments from `start` on."""
+        """Return the state of the monitor for a checkpoint. The state consists of the arguments from `start` on."""
         kept: dict[str, object] = {
             "start": self.start, "warned": self.warned, "without_gradient": self.without_gradient,
         }  # fmt: skip

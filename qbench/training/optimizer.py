@@ -7,7 +7,7 @@ from qbench.config.schema import Optim
 from qbench.quant.layers import QLayer
 
 FULL_DECAY = "full_decay"
-"""Key of a parameter group that stores its weight decay before `optim.decay_until`.
+"""Key in a parameter group. Its value is the weight decay of the group before `optim.decay_until`.
 
 Recipes with permanent weight decay do not have this key.
 """
@@ -31,7 +31,8 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
     """Return the parameters in groups of equal learning-rate factor and weight decay.
 
     Weight decay applies to weights with two or more dimensions. With `decay_norm_and_bias` it also applies to biases
-    and batch normalization. `bias_lr` is the learning-rate factor for the biases of all layers that have such weights.
+    and batch normalization. `bias_lr` is the learning-rate factor for the biases of all layers that have weights with
+    two or more dimensions.
 
     Each quantizer module sets the learning-rate factor of its parameters in the attribute `lr_scale` (default 1), and
     their weight decay in the attribute `weight_decay` (default 0). `quantizer_lr` multiplies this factor, and

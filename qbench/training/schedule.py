@@ -22,7 +22,7 @@ def learning_rate(optim: Optim, step: int, steps: int, warmup: int = 0) -> float
     schedule covers the remaining steps.
 
     A decreasing schedule does not quite reach its final value in the last step. It would reach this value one step
-    later, at step number `steps`. Only `one_cycle` reaches it in the last step, as in torch.
+    later, at step number `steps`. Only `one_cycle` reaches its final value in the last step, as in torch.
     """
     if step < warmup:
         return optim.lr * (step + 1) / warmup

@@ -139,7 +139,7 @@ class WeightAverage:
     """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
 
     Buffers are never averaged, so the object stores only the averaged parameters. A copy of the whole network would be
-    larger. With INQ, for example, it would also contain masks, which are 1.2 times as large as the parameters.
+    larger. With INQ, for example, the copy would also contain masks, which are 1.2 times as large as the parameters.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

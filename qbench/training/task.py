@@ -79,8 +79,8 @@ class Task:
         steps: number of training batches per epoch.
         train: function of (epoch, start) that returns the training batches of an epoch, beginning with batch number
             `start`. If batches are divided, it returns the shards that this process computes, one after the other.
-        validate: function without arguments that returns the validation batches for this process. There are none
-            without a validation split.
+        validate: function without arguments that returns the validation batches for this process. Without a validation
+            split, the function returns no batches.
         probe: training images on which the method measures statistics.
         forward: function that computes the network's output, compiled or in another precision. None means the network
             itself.
@@ -101,7 +101,7 @@ class Task:
     shards: Shards = field(default_factory=Shards)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the network's output, computed by `forward` if it is given.
+        """Return the network's output. If the function `forward` is given, it computes the output.
 
         Raises:
             ConfigError: the network does not return logits, or cannot train on a single image.

@@ -24,7 +24,7 @@ def test_keys_that_do_not_fit_together_are_refused(words: str, configure: Config
 
 
 ASSEMBLED = {
-    "optim.accumulate=1000": r"optim.accumulate=1000: must be at most \d+, the batches in an epoch",
+    "optim.accumulate=1000": r"optim.accumulate=1000: must be at most \d+, the number of batches in an epoch",
     "pretrain.optim.accumulate=1000": r"pretrain.optim.accumulate=1000: must be at most \d+",
     "method=inq optim.warmup=8": "optim.warmup=8: must be shorter than each phase of training",
     "method=pact method.decay=0.1 optim.quantizer_decay=0": "type one of them",

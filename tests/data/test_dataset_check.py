@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "mean of NaN": (lambda data: replace(data, mean=(float("nan"),)), "mean=(nan,): must be 0 to 1"),
     "mean of 0 to 255": (lambda data: replace(data, mean=(127.5,)), "mean=(127.5,): must be 0 to 1"),
     "mean of three channels": (lambda data: replace(data, mean=(0.5,) * 3), "must be 1 numbers, one per channel"),
-    "one class": (lambda data: replace(data, classes=1), "classes=1: must be an int from 2 on"),
+    "one class": (lambda data: replace(data, classes=1), "classes=1: must be an integer of 2 or more"),
     "images of one class": (with_labels("train", torch.zeros_like), "train: all labels are 0: there must be two or"),
     "classes as float": (lambda data: replace(data, classes=4.0), "classes=4.0: must be an int"),
     "no training images": (lambda data: replace(data, train=data.train.take(torch.arange(0))), "train has no images"),

@@ -119,7 +119,7 @@ def test_a_damaged_cache_is_built_again(
     image_cache._shard.cache_clear()
     capsys.readouterr()
     assert equal(expected, all_batches(build_folder(streamed, cache=str(tmp_path / "decoded"))))
-    assert "is damaged; it is built again" in capsys.readouterr().err
+    assert "is damaged; the cache is built again" in capsys.readouterr().err
 
 
 def test_a_copied_cache_is_hashed_once(

@@ -19,8 +19,8 @@ def test_a_baseline_near_chance_is_named_with_its_numbers() -> None:
     """33 of 72 images, chance 1/3: limit 0.4, needed 0.4 + 1.645 sqrt(0.4 * 0.6 / 72) = 0.49497."""
     (line,) = weak_baseline(45.83, [24, 24, 24])
     assert line == (
-        "the float baseline is not clearly above chance: 45.83 % of 72 test images; always the most frequent class: "
-        "33.33 %; clear from 49.50 % on"
+        "the float baseline is not clearly above chance: its top-1 is 45.83 % on 72 test images, the most frequent "
+        "class alone gives 33.33 %, and a clear baseline needs 49.50 %"
     )
 
 
@@ -44,19 +44,22 @@ def test_chance_is_the_share_of_the_most_frequent_class(top1: float, counts: lis
 
 def test_few_steps_and_few_images_have_a_threshold() -> None:
     assert list(few_steps(100, "")) == [
-        "100 training steps; papers train for tens of thousands: raise epochs, or lower optim.batch_size"
+        "the run has 100 training steps, but papers train for tens of thousands; raise epochs, or lower "
+        "optim.batch_size"
     ]
     assert "raise pretrain.epochs, or lower pretrain.optim.batch_size" in next(few_steps(FEW_STEPS - 1, "pretrain."))
     assert not list(few_steps(FEW_STEPS, ""))
     assert not list(few_steps(540, "")), "the default recipe of digits"
     assert not list(few_steps(0, "")), "a method that trains nothing"
-    assert list(coarse_test_split(72)) == ["72 test images: one image is 1.4 points"]
+    assert list(coarse_test_split(72)) == ["the test split has 72 images, so one image is 1.4 points of top-1"]
     assert len(list(coarse_test_split(199))) == 1
     assert not list(coarse_test_split(200))
 
 
 def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -> None:
-    text = "18 training steps; papers train for tens of thousands: raise epochs, or lower optim.batch_size"
+    text = (
+        "the run has 18 training steps, but papers train for tens of thousands; raise epochs, or lower optim.batch_size"
+    )
     result = run(planned_run(smoke("method=twn", "runtime.observe=off")))
     assert result.baseline
     assert f"      warning: {text}" in row([result]).splitlines()

@@ -310,10 +310,8 @@ def test_the_row_names_what_is_left_float(configure: Configure, words: list[str]
 
 def test_signed_activations_before_unsigned_levels_are_noted(configure: Configure, words: list[str]) -> None:
     notes = run(planned_run(configure(*words, "model=users_networks:silu"))).warnings
-    (note,) = (
-        line for line in notes if line.startswith("1 layers set negative inputs to 0, because no level is negative ")
-    )
-    assert "(3 " in note
+    (note,) = (line for line in notes if line.startswith("1 layers set negative inputs to 0 (3 "))
+    assert " % of the inputs), because no level is negative" in note
     signed = run(planned_run(configure(*words, "model=users_networks:silu", "method=lsq"))).warnings
     assert not any("negative inputs" in line for line in signed)
     relu = run(planned_run(configure(*words, "model=mlp", "model.width=16"))).warnings
@@ -468,7 +466,7 @@ def test_a_batch_of_one_image_is_refused_where_batch_normalization_needs_two(
 
 def test_a_network_for_other_images_is_refused(configure: Configure, words: list[str]) -> None:
     planned = planned_run(configure(*words, "model=users_networks:WrongShape"))
-    message = r"WrongShape: fails on images of shape \(2, 1, 8, 8\) \(N, C, H, W\): RuntimeError: .*\nmake"
+    message = r"WrongShape: the network fails on images of shape \(2, 1, 8, 8\) \(N, C, H, W\): RuntimeError: .*\nmake"
     for attempt in (lambda: run(planned), lambda: plan([planned])):
         with pytest.raises(ConfigError, match=message):
             attempt()

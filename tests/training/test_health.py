@@ -93,7 +93,7 @@ def warnings_of(config: Any) -> tuple[list[str], list[str]]:
 
 def is_evidence(warning: str) -> bool:
     """Whether a warning says that a run is too short, or its float baseline too weak, to mean anything."""
-    return " training steps; " in warning or warning.startswith("the float baseline is not clearly above chance")
+    return " training steps, but " in warning or warning.startswith("the float baseline is not clearly above chance")
 
 
 FAULTS = {
