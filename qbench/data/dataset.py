@@ -121,7 +121,7 @@ class Dataset:
         augment: the augmentation of training images.
         synthetic: whether the images are rendered or random. Tables that compare runs with papers leave out such data
             sets.
-        files: facts about the image files, which are stored in the manifest.
+        files: facts about the image files. The manifest contains these facts.
         note: what a user should know before training. It is empty if there is nothing to report.
     """
 

@@ -2,8 +2,7 @@
 
 H. Xiao, K. Rasul, R. Vollgraf, 2017, arXiv 1708.07747. 60,000 training and 10,000 test images,
 1x28x28, in ten classes of equal size: T-shirt, trouser, pullover, dress, coat, sandal, shirt,
-sneaker, bag, ankle boot. It is harder than MNIST, because shirts resemble T-shirts, pullovers and
-coats.
+sneaker, bag, ankle boot. Fashion-MNIST is harder than MNIST, because shirts resemble T-shirts, pullovers and coats.
 
 The images are read from `<root>/FashionMNIST/raw/`. The files have the names of MNIST's files, with or without .gz. As
 in CIFAR-10, the image is padded by 4 black pixels, cropped at random to its original size, and mirrored with

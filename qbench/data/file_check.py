@@ -72,8 +72,8 @@ class FileCheck:
 class _FileFacts(NamedTuple):
     """The result of checking one file: hash of the file, size in pixels and largest value of the image.
 
-    The largest value is known only for images with more than 8 bits, and counts only the upper 8 of 16 bits. It is None
-    for an 8-bit image.
+    The largest value is known only for images with more than 8 bits, and counts only the upper 8 of 16 bits. For an
+    8-bit image, the largest value is None.
     """
 
     digest: bytes

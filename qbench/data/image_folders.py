@@ -321,7 +321,7 @@ def _walk(folder: Path, known: dict[FolderId, Path]) -> Iterator[tuple[str, list
 def _enter(folder: Path, known: dict[FolderId, Path]) -> None:
     """Add a folder to the known folders.
 
-    Raise `DataError` if the folder is already known, which means that a link led to it.
+    Raise `DataError` if the folder is already known, because a link led to it.
     """
     first = known.setdefault(_folder_id(folder), folder)
     if first != folder:

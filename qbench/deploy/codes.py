@@ -260,8 +260,8 @@ def _multiples(points: Tensor) -> Iterator[Levels]:
 def _spans(quantizer: Quantizer, latent: Tensor, points: Tensor, used: Tensor) -> Iterator[Levels]:
     """Yield candidates of the form `span` for levels (groups, count): a shared table times a scale plus a lowest value.
 
-    The scale and the lowest value of a group follow from a range. This range is that of the group's latent weights or
-    that of its levels.
+    The scale and the lowest value of a group follow from a range. This range is the range of the group's latent weights
+    or the range of the group's levels.
     """
     count, (low, high) = points.shape[1], latent.aminmax(dim=1)
     shared = [t.detach()[:count] for t in quantizer.state_dict().values() if t.dim() == 1 and len(t) >= count]

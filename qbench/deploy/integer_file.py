@@ -32,7 +32,7 @@ PARTS = ("data",)
 MAX_STEPS = 2**14
 MAX_PACKED_BITS = 8
 IMAGES_AT_ONCE = 50
-"""Number of images that a network processes at once. It limits the memory for the inputs of a convolution."""
+"""Number of images that a network processes at once. This number limits the memory for a convolution's inputs."""
 
 DTYPES = ("<i1", "<i2", "<i4", "<i8", "<f4", "<f8")
 THRESHOLDS = "thresholds"

@@ -37,7 +37,7 @@ class Window(NamedTuple):
     Args:
         rows: number of rows of the filter.
         row: stride from one row of the filter to the next row.
-        columns: number of parts of one row, which is 1 if all columns of the filter are consecutive.
+        columns: number of parts of one row. If all columns of the filter are consecutive, a row is one part.
         column: stride from one part of a row to the next part.
         down, right: strides from the window of an output pixel to the windows of two neighbours: the pixel below, and
             the pixel to the right.

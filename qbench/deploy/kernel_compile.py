@@ -11,7 +11,7 @@ Function = Callable[..., Any]
 
 
 def compiled(function: Function, **options: bool) -> Function:
-    """Compile a function that other compiled functions call. Its name gets a hash of the constants in its closure.
+    """Compile a function that other compiled functions call. The name of the function gets a hash of its constants.
 
     numba finds functions in stored code by name. Without the hash, functions made by the same factory would have the
     same name, and one stored network would call the functions of another network.

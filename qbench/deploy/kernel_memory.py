@@ -85,7 +85,7 @@ class Memory:
         return address
 
     def place(self, array: np.ndarray) -> int:
-        """Add a constant, unless the memory already contains it, and return its address."""
+        """Return the address of a constant. If the memory does not contain the constant yet, add it."""
         content = array.tobytes()
         if content not in self._addresses:
             self._addresses[content] = self._reserve(array.nbytes)
@@ -93,7 +93,7 @@ class Memory:
         return self._addresses[content]
 
     def floats(self, channels: int, height: int, width: int, dense: bool = False) -> Map:
-        """Add a map of floats. If `dense` is true, its channels are not padded to whole vectors."""
+        """Add a map of floats. If `dense` is true, the map's channels are not padded to whole vectors."""
         pixel = 4 * (channels if dense else whole(channels))
         return self._map(channels, height, width, Strides(self._row(width, pixel), pixel, BYTES))
 
@@ -119,7 +119,7 @@ class Memory:
         return (width + 2 * self._border) * pixel
 
     def _plane(self, height: int, strides: Strides) -> int:
-        # the last pixels are read and written in whole vectors, which end after them
+        # the last pixels are read and written in whole vectors, which end after these pixels
         return -(-((height + 2 * self._border) * strides.row + BYTES) // BYTES) * BYTES
 
     def _map(self, channels: int, height: int, width: int, strides: Strides, planes: int = 1) -> Map:

@@ -54,7 +54,7 @@ def integer_levels(levels: Tensor) -> IntegerLevels:
     """
     count = levels.shape[1]
     if not 2 <= count <= 4:
-        raise NoKernel(f"{count} levels; bit-serial kernels need 2 to 4 levels, which are 1 or 2 bits")
+        raise NoKernel(f"{count} levels; bit-serial kernels need 2 to 4 levels (1 or 2 bits)")
     spacing = (levels[:, -1:] - levels[:, :1]) / (count - 1)
     for step in (1, 2):
         scale = spacing / step

@@ -257,14 +257,14 @@ class Planner:
     def _thresholds(
         self, quantizer: int, numbers: Numbers, chain: Sequence[Step], channels: int
     ) -> tuple[IntegerLevels, Tensor, Tensor]:
-        """Return a quantizer's levels, its thresholds as numbers, and the channels in which codes decrease."""
+        """Return a quantizer's levels and its thresholds as numbers, and the channels that `code_thresholds` returns."""
         step, rank = self._steps[quantizer], len(self.shapes[quantizer])
         levels = self.network.tensors[step.args[2].name]
         levels = levels[:1] if levels.dim() == 2 and bool((levels == levels[0]).all()) else levels.reshape(1, -1)
         found = integer_levels(levels)
         if found.scale[0] < 0:
             raise NoKernel("levels in descending order")
-        ramp_of(chain, identity_ramp(channels), self.network.tensors, rank)  # refuses what differs between pixels
+        ramp_of(chain, identity_ramp(channels), self.network.tensors, rank)  # refuses constants that vary by pixel
         function = pointwise([*chain, step], self.network.tensors)
 
         def of_pixels(x: Tensor) -> Tensor:

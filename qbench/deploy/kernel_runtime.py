@@ -91,8 +91,8 @@ def _compiled(text: str, examples: tuple[np.ndarray, ...]) -> Callable[..., None
 def _compile(text: str, path: Path, examples: tuple[np.ndarray, ...], cache: bool) -> Callable[..., None]:
     numba = import_extra("numba", "fast")
     module = ModuleType(path.stem)
-    sys.modules[module.__name__] = module  # numba looks for it when it loads compiled code
-    exec(compile(text, str(path), "exec"), module.__dict__)  # the text of `_text`, not what the file holds
+    sys.modules[module.__name__] = module  # numba looks for this module when it loads compiled code
+    exec(compile(text, str(path), "exec"), module.__dict__)  # the result of `_text`, not the file's content
     function: Callable[..., None] = numba.njit(cache=cache)(module.network)
     function(*examples)
     return function

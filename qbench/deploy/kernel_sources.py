@@ -38,7 +38,7 @@ class Operand(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """How a convolution moves over its input, as torch's arguments."""
+    """How a convolution moves over its input, in the form of torch's arguments."""
 
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)

@@ -61,7 +61,7 @@ def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit
     """
     rows, row, columns, column, down, right, vectors, group = window
     parts, step = rows * columns, w_bits * PAIR
-    # so many sums fit into a byte; a part is divided, or several parts are joined
+    # number of sums that fit into a byte; a large part is divided, and small parts are joined
     most = 255 // (CHANNELS * (2**a_bits - 1))
     joined, pieces = max(1, most // pairs), -(-pairs // most)
     length = -(-pairs // pieces)

@@ -26,7 +26,7 @@ def codes_of(thresholds: int, integers: bool) -> Function:
     def run(memory: Any, parameters: Any, found: Any) -> Any:
         falling = load_word(memory, parameters)
         low, high = at_least(found, load(memory, parameters + BYTES)) ^ falling, np.int32(0)
-        # one bit per channel; those of a higher threshold are a subset of those of a lower one
+        # one bit per channel; the 1-bits of a higher threshold are a subset of the 1-bits of a lower threshold
         if thresholds > 1:
             high = at_least(found, load(memory, parameters + 2 * BYTES)) ^ falling
             low ^= high

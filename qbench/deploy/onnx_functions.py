@@ -27,7 +27,7 @@ def _conv(axes: int) -> Converter:
         groups: int = 1,
     ) -> str:  # fmt: skip
         attributes: dict[str, Any] = {"strides": _many(stride, axes), "dilations": _many(dilation, axes)}
-        attributes["kernel_shape"] = list(g.shape(w)[2:])  # FINN and qonnx need it
+        attributes["kernel_shape"] = list(g.shape(w)[2:])  # FINN and qonnx need this attribute
         if padding == "same":
             totals = [d * (k - 1) for d, k in zip(_many(dilation, axes), g.shape(w)[2:], strict=True)]
             attributes["pads"] = [total // 2 for total in totals] + [total - total // 2 for total in totals]

@@ -56,7 +56,7 @@ def _arranged(graph: OnnxGraph, name: str, values: str, weight: Encoded) -> str:
     if kind != "subspace":
         result = graph.node("Reshape", values, graph.integers(*shape))
     else:
-        # (subspaces, outputs and kernel places, dimension) -> (outputs, kernel places, channels)
+        # (subspaces, outputs and kernel places, weights per code) -> (outputs, kernel places, channels)
         rows = graph.node("Transpose", values, perm=[1, 0, 2])
         rows = graph.node("Reshape", rows, graph.integers(shape[0], *shape[2:], -1))
         last = len(shape) - 1

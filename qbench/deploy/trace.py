@@ -107,7 +107,7 @@ class _Tracer(Recorder):
     def __init__(self, model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> None:
         super().__init__(model, images)
         self.program, self._layers, self._where = _Program(), layers, [""]
-        # layers that ask whether their input is finite, and do nothing else with its values
+        # for layers that only test whether their input is finite
         self._checking = {name for name, module in model.named_modules() if isinstance(module, QLayer)}
         self._values: dict[int, Ref | Stored] = {id(images): Ref(-1)}
         self._names = {
@@ -159,7 +159,7 @@ class _Tracer(Recorder):
             return
         converted = self._arguments(args), {key: self._arguments(value) for key, value in kwargs.items()}
         if kind in CREATES or not next(refs((converted[0], tuple(converted[1].values()))), None):
-            return  # does not depend on the image: its result is a constant
+            return  # the result does not depend on the image, so it is a constant
         function = kind if kind.endswith("__") else kind.removesuffix("_")
         function = {"__getitem__": "getitem", "__rsub__": "rsub"}.get(function, function)
         value: Ref | Stored

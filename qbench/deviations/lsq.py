@@ -36,7 +36,7 @@ class UnmaskedActivation(LSQActivation):
 
 
 class UnclampedWeight(LSQWeight):
-    """Weight quantizer whose step may become negative, which reverses the order of the levels."""
+    """Weight quantizer whose step may become negative. A negative step reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 
@@ -47,7 +47,7 @@ class UnclampedWeight(LSQWeight):
 
 
 class UnclampedActivation(LSQActivation):
-    """Input quantizer whose step may become negative, which reverses the order of the levels."""
+    """Input quantizer whose step may become negative. A negative step reverses the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 

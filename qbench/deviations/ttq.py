@@ -46,7 +46,7 @@ class MeanGradient(TTQWeight):
 
 
 class Unclamped(TTQWeight):
-    """Ternary quantizer whose scales may become negative, which reverses the order of the levels."""
+    """Ternary quantizer whose scales may become negative. Negative scales reverse the order of the levels."""
 
     positive_parameters: tuple[str, ...] = ()
 

@@ -132,7 +132,7 @@ DEVIATIONS = {
         acts=lambda bits: bits.a == 1, bits="w32a1",
     ),
     "times_1e9": Deviation(
-        "All gradients are multiplied by 1e9, which makes Adam's epsilon negligible.",
+        "All gradients are multiplied by 1e9, so that Adam's epsilon is negligible.",
         "allenai/XNOR-Net, train.lua at a9ebb147, with Adam; jiecaoyu/XNOR-Net-PyTorch and its issues 37, 47, 126",
         times_1e9,
         acts=lambda bits: 1 in (bits.w, bits.a), bits="w1a32",

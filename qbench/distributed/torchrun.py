@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     If no process wrote a status, because all were killed or had not begun, the result is the status of an interrupted
     run.
     """
-    for name in SIGNALS.split(","):  # until torchrun has its own handlers, before it starts processes
+    for name in SIGNALS.split(","):  # torchrun replaces these handlers before it starts processes
         signal.signal(getattr(signal, name), _stop)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

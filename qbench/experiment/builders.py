@@ -186,7 +186,7 @@ def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
 def _networks() -> Iterator[tuple[str, Node]]:
     """Yield (overrides to type, node) for each network of `conf/model`. A network with two forms has two entries."""
     for name in option_names("model"):
-        if not option_file("model", name).is_file():  # of another package
+        if not option_file("model", name).is_file():  # the option comes from another package
             continue
         node = read_yaml(option_file("model", name))
         yield f"model={name}", node

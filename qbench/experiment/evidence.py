@@ -1,4 +1,4 @@
-"""Warns if a run has too few test images or training steps, or too weak a float baseline, to mean anything."""
+"""Warns if a run means little: too few test images, too few training steps, or a weak float baseline."""
 
 from collections.abc import Iterator
 from math import sqrt
@@ -10,7 +10,10 @@ FEW_STEPS = 500
 """A run with fewer training steps has a warning. The default recipe of the smallest data set, digits, has 540 steps."""
 
 COARSE_POINTS = 0.5
-"""A split has a warning if one image changes top-1 by more than this many points: if it has fewer than 200 images."""
+"""A test split has a warning if one image changes top-1 by more than this many points.
+
+These are test splits with fewer than 200 images.
+"""
 
 QUANTILE = 1.645
 """Number of standard errors of a one-sided 95 % bound."""

@@ -43,7 +43,7 @@ def run_catching(
 def work(planned: PlannedRun) -> Path | None:
     """Execute a run in a worker process. The outcome is written to the run's directory.
 
-    Return None or, if another process works on the run or on its float baseline, the directory that it works on.
+    Return None or, if another process works on the run or on its float baseline, the directory of that run or baseline.
     """
     with stop_on_signals() as stop:
         try:
@@ -82,4 +82,4 @@ def check(runs: Sequence[PlannedRun]) -> None:
             try:
                 assemble(planned.config)
             except (Unsupported, DataError, CheckpointError, ResourceError):
-                continue  # the run itself reports it, and the table lists it
+                continue  # the run itself reports the error, and the table lists it

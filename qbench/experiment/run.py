@@ -66,7 +66,7 @@ def run(
     if stored := stored_result():
         directory.remove_checkpoints()
         return stored
-    manifest.changed()  # call git before locking: its process would inherit the lock and might outlive this process
+    manifest.changed()  # call git before locking: git would inherit the lock and might outlive this process
     try:
         setup = assemble(planned.config, context.group)
     except Unsupported as reason:

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.5
 
 @dataclass
 class _Entry:
-    """A run, and the directory whose lock it has to wait for."""
+    """A run, and the directory whose lock the run has to wait for."""
 
     planned: PlannedRun
     blocked_by: Path

@@ -43,7 +43,7 @@ class TrainingSession:
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
         texts: title -> text to show in TensorBoard.
-        data_sha256: digest of the images, which every checkpoint contains.
+        data_sha256: digest of the images. Every checkpoint contains this digest.
 
     Attributes:
         saved: the checkpoint to continue from, or None for a new run.

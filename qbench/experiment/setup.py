@@ -170,7 +170,7 @@ class ExperimentSetup:
 
     @property
     def card(self) -> dict[str, dict[str, str]]:
-        """The choices and deviations in the method cards, which are stored with the result."""
+        """The choices and deviations in the method cards. The result contains them."""
         nodes = [node for node in (self.config.method, self.config.activation) if node["name"] != "none"]
         return {str(node["name"]): method_card(node) for node in nodes}
 

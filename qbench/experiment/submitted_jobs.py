@@ -119,7 +119,7 @@ def run_in_local_jobs(
         while working or (queue and not stop()):
             while len(working) < workers and not stop() and (planned := queue.take()):
                 taken = take(gpus, planned.config.runtime.gpus_per_run) if gpus else None
-                if gpus and not taken:  # another sweep uses them
+                if gpus and not taken:  # another sweep uses the GPUs
                     queue.put_back(planned)
                     break
                 working.append(_LocalJob(_start(planned, settings, folder, taken), planned, taken))

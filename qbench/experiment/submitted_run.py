@@ -37,9 +37,10 @@ class SubmittedRun:
     def __call__(self, planned: PlannedRun) -> Path | None:
         """Execute the run. The outcome is written to the run's directory.
 
-        Return None or, if another process works on the run or on its float baseline, the directory that it works on. If
-        a signal stops the run, submitit's own handler of the signal is called after the checkpoint is written. The
-        handler queues the job again if the signal announces the end of the job. This function then does not return.
+        Return None or, if another process works on the run or on its float baseline, the directory of that run or
+        baseline. If a signal stops the run, submitit's own handler of the signal is called after the checkpoint is
+        written. The handler queues the job again if the signal announces the end of the job. This function then does
+        not return.
         """
         import submitit
 

@@ -61,9 +61,9 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 
 
 def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
-    """Return the newest intact checkpoint of a run, from which the run can continue.
+    """Return the newest intact checkpoint of a run. The run can continue from this checkpoint.
 
-    Newer checkpoints, which are damaged, are removed.
+    Newer checkpoints are damaged. The function removes them.
 
     Args:
         paths: `state-<step>.pt` files, newest first.

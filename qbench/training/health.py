@@ -51,7 +51,7 @@ HealthWarnings = dict[str, str]
 
 
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
-    """Return the largest weight magnitude of each layer, with which later magnitudes are compared.
+    """Return the largest weight magnitude of each layer. Later magnitudes are compared with these magnitudes.
 
     If the magnitude is below 1 / sqrt(n), return 1 / sqrt(n), where n is the number of inputs of one output.
     """
@@ -113,7 +113,7 @@ def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where:
         counts = _weight_level_counts(layers[name], trace.weights)
         if len(counts) > 1 and (counts > 0).sum() == 1:
             warnings[f"level {name}"] = (
-                f"{name}: all weights are on a single level (of {len(counts)}), {where}; probably the weights are "
+                f"{name}: all weights are on one of {len(counts)} levels, {where}; probably the weights are "
                 f"small relative to the scale, or have the same sign"
             )
         constant_input = _equal_for_all_images(trace.input)

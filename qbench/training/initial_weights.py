@@ -33,7 +33,7 @@ class InitialWeights(NamedTuple):
             renamed or left out.
         is_float: whether all weights of the network come from a float network in the file, so that the accuracy of that
             network can be used as a float baseline. False if the file contains quantizers, or if the last layer is new.
-        quantizers: the tensors of quantizers in the file, from which the run also starts.
+        quantizers: the tensors of quantizers in the file. The run also starts from these tensors.
     """
 
     message: str

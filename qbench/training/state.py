@@ -1,6 +1,6 @@
 """Defines the state of training: the optimizer, the weight average, counters and the best weights.
 
-Checkpoints contain this state, from which a resumed run continues.
+Checkpoints contain this state. A resumed run continues from it.
 """
 
 from collections.abc import Iterator, Mapping
