@@ -257,7 +257,10 @@ class Planner:
     def _thresholds(
         self, quantizer: int, numbers: Numbers, chain: Sequence[Step], channels: int
     ) -> tuple[IntegerLevels, Tensor, Tensor]:
-        """Return a quantizer's levels and its thresholds as numbers, and the channels that `code_thresholds` returns."""
+        """Return a quantizer's levels, its thresholds as numbers, and the channels with descending codes.
+
+        In channels with descending codes, larger values have smaller codes.
+        """
         step, rank = self._steps[quantizer], len(self.shapes[quantizer])
         levels = self.network.tensors[step.args[2].name]
         levels = levels[:1] if levels.dim() == 2 and bool((levels == levels[0]).all()) else levels.reshape(1, -1)

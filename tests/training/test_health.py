@@ -97,8 +97,7 @@ def is_evidence(warning: str) -> bool:
 
 
 FAULTS = {
-    "weights": f"{LAYER}: all weights are on one of 4 levels, in epoch 1, step 36; "
-    "probably the weights are small",
+    "weights": f"{LAYER}: all weights are on one of 4 levels, in epoch 1, step 36; probably the weights are small",
     "inputs": f"{LAYER}: the output is the same for all images, in epoch 1, step 36; "
     "probably because the layer's input is also the same",
 }
