@@ -53,7 +53,7 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
     if isinstance(returned, Dataset):
         return returned
     if not isinstance(returned, tuple | list) or len(returned) not in (2, 3) or any(map(_is_array, returned)):
-        raise DataError(f"returned {_in_words(returned)}\n{FORMS}")
+        raise DataError(f"the function returned {_in_words(returned)}\n{FORMS}")
     names = ("train", "test") if len(returned) == 2 else ("train", "val", "test")
     parts = {part: _split(part, value) for part, value in zip(names, returned, strict=True)}
     train, test = parts["train"], parts["test"]

@@ -374,7 +374,7 @@ OWN_CODE = [
     own_function("model=mine:f", "def f(shape, classes): return 3\n", "returned a int, not a torch.nn.Module", 2),
     own_function("model=mine:f", "def f(): pass\n", "returned a NoneType, not a torch.nn.Module", 2),
     own_function("model=mine:f", "def f(a, b): pass\n", "its argument a has no value; qbench tried Net(), Net(num_", 2),
-    own_function("dataset=mine:f", "def f(): return None\n", "dataset=mine:f: returned a NoneType", 3),
+    own_function("dataset=mine:f", "def f(): return None\n", "dataset=mine:f: the function returned a NoneType", 3),
     own_function("dataset=mine:f", "def f(): raise OSError(28, 'No space left')\n", "No space left", 5),
     own_function("dataset=mine:f", "def f(): raise RuntimeError('\\x1b]0;a title')\n", r"\x1b]0;a title", 1),
 ]  # fmt: skip
