@@ -76,7 +76,7 @@ def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 def decode_image(path: str | Path, side: int = 0) -> Pixels:
-    """Return the image of a file as uint8 (H, W, 3). The shorter side is resized to `side` pixels, unless it is 0."""
+    """Return the image of a file as uint8 (H, W, 3). If `side` is above 0, the shorter side gets `side` pixels."""
     with Image.open(path) as image:
         return np.array(resize_shorter_side(to_rgb(image), side))
 
