@@ -76,7 +76,8 @@ def plan(network: Network, shape: tuple[int, int, int]) -> Plan:
     logits = planner.floats(network.output)
     if not planner.computes_codes:
         raise NotRunnable(
-            f"no layer has both weights and activations of 1 or 2 bits; bit-serial kernels need one\n{OTHER_WAYS}"
+            "no layer has both weights and activations of 1 or 2 bits; bit-serial kernels need such a layer\n"
+            f"{OTHER_WAYS}"
         )
     return Plan(planner.layers, planner.image, logits, planner.memory.build())
 
