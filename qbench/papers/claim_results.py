@@ -78,8 +78,8 @@ def evaluate_claim(
         measure: the claim's measure, `top1` or `drop`.
         first: the runs of the first arm, by seed.
         second: the runs of the second arm, by seed.
-        hits: for runs that were read from a record of many runs: which test images each run classified correctly, by
-            folder and directory. For all other runs, this is read from the run's own files.
+        hits: the hits of runs that were read from a record of many runs, by folder and directory. Hits say which test
+            images a run classified correctly. The hits of all other runs are read from the runs' own files.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}
@@ -162,7 +162,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def unfinished_seeds(arm: str, runs: Mapping[int, RunRecord]) -> list[str]:
-    """Return one sentence for each status and reason of seeds without a finished run.
+    """Return sentences about the seeds whose runs have not finished, one for each status and reason.
 
     Args:
         arm: "first" or "second".
@@ -248,7 +248,7 @@ def _second_arm(c: Comparison) -> str:
 
 
 def _border(c: Comparison) -> str:
-    """Return the range of differences that supports the claim as text, such as `> 0.5` for a margin of 0.5."""
+    """Return, as text, the range of differences that supports the claim. `> 0.5` is the text for a margin of 0.5."""
     return {"better": f"> {c.margin:g}", "at_least": f"> -{c.margin:g}", "equal": f"within {c.margin:g}"}[c.test]
 
 

@@ -75,7 +75,7 @@ def no_value(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
 
 
 def no_baseline(rows: Iterable[PublishedRow], names: Names) -> Iterator[Finding]:
-    """Find a row of a quantized network that has neither a float baseline nor a note that says why."""
+    """Find a row of a quantized network that has neither a float baseline nor a note with the reason."""
     for row in rows:
         if row.method != "float" and row.baseline is None and not row.baseline_note:
             yield row, "no float baseline: add baseline, or baseline_note with the reason"

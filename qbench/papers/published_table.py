@@ -27,8 +27,8 @@ def published_tables(paper: str | None, provenance: str | None, missing: bool) -
     Args:
         paper: the key of one paper, or None for all papers.
         provenance: the worst provenance to show, or None for all provenances.
-        missing: whether to show only rows without a measurement by qbench, each with the command
-            that runs it.
+        missing: whether to show only rows that qbench has not measured. The command that runs a row is shown next to
+            the row.
 
     Raises:
         ConfigError: the paper or provenance does not exist.
@@ -101,8 +101,8 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
     Args:
         rows: the published rows.
         title: the title of the table.
-        missing: whether to show only rows without a measurement by qbench, each with the command
-            that runs it.
+        missing: whether to show only rows that qbench has not measured. The command that runs a row is shown next to
+            the row.
     """
     rows = [row for row in rows if not (missing and row.measured)]
     notes = [REMEMBERED] if any(claim_mark(row) or baseline_mark(row) for row in rows) else []

@@ -10,7 +10,7 @@ from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.naming import flat
 
 CANDIDATES = 4
-"""Number of most similar rows among which the row with the fewest different keys is selected."""
+"""Number of most similar rows that are examined. The one with the fewest different keys is selected."""
 KEYS_SHOWN = 12
 """Maximum number of different keys that are listed. Further keys are only counted."""
 NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}

@@ -80,7 +80,7 @@ class PublishedRow:
         levels: number of levels of the weights, if the bit widths do not determine this number.
         words: command-line overrides that are appended to the overrides of the recipe.
         lacks: the reason why the row has no recipe.
-        waive: maps each lint rule that the row is allowed to break to the reason.
+        waive: the lint rules that the row is allowed to break, each with the reason.
         top5_of: if this row is a top-5 value, the id of the row with the top-1 value of the same run, else empty.
     """
 

@@ -90,8 +90,9 @@ def distilled(
 
     Args:
         teacher: a network that takes the same images and is not trained.
-        average: `batch` sums KL over classes and averages over the batch. `classes` averages over both, as the public
-            code of Polino et al. does. With ten classes, `classes` makes the distillation term ten times smaller.
+        average: `batch` sums KL over classes and averages over the batch. `classes` averages over classes and over the
+            batch. The public code of Polino et al. does the same. With ten classes, `classes` makes the distillation
+            term ten times smaller than `batch`.
         hard: function (logits, labels) that returns the loss with respect to the labels. If the method has its own
             loss, the method's loss is used instead.
     """

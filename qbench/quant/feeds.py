@@ -1,8 +1,8 @@
 """Finds activation functions that input quantizers replace, and bypasses them.
 
-`feeds` maps the name of an activation module to the layers that read its output. It contains only activations whose
-output is read by these layers alone. A network can declare `feeds` as an attribute. If the attribute is missing and the
-method needs it, qbench runs the network to find these layers.
+`feeds` maps the name of an activation module to the layers that read its output. `feeds` contains only activations
+whose output is read by these layers alone. A network can declare `feeds` as an attribute. If the attribute is missing
+and the method needs it, qbench runs the network to find these layers.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "rel
 class TracedFeeds(NamedTuple):
     """The activations that quantizers can replace.
 
-    For each layer that reads none of these activations, `reasons` contains the reason.
+    For each layer that reads none of these activations, `reasons` says why no activation can be replaced.
     """
 
     feeds: Feeds
@@ -41,7 +41,7 @@ class TracedFeeds(NamedTuple):
 
 
 def feeds(model: nn.Module) -> Feeds:
-    """Return the network's attribute `feeds`, or {} if it has no such attribute."""
+    """Return the network's attribute `feeds`, or {} if the network has no such attribute."""
     declared: Feeds = getattr(model, "feeds", {})
     return declared
 
@@ -49,8 +49,8 @@ def feeds(model: nn.Module) -> Feeds:
 def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> TracedFeeds:
     """Run a network to find the layers that each activation feeds.
 
-    An activation here is a module of the class `nn.ReLU`, which may be called several times. Operations that commute
-    with ReLU, such as max pooling, may be between an activation and a layer.
+    Here, an activation is a module of the class `nn.ReLU`. The network may call the module several times. Operations
+    that commute with ReLU, such as max pooling, may be between an activation and a layer.
 
     Args:
         example: one batch of images (N, C, H, W). The meta device is allowed.

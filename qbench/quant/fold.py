@@ -11,7 +11,7 @@ from qbench.quant.verify import NotQuantized, verify_weights
 
 
 def fold_quantized_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of the network whose weights are the quantized weights, without weight quantizers.
+    """Return a copy of the network without weight quantizers. The weights of the copy are the quantized weights.
 
     Layers that share latent weights get separate weights.
 

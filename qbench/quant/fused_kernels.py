@@ -1,4 +1,4 @@
-"""Provides fast tensor functions without gradient, which make few passes over memory.
+"""Provides fast tensor functions without gradient. The functions make few passes over memory.
 
 The functions compare, mask, round stochastically, or process tensors block by block. On a CPU, three operations are
 slow: a comparison whose result is a bool tensor, `where` with a bool tensor, and a search. Each takes as long as many
@@ -25,7 +25,7 @@ MIXING = 0x2C1B3C6D
 """An odd factor. Multiplication of 32-bit integers by an odd factor maps different integers to different integers."""
 
 MAX_EDGES = 31
-"""Number of edges above which a search is faster than a comparison with each edge."""
+"""With more edges than this number, a search is faster than a comparison with each edge."""
 
 
 def scalar(x: Tensor) -> float | Tensor:
@@ -54,13 +54,13 @@ def _next_float_of_number(value: float, towards: float, dtype: torch.dtype) -> f
 def divide_codes_(codes: Tensor, n: float) -> Tensor:
     """Divide the integers 0 ... n by n, in place.
 
-    Multiplication by 1/n is faster, and is used if it gives the same results for all codes.
+    Multiplication by 1/n is faster. It is used if it gives the same results as division for all codes.
     """
     return codes.mul_(1 / n) if n in (1, 3) else codes.div_(n)
 
 
 def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Return grad where low < x < high, else 0. If the bounds are numbers, this takes one pass."""
+    """Return grad where low < x < high, else 0. If the bounds are numbers, the function makes one pass."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.where((x > low) & (x < high), grad, 0.0)
     masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
@@ -86,7 +86,7 @@ def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
     """Return heights[i], where edges[i] is the largest edge below x, or 0 if no edge is below x. No gradient.
 
     Args:
-        edges, heights: (L,) each, ascending; heights are at least 0.
+        edges, heights: L numbers each, of shape (L,), ascending. The heights are at least 0.
     """
     x, table = x.detach(), torch.cat([heights.new_zeros(1), heights])
     if x.dim() == 4 and not x.is_contiguous():  # channels_last: search in the order of memory
@@ -112,7 +112,7 @@ def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return random int16 integers (count,), uniform from -32768 to 32767 and pairwise independent.
+    """Return random int16 integers of shape (count,), uniform from -32768 to 32767 and pairwise independent.
 
     The function draws only two sets of numbers, together about sqrt(count) 64-bit numbers. The results are xors of a
     number from the first set and a number from the second set. Such an xor is uniform, and any two xors are
@@ -132,7 +132,7 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
 
 
 def _shared_bits(like: Tensor, generator: Generator | None) -> Tensor:
-    """Return one random number from {0, 1/256, ..., 255/256}, which gives the lower 8 of 24 random bits."""
+    """Return one random number from {0, 1/256, ..., 255/256}. The number gives the lower 8 of 24 random bits."""
     return torch.randint(256, (), generator=generator, device=like.device).to(like.dtype).div_(256)
 
 
@@ -154,9 +154,9 @@ def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
 
 
 def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Round to one of the two neighbouring integers at random, with mean x. No gradient.
+    """Round x to one of the two neighbouring integers at random, so that the mean is x. No gradient.
 
-    Gupta et al. 2015, section 3.
+    Source: Gupta et al. 2015, section 3.
 
     Integers stay unchanged. The formula floor(x + u) would not guarantee this, because floating point rounds the sum x
     + u for large x. The random numbers have the distribution that `uniform` describes. On the CPU, no random numbers
@@ -168,7 +168,7 @@ def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
 def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
     """Return a function that rounds one block stochastically.
 
-    It is the argument `fill` of `blockwise` with `scratch=2`.
+    The returned function is the argument `fill` of `blockwise` with `scratch=2`.
     """
     bound = scalar(32768 - _shared_bits(like, generator))
 
@@ -185,14 +185,16 @@ def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -
 
 
 def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
-    """Return a tensor with the shape and strides of x that `fill` computes block by block. No gradient.
+    """Compute a tensor with `fill`, block by block, and return the tensor. No gradient.
+
+    The result has the shape and strides of x.
 
     On the CPU, blocks are one-dimensional and small enough to stay in the processor's cache between operations. On
     other devices, the whole tensor is one block.
 
     Args:
         fill: see `Fill`.
-        scratch: number of additional tensors of the size of a block that `fill` may write to.
+        scratch: number of additional tensors that `fill` may write to. Each has the size of a block.
     """
     result = torch.empty_like(x)
     source = x.detach() if x.stride() == result.stride() else torch.empty_like(result).copy_(x.detach())

@@ -196,7 +196,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return a number that only tensors with the same memory share, also on the meta device."""
+    """Return a number that is equal for two tensors only if they share memory. The meta device is allowed."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -307,10 +307,10 @@ def _hidden_weights(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 
 def call_inner_layers(model: nn.Module) -> None:
-    """Make transformer encoder layers call their linear layers in evaluation as they do in training.
+    """Make transformer encoder layers call their linear layers in evaluation as well as in training.
 
     In evaluation, torch computes an encoder layer by one fused function that reads all weights, unless the layer has a
-    hook. The function therefore adds a hook that does nothing.
+    hook. `call_inner_layers` therefore adds a hook that does nothing.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -318,7 +318,7 @@ def call_inner_layers(model: nn.Module) -> None:
 
 
 def _keep_output(module: nn.Module, args: object, output: object) -> None:
-    """Do nothing. As a forward hook that returns None, it keeps the output."""
+    """Do nothing. A forward hook that returns None does not change the module's output."""
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class ImageQuantizer(Quantizer):
         self.register_buffer("span", (torch.tensor(high) - torch.tensor(low))[channel], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the rounded input of the layer, in the same shape."""
+        """Return the rounded input of the layer, with the shape of the input."""
         scaled = ((x - self.low) / self.span).clamp(0, 1)
         return quantize_k(scaled, self.bits) * self.span + self.low
 

@@ -34,8 +34,8 @@ def install(
     """Add a method's quantizers to a float network, in place, and return the network.
 
     Only layers of torch's own classes of convolutions, transposed convolutions and `Linear` are changed, not layers of
-    derived classes. Such a layer gets another class and three new submodules. Parameters keep their names and identity,
-    so optimizers, hooks and float checkpoints still work.
+    derived classes. A changed layer gets another class and three new submodules. Parameters keep their names and
+    identity, so optimizers, hooks and float checkpoints still work.
 
     Args:
         policy: selects the layers that are quantized. The default is all layers except the first and the last.
@@ -47,14 +47,14 @@ def install(
             "auto", the method decides (`Requires`).
 
     Raises:
-        Unsupported: the method does not support a width, or the network does not fit it.
+        Unsupported: the method does not support a width, or the network does not fit the method.
         PolicyError: a rule of the policy matches nothing.
         TypeError: the method makes a module that is not a `Quantizer`.
     """
     policy = policy or Policy()
     layers = quantizable(model)
     if any(isinstance(layer, QLayer) for layer in layers.values()):
-        raise Unsupported(f"{type(model).__name__} already has quantizers; must be a float network")
+        raise Unsupported(f"{type(model).__name__} already has quantizers; the network must be a float network")
     call_inner_layers(model)
     assigned = assign(model, method.bits, policy, example)
     quantized = [name for name, bits in assigned.items() if bits != Bits()]

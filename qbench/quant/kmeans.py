@@ -1,8 +1,8 @@
-"""Clusters scalars by globally optimal k-means. Some centroids may be fixed, which is called pinned.
+"""Clusters scalars by globally optimal k-means. Some centroids may be fixed. Fixed centroids are called pinned.
 
 The algorithm uses no random numbers. For few distinct values, the solution is exact (`kmeans_dp`). For many distinct
-values, bins of values are clustered first. The algorithm then searches for better splits between clusters near the
-splits that it found. Each round of this search divides the bins further.
+values, bins of values are clustered first. Near the splits that it found, the algorithm then searches for better splits
+between clusters. Each round of this search divides the bins further.
 
 Other packages with exact solutions (kmeans1d, ckwrap) cannot fix centroids. For n values and k centroids, these
 packages also need tables of size n k.
@@ -32,11 +32,10 @@ RANGE = (2_000, 100_000)
 """Minimum and maximum of the total number of bins."""
 
 ZOOMS, REACH, PARTS = 3, 8, 4
-"""Number of refinement rounds, of bins that are searched on either side of a split, and of parts per bin.
-"""
+"""Three numbers: refinement rounds, bins that are searched on either side of a split, and parts per bin."""
 
 CHUNK = 1 << 16
-"""Number of elements that are processed at a time, so that they fit into the processor's cache."""
+"""Number of elements that are processed at a time. These elements fit into the processor's cache."""
 
 Ints = NDArray[np.int64]
 
@@ -60,7 +59,7 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
 
     If there are more distinct values, the inertia is minimal among all splits within a few bins of the best splits
     between bins. The inertia then usually exceeds the global minimum by a fraction of at most 1e-7. If splits that are
-    far apart are almost equally good, the fraction is at most about (k / bins)², which is 6e-5 up to k = 781.
+    far apart are almost equally good, the fraction is at most about (k / bins)². This bound is 6e-5 for k up to 781.
 
     The computation runs on the CPU. For n values, the time is proportional to n log n. In addition to the result, the
     computation needs 16 bytes of memory per value and 4 (k + 100) bytes per bin. In the exact case, it needs 4 (k +
@@ -133,7 +132,7 @@ def _edges(c: Floats) -> Floats:
 
 
 def _bounds(x: Floats, c: Floats) -> Ints:
-    """Return the index at which each centroid's cluster begins in the ascending x, followed by the length of x."""
+    """Return the index at which each centroid's cluster begins in the ascending values x, and the length of x."""
     return np.concatenate(([0], np.searchsorted(x, _edges(c), side="right"), [len(x)]))
 
 
@@ -233,16 +232,16 @@ def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> F
 
     The cost of a cluster is the sum of squared distances between its values and their mean. This cost equals the sum of
     squared distances from the centroid in c, minus size x (mean - centroid)². If the centroid of a cluster is pinned,
-    its cost is the sum of squared distances from the centroid. If a value moves to the cluster of the next lower
-    centroid, the sum of squared distances from the centroids grows by 2 d m. Here, d is the distance between the two
-    centroids, and m is the distance between the value and the midpoint of the centroids.
+    the cost of the cluster is the sum of squared distances from the centroid. If a value moves to the cluster of the
+    next lower centroid, the sum of squared distances from the centroids grows by 2 d m. Here, d is the distance between
+    the two centroids, and m is the distance between the value and the midpoint of the centroids.
 
     Args:
         options: possible bounds of the k clusters, of shape (number of options, k + 1). The first row contains the
-            bounds of the clusters that belong to c.
+            bounds of the current clusters, whose centroids are in c.
         y: the values in ascending order.
         c: the k centroids.
-        fixed: whether each centroid is pinned, (k,).
+        fixed: whether each centroid is pinned, of shape (k,).
     """
     # Compute the number and the sum of the values of y before every option.
     spots = np.unique(options)

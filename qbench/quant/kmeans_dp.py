@@ -98,7 +98,7 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
 
 
 def prefix_sums(a: Floats) -> Floats:
-    """Return n + 1 sums of which differences give the sums over intervals of `a`.
+    """Return n + 1 sums. The difference between two of these sums is the sum over an interval of `a`.
 
     The sums are accumulated outward from the middle, so that large values at the ends do not reduce
     the precision in the middle.
@@ -112,9 +112,9 @@ def _layer(
 ) -> tuple[Floats, NDArray[np.int32]]:
     """Return the minimal costs with one more cluster, and the best start of this cluster, for the first i values.
 
-    For the first i values, the best start of the cluster is one of m - 1, ..., i - 1, and it never decreases with i. If
-    the best starts for two numbers of values are known, only starts between these two are searched for the numbers
-    between them. One pass handles all such numbers at once, and reads every start only a few times.
+    For the first i values, the best start of the cluster is one of m - 1, ..., i - 1. The best start never decreases
+    with i. If the best starts for two values of i are known, only starts between these two starts are searched for
+    every i between the two values. One pass handles many values of i at once, and reads every start only a few times.
 
     Args:
         before: (n + 1,) minimal costs with m - 1 clusters.

@@ -202,7 +202,10 @@ FLOAT_CLASS: Mapping[type[nn.Module], type[nn.Module]] = {q: float_class for flo
 
 
 def new_float_layer(kind: type[nn.Module], inputs: int, outputs: int, kernel: Sequence[int]) -> FloatLayer:
-    """Return a float layer with initial weights, of the class `kind` or of the float class of a quantized `kind`."""
+    """Return a float layer with initial weights, of the class `kind`.
+
+    If `kind` is the class of a quantized layer, the float layer has the corresponding float class.
+    """
     make: Callable[..., FloatLayer] = FLOAT_CLASS.get(kind, kind)  # type: ignore[assignment]
     return make(inputs, outputs) if issubclass(kind, nn.Linear) else make(inputs, outputs, tuple(kernel))
 
@@ -264,7 +267,7 @@ def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
 
 
 def computed_weight(layer: nn.Module) -> str | None:
-    """Return a text that says how to turn a weight that every forward pass computes into a parameter.
+    """Return advice on how to make a weight a parameter if every forward pass computes the weight.
 
     The result is None if the weight is already a parameter.
     """

@@ -19,10 +19,10 @@ def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
     `portion` determines how many weights the returned mask contains.
 
     Args:
-        frozen: the mask so far (bool); the returned mask contains it.
+        frozen: the current mask (bool). The returned mask contains all weights of the current mask.
         score: one number per weight, of the shape of `frozen`. In a tie, the lower index is chosen.
         portion: fraction of all weights that are frozen in the returned mask, 0 to 1. If `frozen` already contains a
-            larger fraction, it is returned unchanged.
+            larger fraction, `frozen` is returned unchanged.
     """
     missing = round(portion * frozen.numel()) - int(frozen.sum())
     extended = frozen.flatten().clone()

@@ -1,4 +1,4 @@
-"""Defines the interface of a quantization method: an object whose functions make and train quantizers.
+"""Defines the interface of a quantization method. A method is an object whose functions make and train quantizers.
 
 `qbench.quant.install.install` adds the quantizers of a method to a network. The training loop calls the other functions
 of the method. This module does not depend on a configuration.
@@ -43,7 +43,7 @@ def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
 
 
 def float_rule(layer_name: str) -> str:
-    """Return the last line of a message: what to type to leave a layer in float."""
+    """Return the last line of a message. The line says what to type to leave a layer in float."""
     return f"leave it float: 'layers.rules={{{layer_name}: float}}'"
 
 
@@ -56,8 +56,9 @@ class Requires:
             scale and shift. None means that any normalization is accepted.
         act: what happens to the activation function in front of the input quantizer. "keep" keeps the activation
             function. "fused" removes it, because the quantizer takes its place. "either" means that the quantizer
-            includes the activation function, so that the values are the same with and without it. With "either", the
-            activation function is removed if the network declares which layers it feeds.
+            includes the activation function, so that the values are the same with and without a separate activation
+            function. With "either", the separate activation function is removed if the network declares which layers
+            the function feeds.
         start: the initial weights. "scratch" means random weights, and the float baseline is trained only for
             comparison.
         teacher: whether the default loss is a distillation loss with the float baseline as the teacher. The
@@ -97,8 +98,8 @@ class Method:
         weight, input, output: factories of quantizers, of the types `QuantizerFactory` and `OutputFactory`.
         prepare: function of (model, probe) that is called once, after the quantizers are installed and before the
             optimizer is made. A resumed run does not call it again.
-        phases: function of the number of epochs that returns the first epoch of each phase except the first phase. At
-            the start of a phase, the learning-rate schedule restarts and momentum is cleared.
+        phases: function that takes the number of epochs, and returns the first epoch of the second and each later
+            phase. At the start of a phase, the learning-rate schedule restarts and momentum is cleared.
         on_epoch: function of (model, epoch, epochs, probe) that is called before the first batch of an epoch. A run
             that resumes within an epoch does not call it again.
         loss: function of (model, logits, batch) that returns a scalar. None means the usual loss of the task.

@@ -272,10 +272,10 @@ def fused_quantizer(
     Args:
         x: the float values.
         learned: the learned parameters, such as scales, that get gradients.
-        plain: function of `(x, *learned)` that returns the quantized x. It is the definition, and autograd can
-            differentiate it twice.
-        value: function of `(x, *learned)` that returns the same result in few passes over memory. All passes except the
-            first work in place.
+        plain: function of `(x, *learned)` that returns the quantized x. This function is the definition, and autograd
+            can differentiate it twice.
+        value: function of `(x, *learned)` that returns the same result as `plain` in few passes over memory. All passes
+            except the first work in place.
         backward: function of `(grad, x, *learned)` that returns the gradient of x, or the gradients of x and all
             `learned`.
         cells: the cells of the step function, or None. More than `MAX_CELLS` cells are ignored.
@@ -325,7 +325,7 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
 
 
 def _storage(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Return the address, the shape and the strides of a tensor. Together, they identify its memory."""
+    """Return the address, the shape and the strides of a tensor. Together, they identify the tensor's memory."""
     return x.data_ptr(), x.shape, x.stride()
 
 

@@ -35,12 +35,12 @@ class Policy:
     Args:
         first, last: width of the first and of the last layer in execution order.
         downsample: width of 1x1 convolutions with `downsample` or `shortcut` in their name.
-        input: width of the image: `same` (the first layer's activation width), `float` or a number of bits. The image
-            is rounded to evenly spaced levels over `image_range`, because the method's activation quantizer is not made
-            for images.
+        input: width of the image. Allowed are `same` (the first layer's activation width), `float` and a number of
+            bits. The image is rounded to evenly spaced levels over `image_range`, because the method's activation
+            quantizer is not made for images.
         rules: maps patterns of layer names (fnmatch) to widths. The first matching pattern applies.
-        image_range: lowest and highest value of the network's input image, each one number for all channels or one per
-            channel. The range is required if the image is rounded.
+        image_range: lowest and highest value of the network's input image. Each is one number for all channels, or one
+            number per channel. The range is required if the image is rounded.
     """
 
     first: Width = "float"

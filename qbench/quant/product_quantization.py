@@ -56,7 +56,7 @@ def subvectors(w: Tensor, subspace: int) -> Tensor:
 
 
 def decode(codebooks: Tensor, codes: Tensor, channels: int) -> Tensor:
-    """Return the weights that codes represent, of shape (Ct, Cs) or (Ct, Cs, kh, kw). `channels` is Cs."""
+    """Return the weights, of shape (Ct, Cs) or (Ct, Cs, kh, kw), that codes represent. `channels` is Cs."""
     subspaces = torch.arange(len(codebooks), device=codes.device)
     return codebooks[subspaces, codes.long()].flatten(-2)[..., :channels].movedim(-1, 1)
 

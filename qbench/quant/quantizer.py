@@ -72,7 +72,7 @@ class Quantizer(nn.Module):
     __call__: Callable[..., Tensor]
 
     positive_parameters: tuple[str, ...] = ()
-    """Names of parameters and buffers that must stay above 0. The run stops if one does not."""
+    """Names of parameters and buffers that must stay above 0. The run stops if one of them is not above 0."""
 
     lr_scale: float = 1.0
     """Factor by which the learning rate of this module's parameters is multiplied."""

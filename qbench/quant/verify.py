@@ -11,11 +11,10 @@ from qbench.quant.layers import BypassedActivation, QLayer, computed_weight, qua
 from qbench.quant.quantizer import Quantizer
 
 ROUNDING = 4e-7
-"""Largest distance from a level that float32 rounding may cause, relative to the group's largest level.
-"""
+"""Largest allowed distance from a level due to float32 rounding, relative to the group's largest level."""
 
 ARITHMETIC = 1e-5
-"""Largest distance from a level that a method's arithmetic may cause, relative to the group's largest level.
+"""Largest allowed distance from a level due to a method's arithmetic, relative to the group's largest level.
 
 `FRACTION_OF_STEP` also limits this distance."""
 
@@ -131,9 +130,9 @@ def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor
 def _tolerance(points: Tensor) -> Tensor:
     """Return the largest allowed distance between a value and its level, for each scale group.
 
-    `points` is (G, L, D), and the result is (G, 1). `scale` is the largest magnitude of a group's points, and `step` is
-    the smallest distance between two points. The result is max(ROUNDING * scale, min(ARITHMETIC * scale,
-    FRACTION_OF_STEP * step)).
+    `points` has the shape (G, L, D), for G scale groups, L levels and dimension D. The result has the shape (G, 1).
+    `scale` is the largest magnitude of a group's points, and `step` is the smallest distance between two points. The
+    result is max(ROUNDING * scale, min(ARITHMETIC * scale, FRACTION_OF_STEP * step)).
     """
     # The largest magnitude of the levels of each group, made positive for a group of zeros.
     scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)
@@ -146,10 +145,10 @@ def _tolerance(points: Tensor) -> Tensor:
 
 
 def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the index of the point nearest to each value, (G, n), and the distance, (G, n).
+    """Return the index of the point nearest to each value, and the distance from this point, both of shape (G, n).
 
-    Points have the shape (G, L, D), and values have the shape (G, n, D). Scalar points (D = 1) must be ascending. NaN
-    among the points is padding.
+    For G scale groups, L levels and dimension D, points have the shape (G, L, D), and n values per group have the shape
+    (G, n, D). Scalar points (D = 1) must be ascending. NaN among the points is padding.
     """
     if values.shape[-1] > 1:
         return _nearest_vectors(values, points)
