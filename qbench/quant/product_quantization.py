@@ -6,6 +6,10 @@ vector of a layer's outputs at one position of one image.
 k-means is initialized by k-means++ with a fixed seed, and computes in float64. The codes therefore depend only on the
 weights, not on the state of the random number generators. scikit-learn is not used, because it is slow to import and
 starts its own threads. If sub-vectors are single weights, the clustering is exact.
+
+Shapes contain these letters: Ct output channels, Cs input channels per group, kernels of kh x kw, P = kh kw kernel
+positions, G groups of a convolution, T = Ct / G outputs per group, M subspaces of s weights each, K codewords per
+subspace, N responses.
 """
 
 import torch
@@ -13,10 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qbench.quant.kmeans import kmeans
-
-# Letters in shapes: Ct output channels, Cs input channels per group, kernels of kh x kw, P = kh kw kernel positions,
-# G groups of a convolution, T = Ct / G outputs per group, M subspaces of s weights each, K codewords per subspace,
-# N responses.
 
 ITERATIONS = 50
 """Number of iterations of Lloyd's algorithm."""

@@ -10,7 +10,10 @@ from qbench.system import files
 RECORD_OVERHEAD = 16
 """Number of bytes of a record in addition to its content."""
 MAX_TRIES = 2**16
-"""Maximum number of offsets that are tried in the search for the next record after damage. More would take minutes."""
+"""Maximum number of offsets that are tried in the search for the next record after damage.
+
+A longer search would take minutes.
+"""
 
 
 @dataclass
@@ -55,9 +58,9 @@ def _records(data: bytes) -> Iterator[bytes]:
 
     TensorBoard's reader would stop at the first damaged record.
 
-    A record consists of the content's length (8 bytes), the checksum of the length (4), the
-    content, and the checksum of the content (4). If only the content is damaged, the record is
-    skipped. If the length is damaged, up to `MAX_TRIES` offsets are tried to find the next record.
+    A record consists of the content's length (8 bytes), the checksum of the length (4 bytes), the content, and the
+    checksum of the content (4 bytes). If only the content is damaged, the record is skipped. If the length is damaged,
+    up to `MAX_TRIES` offsets are tried to find the next record.
     """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 

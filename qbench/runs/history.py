@@ -16,7 +16,10 @@ def epochs(run: Path) -> dict[int, Record]:
 
 
 def observed(run: Path) -> dict[str, Record]:
-    """Return a map from layers to the statistics that were recorded last. It is empty if there are none."""
+    """Return a map from layers to the statistics that were recorded last.
+
+    The map is empty if there are no statistics.
+    """
     records = [values["layers"] for values in _epoch_records(run) if isinstance(values.get("layers"), dict)]
     return {name: layer for name, layer in records[-1].items() if isinstance(layer, dict)} if records else {}
 
@@ -36,7 +39,8 @@ def baseline_directory(result: Result) -> Path | None:
 
     The result is None if there is no baseline, or if the directory belongs to a run on other images.
 
-    If a directory with the baseline's name is next to the run's directory, it is used instead of the recorded path.
+    If a directory with the baseline's name is next to the run's directory, this directory is used instead of the
+    recorded path.
     """
     if not result.baseline:
         return None

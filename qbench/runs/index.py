@@ -1,9 +1,9 @@
-"""Keeps the results of many runs in one index file beside the runs, so that they are read faster the next time.
+"""Keeps the results of many runs in one index file beside the runs, so that later reads are faster.
 
-The index file is a copy that can be deleted at any time. A result is taken from it only if the run's `result.json`
-still has the size, times and inode that it had when the result was read. The index is ignored if its checksum is wrong,
-or if another version of the code wrote it. If it cannot be written, for example because the file system is read-only,
-results are read from their own files every time.
+The index file is a copy that can be deleted at any time. A result is taken from the index file only if the size, times
+and inode of the run's `result.json` have not changed since the result was read. The index is ignored if its checksum is
+wrong, or if another version of the code wrote it. If the index file cannot be written, for example because the file
+system is read-only, results are read from their own files every time.
 
 Runs of one comparison share most of their values, such as the protocol. Equal values are stored once, and are one
 object in memory. No code may therefore modify the values of a result.
@@ -83,7 +83,7 @@ class RunIndex:
         return result
 
     def save(self) -> None:
-        """Write the index file if a result was added or is gone, and there are many. Write errors are ignored."""
+        """Write the index file if there are many results, and one was added or is gone. Write errors are ignored."""
         if len(self._rows) < MIN_RUNS or not (self._changed or len(self._rows) < len(self._known)):
             return
         data = msgspec.msgpack.encode((_version(), self._shared.encoded(), self._rows))
@@ -99,7 +99,10 @@ class SharedValues:
         self.values: dict[str, list[Any]] = {name: [] for name in SHARED}
 
     def share(self, result: Result) -> tuple[Result, dict[str, int]]:
-        """Replace values of a new result by equal values of earlier results. Return it with the number of each."""
+        """Replace values of a new result by equal values of earlier results.
+
+        Return the result and the numbers of these values.
+        """
         numbers = {}
         for name in SHARED:
             value = getattr(result, name)
@@ -124,7 +127,7 @@ class SharedValues:
 
 
 def _read(path: Path, shared: SharedValues) -> dict[str, Any]:
-    """Return the rows of an index file by their path, and fill `shared`. Return nothing if it is not intact."""
+    """Return the rows of an index file by their path, and fill `shared`. Return nothing if the file is not intact."""
     try:
         data = memoryview(files.read(path))
         checksum, content = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]

@@ -136,8 +136,8 @@ class MetricsLogger:
     ) -> None:
         """Add hyper-parameters, the tags of the final metrics, charts and texts to TensorBoard.
 
-        All are written to the event file of this run. TensorBoard's `add_hparams` is not used, because it would add a
-        second run.
+        All of these entries are written to the event file of this run. TensorBoard's `add_hparams` is not used, because
+        it would add a second run.
 
         Args:
             hparams: names and values of the hyper-parameters.
@@ -229,7 +229,7 @@ def _bars(
     edges: NDArray[np.floating],
     sums: tuple[float, float, float],
 ) -> None:
-    """Add a histogram with counts (n,) between edges (n + 1,).
+    """Add a histogram with n counts between n + 1 edges.
 
     `sums` contains the number of values, their sum, and the sum of their squares.
     """

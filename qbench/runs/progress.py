@@ -21,7 +21,7 @@ REFRESH_SECONDS = 0.25
 
 @dataclass
 class _Stage:
-    """A stage of training: `total` steps of `images` images each. `first` steps were done before it was started."""
+    """A stage of training: `total` steps of `images` images each. `first` steps were done before the start."""
 
     title: str
     total: int

@@ -32,7 +32,7 @@ NAMED = re.compile(r".*-([0-9a-f]{8})")
 
 RUN_FILES = frozenset({"result.json", "config.yaml", "metrics.jsonl"})
 EVENT_FILES = "events.out.tfevents."
-"""Names, and the beginning of a name, of the files that show that a directory contains a run."""
+"""A directory contains a run if it has a file with a name in `RUN_FILES`, or with a name that begins like this."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -42,10 +42,10 @@ Line = dict[str, Any]
 class RunRecord:
     """A run directory with its result, or with the reason why there is no result.
 
-    `status` is the status of the result. If there is no result, it is running, unfinished, corrupt or not begun.
-    `unread` names damaged parts of the run's files. `recorded` is true if the run was read from a record of many runs,
-    which may also contain the `hits` of the run. `file_bytes` is the size of an exported packed file in the run's
-    directory.
+    `status` is the status of the result. If there is no result, `status` is running, unfinished, corrupt or not begun.
+    `unread` names damaged parts of the run's files. `recorded` is true if the run was read from a record of many runs.
+    Such a record may also contain the `hits` of the run. `file_bytes` is the size of an exported packed file in the
+    run's directory.
     """
 
     path: Path
@@ -170,7 +170,7 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
 
 
 def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) -> RunRecord:
-    """Return the run in a directory. If there is no intact result, its logs are read.
+    """Return the run in a directory. If there is no intact result, the logs are read.
 
     Args:
         load: function that returns the intact result in the directory, or None.
@@ -205,7 +205,7 @@ def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) ->
 def _is_named(path: Path, identity: str) -> bool:
     """Return whether the name of a directory fits an identity.
 
-    It fits if it ends with the first digits of the identity's digest, or with no digits.
+    The name fits if it ends with the first digits of the identity's digest, or with no digits.
     """
     named = NAMED.fullmatch(path.name)
     return not named or not identity or identity.startswith(named[1])

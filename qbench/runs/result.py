@@ -91,11 +91,12 @@ class Result:
 
     `final` is measured after the last epoch, and `best` after the epoch with the best validation accuracy. `verified`
     maps a layer, and then w, a or g, to the number of used and allowed levels. `protocol_changes` describes how the
-    method changes the protocol that methods share. `run` is the directory of the run, which is not stored in the file.
+    method changes the protocol that methods share. `run` is the directory of the run. This path is not stored in the
+    file.
 
     `data_sha256` is the digest of the data set's fingerprint, which contains the number of images and the sha256 of the
     images and labels of each split. This digest is not part of `identity`, because the identity must be known before
-    any data is read. It shows whether a stored run was trained on the images that are present now.
+    any data is read. The digest shows whether a stored run was trained on the images that are present now.
 
     `warnings` are facts that a reader must know to interpret the accuracy or the size. `notes` are other remarks.
 

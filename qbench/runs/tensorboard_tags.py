@@ -35,5 +35,8 @@ def scalar_tags(kind: str, values: Mapping[str, object]) -> dict[str, float]:
 
 
 def final_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Return the final metrics in some scalars, by name. For final records, this is the inverse of `scalar_tags`."""
+    """Return the final metrics in some scalars, by name.
+
+    For final records, this function is the inverse of `scalar_tags`.
+    """
     return {name: scalars[tag] for name, tag in FINAL.items() if tag in scalars}

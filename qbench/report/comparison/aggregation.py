@@ -14,14 +14,14 @@ from qbench.report.tables.units import si_format
 from qbench.runs.result import Result, TrainingSpeed
 
 NOT_FINE_TUNED = ("trained from scratch", "not trained")
-"""How protocol changes begin in runs that were not fine-tuned from a float baseline."""
+"""First words of the protocol changes of runs that were not fine-tuned from a float baseline."""
 
 
 def aggregate(
     label: str, results: Sequence[Result], source: str, file_bytes: Mapping[str, int],
     learning_rate: SelectedLearningRate | None = None,
 ) -> Setting:  # fmt: skip
-    """Return the setting that some results belong to. Its runs are sorted by seed and directory.
+    """Return the setting to which the results belong. Its runs are sorted by seed and directory.
 
     Args:
         label: the method's name, followed by the options that differ between runs of the method.

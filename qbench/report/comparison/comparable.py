@@ -16,7 +16,7 @@ KEYS_LISTED = 4
 
 
 class Compared(NamedTuple):
-    """The values of a run that determine with which other runs it can be ranked."""
+    """The values of a run that determine with which other runs this run can be ranked."""
 
     method: str
     bits: Bits
@@ -27,7 +27,7 @@ class Compared(NamedTuple):
 
 
 def compared_result(result: Result) -> Compared:
-    """Return the values of a result that determine with which other runs it can be ranked."""
+    """Return the values of a run's result that determine with which other runs this run can be ranked."""
     protocol = result.protocol
     return Compared(result.method, Bits(**result.bits), result.dataset, result.model, protocol.hash, protocol.keys)
 
@@ -51,8 +51,9 @@ def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
 
     Only methods with the same width of weights are considered.
 
-    Two methods can be ranked if both have runs with the same widths, or if other methods connect them. A method
-    connects two widths if it has runs with both, because these runs show the cost of the difference in width.
+    Two methods can be ranked if both have runs with the same widths, or if other methods connect their widths. A method
+    connects two widths if the method has runs with both widths, because these runs show the cost of the difference in
+    width.
     """
     by_width: dict[int, dict[str, set[Bits]]] = defaultdict(lambda: defaultdict(set))
     for run in runs:

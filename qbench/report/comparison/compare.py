@@ -99,7 +99,7 @@ def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
     The results of a block share data set, network and protocol.
 
     If a run used another run's weights as a pretrained checkpoint, the other run stays in the result, because no other
-    row shows its accuracy.
+    row shows the accuracy of the other run.
     """
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {_directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}

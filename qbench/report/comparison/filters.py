@@ -28,10 +28,10 @@ def select_runs(
 
     Args:
         where: maps keys to the allowed values, as typed. A run matches if it has an allowed value for every key.
-        by: further keys. At least one run must have each of these keys.
+        by: further keys. Each of these keys must exist in at least one run.
 
     Raises:
-        ConfigError: no run has one of the keys, or none of the values that were typed for a key.
+        ConfigError: a key exists in no run, or no run has any of the values that were typed for a key.
     """
     matched, notes = matching_runs(runs, where, by)
     return _with_baselines(matched, runs), notes

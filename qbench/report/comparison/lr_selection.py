@@ -117,6 +117,6 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def is_candidate(run: Result) -> bool:
-    """Return whether a run belongs to a grid of learning rates, according to its protocol."""
+    """Return whether a run belongs to a grid of learning rates, according to the run's protocol."""
     keys = run.protocol.keys
     return isinstance(run.options.get(RATE), int | float) and {"optim", "lr_grid"} <= set(keys)

@@ -33,12 +33,14 @@ from qbench.system import files
 def conclude(
     tables: Sequence[Table], margin: float = MARGIN, hits: Mapping[str, Hits] = MappingProxyType({})
 ) -> list[Table]:
-    """Add conclusions to the settings in the tables of `compare`, and notes that state the conclusions in words.
+    """Add conclusions to the settings in the tables of `compare`.
+
+    The function also adds notes to the tables. The notes state the conclusions in words.
 
     Args:
         margin: equivalence margin in points of top-1.
-        hits: maps a run's directory to the hits of the run (which test images are classified correctly), for runs that
-            were read from a record of many runs. For all other runs, the hits are read from their directories.
+        hits: the hits of runs that were read from a record of many runs, by the run's directory. Hits say which test
+            images a run classified correctly. The hits of all other runs are read from the runs' directories.
 
     Raises:
         ValueError: the margin is not above 0.
@@ -146,15 +148,15 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
 
 
 Accuracies = dict[int, Callable[[], RunAccuracy]]
-"""Maps a seed to a function that returns the accuracy of the seed's runs. It may read predictions."""
+"""Maps a seed to a function that returns the accuracy of the seed's runs. The function may read predictions."""
 
 
 def _compared(pair: Callable[..., SettingPair], first: Accuracies, second: Accuracies) -> SettingPair:
     """Return a pair with its difference or its McNemar p-value.
 
-    If the settings have two or more seeds in common, the difference is paired by seed. Otherwise, if both have two or
-    more seeds, it is Welch's unpaired difference. If one setting has a single seed that the other setting also has,
-    McNemar's test compares the two networks.
+    If the settings have two or more seeds in common, the difference is paired by seed. Otherwise, if both settings have
+    two or more seeds, the difference is Welch's unpaired difference. If one setting has a single seed that the other
+    setting also has, McNemar's test compares the two networks.
     """
     groups = [first, second]
     seeds = sorted(first.keys() & second.keys())

@@ -1,4 +1,4 @@
-"""Reads the test accuracy of single runs, and which test images each run classified correctly (hits)."""
+"""Reads the test accuracy and the hits of single runs. Hits say which test images a run classified correctly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ WITHOUT_IMAGES = "over seeds alone: the error of the test sample is left out"
 
 
 def sample_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return a note that says whether seeds or the sample of test images cause the larger error.
+    """Return a list with one note, which says whether seeds or the sample of test images cause the larger error.
 
     The list is empty if the number of test images is not known for any setting. Otherwise, the note uses the first
     known number.
@@ -97,7 +97,10 @@ def _sentence(pairs: Sequence[SettingPair], margin: float) -> str:
 
 
 def _errors(setting: Setting) -> str:
-    """Return both errors of an accuracy in brackets, or an empty text if one error is not known."""
+    """Return the error of an accuracy over seeds, without and with the error of the test sample, in brackets.
+
+    The text is empty if one of the two errors is not known.
+    """
     over_seeds, sample = setting.top1.ci95_half, setting.conclusion and setting.conclusion.test_sample_ci95_half
     if not over_seeds or not sample:
         return ""

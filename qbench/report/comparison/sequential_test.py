@@ -35,7 +35,7 @@ NAMED_KEYS = 3
 """Maximum number of keys in the name of a setting. Further keys are only counted."""
 
 SeedAccuracies = tuple[Sequence[RunAccuracy], Sequence[RunAccuracy]]
-"""The accuracies of the first and the second setting, with one entry per seed and the same order of seeds."""
+"""The accuracies of the first and the second setting. Both have one entry per seed, in the same order of seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class SequentialTest:
         first, second: the configurations of the two settings. The test sets their seeds.
         margin: equivalence margin in points of top-1.
         max_seeds: maximum number of seeds. Looks of the schedule that need more seeds are left out.
-        launcher: how missing runs are started: one at a time (""), or several at a time ("joblib").
+        launcher: whether missing runs are started one at a time ("") or several at a time ("joblib").
     """
 
     first: Config
@@ -65,7 +65,7 @@ class SequentialResult:
         difference: top-1 of the first setting minus top-1 of the second setting, in points.
         means: mean test top-1 of both settings in percent.
         level: the significance level of the last look.
-        by_seed: the same difference for every seed, in points.
+        by_seed: top-1 of the first setting minus top-1 of the second setting for every seed, in points.
     """
 
     verdict: Verdict
@@ -224,7 +224,7 @@ def _warning(result: SequentialResult) -> str:
 
 
 def _advice(test: SequentialTest, result: SequentialResult) -> str:
-    """Return a sentence that says how many more seeds would probably lead to a verdict, or why no number would."""
+    """Return a sentence that says how many more seeds a verdict would probably need, or why no number is enough."""
     d = result.difference
     next_level = look_level(len(look_schedule(test.max_seeds)) + 1)
     seeds = seeds_to_decide(d, test.margin, next_level)

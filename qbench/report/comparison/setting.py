@@ -69,7 +69,7 @@ class LevelRange:
 class VerifiedLevels:
     """The number of verified layers, and the numbers of levels for w, a and g.
 
-    If the number of verified layers differs between runs, it is the smallest.
+    If the number of verified layers differs between runs, the smallest number is stored.
     """
 
     layers: int
@@ -89,7 +89,7 @@ class PublishedMatch:
         to_float: the published value minus the paper's float baseline, in points.
         gap: our accuracy minus the published value, in points.
         ran_by, by_authors: who ran the published experiment, and whether these people are the method's authors.
-        provenance, remembered, source: where the published value comes from, and whether it is from memory.
+        provenance, remembered, source: where the published value comes from, and whether the value is from memory.
         words: command-line arguments that reproduce the row.
     """
 
@@ -119,7 +119,8 @@ class Setting:
         network: the network keys that the method requires, with their values.
         dataset, model, model_keys: names of the data set and the network, and the network's keys in the protocol.
         protocol: first 8 digits of the protocol's hash.
-        is_baseline: whether the network is a float network that was trained from scratch, from which other runs start.
+        is_baseline: whether the network is a float network that was trained from scratch. Other runs start from this
+            network.
         fine_tuned: whether the network started from its float baseline and was trained for the protocol's epochs.
         source: the kind of file from which the runs were read: result.json or logs.
         runs: one entry per run, sorted by seed.
@@ -127,7 +128,7 @@ class Setting:
             same seed are averaged first.
         difference: top-1 minus the top-1 of the run's float baseline, in points. None if any run has no baseline.
         over_control: top-1 minus the top-1 of the float control with the same normalization (`with_control`), in
-            points, over the seeds that both have in common. None if there is no such control.
+            points, over the seeds that the setting and the control have in common. None if there is no such control.
         levels: number of values that a quantized weight can take.
         cost, speed, verified: cost, training speed and verified levels. Each is None if no run recorded it. Speeds are
             means over runs, and peak memory is the maximum over runs.
@@ -192,9 +193,9 @@ class Setting:
         The result has the fields of the class under the same names, and these keys:
 
         - top1_mean, top1_std, top1_ci95_half: percent; n: number of seeds.
-        - diff_mean, diff_ci95_half: top-1 minus the float baseline's, in points.
-        - over_control_mean, over_control_ci95_half: top-1 minus the float control's, in points; only
-          if the table has that control.
+        - diff_mean, diff_ci95_half: top-1 minus the top-1 of the float baseline, in points.
+        - over_control_mean, over_control_ci95_half: top-1 minus the top-1 of the float control, in points; only if
+          there is such a control.
         - seeds, runs, top1: one entry per run.
         - baseline_top1: one entry per run; null if any run has no baseline.
         - baselines: directories of the float baselines.
@@ -203,8 +204,8 @@ class Setting:
         - bytes_file: size of an exported packed file; only if a run of the setting has one.
         - images_per_second, seconds_per_epoch, peak_bytes: training speed and memory.
         - verified_layers: number of verified layers.
-        - levels_found: for each of w, a and g, the fewest and most levels found and the most
-          allowed.
+        - levels_found: for each of w, a and g, the smallest and largest number of levels found, and the largest allowed
+          number.
         - warnings: facts that limit what the accuracy or the size means, each once.
         - lr_search: the selected optim.lr, the seeds, and the grid (each rate with its mean
           validation top-1); only with lr_search=grid.

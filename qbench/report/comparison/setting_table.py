@@ -10,12 +10,15 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.tables.table import Table
 
 BYTES_TOLERANCE = 0.05
-"""Largest difference in bytes between a setting and the smallest setting of its group, relative to the smallest."""
+"""Largest difference in bytes between a setting and the smallest setting of its group.
+
+The difference is a fraction of the bytes of the smallest setting.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRuns:
-    """A row of the table of missing results: runs that have no result for the same reason."""
+    """A row of the table of missing results. The row contains all runs without a result that have the same reason."""
 
     status: str
     runs: tuple[str, ...]

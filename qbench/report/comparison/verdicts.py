@@ -36,8 +36,8 @@ class PairConclusion:
             compared.
         ci95: 95 % confidence interval of the difference, or None if there are too few seeds.
         p, p_holm: p-values of "there is no difference", without and with adjustment for the number of pairs.
-        p_equivalent, p_equivalent_holm: the same p-values for "the means differ by the margin or
-            more".
+        p_equivalent, p_equivalent_holm: p-values of "the means differ by the margin or more", without and with this
+            adjustment.
         p_mcnemar: p-value of McNemar's test (`mcnemar`) on the predictions of two networks, if the settings have only
             one seed in common.
         margin: equivalence margin in points.

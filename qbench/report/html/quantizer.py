@@ -40,8 +40,8 @@ class QuantizerDrawing:
 def draw_quantizers(result: Result) -> list[QuantizerDrawing]:
     """Return the curves of a result's method with its options and widths, measured before training.
 
-    Only methods that are part of qbench are drawn, because a comparison never runs a user's code that a run's files
-    name. Combined methods are not drawn.
+    Only methods that are part of qbench are drawn. The files of a run can name a user's code, but a comparison never
+    runs this code. Combined methods are not drawn.
     """
     return _drawings(result.method, json.dumps(result.options), tuple(result.bits[key] for key in "wag"))
 

@@ -31,7 +31,7 @@ FILLS = ("full", "none", "left", "right", "bottom", "top")
 INK, GREY = "#010203", "#7f7f7f"
 """Colours of plots.
 
-INK is a shade of black that nothing else uses, so that the HTML page can replace it by its text colour.
+INK is a shade of black that nothing else uses, so that the HTML page can replace this colour by the page's text colour.
 """
 WIDTH, ACROSS, DPI, LINE = 10.0, 4, 150, 0.17
 """Width of a plot in inches, number of small panels per row, dots per inch, and height of a text line in inches."""

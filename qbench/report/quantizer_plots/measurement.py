@@ -2,7 +2,7 @@
 
 This module contains no formulas of methods. It evaluates quantizers to obtain their values and derivatives. The weights
 are quantiles of N(0, 1) in a seeded random order. The inputs come from a small network. If the scale of a quantizer
-depends on a whole tensor, it is computed from these weights or inputs.
+depends on a whole tensor, the scale is computed from these weights or inputs.
 """
 
 import copy
@@ -25,7 +25,7 @@ PICKS = 512
 BISECTIONS, MAX_SHARPENED = 24, 64
 """Number of bisection steps per jump, and maximum number of jumps that are located by bisection."""
 GRADIENT_STD = 0.01
-"""Standard deviation of the gradients of a layer's output that are used in measurements."""
+"""Standard deviation of the gradients on which output quantizers are measured."""
 
 Evaluate = Callable[[nn.Module], Tensor]
 
@@ -113,7 +113,7 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _forward(quantizer: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> tuple[Tensor, TransferCurve]:
-    """Return the indices of the curve's points in the flattened x, and the curve. The arguments are as in `_curves`."""
+    """Return the indices of the curve's points in the flattened x, and the curve. `_curves` explains the arguments."""
     places, levels = _first_scale_group(quantizer, like)
     places = places if x is like else torch.arange(x.numel())
     places = places[x.flatten()[places].argsort(stable=True)]
@@ -285,7 +285,7 @@ def _sorted(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _evenly_spaced(x: Tensor) -> Tensor:
-    """Return the indices of elements that are spread evenly over the range of x, which is ascending."""
+    """Return the indices of elements that are spread evenly over the range of the ascending values x."""
     wanted = torch.linspace(x[0].item(), x[-1].item(), PICKS)
     places: Tensor = torch.unique_consecutive(torch.searchsorted(x, wanted).clamp(max=len(x) - 1))
     return places

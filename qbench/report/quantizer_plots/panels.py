@@ -64,7 +64,7 @@ def draw_curve(
 
 
 def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
-    """Draw a magnified part of a curve into a corner of the panel: the five levels around zero.
+    """Draw the five levels of a curve around zero, magnified, into a corner of the panel.
 
     Nothing is drawn if the curve has few levels, or if too few values are between these five levels.
     """
@@ -135,8 +135,8 @@ def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSiz
 def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
     """Draw the histogram of a float tensor in the background.
 
-    The highest bar is cut off at the height of the second highest bar, because it may contain the many zeros after a
-    ReLU.
+    The highest bar is cut off at the height of the second highest bar, because the highest bar may contain the many
+    zeros after a ReLU.
     """
     counts, edges = np.histogram(tensor.numpy(), bins=BINS)
     heights = (counts / max(np.sort(counts)[-2], 1)).clip(max=1)

@@ -55,7 +55,7 @@ class QuantizerCurves:
         forward: the curve from a float value to its quantized value.
         picks: m indices into `forward.x`, of shape (m,). The x values at these indices are spread evenly over the
             range.
-        slope: derivative of the quantized value at each of these indices, of shape (m,), or None for outputs.
+        slope: derivative of the quantized value at each index in `picks`, of shape (m,), or None for outputs.
         backward: for outputs, the curve from the gradient before quantization to the quantized gradient. Otherwise
             None.
         frozen: whether each value of `forward.x` is frozen, of shape (n,), or None if no value or every value is

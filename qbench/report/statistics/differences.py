@@ -3,9 +3,9 @@
 Two groups of runs are paired by seed. If predictions are stored, the runs are also paired by test image.
 
 Student's distribution comes from `scipy.special` (`stdtr`, `stdtrit`). `t.cdf` and `t.ppf` of `scipy.stats` return the
-same numbers but are slower: the import takes 0.7 s instead of 0.2 s, and each call takes about 35 times as long, which
-matters with thousands of pairs. Tests compare the results with `scipy.stats`. scipy and numpy are imported inside the
-functions that use them.
+same numbers but are slower: the import takes 0.7 s instead of 0.2 s, and each call takes about 35 times as long. The
+time of a call matters with thousands of pairs. Tests compare the results with `scipy.stats`. scipy and numpy are
+imported inside the functions that use them.
 """
 
 import math
@@ -138,7 +138,7 @@ def _mean_squares(
 ) -> tuple[float, float, float]:
     """Return the mean squares of seeds, items and rest.
 
-    The table is 100 d, of shape (seeds, items), and `mean` is the mean of the table.
+    The table of differences is 100 d, of shape (seeds, items). `mean` is the mean of this table.
     """
     import numpy as np
 
@@ -176,8 +176,8 @@ def with_seed_dof(d: Difference) -> Difference:
 
     The degrees of freedom in `two_way` are an estimate. With two to five seeds, p-values of `two_way` are below 0.01
     several times too often. Tests of many pairs and repeated looks depend on such small p-values. With at most n - 1
-    degrees of freedom, the p-value is never below the p-value of `paired` on the same seeds. The only exception are
-    seeds that all have the same difference, for which `paired` returns a larger p-value.
+    degrees of freedom, the p-value is never below the p-value of `paired` on the same seeds. There is one exception: if
+    all seeds have the same difference, `paired` returns a larger p-value.
     """
     dof = min(d.dof, d.n - 1.0)
     return d if dof == d.dof else _difference(d.mean, d.n, d.seed_variance, d.item_variance, dof, d.items)

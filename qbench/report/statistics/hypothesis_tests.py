@@ -30,12 +30,12 @@ class Evidence(NamedTuple):
 
 
 def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
-    """Return the exact two-sided p-value for the hits of two networks, both (N,) (McNemar 1947).
+    """Return the exact two-sided p-value for the hits of two networks on N images, each of shape (N,) (McNemar 1947).
 
     The test uses only images that exactly one of the two networks classifies correctly. If the networks are equally
     good, each network is correct on such an image with probability 1/2. The number of images that only the first
-    network classifies correctly then follows a binomial distribution. p is twice the lower tail at the smaller of both
-    numbers. The result applies to these two networks, not to other seeds of the same methods.
+    network classifies correctly then follows a binomial distribution. p is twice the lower tail at the smaller of the
+    two networks' numbers. The result applies to these two networks, not to other seeds of the same methods.
     """
     import numpy as np
     from scipy import special
@@ -97,8 +97,8 @@ def evidence(difference: Difference, test: str, margin: float) -> Evidence:
     - equal: first - second is within ±margin.
 
     p is twice the smaller of the one-sided p-values of both directions. p < 0.05 therefore means that the 95 %
-    confidence interval is completely on one side of the border. For `equal`, it means that the interval is completely
-    inside or completely outside ±margin.
+    confidence interval is completely on one side of the border. For `equal`, p < 0.05 means that the interval is
+    completely inside or completely outside ±margin.
 
     Raises:
         ValueError: `test` is none of these claims.

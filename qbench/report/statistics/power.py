@@ -55,7 +55,7 @@ def seeds_needed(
 def _power(
     difference: Difference, n: "NDArray[np.integer]", distances: tuple[float, float], alpha: float, seeds_alone: bool
 ) -> "NDArray[np.floating]":
-    """Return the power at each number of seeds n, (m,).
+    """Return the power at each of m numbers of seeds n, of shape (m,).
 
     `distances` are the distances between the difference and two borders.
 

@@ -45,7 +45,7 @@ def markdown(text: str, *, links: bool = False) -> str:
 
 
 def csv(text: str) -> str:
-    """Return text for a cell of a CSV file. A leading `'` prevents spreadsheets from evaluating it as a formula."""
+    """Return text for a cell of a CSV file. A leading `'` keeps spreadsheets from reading the text as a formula."""
     text = printable(text)
     is_formula = text.lstrip().startswith(tuple(FORMULA))
     is_formula |= text.lstrip().startswith(tuple(SIGNS)) and not NUMBER.fullmatch(text)

@@ -51,7 +51,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Return lines with a run's directory, and with what its accuracy measures or why it has no accuracy."""
+    """Return remarks on a run: its directory, and either what the accuracy measures or why there is no accuracy."""
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"
