@@ -106,8 +106,8 @@ def evaluate_claim(
     result.difference = with_seed_dof(difference) if difference.n < CAUTIOUS_SEEDS else difference
     if result.difference.items is None:
         result.notes.append(
-            "the confidence interval covers the variation between seeds but not between test images, because a run "
-            "has no predictions.npy for the same test images"
+            "the confidence interval covers the variation between seeds but not between test images, because not "
+            "all runs have a predictions.npy for the same test images"
         )
     result.means = (_mean([x.top1 for x in minuend]), _mean([x.top1 for x in subtrahend]))
     return result

@@ -45,7 +45,7 @@ def combine(weight: Method, activation: Method) -> Method:
     if weight.name == activation.name:
         raise Unsupported(
             f"activation={weight.name} has no effect, because method={weight.name} already "
-            f"quantizes activations; remove it and set bits.a"
+            f"quantizes activations; remove the key activation and set bits.a"
         )
     owner = weight if _supported(weight, "g") else activation
     bits = Bits(weight.bits.w, activation.bits.a, owner.bits.g)

@@ -119,7 +119,7 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
     independent. There is therefore no bias, and sums have the same variance as sums of independent numbers. The
     function takes a tenth of the time of drawing all numbers. Its result does not depend on the number of threads.
     """
-    # A table of rows x columns words of 64 bits; each word contains four numbers.
+    # Make a table of rows x columns words. A word has 64 bits and contains four numbers.
     words = (count + 3) // 4
     rows = math.isqrt(words) + 1
     columns = -(-words // rows)
@@ -199,7 +199,7 @@ def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
     result = torch.empty_like(x)
     source = x.detach() if x.stride() == result.stride() else torch.empty_like(result).copy_(x.detach())
     size = min(BLOCK, x.numel()) if x.device.type == "cpu" else x.numel()
-    # One-dimensional views in the order of memory, cut into blocks.
+    # Make one-dimensional views in the order of memory, and cut the views into blocks.
     blocks = [torch.split(t.as_strided((x.numel(),), (1,)), max(1, size)) for t in (source, result)]
     spare = x.new_empty(scratch, size)
     full_size = tuple(spare)

@@ -133,8 +133,8 @@ def _check_shared(model: nn.Module, quantized: Iterable[str]) -> None:
         sharing = [other for other in owners[_memory(model.get_parameter(f"{name}.weight"))].values() if other != name]
         if sharing:
             raise Unsupported(
-                f"{name} and {sharing[0] or 'the network itself'} share a weight; it cannot be quantized for {name} "
-                f"alone\n{float_rule(name)}"
+                f"{name} and {sharing[0] or 'the network itself'} share a weight; this weight cannot be "
+                f"quantized for {name} alone\n{float_rule(name)}"
             )
 
 

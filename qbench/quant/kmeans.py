@@ -85,7 +85,7 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     if not np.isfinite(ends).all():
         raise ValueError("values and pinned must be finite, but contain NaN or infinity")
 
-    # Scale to a magnitude of about 1, so that no square overflows or underflows. A power of two keeps this exact.
+    # Scale to a magnitude of about 1, so that no square overflows or underflows. A power of two makes this exact.
     power = int(np.frexp(np.abs(ends).max())[1]) - 1
     x = np.ldexp(native, -power, dtype=np.float64)
     del native  # frees its memory
@@ -218,7 +218,7 @@ def _refine_splits(x: Floats, y: Floats, cut: Ints, c: Floats, pins: Floats) -> 
         bounds = _bounds(x, c)
         if not np.diff(bounds)[~fixed].all():  # some centroid that is not fixed has no values
             break
-        # Collect indices in x near each split, one part of a bin apart. There is no alternative to the ends of x.
+        # Collect indices in x near each split, one part of a bin apart. The ends of x are always bounds.
         options = np.interp(np.searchsorted(cut, bounds[1:-1]) + near, np.arange(len(cut)), cut).astype(np.int64)
         options = np.pad(options, ((0, 0), (1, 1)), constant_values=(0, len(x)))
         options = np.concatenate((bounds[None], options))

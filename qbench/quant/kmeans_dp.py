@@ -72,7 +72,7 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
     function finds the best numbers of such values. None means that there is no pin.
     """
     n = len(v)
-    y = v - v[n // 2] if n else v  # around the middle, for precision
+    y = v - v[n // 2] if n else v  # relative to the middle value, for precision
     weight, first, second = (prefix_sums(w * part) for part in (np.ones(n), y, y * y))
     # cost[i]: the cost of the first i values, at first all with the left pin. rest[i]: the cost of
     # the other values with the right pin.
@@ -141,7 +141,7 @@ def _layer(
         r = r[r % wide > 0]
         i, lower = r + m - 1, r - r % wide
         low, high = at[lower], np.minimum(at[np.minimum(lower + wide, rows + 1)], i - 1)
-        # All cluster starts j of all rows, one row after the other; row number q has those from
+        # All cluster starts j of all rows, one row after the other; row number q has the starts from
         # start[q] to end[q].
         size = high - low + 1
         end = np.cumsum(size)
@@ -153,7 +153,7 @@ def _layer(
         trial *= trial
         trial /= np.repeat(weight[i], size) - weight[j]
         np.subtract(known[j], trial, out=trial)
-        # The first start of least cost in each row.
+        # Find the first start of least cost in each row.
         least = np.minimum.reduceat(trial, start)
         hits = np.flatnonzero(trial == np.repeat(least, size))
         at[r] = j[hits[np.searchsorted(hits, start)]]

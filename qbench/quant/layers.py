@@ -42,7 +42,7 @@ def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
-    # First a single pass: if the sum is finite, every value is finite. Otherwise the sum may have
+    # Compute the sum in a single pass. If the sum is finite, every value is finite. Otherwise the sum may have
     # overflowed, so every value is checked.
     try:
         total = x.detach().sum(dtype=torch.float32).item()

@@ -54,7 +54,7 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
             # Any wrong label gives gradients that are not zero.
             loss = F.cross_entropy(logits, (logits.detach().argmax(1) + 1) % logits.shape[1])
             # The gradient that arrives at a quantizer is the gradient of the quantizer's output;
-            # the gradient that leaves is that of the quantizer's input.
+            # the gradient that leaves is the gradient of the quantizer's input.
             tensors = [t for slot in gradient_slots for t in (passed[slot][1], passed[slot][0])]
             gradients = iter(torch.autograd.grad(loss, tensors))
             passed |= {slot: (next(gradients), next(gradients)) for slot in gradient_slots}
@@ -134,9 +134,9 @@ def _tolerance(points: Tensor) -> Tensor:
     `scale` is the largest magnitude of a group's points, and `step` is the smallest distance between two points. The
     result is max(ROUNDING * scale, min(ARITHMETIC * scale, FRACTION_OF_STEP * step)).
     """
-    # The largest magnitude of the levels of each group, made positive for a group of zeros.
+    # Compute the largest magnitude of the levels of each group, made positive for a group of zeros.
     scale = points.abs().nan_to_num(0).amax((1, 2)).clamp(min=torch.finfo(points.dtype).tiny)
-    # The smallest distance between two neighbouring levels, or infinity if no two levels are
+    # Compute the smallest distance between two neighbouring levels, or infinity if no two levels are
     # distinct. NaN is padding.
     steps = (points[:, 1:] - points[:, :-1]).norm(dim=-1).nan_to_num(torch.inf)
     step = torch.where(steps > 0, steps, torch.inf).amin(1) if steps.shape[1] else torch.full_like(scale, torch.inf)
@@ -153,7 +153,7 @@ def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     if values.shape[-1] > 1:
         return _nearest_vectors(values, points)
     line, x = points[..., 0].nan_to_num(nan=float("inf")).contiguous(), values[..., 0].contiguous()
-    # The first point at or above x, and the one below it.
+    # Find the first point at or above x, and the point below this point.
     right = torch.searchsorted(line, x).clamp(max=line.shape[1] - 1)
     left = (right - 1).clamp(min=0)
     to_left, to_right = (x - line.gather(1, left)).abs(), (line.gather(1, right) - x).abs()
