@@ -252,7 +252,7 @@ def _commit_notes(results: Sequence[Result], context: _Context) -> Iterator[str]
 
 
 def _missing_table(title: str, missing: Sequence[RunRecord]) -> list[Table]:
-    """Return the table of runs without a result, or nothing if there is no such run."""
+    """Return the table of runs without a result, or nothing if all runs have a result."""
     if not missing:
         return []
     grouped: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)

@@ -56,7 +56,7 @@ def matching_runs(
 
 
 def filter_words(own: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
-    """Return the words KEY=VALUE,... for `qbench compare` that keep the runs `own` and no others, as far as possible.
+    """Return words KEY=VALUE,... for `qbench compare`. If possible, these words select the runs `own` and no others.
 
     The list is empty if there are no other runs. Float baselines do not count, because `select_runs` adds them.
     """

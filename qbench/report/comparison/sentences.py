@@ -59,7 +59,7 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float) -> list[str]:
 
 
 def _adjustment(pairs: Sequence[SettingPair]) -> str:
-    """Return for which pairs p-values are adjusted. With --by, these are the pairs of several tables."""
+    """Return text on the pairs for which p-values are adjusted. With --by, the pairs are from several tables."""
     family, here = max(pair.family for pair in pairs), sum(pair.family > 0 for pair in pairs)
     if family == 1:
         return "one pair"

@@ -6,16 +6,16 @@ from qbench.report.comparison.setting import Setting
 from qbench.report.comparison.verdicts import PairConclusion, Verdict
 
 NAMED = 3
-"""Maximum number of significant differences that the sentence names. Of more differences, it says the number."""
+"""Maximum number of significant differences that the sentence names. More differences are only counted."""
 
 Compared = tuple[Setting, PairConclusion]
-"""A setting, and the conclusion about it and a setting with a lower mean."""
+"""A setting, and the conclusion about this setting and a setting with a lower mean."""
 
 
 def summary(settings: Sequence[Setting]) -> str:
     """Return one sentence about the differences between settings at the same widths.
 
-    The sentence is empty if no two settings have the same widths. All p-values in it are adjusted.
+    The sentence is empty if no two settings have the same widths. All p-values in the sentence are adjusted.
     """
     pairs = [(setting, pair) for setting in settings if setting.conclusion for pair in setting.conclusion.pairs]
     tested = [(setting, pair) for setting, pair in pairs if pair.p_holm is not None]

@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
 CARET_UP, CARET_DOWN = 6, 7
-"""Matplotlib's numbers of the markers of cut confidence intervals, whose tips are at the edge of the panel."""
+"""Matplotlib's numbers of the markers of cut confidence intervals. Their tips are at the panel's edge."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 """Markers of methods. Combinations of the 11 markers and 6 colours repeat only after 66 methods."""
 DASHES: tuple[Dash, ...] = (
@@ -83,7 +83,7 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
 
 
 def _scale_axis(panel: Axes, low: float, high: float, room: float, *, log_error: bool) -> str:
-    """Set the limits and the scale of the accuracy axis, and return its label."""
+    """Set the limits and the scale of the accuracy axis, and return the label of the axis."""
     if not log_error:
         panel.set_ylim(low - 0.06 * (high - low), high + room * (high - low))
         return "test top-1 (%)"
@@ -95,7 +95,7 @@ def _scale_axis(panel: Axes, low: float, high: float, room: float, *, log_error:
 
 
 def _mark_cut_bars(panel: Axes) -> None:
-    """Draw an arrow at the edge of a panel where it cuts a confidence interval that `points` has drawn."""
+    """Draw an arrow at the edge of a panel where the edge cuts a confidence interval that `points` has drawn."""
     bottom, top = panel.get_ylim()
     for bars in panel.containers:
         for (x, low), (_, high) in bars.lines[2][0].get_segments():  # without an interval, the ends are nan

@@ -88,7 +88,10 @@ def _many(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _sum(values: Sequence[float]) -> float:
-    """Return the sum, rounded after each addition as in NumPy. Python's `sum` compensates, since version 3.12."""
+    """Return the sum, rounded after each addition as in NumPy.
+
+    Since version 3.12, Python's `sum` compensates rounding errors.
+    """
     total = 0.0
     for value in values:
         total += value
