@@ -60,7 +60,7 @@ def test_filter_words_keep_the_runs_of_a_sweep_and_no_others(configure: Configur
     runs = read([configure().out])
     sweep = [run for run in runs if run.path in own]
     words = filter_words(sweep, runs)
-    assert words == ["bits=w2a2g32,w3a3g32"]
+    assert words == ["method=dorefa", "bits=w2a2g32,w3a3g32"]
     kept, _ = select_runs(runs, {key: values.split(",") for key, _, values in (w.partition("=") for w in words)})
     assert [run.path for run in kept] == sorted(own)
     (short,) = (run for run in runs if run.path == old[2])
