@@ -227,7 +227,7 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
     seeds = f"{most} seed{'s' * (most != 1)}"
     missing = [f"{w.method} {w.bits}" for w in wanted if w.key not in measured]
     fewer = [f"{w.method} {w.bits}" for w in wanted if 0 < measured.get(w.key, 0) < most]
-    notes = [f"{len(measured)} of {len(wanted)} settings are measured, with {seeds} at most"]
+    notes = [f"{len(measured)} of {len(wanted)} settings are measured, each with at most {seeds}"]
     notes += [f"not measured: {', '.join(missing)}"] if missing else []
     notes += [f"measured with fewer than {seeds}: {', '.join(fewer)}"] if fewer else []
     failed = [run for run in records if run.status != DONE]
@@ -238,7 +238,7 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
 def cells(setting: Setting, control: Setting | None) -> tuple[str, ...]:
     """Return the cells of a table row, in the order of HEAD."""
     return (
-        "float, trained for as long" if setting.is_float and not setting.is_baseline else setting.label,
+        "float control" if setting.is_float and not setting.is_baseline else setting.label,
         str(setting.bits.w),
         str(setting.bits.a),
         str(setting.levels or "-"),
@@ -271,9 +271,10 @@ def note_on(records: Sequence[RunRecord]) -> str:
     pretrained = sorted({(Path(b.run).name, b.sha256 or "") for r in results if (b := r.baseline)})
     start = "; ".join(f"{name} (sha256 {sha256[:12]})" for name, sha256 in pretrained)
     return (
-        f"Every run starts from {start} and, except with ptq, is trained for {', '.join(map(str, epochs))} epochs "
-        "on all 50,000 training images. The validation images were seen in pretraining, so none are held out, and "
-        f"every accuracy is that after the last epoch. n is the number of seeds. {len(results)} runs, one thread each "
+        f"Every run starts from {start}. Runs with ptq are not trained, and all other runs are trained for "
+        f"{', '.join(map(str, epochs))} epochs on all 50,000 training images. No images are held out for validation, "
+        "because pretraining used all training images. Every accuracy is the accuracy after the last epoch. "
+        f"n is the number of seeds. The tables show {len(results)} runs with one thread each "
         f"({platform.machine()}, {platform.system()}, torch {version('torch')})."
     )
 

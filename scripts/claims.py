@@ -58,9 +58,9 @@ ArmRuns = dict[Arm, dict[int, RunRecord]]
 PREFACE = """\
 # Claims
 
-On this page, runs test claims of the papers. `{command}` trained the runs
+On this page, claims of the papers are tested by training. `{command}` trained the runs
 and wrote this page. Each row of the table is one comparison from a file in `conf/experiment/claims/`. A comparison has
-two arms, which are the two settings that are compared.
+two arms: the two compared settings.
 
 The effect is the test top-1 of the first arm minus the test top-1 of the second arm, after the last epoch, in points.
 For claims on gradient mismatch, the effect is a difference between two cosines. Runs are paired by seed. The column
@@ -68,8 +68,8 @@ For claims on gradient mismatch, the effect is a difference between two cosines.
 samples (two-way, `qbench/report/statistics`).
 
 Each comparison is tested two-sided at the 5 % level. The p-values are adjusted for all {family} comparisons together
-(Holm), but the intervals are not. A comparison can therefore be undecided although its interval does not contain the
-threshold. The outcomes are:
+(Holm). The intervals are not adjusted. A comparison can therefore be undecided although its interval does not contain
+the threshold. The outcomes are:
 
 - `holds`: the data support the claim.
 - `does not hold`: the data support the opposite of the claim.
@@ -79,15 +79,15 @@ threshold. The outcomes are:
 If some runs of a comparison failed, diverged or are unsupported, the comparison has no outcome, because the remaining
 runs are not a fair sample. The table then states the reason.
 
-The column `arms` has the form `first - second > threshold`. `unchanged` means the experiment file without changes. The
-sections below the table give the mean accuracy of each arm, and the commands.
+The column `arms` has the form `first - second > threshold`. The arm `unchanged` is the experiment file without changes.
+The sections below the table give the mean accuracy of each arm, and the commands.
 
 There are two data sets: digits (1,797 real 8x8 images, 450 of them for test) and glyphs (characters rendered from
 fonts, with separate fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and
 training is short. Such runs can show whether an effect exists under one protocol, and how large the effect is under
 this protocol. They do not reproduce the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here
 may still hold in the paper's experiments, because depth, width, number of classes and length of training differ. The
-width of an interval shows how large an effect must be to be detected with these data. Differences between networks with
+width of an interval shows how large an effect must be so that these data can show it. Differences between networks with
 8 or 5 bits may be too small to detect. "From memory" marks claims that are stated from memory and not quoted from the
 paper.
 """

@@ -69,10 +69,10 @@ def test_a_partial_record_states_n_and_what_is_missing(planned: Planned, tmp_pat
     *tables, missing = cifar10.tables(cifar10.stored_results(record)[0])
     rows = {(row[0], row[1], row[2]): row for table in tables for row in table.rows}
     assert rows["float tiny.pt", "32", "32"][6:] == ("91.00", "-", "1", "-", "-")
-    assert rows["float, trained for as long", "32", "32"][6:10] == ("91.00", "1.41", "2", "+0.00")
+    assert rows["float control", "32", "32"][6:10] == ("91.00", "1.41", "2", "+0.00")
     assert rows["ptq", "8", "8"][6:] == ("80.00", "-", "1", "-11.00", "-10.00")
     assert rows["lsq", "2", "2"][10].startswith("-5.75 ±")
-    assert f"3 of {len(WANTED)} settings are measured, with 2 seeds at most" in missing.notes
+    assert f"3 of {len(WANTED)} settings are measured, each with at most 2 seeds" in missing.notes
     assert "measured with fewer than 2 seeds: ptq w8a8" in missing.notes
     assert any("no luck" in note for note in missing.notes)
     (not_measured,) = [note for note in missing.notes if note.startswith("not measured")]
