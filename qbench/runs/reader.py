@@ -185,7 +185,7 @@ def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) ->
             path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes,
             file_bytes=packed_bytes(path, result.identity),
         )  # fmt: skip
-    reasons = ["result.json is corrupt or of another version"] if (path / "result.json").exists() else []
+    reasons = ["result.json is corrupt or has another version"] if (path / "result.json").exists() else []
     lines, damage = _metrics(path)
     unread = [f"metrics.jsonl: {damage}"] if damage else []
     readers: list[Callable[[], Result | None]]

@@ -245,7 +245,7 @@ def test_supported_runtimes() -> None:
     assert "simulation only" in notes(uneven, four, Bits(4, 4))
     assert "the levels depend on data" in notes(four, later, Bits(8, 8))
     assert "computed from each input" in notes(two, two, Bits(1, 1), rescaled=True)
-    assert "storage of the weights as codes" in notes(four, None, Bits(4))
+    assert "compact storage of the weights" in notes(four, None, Bits(4))
     assert "weights are float" in notes(None, four, Bits(32, 4))
     assert runs_on([_layer(None, None, Bits())]) == ["runs on any runtime, because nothing is quantized"]  # type: ignore[list-item]
 

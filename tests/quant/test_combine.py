@@ -248,7 +248,7 @@ def test_a_method_from_scratch_is_compared_with_its_float_baseline(configure: Co
 def test_every_result_has_the_method_card_and_the_predictions(configure: Configure) -> None:
     result = result_of(configure, "method=ttq", "activation=dorefa", "bits.a=2")
     assert set(result.card) == {"ttq", "dorefa"}
-    assert "t: 0.05" in result.card["ttq"]["choices"]
+    assert "0.05 is the paper's value" in result.card["ttq"]["choices"]
     assert result.card["dorefa"]["deviations"]
     stored = json.loads((Path(result.run) / "result.json").read_text())
     assert stored["card"] == result.card
