@@ -48,7 +48,7 @@ NOT_APPLICABLE_TO = {
 }
 
 
-FAST = ("dorefa", "float", "gupta", "inq", "lsq", "ptq", "qcnn", "xnor")
+FAST = ("dorefa", "gupta", "lsq", "qcnn")
 """Methods that are checked in the fast tier. The other methods' quantizers have the properties of one of these."""
 
 

@@ -56,6 +56,7 @@ def test_the_page_is_up_to_date(script: ModuleType) -> None:
     assert script.main(["--check"]) == 0
 
 
+@pytest.mark.full
 def test_check_prints_what_would_change_and_writes_nothing(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, tiered
 
 from qbench.cli.main import main as cli
 from qbench.config import compose
@@ -422,7 +422,10 @@ def test_group_choices_exist(script: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    {(row.paper, row.recipe, row.method): row for row in RUNNABLE}.values(),
+    tiered(
+        {(row.paper, row.recipe, row.method): row for row in RUNNABLE}.values(),
+        list({row.paper: row for row in reversed(RUNNABLE)}.values()),
+    ),
     ids=lambda row: f"{row.paper}/{row.id}",
 )
 def test_one_row_per_recipe_composes(row: PublishedRow) -> None:

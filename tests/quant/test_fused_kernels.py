@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import tiered
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -135,7 +136,7 @@ def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", tiered(METHODS, ["apot", "dorefa", "gupta", "hwgq", "lsq", "pact", "ttq", "xnor"]))
 def test_networks_in_all_forms(name: str) -> None:
     logits, grads = trained_step(name, ops.compress_activations(False))
     for context in (ops.compress_activations(), ops.reference_kernels()):

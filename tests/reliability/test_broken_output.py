@@ -59,7 +59,8 @@ def test_a_sweep_with_workers_survives_the_loss_of_its_display(tmp_path: Path) -
     assert [result["status"] for result in results] == ["done"] * 4
 
 
-@pytest.mark.parametrize("terminal", ["xterm", pytest.param("dumb", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
 def test_a_sweep_survives_a_terminal_that_is_hung_up(terminal: str, tmp_path: Path) -> None:
     master, slave = os.openpty()
     words = ["-m", *RUN.split(), "seed=0,1", "epochs=20", "runtime.tensorboard=false"]

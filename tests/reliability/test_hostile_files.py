@@ -208,6 +208,7 @@ def test_the_hostile_code_runs_without_protection(tmp_path: Path) -> None:
     assert marker.exists()
 
 
+@pytest.mark.full
 def test_hostile_files_with_init(hostile_files: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """Read all in one separate process, to measure time and memory."""
     marker, found = hostile_files
