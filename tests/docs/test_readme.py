@@ -91,7 +91,7 @@ def test_the_network_of_ones_own_reads_the_images_of_a_folder(capsys: pytest.Cap
     rng = np.random.default_rng(0)
     for label in ("ant", "bee", "cat"):
         Path("photos", label).mkdir(parents=True)
-        for i in range(5):
+        for i in range(20):
             Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(f"photos/{label}/{i}.png")
     (line,) = re.findall(r"^qbench (dataset=folder .*)$", README, re.MULTILINE)
     assert cli(["plan", *line.replace("size=64", "size=16").split()]) == 0
