@@ -42,6 +42,9 @@ SHARED = (
 FIELDS = tuple(field.name for field in fields(Result) if field.name != "run")
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
+NOT_STORABLE = (OverflowError, UnicodeEncodeError)
+"""Errors of the index file's format for a result with an integer of more than 64 bits, or text that is not Unicode."""
+
 Stamp = tuple[int, int, int, int]
 """Size, modification time, change time (in ns) and inode of a file."""
 
@@ -75,7 +78,10 @@ class RunIndex:
         result = load_result(path)
         if result is None:
             return None
-        result, numbers = self._shared.share(result)
+        try:
+            result, numbers = self._shared.share(result)
+        except NOT_STORABLE:
+            return result
         if time.time_ns() - max(stamp[1:3]) > MIN_AGE_SECONDS * 10**9:
             values = [numbers.get(name, getattr(result, name)) for name in FIELDS]
             self._rows.append(_row_type()(str(path)[self._prefix :], stamp, *values))
@@ -86,8 +92,8 @@ class RunIndex:
         """Write the index file if there are many results, and one was added or is gone. Write errors are ignored."""
         if len(self._rows) < MIN_RUNS or not (self._changed or len(self._rows) < len(self._known)):
             return
-        data = msgspec.msgpack.encode((_version(), self._shared.encoded(), self._rows))
-        with suppress(ResourceError):
+        with suppress(ResourceError, *NOT_STORABLE):
+            data = msgspec.msgpack.encode((_version(), self._shared.encoded(), self._rows))
             files.write(self._root / INDEX, hashlib.sha256(data).digest() + data)
 
 

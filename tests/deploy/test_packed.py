@@ -361,7 +361,7 @@ def rewritten(whole: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
         (header_change("version", 2), "has version 2 of the format; this qbench reads version 1"),
         (header_change("about", "shape", [1, 2**20, 2**20]), "damaged"),
         (header_change("about", "shape", [1, 9]), "damaged"),
-        (header_change("about", "classes", 3), "expected: (1, 3)"),
+        (header_change("about", "classes", 3), r"expected: \(1, 3\)"),
         (header_change("weights", "*", "shape", [2**30, 2**30]), "damaged"),
         (header_change("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
         (header_change("weights", "*", "book", [2**39]), "damaged"),

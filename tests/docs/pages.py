@@ -23,7 +23,7 @@ def text(path: Path) -> str:
 
 def commands(path: Path) -> list[list[str]]:
     """Return the words of every `qbench ...` line in code blocks, and of inline commands with a key."""
-    content = text(path)
+    content = re.sub(r" \\\n\s*", " ", text(path))  # join lines that end with a backslash
     blocks = re.findall(r"^    (qbench .*)$", content, re.MULTILINE)
     for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", content, re.MULTILINE | re.DOTALL):
         blocks += re.findall(r"^(?:\$ |scripts/)?(qbench .*)$", block, re.MULTILINE)

@@ -47,7 +47,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 def test_named_files_exist() -> None:
     for page in GUIDES:
-        paths = set(re.findall(r"\b((?:scripts|tests|docs|conf|qbench)/[\w./-]*\w)", text(page)))
+        paths = set(re.findall(r"(?<![\w/.])((?:scripts|tests|docs|conf|qbench)/[\w./-]*\w)", text(page)))
         paths -= {"scripts/NAME.py"}
         missing = [
             path for path in sorted(paths) if not (ROOT / path).exists() and not re.search("NAME|METHOD|PAPER", path)

@@ -318,13 +318,19 @@ def test_signed_activations_before_unsigned_levels_are_noted(configure: Configur
     assert not any("negative inputs" in line for line in relu)
 
 
+OTHER_IMAGES = (
+    "the output for an image depends on the other images of its batch, even in eval mode, "
+    "so the accuracy would change with other batches"
+)
+
+
 @pytest.mark.parametrize(
     ("network", "note"),
     [
         ("Dropout", "two evaluations of the same images differ"),
         ("Counting", "two evaluations of the same images differ"),
-        ("Centred", "the output for an image depends on the other images of its batch"),
-        ("NeverInEval", "the output for an image depends on the other images of its batch"),
+        ("Centred", OTHER_IMAGES),
+        ("NeverInEval", OTHER_IMAGES),
         ("Softmax", "the network returns probabilities; the loss treats them as logits and applies softmax again"),
         ("LogSoftmax", None),
         ("Steady", None),

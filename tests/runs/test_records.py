@@ -202,7 +202,7 @@ def test_a_file_system_without_locks(
     with directory.lock(lambda: pytest.fail("another process does not hold it")):
         assert (directory.path / ".lock").exists()
     assert time.monotonic() - began < 1
-    assert "the file system has no locks" in capsys.readouterr().err
+    assert "the file system does not support locks" in capsys.readouterr().err
 
 
 def test_a_lock_on_a_read_only_directory_is_seen(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def test_a_run_that_goes_on_under_another_commit(
     stored = files.read_json(planned.path / "manifest.json")
     assert stored is not None
     assert stored["commits"] == result.commits == ["a" * 40, "b" * 40]
-    assert any(f"the run began under commit {'a' * 40} (now {'b' * 40})" in line for line in said), said
+    assert any(f"the run began with commit {'a' * 40} (now {'b' * 40})" in line for line in said), said
     assert "trained by several commits of qbench: aaaaaaaa, bbbbbbbb" in row([result])
     monkeypatch.setattr(manifest, "changed", lambda: True)
     again = run(planned_run(dataclasses.replace(planned.config, rerun=True)), RunContext(reporter))
