@@ -53,7 +53,8 @@ def test_a_bar_that_the_axis_cuts_ends_in_an_arrow(configure: Configure, runs: A
     assert len(cut) >= 2, "or nothing is tested"
     assert len(cut) < 6, "or nothing is tested"
     arrows = [line for line in panel.lines if line.get_marker() in (6, 7)]
-    assert sorted((*line.get_xydata()[0], line.get_marker()) for line in arrows) == pytest.approx(sorted(cut))
+    drawn = sorted((*line.get_xydata()[0], line.get_marker()) for line in arrows)
+    assert [pytest.approx(arrow) for arrow in sorted(cut)] == drawn
     assert not any(line.get_clip_on() for line in arrows)
 
 
