@@ -60,9 +60,8 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
             raise ConfigError(f"{file}: {why}") from None
 
     def _load_own(self, file: Path) -> ConfigResult:
-        text = file.read_text(encoding="utf-8")
-        config = OmegaConf.create(yaml.load(text, Loader=OwnYaml) or {})
-        header = self._get_header_dict(text[:512])
+        config = OmegaConf.create(read_yaml(file, OwnYaml) or {})
+        header = self._get_header_dict(file.read_text(encoding="utf-8")[:512])
         return ConfigResult(config=config, path=f"file://{self.path}", provider=self.provider, header=header)
 
 

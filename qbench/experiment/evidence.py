@@ -62,8 +62,8 @@ def few_steps(steps: int, prefix: str) -> Iterator[str]:
     """Yield a warning if a run has few training steps. `prefix` begins the run's keys: `pretrain.` for a baseline."""
     if 0 < steps < FEW_STEPS:
         yield (
-            f"the run has {steps} training steps, but papers train for tens of thousands; raise {prefix}epochs, or "
-            f"lower {prefix}optim.batch_size"
+            f"the run has {steps} training steps, fewer than {FEW_STEPS}; raise {prefix}epochs, or lower "
+            f"{prefix}optim.batch_size"
         )
 
 

@@ -17,7 +17,7 @@ from qbench.experiment.jobs import check, work
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.run_queue import RunQueue, baselines_first
 from qbench.experiment.sweep_progress import POLL_SECONDS
-from qbench.system.cores import SHARING
+from qbench.system.cores import SHARING, cores
 from qbench.system.gpus import TakenGpus, most_runs, pin_process
 from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progress
 from qbench.system.streams import keep_running_without_reader
@@ -40,7 +40,7 @@ def worker_count(
         processes: number of processes per run.
     """
     threads = max(planned.config.runtime.threads for planned in runs)
-    most = max(1, (os.cpu_count() or 1) // (threads * processes))
+    most = max(1, cores() // (threads * processes))
     if gpus:
         most = max(1, min(most, min(most_runs(gpus, planned.config.runtime.gpus_per_run) for planned in runs)))
     typed = "".join(limit)

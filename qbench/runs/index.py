@@ -128,8 +128,8 @@ class SharedValues:
         """Add the values that `encoded` returned."""
         for name, kind in _types(SHARED).items():
             decode: Callable[[msgspec.Raw], Any] = msgspec.msgpack.Decoder(kind).decode
-            self._numbers[name] = {bytes(raw): number for number, raw in enumerate(encoded[name])}
             self.values[name] = [decode(raw) for raw in encoded[name]]
+            self._numbers[name] = {bytes(raw): number for number, raw in enumerate(encoded[name])}
 
 
 def _read(path: Path, shared: SharedValues) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def _read(path: Path, shared: SharedValues) -> dict[str, Any]:
         if version != _version():
             return {}
         rows: list[Any] = msgspec.msgpack.decode(raw_rows, type=list[_row_type()])  # type: ignore[misc]
-    except (OSError, msgspec.MsgspecError):
+        shared.restore(encoded)
+    except (OSError, KeyError, msgspec.MsgspecError):
         return {}
-    shared.restore(encoded)
     return {row.path: row for row in rows}
 
 

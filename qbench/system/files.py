@@ -61,10 +61,13 @@ def read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, loader_class: type[Any] = yaml.SafeLoader) -> Any:
     """Return the plain values of a YAML file. Tags that create objects are refused.
 
     The file's size and the number of values are limited. A YAML alias counts as all values that it repeats.
+
+    Args:
+        loader_class: a loader of PyYAML that makes plain values only.
 
     Raises:
         OSError: the file does not exist or cannot be read.
@@ -72,7 +75,7 @@ def read_yaml(path: Path) -> Any:
     """
     data = read(path)
     try:
-        loader = yaml.SafeLoader(data[: YAML_BYTES + 1])
+        loader = loader_class(data[: YAML_BYTES + 1])
         node = loader.get_single_node() if len(data) <= YAML_BYTES else None
         if len(data) > YAML_BYTES or _values(node, {}) > YAML_VALUES:
             most = f"at most {YAML_BYTES:,} bytes and {YAML_VALUES:,} values (with aliases expanded)"

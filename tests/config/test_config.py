@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, Configure, tiered
+from omegaconf import OmegaConf
 
 from qbench.config import compose, groups
 from qbench.config.fields import parse_bits
+from qbench.config.hydra_sources import OwnYaml
 from qbench.config.identity import run_identity
 from qbench.config.schema import to_dict
 from qbench.config.validate import from_dict
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
 from qbench.runs.directory import directory_name
+from qbench.system.files import read_yaml
 
 REFUSED = {
     "method=dorfa": ("method=dorfa", "did you mean dorefa?", "allowed: apot, bwn, dorefa"),
@@ -361,3 +364,12 @@ def test_training_imports_what_it_uses(tmp_path: Path) -> None:
     again = code.replace("'scipy'", "'scipy', 'torch'")
     done = subprocess.run([sys.executable, "-c", again, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, "a finished run's repeat needs no torch: " + done.stderr
+
+
+def test_own_yaml_is_read_like_omegaconfs_and_no_key_is_there_twice(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("lr: 1e-4\nday: 2026-01-02\nsecond: 1:30\non: yes\n")
+    assert read_yaml(file, OwnYaml) == OmegaConf.to_container(OmegaConf.load(file))
+    file.write_text("lr: 1\nwidth: 2\nlr: 3\n")
+    with pytest.raises(ConfigError, match="line 3: lr occurs twice"):
+        read_yaml(file, OwnYaml)

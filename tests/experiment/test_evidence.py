@@ -44,8 +44,7 @@ def test_chance_is_the_share_of_the_most_frequent_class(top1: float, counts: lis
 
 def test_few_steps_and_few_images_have_a_threshold() -> None:
     assert list(few_steps(100, "")) == [
-        "the run has 100 training steps, but papers train for tens of thousands; raise epochs, or lower "
-        "optim.batch_size"
+        "the run has 100 training steps, fewer than 500; raise epochs, or lower optim.batch_size"
     ]
     assert "raise pretrain.epochs, or lower pretrain.optim.batch_size" in next(few_steps(FEW_STEPS - 1, "pretrain."))
     assert not list(few_steps(FEW_STEPS, ""))
@@ -57,9 +56,7 @@ def test_few_steps_and_few_images_have_a_threshold() -> None:
 
 
 def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -> None:
-    text = (
-        "the run has 18 training steps, but papers train for tens of thousands; raise epochs, or lower optim.batch_size"
-    )
+    text = "the run has 18 training steps, fewer than 500; raise epochs, or lower optim.batch_size"
     result = run(planned_run(smoke("method=twn", "runtime.observe=off")))
     assert result.baseline
     assert f"      warning: {text}" in row([result]).splitlines()

@@ -108,7 +108,7 @@ def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(launcher: str, tmp_
 
 
 def test_workers_times_threads_never_exceed_the_cores(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(workers, "cores", lambda: 8)
     for typed, threads, expected in (("", 1, 8), ("", 3, 2), ("99", 2, 4), ("3", 2, 3), ("-1", 1, 8), ("", 99, 1)):
         runs = [planned_run(configure(f"runtime.threads={threads}"))]
         assert workers.worker_count(runs, [typed]) == expected, (typed, threads)
@@ -116,7 +116,7 @@ def test_workers_times_threads_never_exceed_the_cores(configure: Configure, monk
 
 
 def test_runs_at_a_time_fit_on_the_gpus(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(workers, "cores", lambda: 64)
     for per_run, expected in (("1", 4), ("2", 2), ("3", 1), ("0.5", 8), ("0.25", 16), ("8", 1)):
         runs = [planned_run(configure(f"runtime.gpus_per_run={per_run}"))]
         assert workers.worker_count(runs, gpus=["0", "1", "2", "3"]) == expected, per_run
