@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from qbench.data.spec import placeholder_dataset
 from qbench.deviations.registry import deviate
 from qbench.errors import ConfigError, DataError
 from qbench.experiment.checks import check_norm
+from qbench.models.memory_format import use_channels_last
 from qbench.models.normalization import remove_scale_and_shift
 from qbench.quant.combine import combine
 from qbench.quant.method import Method, Unsupported
@@ -166,9 +166,7 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
         if norm == "no_affine" and not takes_norm:
             remove_scale_and_shift(model)
         check_norm(model, method.requires, method.name)
-        for tensor in chain(model.parameters(), model.buffers()):
-            if tensor.dim() == 4:
-                tensor.data = tensor.data.to(memory_format=torch.channels_last)
+        use_channels_last(model)
     return model
 
 

@@ -126,7 +126,7 @@ def test_a_lost_process(tmp_path: Path, rank: int, alone: dict[str, str | None])
     check_same_end(tmp_path, 4 if rank else 1, alone)
 
 
-@pytest.mark.parametrize(("name", "rank"), tiered([("USR2", 1), ("TERM", 0)], [("USR2", 1)]))
+@pytest.mark.parametrize(("name", "rank"), [("USR2", 1), pytest.param("TERM", 0, marks=pytest.mark.full)])
 def test_a_signal_to_one_process(tmp_path: Path, name: str, rank: int, alone: dict[str, str | None]) -> None:
     wrong = {rank: {"at_step": STEPS_OF_BASELINE + 3, "step_fault": name}}
     statuses, log = run(DOREFA, 2, tmp_path, wrong)

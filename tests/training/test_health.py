@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qbench.config import compose, groups
 from qbench.errors import Diverged
+from qbench.experiment import evidence
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
@@ -39,9 +40,10 @@ class WeightWithPositiveStep(lsq.LSQWeight):
 
 @pytest.fixture(autouse=True, scope="module")
 def _observe_every_epoch() -> Iterator[None]:
-    """Observe after every epoch, although epochs are short here."""
+    """Observe after every epoch, and do not warn of few training steps, although runs and epochs are short here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitor, "MIN_STEPS_BETWEEN", 1)
+        patch.setattr(evidence, "FEW_STEPS", 0)
         yield
 
 
