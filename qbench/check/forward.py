@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qbench.bits import FLOAT, Bits, LevelCount
 from qbench.check.subject import SHAPE, MethodUnderTest, NotApplicable, PropertyViolation, batches, gradient_of
 from qbench.quant.layers import QLayer
-from qbench.quant.ops import compress_activations
+from qbench.quant.ops import activation_memory
 from qbench.quant.quantizer import Grid, Quantizer
 from qbench.quant.verify import NotQuantized, verify
 
@@ -146,7 +146,7 @@ def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
     for name, layer in subject.layers(bits):
         x = torch.linspace(-4, 4, 64 * layer.weight.shape[1]).reshape(1, layer.weight.shape[1], 8, 8)
         sizes.clear()
-        with compress_activations(), saved_tensors_hooks(keep, lambda t: t):
+        with activation_memory("codes"), saved_tensors_hooks(keep, lambda t: t):
             compressed = gradient_of(layer.input_q, x)
         if max(sizes) >= x.numel():
             raise PropertyViolation(f"{name}: cells_input is declared, but inputs are saved as floats")

@@ -179,7 +179,7 @@ class Runtime:
     precision: str = one_of("fp32", "fp32", "bf16", added=True)
     compile: bool = marked(False, added=True)
     tf32: bool = marked(False, added=True)
-    compress_activations: bool = marked(False, free=True)
+    activation_memory: str = one_of("recompute", "recompute", "keep", "codes", free=True)
     tensorboard: bool = marked(True, free=True)
     observe: str = one_of("light", "off", "light", "full", free=True)
     progress: bool = marked(True, free=True)

@@ -42,9 +42,19 @@ def from_dict(values: Mapping[str, object]) -> Config:
     """
     _check_no_interpolation(values)
     try:
-        return from_node(OmegaConf.create(dict(values)))
+        return from_node(OmegaConf.create(_with_current_keys(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"not a valid configuration: {str(error).partition(chr(10))[0]}") from None
+
+
+def _with_current_keys(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the values with `activation_memory` in place of `compress_activations`, which earlier versions stored."""
+    runtime = values.get("runtime")
+    if not isinstance(runtime, Mapping) or "compress_activations" not in runtime:
+        return dict(values)
+    others = {key: value for key, value in runtime.items() if key != "compress_activations"}
+    memory = "codes" if runtime["compress_activations"] else "recompute"
+    return {**values, "runtime": {"activation_memory": memory, **others}}
 
 
 def _check_no_interpolation(value: object, path: str = "") -> None:

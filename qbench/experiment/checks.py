@@ -42,13 +42,13 @@ def check_model_keys(model: Node, method: Method) -> None:
 def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_baseline: bool) -> None:
     """Refuse runtime keys that have no effect, or that this machine does not support."""
     compressible = "cells_input" in method.traits and method.bits.a <= 8
-    if runtime.compress_activations and not is_baseline and not compressible:
+    if runtime.activation_memory == "codes" and not is_baseline and not compressible:
         why = (
             "no activations are quantized"
             if method.bits.a == FLOAT
             else "its backward pass needs the float activations"
         )
-        raise ConfigError(f"runtime.compress_activations=true has no effect with {method.name} {method.bits}: {why}")
+        raise ConfigError(f"runtime.activation_memory=codes has no effect with {method.name} {method.bits}: {why}")
     if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise ConfigError(
             f"runtime.compile=true needs a C++ compiler on the CPU; none of these was found: {', '.join(COMPILERS)}"

@@ -20,7 +20,7 @@ from qbench.experiment.session import TrainingSession, record_failure
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.layers import NotFinite
 from qbench.quant.method import Unsupported
-from qbench.quant.ops import compress_activations
+from qbench.quant.ops import activation_memory
 from qbench.quant.probe import Probe
 from qbench.runs import manifest
 from qbench.runs.directory import RunDirectory
@@ -161,7 +161,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         )  # fmt: skip
         state = _state(task, session.saved, setup.seed)
         anomalies = torch.is_anomaly_enabled() or setup.config.debug
-        with compress_activations(setup.runtime.compress_activations), torch.autograd.set_detect_anomaly(anomalies):
+        with activation_memory(setup.runtime.activation_memory), torch.autograd.set_detect_anomaly(anomalies):
             train(task, state, session.watch(task, state, loader.batch_size))
         reporter.stop()
         return final_result(setup, task, state, loader, session, compared)

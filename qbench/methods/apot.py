@@ -154,7 +154,6 @@ def _top(w: Tensor, edge_scale: str) -> Tensor:
     return torch.where(top > 0, top, torch.ones_like(top))
 
 
-@in_float32
 def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     """Quantize activations (any shape) to 2^bits levels from 0 to alpha.
 
@@ -179,7 +178,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
         above = grad - grad_between(grad, v, -torch.inf, next_float(1, torch.inf, v.dtype))
         return inside, project(v, bits).sub_(v).mul_(inside).sum() + above.sum()
 
-    return fused_quantizer(x, alpha.to(x.dtype), plain=plain, value=value, backward=backward)
+    return fused_quantizer(x, alpha, plain=plain, value=value, backward=backward)
 
 
 class APoTWeight(LearnedClip):

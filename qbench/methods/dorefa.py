@@ -126,7 +126,6 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
     return fused_quantizer(t, plain=plain, value=value, backward=backward)
 
 
-@in_float32
 def quantize_activation(x: Tensor, bits: int) -> Tensor:
     """Return Qk(clip(x, 0, 1)) for activations (any shape). The result has 2^bits levels in [0, 1].
 
@@ -141,6 +140,7 @@ def quantize_activation(x: Tensor, bits: int) -> Tensor:
         value=lambda x: divide_codes_(x.clamp(0, 1).mul_(n).round_(), n),
         backward=lambda grad, x: grad_within(grad, x, 0, 1),
         cells=_cells_of_clip(n),
+        masks=True,
     )
 
 
@@ -155,7 +155,6 @@ def _cells_of_clip(n: float) -> Cells:
     return Cells(number, lambda c: c.sub_(1).div_(n), int(n) + 3)
 
 
-@in_float32
 def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
     """Quantize activations with h(x) = min(1, |x|), as the authors' SVHN script did until October 2018."""
     if bits == FLOAT:
@@ -166,6 +165,7 @@ def quantize_activation_abs(x: Tensor, bits: int) -> Tensor:
         plain=lambda x: quantize_k(x.abs().clamp(max=1), bits),
         value=lambda x: divide_codes_(x.abs().clamp_(max=1).mul_(n).round_(), n),
         backward=lambda grad, x: grad_within(grad, x, -1, 1).mul_(x.sign()),
+        masks=True,
     )
 
 

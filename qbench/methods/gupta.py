@@ -94,7 +94,7 @@ from qbench.quant.fused_kernels import blockwise, grad_within, stochastic_roundi
 from qbench.quant.image import ImageQuantizer
 from qbench.quant.layers import QLayer, quantized_layers
 from qbench.quant.method import Method, Requires, Unsupported
-from qbench.quant.ops import fused_quantizer, in_float32, on_backward, straight_through
+from qbench.quant.ops import fused_quantizer, on_backward, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -104,7 +104,6 @@ INTEGERS = range(-16, 17)
 MOMENTUM_STATE = ("momentum_buffer", "exp_avg")  # the names in SGD and in Adam
 
 
-@in_float32
 def to_fixed(
     x: Tensor, integer_bits: int, fraction_bits: int, rounding: str, *, generator: Generator | None = None
 ) -> Tensor:
@@ -149,6 +148,7 @@ def to_fixed(
         plain=lambda x: straight_through(x.clamp(low, high), value(x)),
         value=value,
         backward=lambda grad, x: grad_within(grad, x, low, high),
+        masks=True,
         repeatable=rounding == "nearest",
     )
 

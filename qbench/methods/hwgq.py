@@ -88,7 +88,7 @@ from qbench.quant.fused_kernels import (
     step_function,
 )
 from qbench.quant.method import Method, Requires, Unsupported
-from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, straight_through, surrogate
+from qbench.quant.ops import Cells, fused_quantizer, in_float32, sign, straight_through, surrogate, wide_type
 from qbench.quant.quantizer import Grid, Quantizer
 
 BACKWARDS = ("vanilla", "clipped", "log_tailed")
@@ -126,7 +126,6 @@ def half_step_levels(bits: int) -> Tensor:
     return torch.tensor([i * _step(m, 0.5) for i in range(1, m + 1)])
 
 
-@in_float32
 def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
     """Quantize activations (any shape) to 0 and the positive `levels` (m,), which are in ascending order.
 
@@ -138,14 +137,13 @@ def quantize_activation(x: Tensor, levels: Tensor, backward: str = "clipped") ->
     """
     if backward not in BACKWARDS:
         raise ValueError(f"backward={backward}: must be one of {', '.join(BACKWARDS)}")
-    levels = levels.to(x)
+    levels = levels.to(x.device, wide_type(x))
     return _quantized(x, torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2]), levels, backward)
 
 
-@in_float32
 def quantize_activation_half_step(x: Tensor, levels: Tensor, backward: str = "clipped") -> Tensor:
     """Quantize activations to 0 and equally spaced positive `levels` (m,). The first threshold is half a step."""
-    levels = levels.to(x)
+    levels = levels.to(x.device, wide_type(x))
     return _quantized(x, torch.cat([levels[:1] / 2, (levels[1:] + levels[:-1]) / 2]), levels, backward)
 
 
@@ -165,7 +163,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
     cells = None if backward == "log_tailed" else _cells(thresholds, levels)
     value = partial(step_function, edges=thresholds, heights=levels)
-    return fused_quantizer(x, plain=plain, value=value, backward=derivative, cells=cells)
+    return fused_quantizer(x, plain=plain, value=value, backward=derivative, cells=cells, masks=backward == "clipped")
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
@@ -186,7 +184,6 @@ def binarize_weight(w: Tensor) -> Tensor:
     return straight_through(w, filter_scale(w) * sign(w))
 
 
-@in_float32
 def binarize_activation(x: Tensor) -> Tensor:
     """Return sign(x) for activations (any shape), with sign(0) = +1. The gradient is 1 where |x| <= 1, else 0."""
     return fused_quantizer(
@@ -196,6 +193,7 @@ def binarize_activation(x: Tensor) -> Tensor:
         backward=lambda grad, x: grad_within(grad, x, -1, 1),
         # four cells: x < -1, [-1, 0), [0, 1], x > 1; value and gradient are constant in each
         cells=Cells(lambda x: at_least(x, -1).add_(at_least(x, 0)).add_(above(x, 1)), lambda c: c.sub_(1.5), 4),
+        masks=True,
     )
 
 

@@ -60,7 +60,7 @@ from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import grad_between
 from qbench.quant.layers import FloatLayer, clamp_min_, float_mode, quantized_layers
 from qbench.quant.method import Method, Requires
-from qbench.quant.ops import fused_quantizer, in_float32, on_backward, round_ste
+from qbench.quant.ops import fused_quantizer, on_backward, round_ste
 from qbench.quant.probe import Probe
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
@@ -72,7 +72,6 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
     return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-@in_float32
 def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """Quantize x (any shape) to `step` times an integer from -Qn to Qp (see `limits`). Eq. 1-3.
 
@@ -102,7 +101,7 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
         # ... and round(v) - v elsewhere, which is 0 at the ends
         return inside, _sum_to(v.round().sub_(v).mul_(grad), step) + at_ends
 
-    return fused_quantizer(x, step.to(x.dtype), plain=plain, value=value, backward=backward)
+    return fused_quantizer(x, step, plain=plain, value=value, backward=backward)
 
 
 def _sum_to(values: Tensor, step: Tensor) -> Tensor:

@@ -57,13 +57,12 @@ from qbench.methods.dorefa import DoReFaWeight
 from qbench.quant.fused_kernels import at_least, grad_between, next_float, scalar
 from qbench.quant.layers import clamp_min_
 from qbench.quant.method import Method, Requires
-from qbench.quant.ops import Cells, fused_quantizer, in_float32, levels_k, straight_through
+from qbench.quant.ops import Cells, fused_quantizer, levels_k, straight_through
 from qbench.quant.quantizer import Grid, Quantizer
 
 SMALLEST = 1e-3
 
 
-@in_float32
 def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     """Quantize activations (any shape) to 2^bits levels in [0, alpha]. Eq. 1-3.
 
@@ -88,7 +87,6 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
         # x's gradient: where 0 <= x < alpha
         return grad_between(grad, x, next_float(0, -inf, x.dtype), top), clipped.sum()
 
-    alpha = alpha.to(x.dtype)
     return fused_quantizer(x, alpha, plain=plain, value=value, backward=backward, cells=_cells(alpha.detach(), n))
 
 

@@ -54,7 +54,7 @@ from torch import Tensor
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import grad_within
 from qbench.quant.method import Method, Requires
-from qbench.quant.ops import fused_quantizer, in_float32, round_ste, straight_through
+from qbench.quant.ops import fused_quantizer, in_float32, round_ste, straight_through, wide_type
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
@@ -73,14 +73,13 @@ def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-@in_float32
 def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Quantize activations (any shape) to 2^bits levels over [low, high], shifted so that 0 is a level.
 
     Args:
         low, high: ends of the range, scalars with low <= 0 <= high.
     """
-    step, zero = step_and_zero(low.to(x.dtype), high.to(x.dtype), bits)
+    step, zero = step_and_zero(low.to(wide_type(x)), high.to(wide_type(x)), bits)
     top = 2**bits - 1
 
     def plain(x: Tensor) -> Tensor:

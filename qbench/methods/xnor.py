@@ -123,7 +123,6 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
     return straight_through(on_backward(w, exact), value)
 
 
-@in_float32
 def binarize_activation(x: Tensor) -> Tensor:
     """Return sign(x) for activations (any shape), with sign(0) = +1. The gradient is 1 where |x| < 1, else 0."""
     return fused_quantizer(
@@ -133,6 +132,7 @@ def binarize_activation(x: Tensor) -> Tensor:
         backward=lambda grad, x: grad_between(grad, x, -1, 1),
         # four cells: x <= -1, (-1, 0), [0, 1), x >= 1; value and gradient are constant in each
         cells=Cells(lambda x: above(x, -1).add_(at_least(x, 0)).add_(at_least(x, 1)), lambda c: c.sub_(1.5), 4),
+        masks=True,
     )
 
 

@@ -37,7 +37,7 @@ def scalar(x: Tensor) -> float | Tensor:
 
 
 def next_float(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
-    """Return the number of type `dtype` that is next to `value` in the direction of `towards`.
+    """Return the first number of type `dtype` beyond `value` in the direction of `towards`.
 
     With the returned number as a bound, an open interval includes `value`.
     """
@@ -48,7 +48,10 @@ def next_float(value: float | Tensor, towards: float, dtype: torch.dtype) -> flo
 
 @lru_cache
 def _next_float_of_number(value: float, towards: float, dtype: torch.dtype) -> float:
-    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(towards, dtype=dtype)).item()
+    number = torch.tensor(value, dtype=dtype)
+    if (number.item() - value) * towards > 0:  # `value` was rounded to a number beyond it
+        return number.item()
+    return torch.nextafter(number, torch.tensor(towards, dtype=dtype)).item()
 
 
 def divide_codes_(codes: Tensor, n: float) -> Tensor:

@@ -93,7 +93,7 @@ class Method:
             describe the weight quantizer within a scale group. "monotone_input" and "idempotent_input" describe the
             activation quantizer. "clipped_input" means that the gradient of the activation quantizer is 0 beyond the
             outermost levels and nonzero everywhere between them. "cells_input" means that, up to 8 bits, the backward
-            pass of the activation quantizer needs only the level of each element (`ops.compress_activations`).
+            pass of the activation quantizer needs only the level of each element (`ops.activation_memory`).
             "no_master" means that the parameters themselves are on the levels, so that they must not be averaged.
         weight, input, output: factories of quantizers, of the types `QuantizerFactory` and `OutputFactory`.
         prepare: function of (model, probe) that is called once, after the quantizers are installed and before the

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qbench.quant.fused_kernels import at_least
 
 P = ParamSpec("P")
+Setting = TypeVar("Setting", bool, str)
 Context = Any
 """The context that autograd passes to a Function. It is `Any`, because torch declares no types for its attributes."""
 
@@ -44,7 +45,11 @@ TRANSFORMS = (
 
 _rounding = ContextVar("rounding", default=True)
 _fused = ContextVar("fused", default=True)
-_compressing = ContextVar("compressing", default=False)
+_memory = ContextVar("memory", default="recompute")
+
+HALF = (torch.float16, torch.bfloat16)
+"""Types that quantizers convert to float32. They have too few significant bits for the arithmetic of 8-bit quantizers.
+"""
 
 
 def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
@@ -57,15 +62,20 @@ def in_float32(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[C
 
     @wraps(function)
     def wrapped(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        if x.dtype in (torch.float16, torch.bfloat16):
+        if x.dtype in HALF:
             return function(x.float(), *args, **kwargs).to(x.dtype)
         return function(x, *args, **kwargs)
 
     return wrapped
 
 
+def wide_type(x: Tensor) -> torch.dtype:
+    """Return the type in which a quantizer computes: float32 if x has half precision, else the type of x."""
+    return torch.float32 if x.dtype in HALF else x.dtype
+
+
 @contextmanager
-def _switched(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+def _switched(variable: ContextVar[Setting], value: Setting) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield
@@ -93,12 +103,15 @@ def without_rounding() -> Iterator[None]:
 
 
 @contextmanager
-def compress_activations(on: bool = True) -> Iterator[None]:
-    """Make activation quantizers save only one or two bytes per element for the backward pass, within a `with` block.
+def activation_memory(mode: str) -> Iterator[None]:
+    """Select what quantized layers keep for the backward pass within a `with` block. Results are bit-identical.
 
-    A quantizer does this only if its gradients stay bit-identical.
+    Args:
+        mode: `recompute`: quantizers keep their input, and their output is recomputed when the next layer needs it;
+            `keep`: both are kept, which is faster; `codes`: quantizers keep the index of the level of each element in
+            one or two bytes, if this is enough to compute the gradients, and else do the same as with `recompute`.
     """
-    with _switched(_compressing, on):
+    with _switched(_memory, mode):
         yield
 
 
@@ -211,34 +224,52 @@ Values = Callable[..., Tensor]
 Gradients = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
+class _Forms(NamedTuple):
+    """The arguments of `fused_quantizer` that are functions."""
+
+    plain: Values
+    value: Values
+    backward: Gradients
+
+    def in_float32(self, dtype: torch.dtype, masks: bool) -> "_Forms":
+        """Return the forms for x of a half-precision type. They compute in float32, and results have the type `dtype`.
+
+        If the backward pass is only a mask of the gradient, it computes in half precision, with the same result.
+        """
+
+        def backward(grad: Tensor, x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+            half = masks and x.dtype == dtype
+            result = self.backward(grad, x, *learned) if half else self.backward(grad.float(), x.float(), *learned)
+            first, *others = result if isinstance(result, tuple) else (result,)
+            return first.to(dtype), *others
+
+        return _Forms(
+            lambda x, *learned: self.plain(x.float(), *learned).to(dtype),
+            lambda x, *learned: self.value(x.float(), *learned).to(dtype),
+            backward,
+        )
+
+
 class _Fused(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, saved: Tensor | None, restore: Values, forms: "_Forms", *learned: Tensor
+        ctx: Context, x: Tensor, saved: Tensor | None, restore: Values, forms: _Forms, *learned: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x if saved is None else saved, *learned)
-        ctx.compressed, ctx.restore, ctx.forms = saved is not None, restore, forms
+        ctx.as_codes, ctx.restore, ctx.forms = saved is not None, restore, forms
         return forms.value(x, *learned)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, *learned = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph=True, the gradient is differentiated too
-            if ctx.compressed:
-                raise NotImplementedError("second derivatives need runtime.compress_activations=false")
+            if ctx.as_codes:
+                raise NotImplementedError("second derivatives need runtime.activation_memory=recompute or keep")
             first, *others = _gradients_by_definition(ctx.forms.plain, grads[0], saved, *learned)
         else:
             result = ctx.forms.backward(grads[0], ctx.restore(saved), *learned)
             first, *others = result if isinstance(result, tuple) else (result,)
         return first, None, None, None, *others
-
-
-class _Forms(NamedTuple):
-    """The arguments of `fused_quantizer` that are functions or cells."""
-
-    plain: Values
-    value: Values
-    backward: Gradients
 
 
 def _gradients_by_definition(plain: Values, grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
@@ -259,19 +290,23 @@ def fused_quantizer(
     value: Values,
     backward: Gradients,
     cells: Cells | None = None,
+    masks: bool = False,
     repeatable: bool = True,
 ) -> Tensor:
     """Apply an elementwise quantizer that saves only one tensor for the backward pass.
 
-    Inside `compress_activations`, the saved tensor contains the cell of each element of x. Otherwise, x itself is
+    With `activation_memory("codes")`, the saved tensor contains the cell of each element of x. Otherwise, x itself is
     saved.
 
     The next operation often needs the quantized values for its own backward pass. Inside `recompute_in_backward`, the
     next operation does not save these values but recomputes them. The result must therefore not be modified in place.
 
+    The functions get x in float32 if x has half precision, and the result has the type of x.
+
     Args:
         x: the float values.
-        learned: the learned parameters, such as scales, that get gradients.
+        learned: the learned parameters, such as scales, that get gradients. The functions get them in the same type as
+            x.
         plain: function of `(x, *learned)` that returns the quantized x. This function is the definition, and autograd
             can differentiate it twice.
         value: function of `(x, *learned)` that returns the same result as `plain` in few passes over memory. All passes
@@ -279,27 +314,40 @@ def fused_quantizer(
         backward: function of `(grad, x, *learned)` that returns the gradient of x, or the gradients of x and all
             `learned`.
         cells: the cells of the step function, or None. More than `MAX_CELLS` cells are ignored.
+        masks: whether `backward` only keeps or drops each element of grad, by comparisons of x. It then also computes
+            in half precision.
         repeatable: whether `value` returns the same result when it is called again. Pass False if `value` uses random
             numbers. The result is then saved and never recomputed.
     """
+    forms = _Forms(plain, value, backward)
+    learned = tuple(t.to(wide_type(x)) for t in learned)
+    if x.dtype in HALF:
+        forms = forms.in_float32(x.dtype, masks)
     if torch.compiler.is_compiling() or not _fused.get():
-        return plain(x, *learned)
+        return forms.plain(x, *learned)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *learned)):
         if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]  # the derivative would be 0
             raise NotImplementedError(TRANSFORMS)
-        return value(x.detach(), *learned)
+        return forms.value(x.detach(), *learned)
     # Save x itself for the backward pass, or the numbers of its cells in one or two bytes per element.
-    saved, compressed = x.detach(), None
+    saved, codes = x.detach(), None
     restore: Values = _identity
-    if _compressing.get() and cells and cells.size <= MAX_CELLS:
-        dtype, number_type = x.dtype, torch.uint8 if cells.size <= 256 else torch.int16
-        saved, restore = cells.number(saved).to(number_type), lambda number: cells.inside(number.to(dtype))
-        compressed = saved
-    result = _apply(_Fused, x, compressed, restore, _Forms(plain, value, backward), *learned)
-    if repeatable:
+    mode = _memory.get()
+    if mode == "codes" and cells and cells.size <= MAX_CELLS:
+        saved, restore = _as_codes(saved, cells)
+        codes = saved
+    result = _apply(_Fused, x, codes, restore, forms, *learned)
+    if repeatable and mode != "keep":
         fixed = [parameter.detach() for parameter in learned]
-        result.recompute = lambda: value(restore(saved), *fixed)  # type: ignore[attr-defined]
+        result.recompute = lambda: forms.value(restore(saved), *fixed)  # type: ignore[attr-defined]
     return result
+
+
+def _as_codes(x: Tensor, cells: Cells) -> tuple[Tensor, Values]:
+    """Return the number of the cell of each element, and a function that returns elements of these cells."""
+    dtype = wide_type(x)
+    numbers = cells.number(x.to(dtype)).to(torch.uint8 if cells.size <= 256 else torch.int16)
+    return numbers, lambda number: cells.inside(number.to(dtype))
 
 
 def _identity(x: Tensor) -> Tensor:

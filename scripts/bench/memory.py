@@ -68,7 +68,7 @@ def main() -> None:
             continue
         model = installed(method).train()
         columns = [alive(model, images) / bases[0], saved(model, images) / bases[1]]
-        with ops.compress_activations():
+        with ops.activation_memory("codes"):
             columns += [alive(model, images) / bases[0], saved(model, images) / bases[1]]
         with ops.reference_kernels():
             columns += [alive(model, images) / bases[0]]

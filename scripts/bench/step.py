@@ -23,13 +23,14 @@ from measure import interleaved, machine, markdown, seconds, versions
 from peers import contenders
 from peers_venv import VENV, enter
 from plain import NHWC, SHAPE, Act, Conv, Device, Work, data, plain, training_step
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.config import registry
 from qbench.config.schema import Optim
 from qbench.experiment.device import COMPILERS, bf16_autocast, tune_malloc
 from qbench.methods import dorefa
+from qbench.quant import ops
 from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
@@ -146,6 +147,21 @@ def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
     return make_step
 
 
+def remembering(mode: str, make: Callable[[Device], Work]) -> Callable[[Device], Work]:
+    """Return a function that makes a step as runtime.activation_memory does."""
+
+    def make_step(device: Device) -> Work:
+        work = make(device)
+
+        def step() -> Tensor:
+            with ops.activation_memory(mode):
+                return work()
+
+        return step
+
+    return make_step
+
+
 def dorefa_w2a2() -> nn.Module:
     """Return a network with DoReFa at 2 bits for weights and activations."""
     return installed(dorefa.build(w=2, a=2))
@@ -174,6 +190,9 @@ def main() -> None:
         if any(map(shutil.which, COMPILERS)):
             makes[f"{name}, runtime.compile=true"] = compiled(net)
         makes[f"{name}, runtime.precision=bf16"] = half_precision(net)
+    for mode in ("keep", "codes"):
+        for name in ("dorefa w2a2", "dorefa w2a2, runtime.precision=bf16"):
+            makes[f"{name}, runtime.activation_memory={mode}"] = remembering(mode, makes[name])
     if not options.no_peers:
         makes |= {f"peer: {name}": make for name, make in contenders().items()}
     words = [*options.names, "fp32"] if options.names else [""]

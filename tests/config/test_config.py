@@ -298,6 +298,15 @@ def test_the_command_line_overrides_an_experiment_file(configure: Configure) -> 
     assert configure("epochs=5", "experiment=smoke", "method=dorefa").epochs == 5
 
 
+@pytest.mark.parametrize(("before", "now"), [(False, "recompute"), (True, "codes")])
+def test_a_configuration_that_an_earlier_version_stored_is_read(configure: Configure, before: bool, now: str) -> None:
+    config = configure("method=dorefa", f"runtime.activation_memory={now}")
+    values = to_dict(config)
+    del values["runtime"]["activation_memory"]
+    values["runtime"]["compress_activations"] = before
+    assert from_dict(values) == config
+
+
 def test_a_stored_configuration_comes_back(configure: Configure) -> None:
     config = configure("method=dorefa", "bits=w2a2g6", "layers.rules={layer1.*: 8}", "optim=sgd_step")
     again = from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))))

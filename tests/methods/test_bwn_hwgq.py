@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qbench.methods import hwgq, xnor
 from qbench.methods.hwgq import binarize_weight, half_wave_levels, quantize_activation
-from qbench.quant.ops import compress_activations, reference_kernels
+from qbench.quant.ops import activation_memory, reference_kernels
 
 Subject = Callable[..., Tensor]
 
@@ -402,7 +402,7 @@ def test_the_sign_control_of_hwgq_passes_the_gradient_at_its_ends() -> None:
     site = hwgq.build(w=1, a=1, levels="sign").input
     assert site is not None
     quantizer = site("conv", torch.nn.Conv2d(1, 1, 1), 1)
-    for contexts in ([], [reference_kernels()], [compress_activations()]):
+    for contexts in ([], [reference_kernels()], [activation_memory("codes")]):
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)

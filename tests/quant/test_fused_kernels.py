@@ -20,6 +20,7 @@ from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
 
+MODES = ("recompute", "keep", "codes")
 METHODS = [name for name in registry.names("method") if name not in ("float",)]
 
 
@@ -39,10 +40,10 @@ def edge_cases(levels: int = 4) -> Tensor:
 
 
 def all_forms(function, x: Tensor, *learned: Tensor) -> list[list[Tensor]]:
-    """Return value and gradients of the fused form, the compressed form, and the plain definition."""
+    """Return value and gradients with `recompute`, `keep` and `codes`, and of the plain definition."""
     torch.manual_seed(1)
     upstream, results = torch.randn_like(x), []
-    for context in (ops.compress_activations(False), ops.compress_activations(), ops.reference_kernels()):
+    for context in (*map(ops.activation_memory, MODES), ops.reference_kernels()):
         leaves = [t.detach().clone().requires_grad_() for t in (x, *learned)]
         with context:
             y = function(*leaves)
@@ -91,21 +92,59 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_in_all_forms(name: str, dtype: torch.dtype) -> None:
     function, learned = ACTIVATIONS[name]
-    fused, compressed, plain = all_forms(function, edge_cases().to(dtype), *[t.to(dtype) for t in learned])
-    for other in (fused, compressed):
+    *modes, plain = all_forms(function, edge_cases().to(dtype), *[t.to(dtype) for t in learned])
+    for other in modes:
         assert torch.equal(other[0], plain[0])
         assert other[0].stride() == plain[0].stride()
         for mine, theirs in zip(other[1:], plain[1:], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
             if mine.dim():
                 assert torch.equal(mine == 0, theirs == 0)  # the masks are the same, ends included
-    assert all(torch.equal(a, b) for a, b in zip(fused[:2], compressed[:2], strict=True))
+    for other in modes[1:]:
+        assert all(map(torch.equal, modes[0], other))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", ops.HALF, ids=str)
+def test_half_precision_gives_the_results_of_float32(name: str, dtype: torch.dtype) -> None:
+    """Values and gradients are those of the plain definition in float32, rounded once."""
+    function, learned = ACTIVATIONS[name]
+    x = edge_cases().to(dtype)
+    upstream = torch.randn_like(x)
+    leaves = [x.float().requires_grad_(), *[t.clone().requires_grad_() for t in learned]]
+    with ops.reference_kernels():
+        expected = function(*leaves)
+        expected.backward(upstream.float())
+    for mode in MODES:
+        halves = [x.clone().requires_grad_(), *[t.clone().requires_grad_() for t in learned]]
+        with ops.activation_memory(mode):
+            y = function(*halves)
+            y.backward(upstream)
+        assert y.dtype == dtype
+        assert torch.equal(y, expected.to(dtype))
+        for mine, theirs in zip(halves, leaves, strict=True):
+            same = theirs.grad.to(mine.dtype)
+            torch.testing.assert_close(mine.grad, same, rtol=1e-6, atol=1e-6 * float(same.abs().max()))
+
+
+def test_half_precision_saves_half_precision() -> None:
+    """The backward pass needs two bytes for each element, or one byte with `codes`."""
+    for mode, size in (("recompute", 2), ("codes", 1)):
+        sizes: list[int] = []
+
+        def keep(t: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(t.element_size())
+            return t
+
+        with ops.activation_memory(mode), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            dorefa.quantize_activation(edge_cases().bfloat16().requires_grad_(), 2)
+        assert sizes == [size]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 @pytest.mark.parametrize("w", [torch.randn(7, 5, 3, 3), torch.zeros(3, 2), T([0.5, -0.5, 0.1]), T([-2.0])])
 def test_dorefa_weights(bits: int, w: Tensor) -> None:
-    fused, _, plain = all_forms(lambda w: dorefa.quantize_weight(w, bits), w)
+    fused, *_, plain = all_forms(lambda w: dorefa.quantize_weight(w, bits), w)
     assert torch.equal(fused[0], plain[0])
     torch.testing.assert_close(fused[1], plain[1], rtol=1e-5, atol=1e-6)
 
@@ -138,8 +177,8 @@ def trained_step(name: str, context) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", tiered(METHODS, ["apot", "dorefa", "gupta", "hwgq", "lsq", "pact", "ttq", "xnor"]))
 def test_networks_in_all_forms(name: str) -> None:
-    logits, grads = trained_step(name, ops.compress_activations(False))
-    for context in (ops.compress_activations(), ops.reference_kernels()):
+    logits, grads = trained_step(name, ops.activation_memory("recompute"))
+    for context in (ops.activation_memory("keep"), ops.activation_memory("codes"), ops.reference_kernels()):
         others, theirs = trained_step(name, context)
         assert torch.equal(logits, others)
         assert grads.keys() == theirs.keys()
@@ -192,7 +231,7 @@ def test_memory_for_backward_is_about_that_of_float(build) -> None:
     with ops.reference_kernels():
         assert alive(model) > 1.1 * alive(float_model), "the plain definition needs more"
     if "cells_input" in method.traits:
-        with ops.compress_activations():
+        with ops.activation_memory("codes"):
             assert saved(model) <= 0.65 * saved(float_model)
             assert alive(model) <= 0.68 * alive(float_model)
 

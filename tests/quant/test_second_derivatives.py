@@ -10,7 +10,7 @@ from torch.autograd import forward_ad, gradgradcheck
 from qbench.methods import dorefa, gupta, hwgq, lsq, pact, ttq, uniform, xnor
 from qbench.models import resnet
 from qbench.quant.install import install
-from qbench.quant.ops import compress_activations, reference_kernels, without_rounding
+from qbench.quant.ops import activation_memory, reference_kernels, without_rounding
 
 X = torch.linspace(-1.83, 2.71, 41)
 ONE, THREE = torch.tensor(1.0), torch.tensor(0.3)
@@ -101,9 +101,9 @@ def test_a_penalty_on_gradients_of_a_network(method: object) -> None:
 
 def test_second_derivatives_that_do_not_exist_are_refused() -> None:
     x = X.clone().requires_grad_()
-    with compress_activations():
+    with activation_memory("codes"):
         y = dorefa.quantize_activation(x, 2)
-        with pytest.raises(NotImplementedError, match="compress_activations=false"):
+        with pytest.raises(NotImplementedError, match="activation_memory=recompute"):
             torch.autograd.grad((y**3).sum(), x, create_graph=True)
     y = dorefa.DoReFaGradient(4)(x * 2, x)
     with pytest.raises(NotImplementedError, match=r"use bits\.g=32"):

@@ -547,7 +547,7 @@ method=ttq activation=hwgq
 method=bwn activation=dorefa bits.a=2
 method=dorefa bits.w=2 distill=kd
 method=dorefa distill=kd distill.temperature=4 distill.weight=0.5
-method=dorefa bits=w2a2 runtime.compress_activations=true
+method=dorefa bits=w2a2 runtime.activation_memory=codes
 method=dorefa bits=w2a2 runtime.precision=bf16
 -m experiment=claims/ttq_twn method=ttq,twn seed=0,1
 experiment=smoke method=inq model.width=4

@@ -136,7 +136,7 @@ LOGGING = {
     "few losses logged": ["runtime.log_every=7"],
     "with TensorBoard": ["runtime.tensorboard=true"],
     "with a live progress bar": ["runtime.progress=true"],
-    "activations kept as integers": ["runtime.compress_activations=true"],
+    "activations kept as integers": ["runtime.activation_memory=codes"],
     "evaluated twice": [],
 }
 every_method = pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_the_responses_of_a_layer_that_is_called_with_two_sizes_are_vectors() ->
 def test_precision_and_compilation_are_part_of_the_identity_and_memory_saving_is_not(smoke: Configure) -> None:
     usual = smoke("method=dorefa", "bits=w2a2")
     assert run_identity(usual).keys["runtime"] == {"threads": 1, "deterministic": True}
-    for word, same in (("compress_activations=true", True), ("precision=bf16", False), ("compile=true", False)):
+    for word, same in (("activation_memory=codes", True), ("precision=bf16", False), ("compile=true", False)):
         other = smoke("method=dorefa", "bits=w2a2", f"runtime.{word}")
         assert (run_identity(other).digest == run_identity(usual).digest) is same
         assert (run_identity(other).protocol == run_identity(usual).protocol) is (word != "precision=bf16"), (
@@ -308,10 +308,11 @@ def test_precision_and_compilation_are_part_of_the_identity_and_memory_saving_is
         )
 
 
-def test_compressed_activations_give_identical_weights(smoke: Configure, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["keep", "codes"])
+def test_activations_in_memory_give_identical_weights(smoke: Configure, tmp_path: Path, mode: str) -> None:
     first = run(planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}")))
     second = run(
-        planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", "runtime.compress_activations=true"))
+        planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", f"runtime.activation_memory={mode}"))
     )
     assert first.weights_sha256 == second.weights_sha256
     assert first.final == second.final
@@ -325,9 +326,9 @@ def test_compressed_activations_give_identical_weights(smoke: Configure, tmp_pat
         (("method=dorefa", "bits=w2a16"), "needs the float activations"),
     ],
 )
-def test_compression_without_effect_is_an_error(smoke: Configure, words: tuple[str, ...], why: str) -> None:
+def test_codes_without_effect_are_an_error(smoke: Configure, words: tuple[str, ...], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        run(planned_run(smoke(*words, "runtime.compress_activations=true")))
+        run(planned_run(smoke(*words, "runtime.activation_memory=codes")))
 
 
 def test_bfloat16_trains_with_exact_levels(smoke: Configure) -> None:
