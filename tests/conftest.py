@@ -1,13 +1,18 @@
 """What the tests share: configurations composed as by the command line, and small runs."""
 
+import copy
+import gc
 import os
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qbench.cli.main import STARTUP_OBJECTS
 from qbench.config import compose
 from qbench.config.schema import Config
 
@@ -31,6 +36,12 @@ def tiered(values: Iterable[Any], fast: Collection[Any]) -> list[Any]:
     return [value if value in fast else pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of garbage collection, which is rarer too. It took a third of composing."""
+    gc.freeze()
+    gc.set_threshold(STARTUP_OBJECTS)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -45,10 +56,23 @@ def configure(tmp_path: Path) -> Configure:
 
     def made(*words: str) -> Config:
         by_key = {word.partition("=")[0]: word for word in (f"out={tmp_path}", *words)}
-        (config,) = compose.configurations(list(by_key.values()))
-        return config
+        out = by_key.pop("out").partition("=")[2]
+        return replace(copy.deepcopy(composed(*by_key.values())), out=out)
 
     return made
+
+
+def composed(*words: str) -> Config:
+    """Return the configuration that words define. Words that name no files are composed once, which takes long."""
+    return (_composed if any("/" in word for word in words) else _composed_once)(*words)
+
+
+def _composed(*words: str) -> Config:
+    (config,) = compose.configurations(list(words))
+    return config
+
+
+_composed_once = cache(_composed)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ import torch
 from torch import Generator, Tensor
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.fused_kernels import divide_codes_, grad_within, uniform
+from qbench.quant.fused_kernels import divide_codes_, grad_within, scalar, uniform
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import (
     Cells,
@@ -108,22 +108,25 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         top = t.abs().max()  # differentiated: the gradient also passes through the maximum
         return 2 * quantize_k(t / (2 * torch.where(top == 0, torch.ones_like(top), top)) + 0.5, bits) - 1
 
-    t = torch.tanh(w)
-    top = t.detach().abs().amax()
-    top = torch.where(top == 0, 1.0, top)  # weights that are all zero: avoid 0/0
-
     def value(t: Tensor) -> Tensor:
-        return divide_codes_(t.div(2 * top).add_(0.5).mul_(n).round_(), n).mul_(2).sub_(1)
+        return divide_codes_(t.div(2 * _largest(t)).add_(0.5).mul_(n).round_(), n).mul_(2).sub_(1)
 
     def backward(grad: Tensor, t: Tensor) -> Tensor:
+        top = _largest(t)
         # -1 or 1 where |t| is the maximum, else 0
         ends = t.div(top).trunc_()
         # gradient of the maximum, divided equally among the elements that attain it
-        share = (grad * t).sum().div_(top).div_(ends.abs().sum().clamp_(min=1))
+        share = scalar((grad * t).sum() / ends.abs().sum().clamp_(min=1)) / top
         # gradient of t / top with respect to t: (grad - ends * share) / top
-        return torch.addcmul(grad, ends, share, value=-1).div_(top)
+        return grad.sub(ends.mul_(share)).div_(top)
 
-    return fused_quantizer(t, plain=plain, value=value, backward=backward)
+    return fused_quantizer(torch.tanh(w), plain=plain, value=value, backward=backward)
+
+
+def _largest(t: Tensor) -> float | Tensor:
+    """Return max|t|, or 1 if all weights are zero, to avoid 0/0."""
+    top = scalar(torch.linalg.vector_norm(t.detach(), torch.inf))
+    return torch.where(top == 0, 1.0, top) if isinstance(top, Tensor) else top or 1.0
 
 
 def quantize_activation(x: Tensor, bits: int) -> Tensor:
