@@ -41,6 +41,11 @@ def as_bf16_network(model: nn.Module) -> nn.Module:
     return model
 
 
+def slow_bf16(runtime: Runtime, device: torch.device) -> bool:
+    """Return whether the processor lacks AVX-512, so that torch computes convolutions in bfloat16 slowly."""
+    return runtime.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def configure_torch(runtime: Runtime) -> None:
     """Set the number of threads, determinism, float32 precision and memory allocation of this process."""
     torch.set_num_threads(runtime.threads)

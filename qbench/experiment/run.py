@@ -14,6 +14,7 @@ from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import has_other_data, other_data_error
+from qbench.experiment.device import slow_bf16
 from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
@@ -141,6 +142,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         )
     if setup.data.note:
         reporter.say(setup.data.note)
+    if slow_bf16(setup.runtime, setup.device):
+        reporter.say("warning: runtime.precision=bf16 is slower than fp32 here: this processor has no AVX-512")
     data_sha256 = images_sha256(setup.data)
     session = TrainingSession(
         directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256

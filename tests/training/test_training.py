@@ -339,6 +339,16 @@ def test_bfloat16_trains_with_exact_levels(smoke: Configure) -> None:
     assert usual.weights_sha256 != result.weights_sha256
 
 
+@pytest.mark.parametrize(("instructions", "slow"), [("AVX2", True), ("AVX512", False), ("SVE256", False)])
+def test_a_processor_that_is_slow_in_bfloat16(
+    smoke: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], instructions: str, slow: bool
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: instructions)
+    words = ("method=float", "runtime.precision=bf16")
+    run(planned_run(smoke(*words)))
+    assert ("runtime.precision=bf16 is slower than fp32 here" in capfd.readouterr().err) is slow
+
+
 def test_compile_needs_a_compiler(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match=r"runtime.compile=true needs a C\+\+ compiler"):
