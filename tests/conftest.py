@@ -36,6 +36,11 @@ def tiered(values: Iterable[Any], fast: Collection[Any]) -> list[Any]:
     return [value if value in fast else pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
+def long_tier(*values: Any) -> Any:
+    """Return one parameter of a test, with a value for each name, that belongs to the long tier alone."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 def pytest_collection_finish() -> None:
     """Leave modules and tests out of garbage collection, which is rarer too. It took a third of composing."""
     gc.freeze()

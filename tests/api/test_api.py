@@ -13,7 +13,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiered
 
 import qbench
 from qbench.analysis.description import description
@@ -246,7 +246,7 @@ def test_a_frame_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
         qbench.Runs().to_frame()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", tiered(["fp32", "bf16"], ["fp32"]))
 def test_a_loaded_network_has_the_accuracy_of_the_result(precision: str, tmp_path: Path) -> None:
     result = qbench.run(*WORDS, f"runtime.precision={precision}", out=tmp_path)
     network = qbench.load_model(result)

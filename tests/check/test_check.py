@@ -48,8 +48,8 @@ NOT_APPLICABLE_TO = {
 }
 
 
-FAST = ("dorefa", "gupta", "lsq", "qcnn")
-"""Methods that are checked in the fast tier. The other methods' quantizers have the properties of one of these."""
+FAST = ("dorefa", "lsq")
+"""Methods that are checked in the fast tier: with noise and with learned steps. The long tier checks all methods."""
 
 
 @pytest.mark.parametrize("name", tiered(groups.option_names("method"), FAST))
@@ -356,6 +356,12 @@ def test_the_last_line_counts_properties(findings: list[Finding], verdict: str) 
     assert report(one, findings).splitlines()[-1] == f"one: {verdict}, 0.0 s"
 
 
+def checked(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `qbench check` in a folder."""
+    command = [sys.executable, "-m", "qbench", "check", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
 def test_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(
         "from dataclasses import replace\n"
@@ -368,6 +374,23 @@ def test_the_command_line(tmp_path: Path) -> None:
         "    return replace(twn.build(w=w), name='planted', weight=lambda name, layer, bits: Bad())\n"
     )
 
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return checked(tmp_path, *words)
+
+    good, bad, unknown, nothing = run("twn"), run("planted:build"), run("method=nosuch"), run()
+    for refused in (["ttq", "dorefa"], ["ttq", "--cfg=job"], ["ttq", "bits.w=5"]):
+        assert cli(["check", *refused]) == 2, refused
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "twn: 9 properties hold, 4 are not applicable, " in good.stdout
+    assert bad.returncode == 1
+    assert "does not hold:  levels" in bad.stdout
+    assert "values are not on" in bad.stdout
+    assert unknown.returncode == nothing.returncode == 2
+    assert "did you mean" in unknown.stderr or "no such method" in unknown.stderr
+
+
+@pytest.mark.full
+def test_the_command_line_with_options_and_another_property(tmp_path: Path) -> None:
     (tmp_path / "rounded.py").write_text(
         "from dataclasses import replace\n"
         "from qbench.methods import twn\n"
@@ -378,23 +401,9 @@ def test_the_command_line(tmp_path: Path) -> None:
         "    return replace(twn.build(w=w), name='rounded', weight=lambda name, layer, bits: Bad())\n"
     )
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "qbench", "check", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    good, bad, unknown, nothing = run("twn"), run("planted:build"), run("method=nosuch"), run()
-    for refused in (["ttq", "dorefa"], ["ttq", "--cfg=job"], ["ttq", "bits.w=5"]):
-        assert cli(["check", *refused]) == 2, refused
     for holds in (["bwn", "activation=hwgq"], ["xnor", "method.scale=K"]):
         assert cli(["check", *holds]) == 0, holds
-    assert good.returncode == 0, good.stdout + good.stderr
-    assert "twn: 9 properties hold, 4 are not applicable, " in good.stdout
-    assert bad.returncode == 1
-    assert "does not hold:  levels" in bad.stdout
-    assert "values are not on" in bad.stdout
-    flat = run("rounded:build")
+    flat = checked(tmp_path, "rounded:build")
     assert flat.returncode == 1
     assert f"does not hold:  {REACH}" in flat.stdout
     assert "1 property does not hold" in flat.stdout
-    assert unknown.returncode == nothing.returncode == 2
-    assert "did you mean" in unknown.stderr or "no such method" in unknown.stderr

@@ -265,6 +265,7 @@ def test_a_damaged_baseline_is_trained_again(tmp_path: Path, run: Callable[..., 
     assert after["float-w32a32g32-s0"]["weights_sha256"] == before["float-w32a32g32-s0"]["weights_sha256"]
 
 
+@pytest.mark.full
 def test_an_interrupted_rerun_resumes(tmp_path: Path, run: Callable[..., Output]) -> None:
     words = [*KILLED, f"out={tmp_path}"]
     assert run(*words).status == 0
@@ -340,6 +341,7 @@ def _killed(out: Path, after: float, kind: signal.Signals, *more: str) -> int:
     return process.wait(timeout=60)
 
 
+@pytest.mark.full
 def test_a_signal_stops_with_status_75_and_the_same_line_resumes(tmp_path: Path, run: Callable[..., Output]) -> None:
     status = _killed(tmp_path, 0.2, signal.SIGTERM)
     assert status == 75

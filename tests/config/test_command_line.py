@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from conftest import Configure
+from conftest import Configure, long_tier, tiered
 
 from qbench.config import compose
 from qbench.config.command_line import command_line
@@ -32,7 +32,11 @@ WORDS = {  # typed -> words of the command line
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("typed", WORDS)
+FAST = [list(WORDS)[i] for i in (2, 5, 7, 8)]
+"""Keys with numbers, a second method, a rule, a key of the float baseline."""
+
+
+@pytest.mark.parametrize("typed", tiered(WORDS, FAST))
 def test_the_command_line_describes_the_same_run(typed: str, configure: Configure) -> None:
     config = configure(*typed.split())
     found = command_line(to_dict(config))
@@ -45,7 +49,9 @@ def test_the_command_line_describes_the_same_run(typed: str, configure: Configur
     assert again.out == config.out
 
 
-@pytest.mark.parametrize("name", ["ttq/resnet20_cifar10", "xnor/alexnet_bwn", "gupta/cifar_cnn_stochastic_fl12"])
+@pytest.mark.parametrize(
+    "name", ["ttq/resnet20_cifar10", long_tier("xnor/alexnet_bwn"), long_tier("gupta/cifar_cnn_stochastic_fl12")]
+)
 def test_experiments_of_papers_have_a_command_line(name: str, configure: Configure) -> None:
     config = configure(f"experiment={name}")
     found = command_line(to_dict(config))

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import Configure, tiered
+from conftest import Configure, long_tier, tiered
 from exported import about_digits, header_change, quantized
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -223,16 +223,16 @@ def test_images_outside_the_range_raise(configure: Configure) -> None:
         content.network.run(np.full((1, 1, 8, 8), 1e4))
 
 
-def test_black_and_white_images_are_within_the_range(configure: Configure) -> None:
+@pytest.mark.parametrize(("mean", "std"), [(0.1307, 0.3081), long_tier(0.2860, 0.3530), long_tier(0.4914, 0.2470)])
+def test_black_and_white_images_are_within_the_range(configure: Configure, mean: float, std: float) -> None:
     """The first layer's largest results are those of images whose float32 values are rounded outwards."""
     model, _ = quantized(configure, "method=gupta", "bits=w8a8g8")
     first = model.get_submodule("conv1")
     assert isinstance(first, nn.Conv2d)
     first.weight.data = torch.tensor([1.0, -1.0, 0.9, -0.7]).reshape(4, 1, 1, 1).expand(4, 1, 3, 3).clone()
-    for mean, std in ((0.1307, 0.3081), (0.2860, 0.3530), (0.4914, 0.2470)):
-        ends = (torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.2]) - mean) / std
-        images = ends.reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
-        check_integers(model, [images], msgspec.structs.replace(ABOUT, mean=(mean,), std=(std,)))
+    ends = (torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 0.2]) - mean) / std
+    images = ends.reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+    check_integers(model, [images], msgspec.structs.replace(ABOUT, mean=(mean,), std=(std,)))
 
 
 def test_thresholds_that_no_value_reaches_are_left_out(configure: Configure) -> None:
@@ -256,9 +256,9 @@ def refusal(model: nn.Module, images: Tensor, about: About = ABOUT) -> str:
     ("words", "message"),
     [
         (("method=ttq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
-        (("method=inq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
-        (("method=slq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
-        (("method=qd", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs"),
+        long_tier(("method=inq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
+        long_tier(("method=slq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
+        long_tier(("method=qd", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs"),
         (
             ("method=bwn",),
             "layer1.0.conv1: integer needs quantized activations, but the activations of this layer are float",
@@ -271,7 +271,7 @@ def refusal(model: nn.Module, images: Tensor, about: About = ABOUT) -> str:
             ("method=hwgq", "bits.a=4", "method.levels=optimal"),
             "layer1.0.conv1: integer does not support activations",
         ),
-        (("method=lsq", "bits=w32a2"), "no layer has quantized weights and quantized activations"),
+        long_tier(("method=lsq", "bits=w32a2"), "no layer has quantized weights and quantized activations"),
         (("method=float",), "train with bits.w=8 and bits.a=8 or less, or: qbench export RUN --to packed"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
@@ -411,20 +411,22 @@ def test_a_damaged_file_is_refused(finished: Path, tmp_path: Path) -> None:
     [
         (header_change("version", 2), "has version 2 of the format; this qbench reads version 1"),
         (header_change("about", "shape", [1, 2**20, 2**20]), "damaged"),
-        (header_change("about", "classes", 3), r"expected: \(1, 3\)"),
-        (header_change("about", {}), "damaged"),
-        (header_change("steps", []), "damaged"),
+        long_tier(header_change("about", "classes", 3), r"expected: \(1, 3\)"),
+        long_tier(header_change("about", {}), "damaged"),
+        long_tier(header_change("steps", []), "damaged"),
         (header_change("steps", 0, 0, "system"), "calls an unknown function"),
         (header_change("steps", 0, 1, [5]), r"step 0 reads the steps \[5\]"),
-        (header_change("steps", 0, 2, {"stride": [0, 0]}), "damaged"),
-        (header_change("steps", 0, 2, {"command": "ls"}), "damaged"),
-        (header_change("steps", 0, 3, "weight", ["<f8", [2**30, 2**30]]), "damaged"),
+        long_tier(header_change("steps", 0, 2, {"stride": [0, 0]}), "damaged"),
+        long_tier(header_change("steps", 0, 2, {"command": "ls"}), "damaged"),
+        long_tier(header_change("steps", 0, 3, "weight", ["<f8", [2**30, 2**30]]), "damaged"),
         (header_change("steps", 0, 3, "weight", ["O", [1]]), "is not a type"),
         (header_change("steps", 0, 3, "weight", [[40, 0, 1], [8]]), "codes of 40 bits"),
-        (header_change("steps", 0, 3, "weight", ["<i1", [-1]]), "-1 is not a size"),
-        (header_change("steps", 0, 3, "weight", ["thresholds", [2**30, 4]]), "damaged"),
-        (header_change("steps", 0, 3, "weight", ["thresholds", [1, 1]]), "damaged"),
-        (header_change("steps", 0, ["pad", [-1], {"amounts": [[0, 2**20], [0, 2**10], [0, 2**10]]}, {}]), "damaged"),
+        long_tier(header_change("steps", 0, 3, "weight", ["<i1", [-1]]), "-1 is not a size"),
+        long_tier(header_change("steps", 0, 3, "weight", ["thresholds", [2**30, 4]]), "damaged"),
+        long_tier(header_change("steps", 0, 3, "weight", ["thresholds", [1, 1]]), "damaged"),
+        long_tier(
+            header_change("steps", 0, ["pad", [-1], {"amounts": [[0, 2**20], [0, 2**10], [0, 2**10]]}, {}]), "damaged"
+        ),
     ],
     ids=map(str, range(16)),
 )

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import Configure, tiered
+from conftest import Configure, long_tier, tiered
 from exported import about_digits, header_change, quantized
 from torch import Tensor, nn
 
@@ -44,6 +44,8 @@ from qbench.runs.reader import read_run
 from qbench.training.safetensors_file import load_safetensors
 
 METHODS = [name for name in groups.option_names("method") if name != "float"]
+FAST = ("dorefa", "gupta", "inq", "lsq", "qcnn", "qd", "xnor")
+"""Methods that are packed in the fast tier: equal steps, powers of two, codebooks, buckets and signs."""
 ABOUT = about_digits("packed")
 finished = exported.finished
 DRAWS = np.random.default_rng(0)
@@ -65,7 +67,7 @@ def check_packed(model: nn.Module, batches: list[Tensor]) -> packed.Packed:
     return content
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", tiered(METHODS, FAST))
 @pytest.mark.parametrize("place", tiered(["narrow", "middle", "wide"], ["middle"]))
 def test_every_method_at_every_width_has_the_same_bits(name: str, place: str, configure: Configure) -> None:
     pairs = widths(name)
@@ -89,19 +91,19 @@ def test_every_method_at_every_width_has_the_same_bits(name: str, place: str, co
 @pytest.mark.parametrize(
     "words",
     [
-        ("method=dorefa", "bits=w2a2g4", "method.activation=abs"),
-        ("method=dorefa", "bits=w3a3", "method.activation=tanh"),
+        long_tier(("method=dorefa", "bits=w2a2g4", "method.activation=abs")),
+        long_tier(("method=dorefa", "bits=w3a3", "method.activation=tanh")),
         ("method=xnor", "method.scale=K"),
-        ("method=hwgq", "method.threshold=half_step", "bits.a=3"),
+        long_tier(("method=hwgq", "method.threshold=half_step", "bits.a=3")),
         ("method=hwgq", "bits.a=8", "method.levels=optimal"),
         ("method=uniform", "layers.first=8", "layers.last=8"),
-        ("method=uniform", "bits=w4a4", "method.channel=false"),
-        ("method=qd", "bits.w=8", "method.bucket=50"),
-        ("method=gupta", "bits=w8a8g8"),
-        ("method=twn", "activation=lsq", "bits.a=4"),
-        ("method=lsq", "bits=w32a2"),
+        long_tier(("method=uniform", "bits=w4a4", "method.channel=false")),
+        long_tier(("method=qd", "bits.w=8", "method.bucket=50")),
+        long_tier(("method=gupta", "bits=w8a8g8")),
+        long_tier(("method=twn", "activation=lsq", "bits.a=4")),
+        long_tier(("method=lsq", "bits=w32a2")),
         ("method=lsq", "model=mlp", "layers.first=8", "model.width=128"),
-        ("method=lsq", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"),
+        long_tier(("method=lsq", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width")),
         ("method=lsq", "model.form=post", "model.shortcut=B"),
         ("method=float",),
     ],
@@ -290,18 +292,18 @@ def test_nothing_is_written_if_the_logits_differ(
     ("words", "status", "message"),
     [
         (["export"], 2, "exactly one run directory"),
-        (["export", "nowhere"], 2, "no such directory"),
+        long_tier(["export", "nowhere"], 2, "no such directory"),
         (["export", "RUN", "--to", "pakced"], 2, "did you mean packed"),
         (["export", "RUN", "--out", "nowhere/n.qbench"], 2, "no such directory: nowhere"),
-        (["export", "RUN", "--out", "FOLDER"], 2, "is a directory"),
+        long_tier(["export", "RUN", "--out", "FOLDER"], 2, "is a directory"),
         (["export", "RUN", "--out", "n.onnx"], 2, "must end in .qbench for --to packed"),
-        (["export", "RUN", "--to", "onnx", "--out", "n.qbench"], 2, "must end in .onnx for --to onnx"),
-        (["export", "RUN", "bits=w4"], 2, "has no effect"),
+        long_tier(["export", "RUN", "--to", "onnx", "--out", "n.qbench"], 2, "must end in .onnx for --to onnx"),
+        long_tier(["export", "RUN", "bits=w4"], 2, "has no effect"),
         (["export", "EMPTY"], 4, "is not a run directory"),
-        (["evaluate", "nowhere.qbench"], 2, "no such file or directory"),
-        (["evaluate", "FILE", "--weights", "best"], 2, "has no effect on an exported file"),
+        long_tier(["evaluate", "nowhere.qbench"], 2, "no such file or directory"),
+        long_tier(["evaluate", "FILE", "--weights", "best"], 2, "has no effect on an exported file"),
         (["evaluate", "FILE", "--device", "cuda"], 2, "exported files run on the CPU"),
-        (["evaluate", "FILE", "dataset=synthetic"], 2, "same shape and classes"),
+        long_tier(["evaluate", "FILE", "dataset=synthetic"], 2, "same shape and classes"),
         (["evaluate", "TEXT"], 4, "not a file of qbench export"),
     ],
 )
@@ -360,24 +362,24 @@ def rewritten(whole: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
     [
         (header_change("version", 2), "has version 2 of the format; this qbench reads version 1"),
         (header_change("about", "shape", [1, 2**20, 2**20]), "damaged"),
-        (header_change("about", "shape", [1, 9]), "damaged"),
+        long_tier(header_change("about", "shape", [1, 9]), "damaged"),
         (header_change("about", "classes", 3), r"expected: \(1, 3\)"),
         (header_change("weights", "*", "shape", [2**30, 2**30]), "damaged"),
-        (header_change("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
-        (header_change("weights", "*", "book", [2**39]), "damaged"),
-        (header_change("weights", "*", "layout", "bucket:0"), "damaged"),
-        (header_change("weights", "*", "layout", "subspace:1000000"), "damaged"),
-        (header_change("weights", "*", "count", 2**16 + 1), "damaged"),
-        (header_change("weights", "*", "order", [0, 0, 1, 2]), "damaged"),
+        long_tier(header_change("weights", "*", "shape", [4, 4, 3, 2]), "damaged"),
+        long_tier(header_change("weights", "*", "book", [2**39]), "damaged"),
+        long_tier(header_change("weights", "*", "layout", "bucket:0"), "damaged"),
+        long_tier(header_change("weights", "*", "layout", "subspace:1000000"), "damaged"),
+        long_tier(header_change("weights", "*", "count", 2**16 + 1), "damaged"),
+        long_tier(header_change("weights", "*", "order", [0, 0, 1, 2]), "damaged"),
         (header_change("tensors", "more", [-1]), "-1 is not a size"),
-        (header_change("tensors", "more", [10**9]), "damaged"),
-        (header_change("tensors", {}), "damaged"),
+        long_tier(header_change("tensors", "more", [10**9]), "damaged"),
+        long_tier(header_change("tensors", {}), "damaged"),
         (header_change("steps", 0, 0, "system"), "calls an unknown function"),
         (header_change("steps", 0, 1, [{"step": 5}]), "step 0 reads step 5"),
-        (header_change("steps", 0, ["repeat", [{"step": -1}, 2**20, 2**10, 2**10], {}]), "damaged"),
-        (header_change("output", [2**20, None]), "damaged"),
-        (header_change("steps", []), "damaged"),
-        (header_change("about", {}), "damaged"),
+        long_tier(header_change("steps", 0, ["repeat", [{"step": -1}, 2**20, 2**10, 2**10], {}]), "damaged"),
+        long_tier(header_change("output", [2**20, None]), "damaged"),
+        long_tier(header_change("steps", []), "damaged"),
+        long_tier(header_change("about", {}), "damaged"),
     ],
     ids=map(str, range(20)),
 )
@@ -408,7 +410,7 @@ def test_a_data_set_of_code_is_run_only_if_it_is_typed(finished: Path, tmp_path:
     assert evaluate_file(file, ["dataset=digits"]).rows
 
 
-@pytest.mark.parametrize("form", ["packed", "integer"])
+@pytest.mark.parametrize("form", tiered(["packed", "integer"], ["packed"]))
 def test_a_file_is_not_evaluated_on_other_images_unless_they_are_typed(
     finished: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

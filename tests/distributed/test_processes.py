@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Configure, tiered
+from conftest import Configure, long_tier, tiered
 from filelock import FileLock
 from helpers import finished_digests
 from processes import WORDS, run, start
@@ -77,8 +77,8 @@ def test_draws_and_frozen_weights(tmp_path: Path, words: str) -> None:
     ("fault", "status", "stored", "message"),
     [
         ("raise", 1, "failed", "ValueError: an error in a step"),
-        ("data", 3, "failed", "cat/7.jpg: damaged"),
-        ("nan", 6, "diverged", "are inf or nan"),
+        long_tier("data", 3, "failed", "cat/7.jpg: damaged"),
+        long_tier("nan", 6, "diverged", "are inf or nan"),
     ],
 )
 def test_an_error_of_process_1(tmp_path: Path, fault: str, status: int, stored: str, message: str) -> None:
@@ -150,9 +150,9 @@ def test_processes_that_differ(tmp_path: Path) -> None:
         (DOREFA, 3, "batch_shards=4 cannot be shared by 3 processes"),
         ([*DOREFA, "batch_shards=1"], 2, "type batch_shards=2 and start 2 processes, or fewer"),
         (["-m", *DOREFA, "seed=0,1"], 2, "-m: 2 processes share a single run"),
-        ([*DOREFA, "lr_search=grid"], 2, "lr_search=grid: 2 processes share a single run"),
+        long_tier([*DOREFA, "lr_search=grid"], 2, "lr_search=grid: 2 processes share a single run"),
         ([*DOREFA, "hydra/launcher=joblib"], 2, "hydra/launcher is allowed only in a sweep"),
-        ([*DOREFA, "optim.batch_size=190"], 2, "batch_shards=4 does not divide optim.batch_size=190"),
+        long_tier([*DOREFA, "optim.batch_size=190"], 2, "batch_shards=4 does not divide optim.batch_size=190"),
     ],
 )
 def test_refusals(tmp_path: Path, words: list[str], size: int, message: str) -> None:

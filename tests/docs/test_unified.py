@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT, Configure
+from conftest import ROOT, Configure, long_tier, tiered
 from helpers import evaluation
 
 from qbench.config import compose, groups
@@ -70,15 +70,15 @@ def test_bytes_of_a_narrowed_network(script: ModuleType, configure: Configure, k
     ("kind", "budget", "width"),
     [
         ("float", 7176, 2),  # dorefa W2 at width 8: 18432 weights in 4608 bytes, 642 floats; 5280 <= 7176 < 11356
-        ("float", 9480, 2),  # W3
-        ("float", 11784, 3),  # W4
-        ("float", 5280, 2),  # exactly
+        long_tier("float", 9480, 2),  # W3
+        long_tier("float", 11784, 3),  # W4
+        long_tier("float", 5280, 2),  # exactly
         ("float", 5279, 1),
         ("float", 1507, 0),  # a width of 1 takes 1508
         ("float", 10**9, 8),  # never wider than the network itself
-        ("8-bit", 7176, 4),  # 4608 + 224 + 1304 = 6136; a width of 5 takes 9100
+        long_tier("8-bit", 7176, 4),  # 4608 + 224 + 1304 = 6136; a width of 5 takes 9100
         ("8-bit", 9480, 5),
-        ("8-bit", 11784, 5),  # a width of 6 takes 12640
+        long_tier("8-bit", 11784, 5),  # a width of 6 takes 12640
     ],
 )
 def test_width_of_the_control(script: ModuleType, configure: Configure, kind: str, budget: int, width: int) -> None:
@@ -267,12 +267,14 @@ def test_unsuitable_keys_are_refused(script: ModuleType, capsys: pytest.CaptureF
     assert "width" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seeds", tiered(["0", "0,1"], ["0"]))
 def test_from_training_to_table(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seeds: str
 ) -> None:
     """Thin and short, in this process; the repetition trains nothing, even after the directory was moved."""
     monkeypatch.setattr(sweep, "launch_all", lambda words, configs, name, stop: sweep.run_all(configs, stop))
-    words = [*THIN, "model.width=4", "epochs=1", "pretrain.epochs=1", "seed=0,1", "method=dorefa,bwn", "bits=w2a32"]
+    words = [*THIN, "model.width=4", "epochs=1", "pretrain.epochs=1"]
+    words += [f"seed={seeds}", "method=dorefa,bwn", "bits=w2a32"]
     assert script.main([*words, f"out={tmp_path / 'a'}", "--format=json"]) == 0
     first = json.loads(capsys.readouterr().out)["tables"]
     row = next(row for row in first[1]["rows"] if row["method"] == "dorefa")

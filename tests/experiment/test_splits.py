@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from helpers import write_images
 from torch import Tensor, nn
 
@@ -127,7 +127,7 @@ def epochs_of(result: Result) -> list[dict[str, float]]:
 METHODS = ["float", "dorefa", "lsq", "slq", "mlq", "ptq", "qcnn", "dq", "inq"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiered(METHODS, ["dorefa", "slq", "ptq", "qcnn"]))
 def test_training_and_measurements_of_methods_see_training_images_alone(configure: Configure, method: str) -> None:
     """Also `Probe` (lsq, slq, mlq, dq), calibration (ptq), fits of responses (qcnn) and the check of the levels."""
     _, result, calls = finished(configure, f"method={method}")

@@ -66,20 +66,22 @@ def test_a_malformed_value_stops_before_the_first_run(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir()), word
 
 
-def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("widths", tiered(["2", "2,4"], ["2"]))
+def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, widths: str) -> None:
     (tmp_path / "mine.py").write_text(SABOTAGE)
-    words = [*SMOKE, "method=mine:build", "method.how=raise,not,exit,memory,spoil", "bits.w=2,4", "epochs=2", "out=o"]
+    hows, count = "method.how=raise,not,exit,memory,spoil", len(widths.split(","))
+    words = [*SMOKE, "method=mine:build", hows, f"bits.w={widths}", "epochs=2", "out=o"]
     done = qbench(*words, cwd=tmp_path)
     assert done.returncode == 8, done.stderr
     found = list((tmp_path / "o").rglob("mine*/result.json"))
-    assert len(found) == 10
+    assert len(found) == 5 * count
     stored = [json.loads(path.read_text()) for path in found]
     by_how = {
         how: {r["status"] for r in stored if r["options"]["how"] == how} for how in ("raise", "exit", "spoil", "not")
     }
     assert by_how == {"raise": {"failed"}, "exit": {"failed"}, "spoil": {"diverged"}, "not": {"done"}}
-    assert len(re.findall(r"^failed  ", done.stdout, re.MULTILINE)) == 6
-    assert done.stdout.count("diverged") == 2
+    assert len(re.findall(r"^failed  ", done.stdout, re.MULTILINE)) == 3 * count
+    assert done.stdout.count("diverged") == count
     for reason in ("KeyError: 'planted'", "SystemExit: 3", "MemoryError", "inf or nan"):
         assert reason in done.stdout, reason
     solo = qbench(*SMOKE[1:], "method=mine:build", "bits.w=2", "epochs=2", "out=solo", cwd=tmp_path)
@@ -94,14 +96,16 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("launcher", tiered(["joblib", "submitit_local"], ["joblib"]))
-def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(launcher: str, tmp_path: Path) -> None:
-    words = [*SMOKE, "method=dorefa", "bits=w2,w2a2g4", "seed=0,1"]
+@pytest.mark.parametrize("seeds", tiered(["0", "0,1"], ["0"]))
+def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(launcher: str, seeds: str, tmp_path: Path) -> None:
+    words, count = [*SMOKE, "method=dorefa", "bits=w2,w2a2g4", f"seed={seeds}"], len(seeds.split(","))
     alone = qbench(*words, "out=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    assert len(digests(tmp_path / "alone")) == 6
+    assert len(digests(tmp_path / "alone")) == 3 * count
     parallel = qbench(*words, f"out={launcher}", f"hydra/launcher={launcher}", cwd=tmp_path)
     assert parallel.returncode == 0, parallel.stderr
-    assert re.match(rf"{launcher}: starting worker processes for 4 runs \.\.\.\n", parallel.stderr), parallel.stderr
+    started = rf"{launcher}: starting worker processes for {2 * count} runs \.\.\.\n"
+    assert re.match(started, parallel.stderr), parallel.stderr
     assert digests(tmp_path / launcher) == digests(tmp_path / "alone")
     assert parallel.stdout.replace(launcher, "alone") == alone.stdout
     assert {p.name for p in tmp_path.iterdir()} == {"alone", launcher}
@@ -171,6 +175,7 @@ def test_data_that_one_run_lacks_does_not_stop_the_others(tmp_path: Path) -> Non
     assert [r["status"] for r in results(tmp_path / "o").values() if r["method"] == "dorefa"] == ["done"]
 
 
+@pytest.mark.full
 def test_a_killed_worker_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SABOTAGE)
     words = [*SMOKE, "method=mine:build", "method.how=not,kill,die", "out=o", "hydra/launcher=joblib"]
@@ -272,20 +277,22 @@ def test_methods_by_glob(tmp_path: Path, pattern: str, names: set[str]) -> None:
     assert {r["method"] for r in results(tmp_path).values()} == names
 
 
-def test_plan_names_every_run_and_trains_nothing(tmp_path: Path) -> None:
-    words = ["-m", "experiment=smoke", "method=dorefa", "bits.w=2,17", "seed=0,1", f"out={tmp_path / 'o'}"]
+@pytest.mark.parametrize("seeds", tiered(["0", "0,1"], ["0"]))
+def test_plan_names_every_run_and_trains_nothing(tmp_path: Path, seeds: str) -> None:
+    words = ["-m", "experiment=smoke", "method=dorefa", "bits.w=2,17", f"seed={seeds}", f"out={tmp_path / 'o'}"]
+    count = len(seeds.split(","))
     planned = qbench("plan", *words)
     assert planned.returncode == 0, planned.stderr
-    assert planned.stdout.count("float-w32a32g32") == 2
-    assert planned.stdout.count("new ") == 4
-    assert planned.stdout.count("unsupported: dorefa does not support bits.w=17") == 2
+    assert planned.stdout.count("float-w32a32g32") == count
+    assert planned.stdout.count("new ") == 2 * count
+    assert planned.stdout.count("unsupported: dorefa does not support bits.w=17") == count
     assert "not included" in planned.stdout
     assert not (tmp_path / "o").exists()
     assert qbench(*words).returncode == 0
-    assert qbench("plan", *words).stdout.count("stored") == 4
+    assert qbench("plan", *words).stdout.count("stored") == 2 * count
     listed = qbench("list", "runs", str(tmp_path / "o"))
-    assert listed.stdout.count("done") == 4
-    assert listed.stdout.count("unsupported") == 2
+    assert listed.stdout.count("done") == 2 * count
+    assert listed.stdout.count("unsupported") == count
 
 
 def test_a_launcher_that_does_not_exist_is_refused(tmp_path: Path) -> None:

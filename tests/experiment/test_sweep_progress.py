@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import Configure
+from conftest import Configure, tiered
 from helpers import plant, qbench
 from rich.console import Console
 
@@ -154,14 +154,15 @@ def test_durations() -> None:
     assert [duration(s) for s in (0.4, 59.6, 61, 3600, 90061)] == ["0:00", "1:00", "1:01", "1:00:00", "25:01:01"]
 
 
-def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", tiered([8, 30], [8]))
+def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path: Path, epochs: int) -> None:
     words = [
         "-m",
         "experiment=smoke",
         "method=dorefa",
         "bits=w2a2",
         "seed=0,1",
-        "epochs=30",
+        f"epochs={epochs}",
         "runtime.tensorboard=false",
     ]
     done = qbench(*words, "out=o", cwd=tmp_path)
@@ -169,6 +170,6 @@ def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path: Path) -> No
     lines = done.stderr.splitlines()
     for seed in (0, 1):
         about = [line for line in lines if f"dorefa w2a2g32 s{seed}: " in line]
-        assert re.search(r"running, \d+ of 30 epochs done$", about[0]), done.stderr
+        assert re.search(rf"running, \d+ of {epochs} epochs done$", about[0]), done.stderr
         assert re.fullmatch(rf"\[{seed + 1}/2\] dorefa w2a2g32 s{seed}: \d+\.\d\d %, \d+\.\d s", about[-1]), done.stderr
     assert all(line.isprintable() for line in lines), done.stderr

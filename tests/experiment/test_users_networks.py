@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Configure
+from conftest import Configure, tiered
 
 from qbench.analysis.plan import plan
 from qbench.errors import ConfigError
@@ -336,7 +336,7 @@ OTHER_IMAGES = (
         ("Steady", None),
     ],
 )
-@pytest.mark.parametrize("method", ["dorefa", "float"])
+@pytest.mark.parametrize("method", tiered(["dorefa", "float"], ["dorefa"]))
 def test_an_accuracy_that_depends_on_more_than_the_weights_is_noted(
     configure: Configure, words: list[str], network: str, note: str | None, method: str
 ) -> None:
@@ -357,7 +357,7 @@ def test_an_accuracy_that_depends_on_more_than_the_weights_is_noted(
         ("KeepsPersistentBuffer", None),
     ],
 )
-@pytest.mark.parametrize("method", ["dorefa", "float"])
+@pytest.mark.parametrize("method", tiered(["dorefa", "float"], ["dorefa"]))
 def test_state_that_is_not_in_the_weights_file_is_noted(
     configure: Configure, words: list[str], network: str, kept: str | None, method: str
 ) -> None:
@@ -381,7 +381,7 @@ def test_state_that_is_not_in_the_weights_file_is_noted(
         ("Steady", ""),
     ],
 )
-@pytest.mark.parametrize("method", ["dorefa", "float"])
+@pytest.mark.parametrize("method", tiered(["dorefa", "float"], ["dorefa"]))
 def test_parameters_without_a_gradient_are_named(
     configure: Configure, words: list[str], network: str, parameters: str, method: str
 ) -> None:

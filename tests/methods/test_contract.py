@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Configure, tiered
+from conftest import Configure, long_tier, tiered
 from helpers import quantizing_bits
 
 from qbench.bits import FLOAT
@@ -44,10 +44,14 @@ TRAITS = {
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 REPRESENTATIVES = ("dorefa", "gupta", "inq", "lsq", "ptq", "qd", "slq")
-"""Methods whose runs are repeated, stopped and resumed in the fast tier: plain, with random draws, with steps that
-freeze weights, with learned steps, without training, with a teacher, with codebooks. The others are in the long tier.
+"""Methods that are trained for an epoch in the fast tier: plain, with random draws, with steps that freeze weights,
+with learned steps, without training, with a teacher, with codebooks. The others are in the long tier.
 """
 representatives = pytest.mark.parametrize("name", tiered(METHODS, REPRESENTATIVES))
+TRAINED = ("apot", "dorefa", "dq", "float", "gupta", "inq", "lsq", "qcnn", "slq", "xnor")
+"""Methods that are trained for several epochs in the fast tier. Their levels differ most."""
+STOPPED = ("inq", "ptq", "qd")
+"""Methods whose whole runs are stopped and resumed in the fast tier. One of them does not train."""
 
 
 def trained(
@@ -111,7 +115,7 @@ def test_the_conf_file_agrees_with_the_build_function(name: str, configure: Conf
     assert {key: getattr(config.bits, key) for key in defaults} == defaults
 
 
-@every_method
+@pytest.mark.parametrize("name", tiered(METHODS, TRAINED))
 def test_the_trained_layers_are_quantized_to_their_levels(name: str, smoke: Configure) -> None:
     recipe = ["optim=adam_cosine", "optim.lr=0.01", "epochs=4", "pretrain.epochs=4"]
     task, _, losses = trained(smoke(f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", *recipe))
@@ -140,7 +144,7 @@ def test_the_declared_properties_hold(name: str) -> None:
         assert torch.equal(site(-layer.weight), -site(layer.weight))
 
 
-@representatives
+@pytest.mark.parametrize("name", tiered(METHODS, ["dorefa", "gupta", "qd"]))
 def test_the_same_seed_gives_the_same_training(name: str) -> None:
     config, task, _, losses = trained_once(name)
     again, _, losses_again = trained(config)
@@ -153,7 +157,7 @@ def test_another_seed_gives_another_training(smoke: Configure) -> None:
     assert losses != trained_once("dorefa")[3]
 
 
-@every_method
+@representatives
 def test_the_evaluation_is_deterministic_and_draws_no_random_numbers(name: str) -> None:
     _, task, _, _ = trained_once(name)
     before = torch.get_rng_state()
@@ -161,7 +165,7 @@ def test_the_evaluation_is_deterministic_and_draws_no_random_numbers(name: str) 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@every_method
+@representatives
 def test_a_checkpoint_restores_the_exact_state(name: str) -> None:
     config, task, state, _ = trained_once(name)
     saved = unpack(pack(state.save(task.model)), "memory")
@@ -178,7 +182,7 @@ def test_a_checkpoint_restores_the_exact_state(name: str) -> None:
         assert torch.equal(effective_weight(one), effective_weight(two))
 
 
-@every_method
+@representatives
 def test_every_tensor_of_a_quantizer_is_in_the_state_dict(name: str) -> None:
     _, task, _, _ = trained_once(name)
     kept = {id(t) for t in [*task.model.parameters(), *task.model.buffers()]}
@@ -189,7 +193,7 @@ def test_every_tensor_of_a_quantizer_is_in_the_state_dict(name: str) -> None:
             assert all(id(p) in kept for p in module.parameters())
 
 
-@every_method
+@representatives
 def test_32_bits_give_the_float_computation_bit_for_bit(name: str, smoke: Configure) -> None:
     bits = "" if name == "float" else f"bits=w{FLOAT}a{FLOAT}g{FLOAT}"
     words = ["optim=sgd", "init=scratch", "epochs=2", "pretrain.epochs=2"]
@@ -217,7 +221,7 @@ def stopped_and_resumed(smoke: Configure, words: list[str], calls: int) -> tuple
     return whole, run(planned_run(smoke(*words)), RunContext())
 
 
-@representatives
+@pytest.mark.parametrize("name", tiered(METHODS, STOPPED))
 def test_a_resumed_run_ends_like_an_uninterrupted_one(name: str, smoke: Configure) -> None:
     words = [f"method={name}", f"bits={quantizing_bits(name)}", "init=scratch", "epochs=4", "pretrain.epochs=4"]
     if not registry.create("method", {"name": name}).needs_training:
@@ -232,7 +236,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(name: str, smoke: Configur
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "calls"), [("sgd", 1), ("unified", 17), ("sgd", 18), ("unified", 19), ("sgd", 20)]
+    ("optimizer", "calls"),
+    [("sgd", 1), long_tier("unified", 17), long_tier("sgd", 18), ("unified", 19), long_tier("sgd", 20)],
 )
 def test_a_resumed_run_keeps_every_option_of_the_optimizer(smoke: Configure, optimizer: str, calls: int) -> None:
     """Stop after the first, the last but one and the last batch of an epoch, after the epoch, and in the next one."""
@@ -243,7 +248,7 @@ def test_a_resumed_run_keeps_every_option_of_the_optimizer(smoke: Configure, opt
     assert (again.final, again.best) == (whole.final, whole.best)
 
 
-@every_method
+@representatives
 def test_widths_that_a_method_does_not_support_raise(name: str, smoke: Configure) -> None:
     method = registry.create("method", {"name": name})
     for key in "wag":

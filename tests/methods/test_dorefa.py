@@ -14,6 +14,7 @@ import numpy.typing as npt
 import oracle
 import pytest
 import torch
+from conftest import tiered
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import FloatArray
@@ -155,7 +156,7 @@ def test_the_implementation_agrees_with_the_oracle(check: Check, quantize: Quant
     check(quantize)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", tiered(HALVES, [torch.bfloat16]))
 def test_every_half_precision_number(dtype: torch.dtype) -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite() & (x.abs() <= 4)]

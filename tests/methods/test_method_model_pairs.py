@@ -46,9 +46,13 @@ PAPERS = sorted({name.partition("/")[0] for name in FILES})
 ROW_OF_A_TABLE = re.compile(r"_(w\d|levels|nearest|stochastic|s\d).*")
 """The end of a file's name in which rows of one published table differ, such as `_w1a2g4`."""
 FIRST_ROWS = {ROW_OF_A_TABLE.sub("", name): name for name in reversed(FILES)}.values()
-every_paper = pytest.mark.parametrize("paper", PAPERS)
-few_papers = pytest.mark.parametrize("paper", tiered(PAPERS, ["dorefa", "gupta", "hwgq", "inq", "lsq", "xnor"]))
-"""Papers whose networks are built in the fast tier. They cover the kinds of networks and methods."""
+
+
+def papers(*fast: str) -> pytest.MarkDecorator:
+    """Return the mark of a test of every paper that tests only `fast` in the fast tier."""
+    return pytest.mark.parametrize("paper", tiered(PAPERS, fast))
+
+
 rows = pytest.mark.parametrize("rows", tiered(["first", "all"], ["first"]))
 NARROW = {"width": 4, "width_mult": 0.05, "widen": 1}
 
@@ -130,7 +134,7 @@ def _single_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "SWEEPS", 1)
 
 
-@every_paper
+@papers("gupta", "lsq", "polino", "xnor")
 @rows
 def test_every_file_gives_one_run(paper: str, rows: str) -> None:
     by_file = configurations(paper, rows)
@@ -197,7 +201,7 @@ def failures(configs: dict[str, Config]) -> list[str]:
     return errors
 
 
-@few_papers
+@papers("dorefa", "gupta", "lsq")
 @rows
 def test_the_thin_networks_train_with_their_methods(paper: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = registry.create
@@ -240,7 +244,7 @@ def test_the_networks_of_the_papers_sizes_train_with_their_methods(paper: str, m
     assert failures(configs) == []
 
 
-@few_papers
+@papers("lsq", "xnor")
 @rows
 def test_the_networks_of_the_papers_sizes_take_their_methods_on_the_meta_device(paper: str, rows: str) -> None:
     for name, config in pairs(paper, rows).items():
@@ -250,7 +254,7 @@ def test_the_networks_of_the_papers_sizes_take_their_methods_on_the_meta_device(
         assert bool(quantized_layers(model)) == (parts.method.bits != Bits()), name
 
 
-@pytest.mark.parametrize("name", groups.option_names("method"))
+@pytest.mark.parametrize("name", tiered(groups.option_names("method"), ["dorefa", "dq", "gupta", "lsq", "qcnn", "slq"]))
 def test_a_network_on_the_meta_device_has_the_same_cost(name: str, configure: Configure) -> None:
     parts = assemble(configure(f"method={name}", "dataset=cifar10", "model=resnet20", "model.width=4"), planned=True)
     meta, real = (parts.install(parts.float_model(device)) for device in ("meta", "cpu"))

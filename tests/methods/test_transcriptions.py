@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import transcriptions as paper
+from conftest import tiered
 from torch import Tensor, nn
 from transcriptions import Array, Layer, Pair, Site
 
@@ -170,7 +171,7 @@ def test_the_threshold_and_initial_scales_of_ttq(threshold: str, t: float, initi
 # Activations of HWGQ
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", tiered(range(1, 9), range(1, 8)))
 def test_the_levels_of_hwgq(bits: int) -> None:
     m = 2**bits - 1
     digits = 1e-6 if hwgq.half_wave_levels(bits).dtype == torch.float32 else 1e-10

@@ -425,7 +425,7 @@ ROW_OF_RECIPE = {(row.paper, row.recipe, row.method): row for row in RUNNABLE}
 
 @pytest.mark.parametrize(
     "row",
-    tiered(ROW_OF_RECIPE.values(), list({row.paper: row for row in ROW_OF_RECIPE.values()}.values())),
+    tiered(ROW_OF_RECIPE.values(), list({row.paper: row for row in ROW_OF_RECIPE.values()}.values())[::2]),
     ids=lambda row: f"{row.paper}/{row.id}",
 )
 def test_one_row_per_recipe_composes(row: PublishedRow) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from torch import nn
 from torch.nn import functional as F
 
@@ -173,19 +173,23 @@ def test_a_wrong_key_of_the_second_method_is_named_as_typed(configure: Configure
         assemble(configure("method=bwn", "activation=hwgq", "activation.levels=odd"))
 
 
-def test_runs_with_and_without_a_requirement_are_two_rows(configure: Configure, tmp_path: Path) -> None:
+@pytest.mark.parametrize("methods", tiered(["qd", "qd,gupta"], ["qd"]))
+def test_runs_with_and_without_a_requirement_are_two_rows(configure: Configure, tmp_path: Path, methods: str) -> None:
     from qbench.report.comparison.compare import compare
     from qbench.report.comparison.setting_table import settings_of
     from qbench.runs.reader import read
 
-    for words in (["method=qd"], ["method=qd", "distill=none"], ["method=gupta"], ["method=gupta", "init=float"]):
-        result_of(configure, *words)
+    without = {"qd": "distill=none", "gupta": "init=float"}
+    for method in methods.split(","):
+        result_of(configure, f"method={method}")
+        result_of(configure, f"method={method}", without[method])
     result_of(configure, "method=ttq", "method.deviation=missing_minus")
     tables = compare(read([str(tmp_path)]))
     rows = {setting.label: setting.top1.n for table in tables for setting in settings_of(table)}
     assert rows.pop("ttq deviation=missing_minus") == 1, "never under the paper's name"
     counts = {name: n for name, n in rows.items() if not name.startswith("float")}
-    assert counts == {"qd": 1, "qd distill=kd": 1, "gupta": 1, "gupta init=scratch": 1}
+    labels = {"qd": {"qd": 1, "qd distill=kd": 1}, "qd,gupta": {"gupta": 1, "gupta init=scratch": 1}}
+    assert counts == labels["qd"] | labels[methods]
 
 
 @pytest.mark.parametrize("word", ["init=method", "distill.name=method", "+method.init=banana"])

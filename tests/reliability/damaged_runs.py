@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import counted
+from conftest import counted, tiered
 
 from qbench.config import compose
 from qbench.config.schema import Config, baseline_config
@@ -28,7 +28,7 @@ JUNK = (b"\n", b"\0", b"junk" * 5000)
 flips_and_cuts = pytest.mark.parametrize(
     ("flips", "cuts"), [(60, 20), pytest.param(1000, 300, marks=pytest.mark.full)], ids=["fast", "full"]
 )
-samples = pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.full)], ids=["fast", "full"])
+samples = pytest.mark.parametrize("count", tiered([1, 3, 40], [1]))
 
 
 def full(*values: Any) -> list[Any]:

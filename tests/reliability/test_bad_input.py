@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 import torch
 import yaml
-from conftest import ROOT, counted
+from conftest import ROOT, counted, long_tier
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
@@ -426,9 +426,18 @@ SUBCOMMANDS = [
 ]  # fmt: skip
 
 
+TABLES = (LINES, PATHS, DATA, FILES, OWN_CODE, SUBCOMMANDS)
+"""Every third row of each table is tested in the fast tier."""
+
+
 @pytest.mark.parametrize(
-    ("words", "phrase", "status", "files"), [*LINES, *PATHS, *DATA, *FILES, *OWN_CODE, *SUBCOMMANDS]
-)  # fmt: skip
+    ("words", "phrase", "status", "files"),
+    [
+        pytest.param(*one.values, id=one.id, marks=[pytest.mark.full] if i % 3 else [])
+        for rows in TABLES
+        for i, one in enumerate(rows)
+    ],
+)
 def test_bad_input(
     words: list[str], phrase: str, status: int, files: Mapping[str, Any], workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -632,8 +641,8 @@ def fuzz(check: Callable[..., None], shard: int, count: int, *examples: st.Searc
 
 
 def shards(total: int, each: int) -> list[Any]:
-    """One shard of 40 examples for the fast tier, and the shards of the full tier."""
-    return [(0, 40), *(pytest.param(n, each, marks=pytest.mark.full) for n in range(1, total // each + 1))]
+    """One shard of 20 examples for the fast tier, and the shards of the full tier."""
+    return [(0, 20), long_tier(0, 40), *(long_tier(n, each) for n in range(1, total // each + 1))]
 
 
 @pytest.fixture

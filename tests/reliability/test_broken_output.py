@@ -34,7 +34,7 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("case", tiered(LOST, ["both into head", "both closed"]))
+@pytest.mark.parametrize("case", tiered(LOST, ["both closed"]))
 def test_a_run_survives_the_loss_of_its_display(case: str, tmp_path: Path) -> None:
     done = shell(LOST[case].format(RUN), tmp_path)
     results = [json.loads(path.read_text()) for path in (tmp_path / "o").rglob("result.json")]

@@ -11,7 +11,7 @@ from typing import Any
 
 import damaged_runs
 import pytest
-from conftest import counted
+from conftest import counted, tiered
 from damaged_runs import compose_config, digest, directory, run_config
 
 from qbench.cli.main import main as cli
@@ -91,7 +91,7 @@ def readable(data: bytes) -> tuple[list[Any], int]:
     return objects, other
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.full)], ids=["fast", "full"])
+@pytest.mark.parametrize("count", tiered([5, 20, 300], [5]))
 def test_compare_skips_only_corrupt_lines_and_reports_their_number(whole: Path, tmp_path: Path, count: int) -> None:
     path = copy_logs(whole, tmp_path / "out")
     file, tried = path / "metrics.jsonl", 0
@@ -205,7 +205,10 @@ def test_compare_from_damaged_event_files(whole: Path, tmp_path: Path, count: in
 LARGE = 50_000_000
 
 
-@pytest.mark.parametrize("what", ["zeros", "noise", "small numbers", "the first length", "a content"])
+LARGE_FILES = ["zeros", "noise", "small numbers", "the first length", "a content"]
+
+
+@pytest.mark.parametrize("what", tiered(LARGE_FILES, ["noise", "the first length"]))
 def test_a_large_damaged_event_file_is_read_quickly(what: str, whole: Path, tmp_path: Path) -> None:
     path = copy_logs(whole, tmp_path, events=True)
     (file,) = path.glob("events.*")
@@ -228,7 +231,7 @@ def test_a_large_damaged_event_file_is_read_quickly(what: str, whole: Path, tmp_
     assert found.status == "done", "the results are before the damage"
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.full)], ids=["fast", "full"])
+@pytest.mark.parametrize("count", tiered([1, 4, 60], [1]))
 def test_a_resumed_run_does_not_append_to_a_corrupt_line(
     whole: Path, interrupted: Path, copy_of: Callable[[Path], Path], count: int
 ) -> None:

@@ -44,8 +44,8 @@ RECOMPUTED = {
 """What may exist outside the state_dict: it is the same in every process."""
 
 
-REPRESENTATIVES = ("float", "dorefa", "lsq", "inq", "qd", "gupta")
-"""Float, stateless, learned, incremental, distilled, and without latent weights."""
+REPRESENTATIVES = ("dorefa", "inq", "qd")
+"""Stateless, incremental, and distilled. The other methods are in the long tier."""
 
 
 @pytest.mark.parametrize("name", tiered(METHODS, REPRESENTATIVES))

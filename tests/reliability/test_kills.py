@@ -273,7 +273,8 @@ def test_processes_that_need_the_same_untrained_baseline(
     note(f"R9: {rounds} rounds of {count} different and {count} identical processes on one baseline, trained once")
 
 
-@pytest.mark.parametrize("rounds", tiers(1, 20))
+@pytest.mark.full
+@pytest.mark.parametrize("rounds", [1, 20])
 def test_a_waiting_process_takes_over(server: Server, tmp_path: Path, rounds: int, note: Note) -> None:
     """R10: the process that trains the baseline is killed while four wait; one resumes from its
     checkpoint.

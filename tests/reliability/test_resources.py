@@ -79,6 +79,7 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
         assert again.wait(60) == 0, again.stderr()
 
 
+@pytest.mark.full
 def test_a_small_disk(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -100,6 +100,7 @@ def test_a_run_stopped_inside_an_update_of_several_batches_ends_the_same(name: s
         assert differences(whole, resumed(again)) == set(), with_replay(f"call {call}")
 
 
+@pytest.mark.full
 def test_a_run_may_be_stopped_several_times(at: At) -> None:
     config = at("alone", *recipe("mlq", "sgd", 0.9))
     whole, _ = uninterrupted(config)
@@ -215,6 +216,7 @@ def evaluate_twice(model: nn.Module, batches: Iterable[Batch], *more: Any, **opt
     return evaluate(model, batches, *more, **options)
 
 
+@pytest.mark.full
 @every_method
 def test_evaluation_does_not_change_training(name: str, at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other batch sizes, losses differ in the last bits.

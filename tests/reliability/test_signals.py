@@ -13,7 +13,7 @@ from typing import Any
 
 import faults
 import pytest
-from conftest import Configure, counted
+from conftest import Configure, counted, tiered
 from filelock import FileLock
 from helpers import finished_digests
 
@@ -36,7 +36,7 @@ KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SOON = 10.0  # seconds
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", tiered([2, 4, 100], [2]))
 def test_a_signal_at_any_moment(tmp_path: Path, count: int) -> None:
     with faults.server() as server:
         assert server.start(["--version"]).wait(120) == 0  # the server is running now
@@ -69,7 +69,7 @@ def test_a_signal_at_any_moment(tmp_path: Path, count: int) -> None:
         counted(f"R16: {count} signals at random moments, {stopped} ended with 75, others had finished; equal ends")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, [signal.SIGINT, signal.SIGUSR2]))
 def test_a_signal_while_waiting_for_another_process(configure: Configure, tmp_path: Path, kind: signal.Signals) -> None:
     config = configure(*WORDS)
     waited = planned_run(baseline_config(config)).path
@@ -113,7 +113,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("slow", SLOW)
+@pytest.mark.parametrize("slow", tiered(SLOW, ["a step", "a save"]))
 def test_a_signal_while_something_takes_long(tmp_path: Path, slow: str) -> None:
     """The process ends within the time limit, and a step that has begun is finished and saved."""
     from qbench.cli.main import main

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Configure
+from conftest import Configure, long_tier
 from helpers import epoch_line, evaluation, plant, write_metrics
 
 from qbench.bits import Bits
@@ -220,7 +220,8 @@ def test_every_method_looks_different(configure: Configure, runs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".SVG", b"<?xml")]
+    ("suffix", "start"),
+    [(".png", b"\x89PNG"), long_tier(".pdf", b"%PDF"), long_tier(".svg", b"<?xml"), (".SVG", b"<?xml")],
 )
 def test_files_are_what_their_suffix_says_and_always_the_same(
     configure: Configure, runs: Any, tmp_path: Path, suffix: str, start: bytes

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from conftest import ROOT, tiered
+from conftest import ROOT, long_tier, tiered
 from torch import Tensor
 
 from qbench.bits import Bits
@@ -238,7 +238,7 @@ def test_widths_of_the_poster(build: object, bits: Bits) -> None:
     assert illustrative_bits(build()) == bits  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", tiered(groups.option_names("method"), ["dorefa", "float", "gupta", "inq", "qcnn"]))
+@pytest.mark.parametrize("name", tiered(groups.option_names("method"), ["dorefa", "float", "qcnn"]))
 def test_every_method_draws(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = {"gupta": ["bits=w8a8g8"], "dorefa": ["bits=w2a2g4"]}.get(name, [])
@@ -258,7 +258,9 @@ def test_two_methods_in_one(tmp_path: Path) -> None:
     assert "inputs, A2: 4 levels" in text
 
 
-@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+@pytest.mark.parametrize(
+    ("suffix", "start"), [long_tier("png", b"\x89PNG"), long_tier("pdf", b"%PDF"), ("svg", b"<?xml")]
+)
 def test_a_format_by_its_suffix_and_the_same_bytes_again(suffix: str, start: bytes, tmp_path: Path) -> None:
     made = []
     for i in range(2):

@@ -94,6 +94,7 @@ def test_a_wrong_value_hides_no_other_run(runs: list[Path], tmp_path: Path, coun
             assert "corrupt" in text, case
 
 
+@pytest.mark.full
 def test_a_wrong_value_in_the_page_and_the_plots(runs: list[Path], tmp_path: Path) -> None:
     file = runs[0] / "result.json"
     good = json.loads(file.read_text())

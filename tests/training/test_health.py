@@ -251,7 +251,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-FAST = ("dorefa", "hwgq", "mlq", "ttq")
+FAST = ("dorefa", "mlq")
 METHODS = groups.option_names("method")
 
 

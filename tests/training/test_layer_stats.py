@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, long_tier, tiered
 from helpers import quantizing_bits
 from torch import Tensor, nn
 
@@ -180,7 +180,7 @@ def records_of(result: Result, kind: str | None = None) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in kept]
 
 
-FAST = ("gupta", "inq")
+FAST = ("inq",)
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.full) for n in METHODS if n not in FAST)])
@@ -217,7 +217,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return run_quietly(config)
 
 
-@pytest.mark.parametrize("stop_at", [9, 38, 39])  # of 20 per epoch: in the first; last step, validation of the second
+# of 20 per epoch: in the first; last step, validation of the second
+@pytest.mark.parametrize("stop_at", tiered([9, 38, 39], [39]))
 def test_a_resumed_run_logs_the_same(stop_at: int, uninterrupted: Result, configure: Configure) -> None:
     config = configure(*RESUMED)
     count = itertools.count(1)
@@ -229,6 +230,7 @@ def test_a_resumed_run_logs_the_same(stop_at: int, uninterrupted: Result, config
     assert flips == [False, True, True], "the first observation has no earlier one"
 
 
+@pytest.mark.full
 def test_flips_are_missing_once_after_the_level_was_changed(configure: Configure) -> None:
     words = [*WORDS, "method=lsq", "runtime.tensorboard=false"]
     count = itertools.count(1)
@@ -264,7 +266,7 @@ def test_flips_are_missing_once_after_the_memory_was_lost(
     ]
 
 
-@pytest.mark.parametrize(("level", "steps"), [("light", [108, 126]), ("full", [18, 36, 54, 72, 90, 108, 126])])
+@pytest.mark.parametrize(("level", "steps"), [long_tier("light", [108, 126]), ("full", [18, 36, 54, 72, 90, 108, 126])])
 def test_short_epochs_are_observed_at_intervals(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, level: str, steps: list[int]
 ) -> None:
@@ -398,7 +400,7 @@ def test_the_table_of_hyper_parameters_has_the_same_columns_for_all_runs(
     assert ended == {"diverged": False, "done": True, "baseline": True}
 
 
-@pytest.mark.parametrize("name", ["lsq", "uniform", "gupta"])
+@pytest.mark.parametrize("name", tiered(["lsq", "uniform", "gupta"], ["lsq"]))
 def test_observing_leaves_no_trace(name: str, configure: Configure) -> None:
     from qbench.experiment.setup import assemble
     from qbench.training.digests import content_sha256

@@ -90,7 +90,7 @@ def words(place: str, value: str) -> list[str]:
 
 
 @pytest.mark.parametrize("value", tiered(VALUES, ["none"]))
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", tiered(PLACES, ["gradient", "momentum", "statistics"]))
 def test_the_run_stops_in_the_step_and_saves_nothing_of_it(configure: Configure, place: str, value: str) -> None:
     config = configure(*words(place, value))
     with pytest.raises(Diverged) as caught:

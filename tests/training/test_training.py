@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, tiered
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -308,7 +308,7 @@ def test_precision_and_compilation_are_part_of_the_identity_and_memory_saving_is
         )
 
 
-@pytest.mark.parametrize("mode", ["keep", "codes"])
+@pytest.mark.parametrize("mode", tiered(["keep", "codes"], ["codes"]))
 def test_activations_in_memory_give_identical_weights(smoke: Configure, tmp_path: Path, mode: str) -> None:
     first = run(planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'a'}")))
     second = run(
