@@ -216,7 +216,6 @@ def evaluate_twice(model: nn.Module, batches: Iterable[Batch], *more: Any, **opt
     return evaluate(model, batches, *more, **options)
 
 
-@pytest.mark.full
 @every_method
 def test_evaluation_does_not_change_training(name: str, at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other batch sizes, losses differ in the last bits.
