@@ -107,8 +107,8 @@ def _add_batch(signal: LayerSignal, layer: QLayer, x: Tensor, model: nn.Module) 
 
 
 def _by_channel(layer: QLayer, x: Tensor) -> Tensor:
-    """Return a layer's inputs reshaped to (n, C), with n values for each of C channels."""
-    return (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
+    """Return a layer's inputs or outputs reshaped to (n, C), with n values for each of C channels."""
+    return (x if isinstance(layer, nn.Linear) else x.movedim(1, -1)).flatten(0, -2)
 
 
 def _count_clipped(grid: Grid, x: Tensor) -> int:

@@ -142,7 +142,7 @@ def _layers_table(planned: PlannedRun, cost: RunCost) -> Table:
     table.rows.append(("all", "", *blank, *(si_format(value).rstrip() for value in sums)))
     table.values.append({"name": "all"} | asdict(whole))
     table.notes += [
-        *filter(None, (coverage(cost.model, setup.macs), idle_layers(cost.model, setup.macs))),
+        *filter(None, [coverage(cost.model, setup.macs)]), *idle_layers(cost.model, setup.macs),
         f"weights: {whole.bits_per_weight:.2f} bits per quantized weight, with scales and codebooks; float "
         f"network: {format_bytes(whole.bytes_float)}",
         *runs_on(layers, refused), *export_lines(refused or {}), *recipe_differences(run), *setup.protocol_changes,

@@ -12,8 +12,10 @@ mark `added` declares an added key. In a YAML node, the key `added` maps added k
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +101,28 @@ def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
         keys["dataset"] = {key: value for key, value in dataset.items() if key not in WHERE}
     if not users_own:
         keys["dataset"] = {key: value for key, value in keys["dataset"].items() if key != CACHE}
+    if rules := keys["layers"].get("rules"):
+        keys["layers"]["rules"] = _ordered_if_decisive(rules)
     if config.starts_from_file:
         keys["init"] = recorded.get("init") or file_sha256("init", config.init)
     if config.distill.teacher != "baseline":
         teacher = recorded.get("distill.teacher")
         keys["distill"]["teacher"] = teacher or file_sha256("distill.teacher", config.distill.teacher)
     return keys
+
+
+def _ordered_if_decisive(rules: Node) -> Json:
+    """Return layer rules as they enter the identity: as a mapping, or as a list of pairs if their order matters.
+
+    The first rule that matches a layer applies, but a mapping has no order in the identity. The order matters if two
+    rules with different widths are not in alphabetical order and could match the same layer. Two patterns cannot match
+    the same name if their texts up to the first wildcard differ.
+    """
+    for (first, width), (second, other) in combinations(rules.items(), 2):
+        one, two = (re.split(r"[*?\[]", pattern)[0] for pattern in (first, second))
+        if first > second and width != other and (one.startswith(two) or two.startswith(one)):
+            return [[pattern, bits] for pattern, bits in rules.items()]
+    return rules
 
 
 def decisive_keys(node: Any) -> Node:

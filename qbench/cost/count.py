@@ -7,7 +7,7 @@ parameters, scales and codebooks, but not batch-norm statistics.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,8 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qbench.bits import FLOAT, Bits
 from qbench.cost.network_cost import NetworkCost
-from qbench.quant.graph import Recorder, eval_mode_keeping_rng, intercepted_calls
-from qbench.quant.layers import FLOAT_CLASS, QUANTIZED_CLASS, FloatLayer, QLayer, is_quantizer_key, quantized_layers
+from qbench.quant.graph import Recorder, eval_mode_keeping_rng, intercepted_calls, read_without_call, recorded_calls
+from qbench.quant.layers import (
+    FLOAT_CLASS,
+    QUANTIZED_CLASS,
+    FloatLayer,
+    QLayer,
+    computed_weight,
+    is_quantizer_key,
+    quantized_layers,
+)
 from qbench.quant.quantizer import Storage
 
 MOST_NAMES = 8
@@ -115,25 +123,39 @@ def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
     if not quantized or not other:
         return None
     words = [f"{name or 'the network itself'} ({kinds[name].__name__})" if name in other else name for name in left]
-    more = f" and {len(words) - MOST_NAMES} more" if len(words) > MOST_NAMES else ""
-    return (
-        f"{len(macs) - len(left)} of {len(macs)} layers with weights are quantized; "
-        f"left in float: {', '.join(words[:MOST_NAMES])}{more}"
-    )
+    return f"{len(macs) - len(left)} of {len(macs)} layers with weights are quantized; left in float: {_names(words)}"
 
 
-def idle_layers(model: nn.Module, macs: Mapping[str, int]) -> str | None:
-    """Return a sentence that names the layers of a quantized network that evaluation does not use, or None.
+def idle_layers(model: nn.Module, macs: Mapping[str, int], images: Tensor | None = None) -> list[str]:
+    """Return sentences that name the layers that do not run on an image of zeros.
 
-    The weights of such layers are float, and the network's size includes them.
+    The weights of such layers are float, and the network's size includes them. The number of operations does not.
+
+    Args:
+        images: images (N, C, H, W). They show which of the layers run on some images only, and which weights are used
+            without calling the layer. With None, all layers are in one sentence.
     """
     modules = dict(model.named_modules())
     idle = [name for name, count in macs.items() if not count and type(modules[name]) in QUANTIZED_CLASS]
-    if not quantized_layers(model) or not idle:
-        return None
-    more = f" and {len(idle) - MOST_NAMES} more" if len(idle) > MOST_NAMES else ""
-    names = ", ".join(idle[:MOST_NAMES])
-    return f"layers that evaluation does not use, but that the size includes as float layers: {names}{more}"
+    read: list[str] = []
+    some: list[str] = []
+    if images is not None and idle:
+        with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, idle) as calls:
+            model(images)
+        some = list(dict.fromkeys(call.name for call in calls))
+        read = read_without_call(model, images, [n for n in idle if n not in some and not computed_weight(modules[n])])
+    unused = [name for name in idle if name not in read and name not in some and quantized_layers(model)]
+    sentences = {
+        "layers that are used without being called, so they stay in float and their operations are not counted": read,
+        "layers that only some images reach, so they stay in float and their operations are not counted": some,
+        "layers that evaluation does not use, but that the size includes as float layers": unused,
+    }
+    return [f"{sentence}: {_names(names)}" for sentence, names in sentences.items() if names]
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def values_outside(model: nn.Module, images: Tensor) -> str | None:

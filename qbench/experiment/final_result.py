@@ -144,8 +144,8 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
         )
     if returns_probabilities(model, images):
         warnings.append("the network returns probabilities; the loss treats them as logits and applies softmax again")
-    sizes = coverage(model, setup.macs), idle_layers(model, setup.macs), values_outside(model, images[:1])
-    warnings += filter(None, sizes)
+    warnings += idle_layers(model, setup.macs, images)
+    warnings += filter(None, (coverage(model, setup.macs), values_outside(model, images[:1])))
     clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
     if clipped:
         worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])

@@ -53,7 +53,7 @@ from qbench.quant.combine import distilled
 from qbench.quant.install import install
 from qbench.quant.layers import fully_quantized
 from qbench.quant.method import Method
-from qbench.quant.policy import Policy, PolicyError
+from qbench.quant.policy import Policy, PolicyError, execution_order
 from qbench.runs import tensorboard
 from qbench.training.checkpoint import DoesNotFit
 from qbench.training.initial_weights import InitialWeights, load_initial_weights, load_quantizers
@@ -201,12 +201,15 @@ class ExperimentSetup:
         Raises:
             ConfigError: a rule of the policy matches no layer.
         """
-        example = torch.zeros(1, *self.data.shape, device=next(model.parameters()).device)
+        example = self._example(model)
         act = str(self.config.model.get("act", "auto"))
         try:
             return install(self.method, model, self.policy, example=example, act=act)
         except PolicyError as error:
             raise ConfigError(f"layers.{error.key}: {error}") from None
+
+    def _example(self, model: nn.Module) -> Tensor:
+        return torch.zeros(1, *self.data.shape, device=next(model.parameters()).device)
 
     def load_file(self, model: nn.Module) -> InitialWeights:
         """Load the checkpoint file that `init` names.
@@ -217,7 +220,10 @@ class ExperimentSetup:
         """
         path, new_head = Path(self.config.init), self.config.model.get("head") == "new"
         try:
-            return load_initial_weights(model, path, new_head=new_head, foreign_names=self.method.foreign_names)
+            last = next(reversed(execution_order(model, self._example(model))), None)
+            return load_initial_weights(
+                model, path, new_head=new_head, last=last, foreign_names=self.method.foreign_names
+            )
         except DoesNotFit as error:
             fitting = networks_that_fit(path, self.data)
             found = (

@@ -49,12 +49,14 @@ Results
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import grad_within
+from qbench.quant.layers import float_mode, quantized_layers
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import fused_quantizer, in_float32, round_ste, straight_through, wide_type
+from qbench.quant.probe import Probe
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
@@ -158,6 +160,20 @@ class UniformActivation(Quantizer):
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
 
+def prepare(model: nn.Module, probe: Probe) -> None:
+    """Set the range of every input quantizer from the float network's probe images, for evaluation without training.
+
+    The first batch of a training replaces this range, so training does not depend on it.
+    """
+    for name, layer in quantized_layers(model).items():
+        quantizer = layer.input_q
+        if isinstance(quantizer, UniformActivation) and not quantizer.seen:
+            with float_mode(model):
+                inputs, _ = probe.responses(model, name)
+            quantizer.update_range(inputs)
+            quantizer.seen.fill_(False)
+
+
 def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
     """Return the `Method` for min-max quantization. `momentum` is the weight of a new batch in the range."""
     if not 0 < momentum <= 1:
@@ -170,4 +186,5 @@ def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
         weight=lambda name, layer, bits: UniformWeight(bits, channel),
         input=lambda name, layer, bits: UniformActivation(bits, momentum),
+        prepare=prepare,
     )

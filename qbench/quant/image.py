@@ -153,6 +153,12 @@ def _channels(model: nn.Module, name: str, example: Tensor) -> Tensor:
     channel = calls[0].input
     if channel.is_meta:
         return torch.zeros((1,) * channel.dim(), dtype=torch.long)
+    read = [image for call in calls for image in call.input]
+    if any(image.shape != read[0].shape or not torch.equal(image, read[0]) for image in read):
+        raise Unsupported(
+            f"{name} reads the image several times, with its channels in different places\n"
+            "leave its input float: layers.input=float"
+        )
     channel = channel[:1].long()
     for axis in range(1, channel.dim()):  # keep one value of an axis along which all values are equal
         if (channel == channel.narrow(axis, 0, 1)).all():

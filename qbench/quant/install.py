@@ -116,6 +116,11 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
             f"{name} is a {type(layer).__name__}; only torch's own classes are quantized, not subclasses: "
             f"{', '.join(kind.__name__ for kind in QUANTIZED_CLASS)}\n{float_rule(name)}"
         )
+    if replaced := sorted({"forward", "_conv_forward"} & vars(layer).keys()):
+        raise Unsupported(
+            f"{name}: its method {replaced[0]} was replaced, and the quantized layer would not call the replacement\n"
+            f"write a module of your own around the layer, or {float_rule(name)}"
+        )
     if not isinstance(layer, nn.Linear) and layer.padding_mode != "zeros":
         raise Unsupported(f"{name} pads with {layer.padding_mode!r}; only zero padding is quantized")
 

@@ -48,8 +48,13 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[st
     return content[key], [] if usual else [f"taken from the key {key}", *(f"{other} not used" for other in others)]
 
 
-def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) -> RenamedWeights:
+def rename_weights(
+    weights: Mapping[str, Any], model: nn.Module, source: str, last: str | None = None
+) -> RenamedWeights:
     """Rename a file's tensors: remove prefixes, and give the last layer the name that the network uses.
+
+    Args:
+        last: the name of the network's last layer; by default, of the linear layer that was registered last.
 
     Raises:
         CheckpointError: two tensors would get the same name.
@@ -68,7 +73,7 @@ def rename_weights(weights: Mapping[str, Any], model: nn.Module, source: str) ->
         if len(short) < len(str(name)):
             prefixes[str(name)[: -len(short)]] = None
     notes = [f"prefix {', '.join(list(prefixes)[:3])} removed"] if prefixes else []
-    if renamed := _head_names(tensors, model):
+    if renamed := _head_names(tensors, model, last or last_linear(model)):
         found, last = renamed
         tensors = {f"{last}{k.removeprefix(found)}" if k.startswith(f"{found}.") else k: v for k, v in tensors.items()}
         notes.append(f"{found} renamed to {last}")
@@ -88,17 +93,17 @@ def _without_prefixes(name: str, known: Iterable[str]) -> str:
     return name
 
 
-def last_layer(model: nn.Module) -> str | None:
-    """Return the name of a network's last linear layer, or None if the network has no linear layer."""
+def last_linear(model: nn.Module) -> str | None:
+    """Return the name of the linear layer that was registered last, or None if there is no linear layer."""
     return next((name for name, m in reversed([*model.named_modules()]) if isinstance(m, nn.Linear)), None)
 
 
-def _head_names(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
+def _head_names(tensors: Mapping[str, Tensor], model: nn.Module, last: str | None) -> tuple[str, str] | None:
     """Return the name of the last layer in the file, and its name in the network.
 
     Return None if both names are equal, or if not exactly one layer of the file fits.
     """
-    last, known = last_layer(model), model.state_dict()
+    known = model.state_dict()
     if last is None or f"{last}.weight" in tensors:
         return None
     inputs = known[f"{last}.weight"].shape[1:]

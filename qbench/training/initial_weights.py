@@ -21,7 +21,7 @@ from qbench.training.checkpoint import (
     unpack,
 )
 from qbench.training.digests import weights_sha256
-from qbench.training.foreign_weights import find_state_dict, last_layer, rename_weights
+from qbench.training.foreign_weights import find_state_dict, last_linear, rename_weights
 from qbench.training.safetensors_file import is_safetensors, load_safetensors
 
 
@@ -75,6 +75,7 @@ def load_initial_weights(
     identity: str | None = None,
     *,
     new_head: bool = False,
+    last: str | None = None,
     foreign_names: Mapping[str, str] = {},
 ) -> InitialWeights:
     """Load float weights into a network.
@@ -83,6 +84,7 @@ def load_initial_weights(
         path: a checkpoint file, or a run's directory with best.pt.
         identity: the identity of the run to which the checkpoint must belong. None allows any run.
         new_head: whether the last layer keeps its random weights instead of weights from the file.
+        last: the name of the network's last layer; by default, of the linear layer that was registered last.
         foreign_names: names of quantizers' tensors in files of other programs; see `Method`.
 
     Raises:
@@ -94,10 +96,10 @@ def load_initial_weights(
     if identity is not None and content.get("identity") != identity:
         raise CheckpointError(f"{file} belongs to another run; to train the float baseline again, add rerun=true")
     weights, found = find_state_dict(content, file)
-    tensors, renamed = rename_weights(weights, model, file)
+    tensors, renamed = rename_weights(weights, model, file, last)
     quantizers = _renamed_quantizers(tensors, foreign_names)
     tensors = {name: tensor for name, tensor in tensors.items() if not _ending(name, foreign_names)}
-    head = _head(model)
+    head = _tensors_of(model, last or last_linear(model))
     if new_head:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
     else:
@@ -180,10 +182,9 @@ def _read(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     return unpack(data, str(file)) if has_digest(data) else load_torch_file(data, str(file)), unchecked
 
 
-def _head(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a network's last linear layer. The result is empty if there is no such layer."""
-    last = last_layer(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if last and name.startswith(f"{last}.")}
+def _tensors_of(model: nn.Module, layer: str | None) -> dict[str, Tensor]:
+    """Return the tensors of a layer by name. The result is empty if `layer` is None."""
+    return {name: tensor for name, tensor in model.state_dict().items() if layer and name.startswith(f"{layer}.")}
 
 
 def _check_classes(tensors: Mapping[str, Tensor], head: Mapping[str, Tensor], source: str) -> None:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from measure import machine, markdown
 from plain import NHWC, data, placed, plain
 from step import CASES, built, installed
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from qbench.experiment.device import bf16_autocast
 from qbench.quant import ops
 
 
@@ -56,29 +58,47 @@ def peak(epochs: int) -> int:
         return int(json.loads(result.read_text())["speed"]["peak_bytes"])
 
 
+def in_bf16(model: nn.Module) -> nn.Module:
+    """Change a network in place so that it computes as runtime.precision=bf16 does."""
+    model.forward = bf16_autocast(model.forward, torch.device("cpu"))
+    return model
+
+
+def row(name: str, model: nn.Module, images: Tensor, base: tuple[int, int], modes: int) -> tuple[str, ...]:
+    """Return a row: the memory of the first `modes` modes of runtime.activation_memory, and of the plain definition.
+
+    Each number is a share of `base`, the float network's (alive, saved) bytes. With 0 modes, a float network is
+    measured.
+    """
+    columns = []
+    for mode in ("recompute", "keep", "codes")[: max(modes, 1)]:
+        with ops.activation_memory(mode):
+            columns += [f"{alive(model, images) / base[0]:.2f}", f"{saved(model, images) / base[1]:.2f}"]
+    columns += [""] * (6 - len(columns))
+    if not modes:
+        return name, *columns, ""
+    with ops.reference_kernels():
+        return name, *columns, f"{alive(model, images) / base[0]:.2f}"
+
+
 def main() -> None:
     """Print the table."""
     images, _ = data("cpu", NHWC)
     float_model = placed(plain(), "cpu", NHWC)
-    bases = alive(float_model, images), saved(float_model, images)
-    rows: list[tuple[str, ...]] = [("float", f"1.00 ({bases[0] / 1e6:.1f} MB)", "1.00", "", "", "", "")]
+    base = alive(float_model, images), saved(float_model, images)
+    rows: list[tuple[str, ...]] = [("float", f"1.00 ({base[0] / 1e6:.1f} MB)", "1.00", "", "", "", "", "")]
+    rows.append(row("float, runtime.precision=bf16", in_bf16(placed(plain(), "cpu", NHWC)), images, base, 0))
     for case in CASES:
         method = built(case)
         if method.bits.a == 32:
             continue
-        model = installed(method).train()
-        columns = [alive(model, images) / bases[0], saved(model, images) / bases[1]]
-        with ops.activation_memory("codes"):
-            columns += [alive(model, images) / bases[0], saved(model, images) / bases[1]]
-        with ops.reference_kernels():
-            columns += [alive(model, images) / bases[0]]
-        if "cells_input" not in method.traits:
-            columns[2:4] = [float("nan")] * 2
-        target = "1.05, compressed 0.65" if case.label == "dorefa w2a2" else ""
-        columns_text = ["" if c != c else f"{c:.2f}" for c in columns]
-        rows.append((case.label, *columns_text, target))
+        modes = 3 if "cells_input" in method.traits else 2
+        rows.append(row(case.label, installed(method).train(), images, base, modes))
+        if case is CASES[0]:
+            name = f"{case.label}, runtime.precision=bf16"
+            rows.append(row(name, in_bf16(installed(method).train()), images, base, modes))
     print(f"{machine()}\n")
-    head = ("kept for backward", "alive", "saved", "compressed: alive", "saved", "plain definition: alive", "target")
+    head = ("kept for backward", "alive", "saved", "keep: alive", "saved", "codes: alive", "saved", "plain: alive")
     print(markdown(head, rows))
     peaks = {epochs: f"{peak(epochs) / 2**20:.0f} MiB" for epochs in (5, 200)}
     print("\n" + markdown([f"{epochs} epochs" for epochs in peaks], [list(peaks.values())]))

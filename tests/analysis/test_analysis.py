@@ -167,6 +167,25 @@ def test_sqnr_clipped_inputs_and_dead_channels_by_hand() -> None:
     assert signal.clipped is None, "inputs are float"
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(3, 5), (4, 3)),
+        (nn.Conv1d(3, 5, 2), (4, 3, 7)),
+        (nn.Conv2d(3, 5, 2), (4, 3, 7, 6)),
+        (nn.Conv3d(3, 5, 2), (4, 3, 7, 6, 5)),
+        (nn.ConvTranspose2d(3, 5, 2), (4, 3, 7, 6)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_channels_are_counted_in_every_kind_of_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model = install(function_method(lambda name, w: w), nn.Sequential(layer), EVERYWHERE)
+    x = torch.rand(shape)
+    signal = layer_signals(model, [(x, torch.zeros(len(x)))])["0"]
+    assert signal.dead_channels("in") == (0, 3)
+    assert signal.dead_channels("out") == (0, 5)
+
+
 @pytest.mark.parametrize(("levels", "clipped"), [((0.0, 1.0), 1), ((-0.5, 1.0), 2), ((-1.0, 2.0), 0)])
 def test_clipped_inputs_are_those_beyond_the_outermost_levels(levels: tuple[float, ...], clipped: int) -> None:
     low, high = levels

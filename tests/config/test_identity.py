@@ -173,3 +173,22 @@ def test_the_rule_of_a_field_of_a_dataclass() -> None:
 def test_a_digest_ignores_order_and_notation() -> None:
     assert digest({"a": 1, "b": [2.0, {"c": 3}]}) == digest({"b": [2, {"c": 3.0}], "a": 1.0})
     assert digest({"a": 1}) != digest({"a": True + 1})
+
+
+@pytest.mark.parametrize(
+    ("rules", "decisive"),
+    [
+        ("{layer1.*: 8, layer1.0.*: 4}", True),
+        ("{*.conv1: 8, layer1.*: 4}", True),
+        ("{layer1.*: 8, layer2.*: 4}", False),
+        ("{layer1.*: 8, layer1.0.*: 8}", False),
+        ("{conv1: 8, layer1.*: 4}", False),
+    ],
+)
+def test_the_order_of_layer_rules_counts_if_they_may_match_the_same_layer(
+    configure: Configure, rules: str, decisive: bool
+) -> None:
+    other = "{" + ", ".join(reversed(rules.strip("{}").split(", "))) + "}"
+    one, two = (run_identity(configure("method=dorefa", f"layers.rules={text}")) for text in (rules, other))
+    assert (one.digest != two.digest) is decisive
+    assert (one.protocol_hash != two.protocol_hash) is decisive

@@ -51,6 +51,28 @@ def silu(shape, classes):
 def one_value(shape, classes):
     return layers(nn.BatchNorm1d(16), nn.Linear(16, 16))
 
+class Uncalled(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.first, self.mid, self.last = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, classes)
+        self.second = nn.Linear(16, 16)
+    def forward(self, x):
+        h = nn.Linear.forward(self.mid, self.first(x.flatten(1)).relu())
+        return self.last(self.second(h).relu())
+
+class Branches(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 16), nn.Linear(16, classes)
+        self.dark, self.bright = nn.Linear(16, 16), nn.Linear(16, 16)
+    def forward(self, x):
+        h, bright = self.first(x.flatten(1)).relu(), x.mean((1, 2, 3)) > 0.05
+        out = torch.zeros_like(h)
+        for chosen, layer in ((bright, self.bright), (~bright, self.dark)):
+            if chosen.any():
+                out = out.index_put((chosen.nonzero().flatten(),), layer(h[chosen]))
+        return self.last(out)
+
 class Dropout(nn.Module):
     def __init__(self, shape, classes):
         super().__init__()
@@ -437,6 +459,21 @@ def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, wo
     line = "layers that evaluation does not use, but that the size includes as float layers: aux"
     assert line in plan([planned])[-1].notes
     assert line in run(planned).warnings
+
+
+@pytest.mark.parametrize(
+    ("network", "line"),
+    [
+        ("Uncalled", "layers that are used without being called, so they stay in float and their operations are not "
+        "counted: mid"),
+        ("Branches", "layers that only some images reach, so they stay in float and their operations are not counted: "
+        "bright"),
+    ],
+)  # fmt: skip
+def test_layers_that_an_image_of_zeros_does_not_call_are_noted(
+    configure: Configure, words: list[str], network: str, line: str
+) -> None:
+    assert line in run(planned_run(configure(*words, f"model=users_networks:{network}"))).warnings
 
 
 @pytest.mark.parametrize(

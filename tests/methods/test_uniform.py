@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from qbench.methods import uniform
+from qbench.quant.install import install
+from qbench.quant.layers import quantized_layers
+from qbench.quant.probe import Probe
 
+X = 3 * torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 GRID = torch.arange(-48, 49, dtype=torch.float64) / 16
 
 
@@ -46,3 +52,17 @@ def test_the_range_moves_in_training_only() -> None:
     assert (site.low.item(), site.high.item()) == (pytest.approx(-0.1), pytest.approx(1.9))
     site.eval()(torch.tensor([9.0]))
     assert site.high.item() == pytest.approx(1.9)
+
+
+def test_prepare_sets_ranges_that_training_does_not_use() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4))
+    expected = net(X)
+    inputs = net[0](X)
+    model = install(uniform.build(w=16, a=16), net, example=X)
+    uniform.prepare(model, Probe([(X, torch.zeros(len(X), dtype=torch.long))], F.cross_entropy))
+    quantizer = quantized_layers(model)["1"].input_q
+    assert (quantizer.low, quantizer.high) == (inputs.min().clamp(max=0), inputs.max().clamp(min=0))
+    torch.testing.assert_close(model.eval()(X), expected, rtol=0, atol=1e-3)
+    quantizer.train()(inputs / 2)  # the first batch replaces the range
+    assert (quantizer.low, quantizer.high) == (inputs.min().clamp(max=0) / 2, inputs.max().clamp(min=0) / 2)

@@ -144,3 +144,30 @@ def test_the_range_of_the_image_is_not_guessed() -> None:
         install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((0.0, 0), (1.0, 1))), example=X)
     one = install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((-3.0,), (3.0,))), example=X)
     assert one[0].input_q(torch.full((1, 3, 8, 8), -9.0)).unique().tolist() == [-3]
+
+
+READS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "two orders in two calls": lambda first, x: first(x) + first(x.flip(1)),
+    "two orders in one call": lambda first, x: sum(first(torch.cat([x, x.flip(1)])).chunk(2)),  # type: ignore[return-value]
+    "one order in two calls": lambda first, x: first(x.flip(1)) + first(x.flip(1)),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_channels_in_several_orders_are_refused(name: str) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(144, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(READS[name](self.first, x).flatten(1))
+            return y
+
+    if name.startswith("two"):
+        with pytest.raises(Unsupported, match=r"first reads the image several times.*\n.*layers\.input=float"):
+            install(dorefa.build(w=2, a=2), Reader(), POLICY, example=X)
+        return
+    model = install(dorefa.build(w=2, a=2), Reader(), POLICY, example=X)
+    flipped = X.flip(1)
+    torch.testing.assert_close(quantized_layers(model)["first"].input_q(flipped), flipped, rtol=0, atol=1e-5)

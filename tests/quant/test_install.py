@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -302,3 +303,12 @@ def test_weights_that_a_loop_left_in_float_are_not_folded(method: ModuleType) ->
     model = install(method.build(), Net(), example=X)
     with pytest.raises(ValueError, match=r"mid: weights(.|\n)*train with qbench\.run"):
         fold_quantized_weights(model)
+
+
+@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+def test_a_replaced_method_of_a_layer_is_refused(method: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    setattr(net[1], method, getattr(net[1], method))
+    with pytest.raises(Unsupported, match=f"1: its method {method} was replaced.*\n.*{re.escape(RULE % '1')}"):
+        install(dorefa.build(w=2), net, example=X)
+    install(dorefa.build(w=2), net, Policy(rules={"1": "float"}), example=X)

@@ -267,3 +267,38 @@ def test_imagenet_weights_are_those_of_torchvision(
         configure(*words)
     monkeypatch.setattr("hashlib.sha256", lambda data=b"": type("Stated", (), {"hexdigest": lambda self: "f37072fd"})())
     assert configure(*words).init == str(file)
+
+
+@pytest.mark.parametrize("head", ["linear", "convolution"])
+def test_the_new_last_layer_is_the_last_that_runs(configure: Configure, tmp_path: Path, head: str) -> None:
+    """The last layer need not be registered last, and need not be linear."""
+    words = ("method=float", f"model=test_initial_weights:Heads{head.title()}")
+    torch.save(assemble(configure(*words)).float_model().state_dict(), tmp_path / "best.pt")
+    setup = assemble(configure(*words, "model.head=new", f"init={tmp_path / 'best.pt'}"))
+    loaded = setup.load_file(setup.float_model(seed=1))
+    assert "the last layer is new (head.weight, head.bias)" in loaded.message
+
+
+class HeadsLinear(nn.Module):
+    """A network whose last layer is registered first."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.head, self.first, self.scale = nn.Linear(8, classes), nn.Conv2d(shape[0], 8, 3), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = self.first(x).relu().mean((2, 3))
+        y: Tensor = self.head(means * self.scale(means).sigmoid())
+        return y
+
+
+class HeadsConvolution(nn.Module):
+    """A network whose last layer is a convolution."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(shape[0], 8, 3), nn.Conv2d(8, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.first(x).relu()).mean((2, 3))
+        return y
