@@ -74,8 +74,14 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """
     try:
         with torch.device("meta"):
-            state = {n: t.to("meta") for n, t in chain(model.named_parameters(), model.named_buffers())}
-            counts = _own_macs(model, lambda: torch.func.functional_call(model, state, torch.empty(1, *shape)))
+            # Each module occurs once, under its first name. With several names, torch would not restore its tensors.
+            state = {
+                f"{name}.{key}" if name else key: tensor.to("meta")
+                for name, module in model.named_modules()
+                for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            }
+            image = torch.empty(1, *shape)
+            counts = _own_macs(model, lambda: torch.func.functional_call(model, state, image, tie_weights=False))
     except Exception:  # a user's own network may need values, which meta tensors do not have
         # The counter misses the recurrent layers of oneDNN. torch may warn about Intel's GPUs.
         with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):

@@ -61,8 +61,8 @@ def main() -> None:
         ratios = interleaved(works, options.rounds, clock=time.process_time)
         first, *others = ratios.values()
         rows.append((f"{inputs} to {outputs}, {size}x{size}", f"{1000 * first.seconds:.2f} ms", *map(str, others)))
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(f"{machine()}, {capability}; {options.threads} thread{"s" * (options.threads > 1)}, batches of {options.batch}, processor time\n")
+    where = f"{machine()}, {torch.backends.cpu.get_cpu_capability()}, threads: {options.threads}"
+    print(f"{where}; batches of {options.batch}, processor time\n")
     print(markdown(("channels, image", *FORMS), rows))
 
 

@@ -13,6 +13,7 @@ from qbench.cost.layers import layer_costs
 from qbench.methods import dorefa, lsq, uniform
 from qbench.models import mlp
 from qbench.quant.install import install
+from qbench.quant.layers import quantized_layers
 from qbench.quant.policy import Policy
 
 SHAPE, X = (3, 8, 8), torch.zeros(1, 3, 8, 8)
@@ -217,3 +218,13 @@ def test_values_that_are_not_counted_in_the_size_are_named(case: str) -> None:
 def test_values_of_quantizers_are_not_outside() -> None:
     model = install(lsq.build(w=2, a=2), nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))))
     assert values_outside(model, torch.ones(2, 4)) is None
+
+
+def test_a_module_with_two_names_is_counted_once_for_each_call_and_stays_unchanged() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3))
+    net.insert(1, net[0])
+    weights = dict(net.named_parameters())
+    assert count_macs(net, (1, 1, 4)) == {"0": 32, "4": 12}
+    assert all(parameter is weights[name] for name, parameter in net.named_parameters())
+    install(dorefa.build(w=2), net, Policy(first=2, last=2), example=torch.zeros(1, 1, 1, 4))
+    assert [*quantized_layers(net)] == ["0", "4"]
