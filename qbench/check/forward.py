@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qbench.bits import FLOAT, Bits, LevelCount
 from qbench.check.subject import SHAPE, MethodUnderTest, NotApplicable, PropertyViolation, batches, gradient_of
+from qbench.cost.count import storage
 from qbench.quant.layers import QLayer
 from qbench.quant.ops import activation_memory
 from qbench.quant.quantizer import Grid, Quantizer
@@ -40,8 +41,22 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
             raise PropertyViolation(
                 f"{key}: the quantizers allow {mean:g} levels on average, but {bits} allows at most {limit} levels"
             )
-        if key == "w" and max(count.found for count in counts) < 2:
-            raise PropertyViolation("in every layer, all weights have the same value")
+        if key == "w":
+            if max(count.found for count in counts) < 2:
+                raise PropertyViolation("in every layer, all weights have the same value")
+            _codes_hold_levels(subject, bits)
+
+
+def _codes_hold_levels(subject: MethodUnderTest, bits: Bits) -> None:
+    """Check that the declared codes have enough bits for the declared levels. The size of a network depends on them."""
+    for name, layer in subject.layers(bits):
+        count = int((~declared_grid(layer.weight_q, layer.weight).points.isnan().any(2)).sum(1).max())
+        code_bits = storage(layer).code_bits
+        if count > 2**code_bits:
+            raise PropertyViolation(
+                f"{name}: the quantizer declares {count} levels, but its function bytes declares codes of {code_bits} "
+                f"bits, which have {2**code_bits} values"
+            )
 
 
 def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:

@@ -192,8 +192,20 @@ def halve(model: nn.Module, probe: object) -> None:
             p.mul_(0.5)
 
 
+class NarrowCodes(twn.TWNWeight):
+    """Three levels, but codes of one bit."""
+
+    def bytes(self, w: Tensor) -> Storage:
+        return Storage(w.numel(), 1, 4)
+
+
+def _narrow() -> Method:
+    return replace(twn.build(), weight=lambda name, layer, bits: NarrowCodes())
+
+
 PLANTED = {
     "off by a little": (weights(off_by_a_little), "levels"),
+    "codes that are too narrow": (_narrow, "levels"),
     "not odd": (weights(shifted), "weights: odd, monotone, idempotent as declared"),
     "not monotone": (weights(upside_down), "weights: odd, monotone, idempotent as declared"),
     "nan for zeros": (weights(poisoned_by_zeros), "zero, constant and one-element weights give finite values"),
