@@ -91,9 +91,13 @@ def _is_array(value: object) -> bool:
     return isinstance(value, Tensor | np.ndarray)
 
 
-def _tensor(value: object, what: str) -> Tensor:
+def _tensor(value: Tensor | np.ndarray, what: str) -> Tensor:
     """Return an array as a tensor. Float images become float32 and integer labels become int64."""
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, np.ma.MaskedArray):
+        raise DataError(f"{what} are a masked array; pass value.filled(NUMBER) or leave the masked values out")
+    if isinstance(value, np.ndarray):  # torch reads only the byte order of this machine
+        value = torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+    tensor = value.detach()
     if what == "images":
         _check_layout(tensor)
         return tensor.float() if tensor.is_floating_point() else tensor

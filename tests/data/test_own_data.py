@@ -376,3 +376,19 @@ def test_float_and_8_bit_images_are_not_exchanged_in_evaluation(configure: Confi
     with pytest.raises(ConfigError, match="dataset=digits has 8-bit images; the run was trained on float images"):
         other_dataset(own, digits)
     assert other_dataset(own._replace(white=255), digits).mean == (0.0,)
+
+
+def test_arrays_of_another_byte_order_and_tensors_with_gradients_are_read() -> None:
+    arrays = FLOATS.numpy().astype(">f4"), LABELS.numpy().astype(">i2")
+    for pair in (arrays, (FLOATS.clone().requires_grad_(), LABELS)):
+        data = as_dataset("mine:data", (pair, pair, pair), 0.1)
+        plain = as_dataset("mine:data", ((FLOATS, LABELS),) * 3, 0.1)
+        assert torch.equal(data.test.images, plain.test.images)
+        assert torch.equal(data.test.labels, plain.test.labels)
+        assert not data.test.images.requires_grad
+
+
+def test_a_masked_array_is_refused() -> None:
+    masked = np.ma.masked_greater(IMAGES.numpy(), 250)
+    with pytest.raises(DataError, match=r"train: images are a masked array; pass value\.filled"):
+        as_dataset("mine:data", ((masked, LABELS), (IMAGES, LABELS)), 0.1)
