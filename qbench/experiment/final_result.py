@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from qbench.bits import FLOAT, LevelCount
 from qbench.cost.count import count_cost, coverage, idle_layers, values_outside
 from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
-from qbench.errors import CheckpointError
+from qbench.errors import CheckpointError, Diverged
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.evidence import evidence_warnings
 from qbench.experiment.session import TrainingSession
@@ -188,13 +189,19 @@ def _evaluate(
     session: TrainingSession,
     answers: list[Tensor] | None = None,
 ) -> Evaluation:
-    """Evaluate weights on the validation and test splits. Append test labels and predictions to `answers`."""
+    """Evaluate weights on the validation and test splits. Append test labels and predictions to `answers`.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
     task.model.load_state_dict(weights)
     context = session.context
     val, test = (context.evaluation_batches(loader, split) for split in ("val", "test"))
     validated = evaluate(task.model, val, task.logits, group=context.group)
     tested = evaluate(task.model, test, task.logits, answers, context.group)
     assert tested is not None  # `check_splits` refuses an empty test split
+    if not all(isfinite(part.loss) for part in (tested, validated) if part):
+        raise Diverged("the network's outputs on the test or validation images are not finite; try a lower optim.lr")
     return Evaluation(test=tested, val=validated, epoch=epoch)
 
 

@@ -151,3 +151,22 @@ def test_the_same_command_resumes_from_the_last_good_checkpoint(configure: Confi
     assert result.status == "done"
     undisturbed = run(planned_run(configure(*words("none", "none"))))
     assert result.weights_sha256 == undisturbed.weights_sha256
+
+
+class NanInEvaluation(nn.Module):
+    """A network whose outputs are finite in training alone."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.last = nn.Linear(shape[1] * shape[2], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(x.flatten(1))
+        return y if self.training else y * torch.nan
+
+
+def test_outputs_that_are_not_finite_in_evaluation_stop_the_run(configure: Configure) -> None:
+    """Without validation images, the first evaluation is the last one."""
+    words = ["method=float", "model=test_not_finite:NanInEvaluation", "dataset.val=0", "epochs=1", "pretrain.epochs=1"]
+    with pytest.raises(Diverged, match="outputs on the test or validation images are not finite"):
+        run(planned_run(configure(*words)))
