@@ -104,7 +104,7 @@ def _head_names(tensors: Mapping[str, Tensor], model: nn.Module, last: str | Non
     Return None if both names are equal, or if not exactly one layer of the file fits.
     """
     known = model.state_dict()
-    if last is None or f"{last}.weight" in tensors:
+    if last is None or f"{last}.weight" in tensors or f"{last}.weight" not in known:
         return None
     inputs = known[f"{last}.weight"].shape[1:]
     unknown = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and name not in known]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Configure
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from qbench.config.identity import file_sha256, run_identity
 from qbench.errors import CheckpointError, ConfigError
@@ -277,6 +278,13 @@ def test_the_new_last_layer_is_the_last_that_runs(configure: Configure, tmp_path
     setup = assemble(configure(*words, "model.head=new", f"init={tmp_path / 'best.pt'}"))
     loaded = setup.load_file(setup.float_model(seed=1))
     assert "the last layer is new (head.weight, head.bias)" in loaded.message
+
+
+def test_a_last_layer_whose_weight_is_computed_is_not_renamed(tmp_path: Path) -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)))
+    torch.save({"fc.weight": torch.ones(3, 4)}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match=r"missing: .*parametrizations"):
+        load_initial_weights(model, tmp_path / "file.pt")
 
 
 class HeadsLinear(nn.Module):
