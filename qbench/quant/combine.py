@@ -1,4 +1,4 @@
-"""Combines a weight method with an activation method, or a method with a teacher."""
+"""Combines a weight method with an activation method, or a method with distillation from a teacher network."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from qbench.quant.quantizer import Quantizer
 class _SteppedOptimizer(torch.optim.Optimizer):
     """Wraps an optimizer that has already made its step.
 
-    The second of two combined methods gets this wrapper, so that it does not make another step.
+    The `step` function of the second of two combined methods gets this wrapper, so that the optimizer steps only once.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -50,7 +50,9 @@ def combine(weight: Method, activation: Method) -> Method:
     owner = weight if _supported(weight, "g") else activation
     bits = Bits(weight.bits.w, activation.bits.a, owner.bits.g)
     if weight.loss and activation.loss:
-        raise Unsupported(f"{weight.name} and {activation.name} both replace the loss")
+        raise Unsupported(
+            f"method={weight.name} and activation={activation.name} cannot be combined: both replace the loss"
+        )
     return Method(
         name=f"{weight.name}+{activation.name}",
         bits=bits,
@@ -83,16 +85,16 @@ def distilled(
     average: str = "batch",
     hard: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Method:
-    """Return the method with the loss weight T^2 KL(teacher || student) + (1 - weight) hard.
+    """Return the method with a distillation loss: `weight` T^2 KL(teacher || student) + (1 - `weight`) `hard`.
 
-    KL compares softmax outputs at temperature T (Hinton et al. 2015, arXiv 1503.02531). The default values of
-    `temperature` and `weight` are from Polino et al. 2018, arXiv 1802.05668.
+    KL compares the softmax outputs of both networks at the temperature T (Hinton et al. 2015, arXiv 1503.02531). The
+    default values of `temperature` and `weight` are from Polino et al. 2018, arXiv 1802.05668.
 
     Args:
         teacher: a network that takes the same images and is not trained.
         average: `batch` sums KL over classes and averages over the batch. `classes` averages over classes and over the
-            batch. The public code of Polino et al. does the same. With ten classes, `classes` makes the distillation
-            term ten times smaller than `batch`.
+            batch, as the public code of Polino et al. does. With ten classes, `classes` makes the distillation term ten
+            times smaller than `batch`.
         hard: function (logits, labels) that returns the loss with respect to the labels. If the method has its own
             loss, the method's loss is used instead.
     """
@@ -171,7 +173,7 @@ def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | No
 
 
 def _combined_step(weight: Method, activation: Method) -> Step | None:
-    """Return a `step` function that calls both functions but steps the optimizer only once."""
+    """Return a `step` function that calls the `step` functions of both methods but steps the optimizer only once."""
     first, second = weight.step, activation.step
     if first is None or second is None:
         return first or second

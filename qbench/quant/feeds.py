@@ -33,7 +33,8 @@ FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "rel
 class TracedFeeds(NamedTuple):
     """The activations that quantizers can replace.
 
-    For each layer that reads none of these activations, `reasons` says why no activation can be replaced.
+    For each layer that reads none of these activations, `reasons` says why no activation in front of it can be
+    replaced.
     """
 
     feeds: Feeds
@@ -59,7 +60,11 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
     graph = operations(model, example, layers)
     if any(UNKNOWN in operation.reads for operation in graph):
         return TracedFeeds(
-            {}, dict.fromkeys(layers, "the origin of some values is not known (tensors that are not buffers, or NumPy)")
+            {},
+            dict.fromkeys(
+                layers,
+                "the network reads values of unknown origin (from tensors that are not buffers, or from NumPy)",
+            ),
         )
     activations = [operation for operation in graph if operation.module and operation.kind == "ReLU"]
     readers = {operation.name: list(_readers(graph, operation.name)) for operation in activations}
@@ -80,7 +85,7 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
 
 
 def _readers(graph: Sequence[Operation], name: str) -> Iterator[Operation]:
-    """Yield the operations that read a result directly, or through operations that commute with ReLU."""
+    """Yield the operations that read the result of `name`, directly or through operations that commute with ReLU."""
     passed = {name}
     for operation in graph:
         if passed.isdisjoint(operation.reads):
@@ -100,9 +105,9 @@ def _reason(graph: Sequence[Operation], layer: str, others: Mapping[str, str]) -
         if reason := others.get(operation.module or ""):
             return reason
         if operation.kind in FUNCTIONS:
-            return f"the layer reads the function {operation.kind}, which is not a module nn.ReLU"
+            return f"the layer reads the result of the function {operation.kind}, not of a module nn.ReLU"
         if operation.kind not in COMMUTING and operation.name != IMAGE:
-            return f"the layer reads {_in_words(operation)}, not an nn.ReLU"
+            return f"the layer reads the result of {_in_words(operation)}, not of a module nn.ReLU"
         ahead += operation.reads
     return "the layer reads no nn.ReLU"
 
@@ -131,7 +136,9 @@ def bypass_activations(
     """
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
-        raise Unsupported(f"{method.name} requires act={needs} (activations in front of its quantizers), not act={act}")
+        raise Unsupported(
+            f"{method.name} requires act={needs} for the activation functions in front of its quantizers; got act={act}"
+        )
     if method.bits.a == FLOAT or "keep" in (act, needs):
         return
     reasons: Mapping[str, str] = {}

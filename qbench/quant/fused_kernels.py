@@ -63,7 +63,7 @@ def divide_codes_(codes: Tensor, n: float) -> Tensor:
 
 
 def grad_between(grad: Tensor, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Return grad where low < x < high, else 0. If the bounds are numbers, the function makes one pass."""
+    """Return grad where low < x < high, else 0. If the bounds are numbers, one pass over memory is enough."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.where((x > low) & (x < high), grad, 0.0)
     masked: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
@@ -128,14 +128,14 @@ def uniform_16(count: int, like: Tensor, generator: Generator | None = None) -> 
     columns = -(-words // rows)
     draws = torch.empty(rows + columns, dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
-    # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32 bits removes this
-    # relation. The numbers stay uniform and pairwise independent.
+    # The xor of the four corners of a rectangle in this table is 0. A one-to-one map of each 32-bit half of a word
+    # removes this relation. The numbers stay uniform and pairwise independent.
     mixed = (draws[:rows, None] ^ draws[rows:]).view(-1).view(torch.int32).mul_(MIXING)
     return mixed.view(torch.int16)[:count]
 
 
 def _shared_bits(like: Tensor, generator: Generator | None) -> Tensor:
-    """Return one random number from {0, 1/256, ..., 255/256}. The number gives the lower 8 of 24 random bits."""
+    """Return one random number from {0, 1/256, ..., 255/256}: the lower 8 of 24 random bits (see `uniform`)."""
     return torch.randint(256, (), generator=generator, device=like.device).to(like.dtype).div_(256)
 
 
@@ -146,7 +146,7 @@ def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
 
     The numbers are meant for stochastic rounding. Each number has 24 random bits. The upper 16 bits are drawn for each
     number, and the lower 8 bits are drawn once for the whole tensor. A single number has the same distribution as a
-    number from torch.rand, so there is no bias. The shared bits contribute less than 2^-16.
+    number from torch.rand, so there is no bias. The shared bits contribute less than 2^-16 to each number.
     """
     shift = _shared_bits(like, generator).add_(32768)
 
@@ -161,9 +161,9 @@ def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
 
     Source: Gupta et al. 2015, section 3.
 
-    Integers stay unchanged. The formula floor(x + u) would not guarantee this, because floating point rounds the sum x
-    + u for large x. The random numbers have the distribution that `uniform` describes. On the CPU, no random numbers
-    are drawn for a block that contains only integers.
+    Integers stay unchanged. The formula floor(x + u) with a random u in [0, 1) would not guarantee this, because
+    floating point rounds the sum x + u for large x. The random numbers have the distribution that `uniform` describes.
+    On the CPU, no random numbers are drawn for a block that contains only integers.
     """
     return blockwise(x, stochastic_rounding_fill(x, generator), scratch=2)
 

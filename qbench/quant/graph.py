@@ -235,8 +235,9 @@ def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], 
     """Return the layers whose weights the network uses without calling the layer.
 
     Such weights would not be quantized. To find them, the function runs the network with weights that are NaN except
-    while their own layer runs. If the output becomes NaN or infinite at other places, some weights are used without a
-    call. Any other change of the output counts only if the network's output is the same in two normal runs.
+    while their own layer runs. If the output is then NaN or infinite in other elements than in a normal run, some
+    weights are used without a call. Any other change of the output is a sign of such weights only if two normal runs
+    have the same output.
 
     Args:
         images: a few images (N, C, H, W), not on the meta device.
@@ -253,7 +254,7 @@ def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], 
 
 
 def _moves(model: nn.Module, images: Tensor, names: Collection[str], plain: Sequence[Tensor]) -> bool:
-    """Return whether hiding weights changes the outputs.
+    """Return whether hiding weights (`_hidden_weights`) shows that they are used without a call.
 
     `plain` contains the outputs without hidden weights.
     """

@@ -32,8 +32,8 @@ class ImageQuantizer(Quantizer):
     Args:
         bits: width of the rounded values in bits.
         low, high: smallest and largest possible value of each channel.
-        channel: index of the image channel from which each value of the layer's input comes. The shape (1, ...) can be
-            expanded to the shape of the input. None means that the input has the shape (N, C, H, W).
+        channel: index of the image channel from which each value of the layer's input comes. It has a shape (1, ...)
+            that can be expanded to the shape of the input. None means that the input has the shape (N, C, H, W).
     """
 
     low: Tensor
@@ -136,7 +136,9 @@ def _image_quantizer(
     channels = example.shape[1]
     low, high = (ends * channels if len(ends) == 1 else ends for ends in policy.image_range)
     if not len(low) == len(high) == channels:
-        raise Unsupported(f"image_range has {len(low)} and {len(high)} channels, but images have {channels}")
+        raise Unsupported(
+            f"image_range has {len(low)} lowest and {len(high)} highest values, but images have {channels} channels"
+        )
     direct = all(operation.reads == (IMAGE,) for operation in graph if operation.module == name)
     return ImageQuantizer(bits, low, high, None if direct else _channels(model, name, example))
 

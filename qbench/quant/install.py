@@ -33,8 +33,8 @@ def install(
 ) -> nn.Module:
     """Add a method's quantizers to a float network, in place, and return the network.
 
-    Only layers of torch's own classes of convolutions, transposed convolutions and `Linear` are changed, not layers of
-    derived classes. A changed layer gets another class and three new submodules. Parameters keep their names and
+    Only torch's own convolutions, transposed convolutions and `Linear` are changed, not classes derived from them. A
+    changed layer gets another class and three new submodules, which are its quantizers. Parameters keep their names and
     identity, so optimizers, hooks and float checkpoints still work.
 
     Args:
@@ -187,6 +187,6 @@ def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -
     grid = quantizer.grid(weight) if quantizer else None
     if grid is not None and (grid.points.shape[0] > 1 or grid.points.shape[2] > 1):
         raise Unsupported(
-            f"{name} is a {type(sample).__name__}; {method.name} cannot quantize its weights, because it has separate "
-            f"scales for a layer's outputs\n{float_rule(name)}"
+            f"{name} is a {type(sample).__name__}; {method.name} cannot quantize its weights, because {method.name} "
+            f"has separate scales for a layer's outputs\n{float_rule(name)}"
         )

@@ -1,8 +1,8 @@
 """Clusters scalars by globally optimal k-means. Some centroids may be fixed. Fixed centroids are called pinned.
 
 The algorithm uses no random numbers. For few distinct values, the solution is exact (`kmeans_dp`). For many distinct
-values, bins of values are clustered first. Near the splits that it found, the algorithm then searches for better splits
-between clusters. Each round of this search divides the bins further.
+values, the algorithm first clusters bins of values. It then searches for better splits between clusters, near the
+splits between the clusters of bins. Each round of this search divides the bins further.
 
 Other packages with exact solutions (kmeans1d, ckwrap) cannot fix centroids. For n values and k centroids, these
 packages also need tables of size n k.
@@ -32,7 +32,7 @@ RANGE = (2_000, 100_000)
 """Minimum and maximum of the total number of bins."""
 
 ZOOMS, REACH, PARTS = 3, 8, 4
-"""Three numbers: refinement rounds, bins that are searched on either side of a split, and parts per bin."""
+"""Refinement rounds, bins that are searched on either side of a split, and parts into which each bin is divided."""
 
 CHUNK = 1 << 16
 """Number of elements that are processed at a time. These elements fit into the processor's cache."""
@@ -54,7 +54,7 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     The inertia is the sum of squared distances between values and their centroids.
 
     If the number of distinct values is at most `EXACT` or at most the number of bins, the inertia is the global minimum
-    up to rounding errors. Sums in float64 have an error of 1e-15 times the inertia of a single cluster. Centroids are
+    up to rounding errors. Sums in float64 have an error of 1e-15 times the inertia that k = 1 would give. Centroids are
     rounded to the type of `values`.
 
     If there are more distinct values, the inertia is minimal among all splits within a few bins of the best splits
@@ -250,7 +250,7 @@ def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> F
     # Compute how much the sum of squares about c grows if a bound moves away from the first option.
     moved = np.zeros(n.shape)
     moved[:, 1:-1] = np.diff(c) * (2 * (s - s[0])[:, 1:-1] - (c[1:] + c[:-1]) * (n - n[0])[:, 1:-1])
-    # Add one cluster after the other. cost[o] is the least cost if the upper bound is at option o.
+    # Add one cluster after the other. cost[o] is the least cost if the upper bound of the added cluster is at option o.
     cost, begins = np.zeros(len(n)), []
     for i, m in enumerate(c):
         size = n[:, i + 1] - n[:, i, None]

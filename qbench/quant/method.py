@@ -59,8 +59,8 @@ class Requires:
             includes the activation function, so that the values are the same with and without a separate activation
             function. With "either", the separate activation function is removed if the network declares which layers
             the function feeds.
-        start: the initial weights. "scratch" means random weights, and the float baseline is trained only for
-            comparison.
+        start: the initial weights. "float" means the weights of the float baseline. "scratch" means random weights. The
+            float baseline is then trained only for comparison.
         teacher: whether the default loss is a distillation loss with the float baseline as the teacher. The
             configuration key `distill` can change this.
     """
@@ -94,7 +94,8 @@ class Method:
             activation quantizer. "clipped_input" means that the gradient of the activation quantizer is 0 beyond the
             outermost levels and nonzero everywhere between them. "cells_input" means that, up to 8 bits, the backward
             pass of the activation quantizer needs only the level of each element (`ops.activation_memory`).
-            "no_master" means that the parameters themselves are on the levels, so that they must not be averaged.
+            "no_master" means that the parameters themselves are on the levels. They must not be averaged, because the
+            averages would be between the levels.
         weight, input, output: factories of quantizers, of the types `QuantizerFactory` and `OutputFactory`.
         prepare: function of (model, probe) that is called once, after the quantizers are installed and before the
             optimizer is made. A resumed run does not call it again.

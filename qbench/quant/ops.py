@@ -33,7 +33,7 @@ Context = Any
 """The context that autograd passes to a Function. It is `Any`, because torch declares no types for its attributes."""
 
 MAX_CELLS = 2**8 + 3
-"""Maximum number of cells of a step function.
+"""Maximum number of cells of a step function (see `Cells`).
 
 It allows one cell for each level of an 8-bit quantizer, and the cells beyond both ends.
 """
@@ -314,8 +314,8 @@ def fused_quantizer(
         backward: function of `(grad, x, *learned)` that returns the gradient of x, or the gradients of x and all
             `learned`.
         cells: the cells of the step function, or None. More than `MAX_CELLS` cells are ignored.
-        masks: whether `backward` only keeps or drops each element of grad, by comparisons of x. It then also computes
-            in half precision.
+        masks: whether `backward` only keeps or drops each element of grad, by comparisons of x. If so, `backward` gets
+            half-precision tensors without conversion.
         repeatable: whether `value` returns the same result when it is called again. Pass False if `value` uses random
             numbers. The result is then saved and never recomputed.
     """

@@ -42,9 +42,9 @@ class Grid:
     """The values that a quantized tensor may take.
 
     Args:
-        points: allowed values of every scale group, (groups, levels, dimension). The dimension is 1 except in product
-            quantization. Scalars may be given in any order and are sorted. Groups with fewer levels are padded with
-            NaN.
+        points: allowed values of every scale group (elements that share a scale), of shape (groups, levels, dimension).
+            The dimension is 1 except in product quantization. Scalars may be given in any order and are sorted. Groups
+            with fewer levels are padded with NaN.
         arrange: function that reshapes a tensor to (groups, elements, dimension), so that the
             elements of a group can be compared with the points of that group.
     """
@@ -93,7 +93,7 @@ class Quantizer(nn.Module):
         return type(self).grid is not Quantizer.grid
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage of the quantized weights as codes.
+        """Return the storage that the quantized weights need as codes.
 
         Weight quantizers must override this method.
 

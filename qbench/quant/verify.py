@@ -11,10 +11,10 @@ from qbench.quant.layers import BypassedActivation, QLayer, computed_weight, qua
 from qbench.quant.quantizer import Quantizer
 
 ROUNDING = 4e-7
-"""Largest allowed distance from a level due to float32 rounding, relative to the group's largest level."""
+"""Largest allowed distance from a level due to float32 rounding, relative to the scale group's largest level."""
 
 ARITHMETIC = 1e-5
-"""Largest allowed distance from a level due to a method's arithmetic, relative to the group's largest level.
+"""Largest allowed distance from a level due to a method's arithmetic, relative to the scale group's largest level.
 
 `FRACTION_OF_STEP` also limits this distance."""
 

@@ -478,7 +478,7 @@ def test_a_layer_without_an_activation_of_its_own_is_unsupported() -> None:
     with pytest.raises(Unsupported, match=r"no activation feeds only \S*shortcut\.0"):
         install(xnor.build(w=1, a=1), thin_network("wrn"), example=images("wrn"))
     with pytest.raises(
-        Unsupported, match=r"not possible for conv2 and 3 more: the layer reads BatchNorm2d bn1, not an nn.ReLU"
+        Unsupported, match=r"not possible for conv2 and 3 more: the layer reads the result of BatchNorm2d bn1, not of a"
     ):
         install(xnor.build(w=1, a=1), thin_network("polino"), example=images("polino"))
     model = install(xnor.build(w=1, a=1), thin_network("wrn"), Policy(downsample="float"), example=images("wrn"))

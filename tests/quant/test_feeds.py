@@ -89,9 +89,9 @@ def test_a_shared_activation_is_replaced_under_each_of_its_names() -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("functional", "conv3: the layer reads the function relu, which is not a module nn.ReLU"),
+        ("functional", "conv3: the layer reads the result of the function relu, not of a module nn.ReLU"),
         ("sum", "conv2 and 1 more: act is called 2 times, and also feeds add"),
-        ("unknown", "conv2: the origin of some values is not known"),
+        ("unknown", "conv2: the network reads values of unknown origin"),
     ],
 )
 def test_what_cannot_be_replaced_is_named(how: str, reason: str) -> None:

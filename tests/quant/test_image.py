@@ -140,7 +140,7 @@ def test_the_range_of_the_image_is_not_guessed() -> None:
         install(dorefa.build(w=2, a=2), net(), Policy(first=8), example=X)
     with pytest.raises(Unsupported, match="0: the input of this layer is not known; call install with example="):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((0.0,), (1.0,))))
-    with pytest.raises(Unsupported, match="image_range has 2 and 2 channels, but images have 3"):
+    with pytest.raises(Unsupported, match="image_range has 2 lowest and 2 highest values, but images have 3 chan"):
         install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((0.0, 0), (1.0, 1))), example=X)
     one = install(dorefa.build(w=2, a=2), net(), Policy(first=8, image_range=((-3.0,), (3.0,))), example=X)
     assert one[0].input_q(torch.full((1, 3, 8, 8), -9.0)).unique().tolist() == [-3]
