@@ -189,7 +189,7 @@ class APoTWeight(LearnedClip):
         return quantize_weight(w, self.alpha, self.bits)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: alpha times each signed level. There is one group for the whole tensor."""
+        """Return the allowed values: alpha times each signed level. The whole tensor is one scale group."""
         points = torch.tensor(levels(self.bits - 1), device=w.device, dtype=self.alpha.dtype)
         return Grid((torch.cat([-points[1:].flip(0), points]) * self.alpha).reshape(1, -1, 1))
 
@@ -228,7 +228,7 @@ class APoTActivation(LearnedClip):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: the levels times alpha. There is one group for the whole tensor."""
+        """Return the allowed values: the levels times alpha. The whole tensor is one scale group."""
         points = torch.tensor(levels(self.bits), device=x.device, dtype=self.alpha.dtype)
         return Grid((points * self.alpha).reshape(1, -1, 1))
 

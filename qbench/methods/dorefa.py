@@ -23,9 +23,9 @@ Backward
     Weights, k = 1: dL/dw = dL/dw_hat.
     Activations: dL/dx = h'(x) dL/dx_hat. With h = clip, h'(x) is 1 where 0 <= x <= 1, and 0
     elsewhere.
-    Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), where m is max|d| of the
-    sample. The noise u is drawn for every element, uniformly from (-1/2, 1/2) / n. f(d) is
-    unbiased.
+    Gradients: f(d) = 2 m (Qk(clip(d / (2 m) + 1/2 + u, 0, 1)) - 1/2), where d is dL/dy of the
+    layer's output y, and m is max|d| of the sample. The noise u is drawn for every element,
+    uniformly from (-1/2, 1/2) / n. f(d) is unbiased.
     The levels are (2 i - n) m / n, for i from 0 to n. Zero is not a level.
 
 Schedule
@@ -253,7 +253,7 @@ class DoReFaGradient(Quantizer):
         return on_backward(y, lambda d: quantize_gradient(d, self.bits))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return the 2^bits allowed values of each sample, from -max|x| to max|x|. There is one group per sample."""
+        """Return the 2^bits allowed values of each sample, from -max|x| to max|x|. A sample is one scale group."""
         m = _sample_max(grad).reshape(-1, 1)
         return Grid(((2 * levels_k(self.bits, grad) - 1) * m).unsqueeze(-1), lambda t: t.reshape(len(t), -1, 1))
 

@@ -34,7 +34,7 @@ Sites
     weight. The configuration group `distill` sets the loss and the teacher.
 
 State
-    points (4 2^b floats): the points of a layer on the scale of x, in ascending order. Unused
+    points (4 * 2^b floats): the points of a layer on the scale of x, in ascending order. Unused
     entries repeat the last point.
     count (integer scalar): the number of points in use.
 
@@ -58,8 +58,8 @@ Choices
     each to the layer with the fewest points at that moment. If the sum is above the total, points
     are removed one at a time, each from the layer with the most points at that moment. (The
     authors' code adds or removes all of these points in a single layer.) In qbench, a layer has at
-    most 4 2^b points. The authors set no such limit. Points are distributed only among layers with
-    the same bits.w.
+    most 4 * 2^b points. The authors set no such limit. Points are distributed only among layers
+    with the same bits.w.
     For the allocation, dL/dw is the gradient of the cross entropy on 256 training images (the
     probe), in evaluation mode. The authors average the gradients of five minibatches.
     As in the authors' code, the points are sorted after a step, and the optimizer's momentum is not
@@ -193,7 +193,7 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per bucket. A group has the layer's points, scaled to a bucket."""
+        """Return the allowed values: the layer's points, scaled to each bucket. A bucket is one scale group."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -206,7 +206,7 @@ class DQWeight(Quantizer):
         return {"points": int(self.count)}
 
     def _used_points(self) -> Tensor:
-        """Return the points, with infinity in unused entries. The function does not wait for a GPU."""
+        """Return the points, with infinity in unused entries. The CPU does not wait for a GPU."""
         rank = torch.arange(len(self.points), device=self.points.device)
         return torch.where(rank < self.count, self.points, torch.inf)
 

@@ -173,7 +173,7 @@ class FixedPointFormat(NamedTuple):
         return to_fixed(x, self.integer, self.fraction, self.rounding if training else "nearest")
 
     def grid(self, like: Tensor) -> Grid:
-        """Return the allowed values: all 2^WL values of the format. There is one group for the whole tensor."""
+        """Return the allowed values: all 2^WL values of the format. The whole tensor is one scale group."""
         half = 2 ** (self.integer + self.fraction - 1)
         codes = torch.arange(-half, half, device=like.device).to(like.dtype)
         return Grid((codes * 2.0**-self.fraction).reshape(1, -1, 1))
@@ -196,11 +196,11 @@ class GuptaWeight(Quantizer):
         self.weights, self.biases, self.updates, self.momentum = weights, biases, updates, momentum
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return w itself, which is on the grid. If this function rounded w, w could be a float copy of the weights."""
+        """Return w itself, which is on the grid. If w were rounded here, w could be a float copy of the weights."""
         return w
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: all values of the weights' format. There is one group for the whole tensor."""
+        """Return the allowed values: all values of the weights' format. The whole tensor is one scale group."""
         return self.weights.grid(w)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -220,7 +220,7 @@ class GuptaActivation(Quantizer):
         return self.activations.convert(x, self.training)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: all values of the activations' format. There is one group for the whole tensor."""
+        """Return the allowed values: all values of the activations' format. The whole tensor is one scale group."""
         return self.activations.grid(x)
 
 
@@ -238,7 +238,7 @@ class GuptaOutput(Quantizer):
         return on_backward(y, lambda d: self.errors.convert(d, training))
 
     def grid(self, grad: Tensor) -> Grid:
-        """Return the allowed values: all values of the errors' format. There is one group for the whole tensor."""
+        """Return the allowed values: all values of the errors' format. The whole tensor is one scale group."""
         return self.errors.grid(grad)
 
 

@@ -167,7 +167,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells. The value or slope can change at the thresholds, at 0 and at the largest level."""
+    """Return the cells of the quantizer, whose value or slope can change at the thresholds, 0 and the largest level."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
@@ -307,7 +307,7 @@ class HWGQActivation(Quantizer):
         return quantize_activation(x, self.levels, self.backward)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: zero and the positive levels. There is one group for the whole tensor."""
+        """Return the allowed values: zero and the positive levels. The whole tensor is one scale group."""
         return Grid(torch.cat([self.levels.new_zeros(1), self.levels]).to(x.dtype).reshape(1, -1, 1))
 
 

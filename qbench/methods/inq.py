@@ -156,7 +156,7 @@ class INQWeight(FrozenWeight):
         return round_to_levels(w, self._levels(w), ties_up=self.variant == "paper")
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: zero and the powers of two. There is one group for the whole tensor."""
+        """Return the allowed values: zero and the powers of two. The whole tensor is one scale group."""
         return Grid(self._levels(w).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:

@@ -129,7 +129,7 @@ def gradient_scale(count: int, bits: int, signed: bool) -> float:
 
 
 def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
-    """Return the allowed values: each step times every integer from -Qn to Qp. There is one group per step."""
+    """Return the allowed values: each step times every integer from -Qn to Qp. Each step has one scale group."""
     low, high = limits(bits, signed)
     points = (torch.arange(-low, high + 1, device=step.device) * step.reshape(-1, 1)).unsqueeze(2)
     return Grid(points) if step.dim() == 0 else Grid(points, lambda t: t.reshape(len(t), -1, 1))
@@ -155,7 +155,7 @@ class LSQWeight(Quantizer):
         return gradient_scale(w.numel() // self.step.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: each step times every integer from -Qn to Qp. There is one group per step."""
+        """Return the allowed values: each step times every integer from -Qn to Qp. Each step has one scale group."""
         return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -206,7 +206,7 @@ class LSQActivation(Quantizer):
         return gradient_scale(x[0].numel(), self.bits, bool(self.signed))
 
     def grid(self, x: Tensor) -> Grid:
-        """Return one group with all allowed values: the step times every integer from -Qn to Qp."""
+        """Return the allowed values: the step times -Qn, ..., Qp. The whole tensor is one scale group."""
         return _grid(self.step, self.bits, bool(self.signed))
 
 

@@ -122,7 +122,7 @@ class PACTActivation(LearnedClip):
         return quantize_activation(x, self.alpha, self.bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: 2^bits levels from 0 to alpha. There is one group for the whole tensor."""
+        """Return the allowed values: 2^bits levels from 0 to alpha. The whole tensor is one scale group."""
         return Grid((levels_k(self.bits, x) * self.alpha).reshape(1, -1, 1))
 
 

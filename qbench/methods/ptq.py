@@ -18,8 +18,8 @@ Forward
     Activations: 2^b levels over a fixed range [l, h], as in the method uniform. The range contains
     zero, and zero is a level. After a ReLU, l = 0. With calibration=minmax, l and h are the minimum
     and the maximum. With calibration=percentile, p % of all values are at most h, and p % are at
-    least l. With calibration=mse, l and h are 1, 2, ... or 100 % of the minimum and of the maximum.
-    The percentage with the smallest squared error is taken.
+    least l, where p is the option `percentile`. With calibration=mse, l and h are 1, 2, ... or 100
+    % of the minimum and of the maximum. The percentage with the smallest squared error is taken.
 
 Backward
     The backward pass is used only if the network is trained further. As in the method uniform, the
@@ -171,7 +171,7 @@ class PTQWeight(Quantizer):
         self.scale.copy_(weight_scale(w.detach(), self.bits, self.channel, self.criterion))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per output channel, or one group for the whole layer."""
+        """Return the allowed values, with one scale group per output channel, or one for the whole layer."""
         top = 2 ** (self.bits - 1) - 1
         points = (torch.arange(-top, top + 1, device=w.device) * self.scale.reshape(-1, 1)).unsqueeze(-1)
         return Grid(points, lambda t: t.reshape(len(points), -1, 1))
@@ -203,7 +203,7 @@ class PTQActivation(Quantizer):
         self.high.copy_(high)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: 2^bits levels, including zero. There is one group for the whole tensor."""
+        """Return the allowed values: 2^bits levels, including zero. The whole tensor is one scale group."""
         step, zero = uniform.step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 

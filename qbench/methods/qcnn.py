@@ -164,7 +164,7 @@ class QCNNWeight(Quantizer):
         self.codes.copy_(codes)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per subspace. A group has the codewords of the subspace."""
+        """Return the allowed values, with one scale group per subspace. A group has the codewords of the subspace."""
         return Grid(self.codebooks, lambda t: subvectors(t, self.subspace).flatten(0, -3).transpose(0, 1))
 
     def bytes(self, w: Tensor) -> Storage:

@@ -143,7 +143,7 @@ def bucket_scale(v_BK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bucketed_grid(w: Tensor, points_L: Tensor, bucket_size: int | None) -> Grid:
-    """Return the allowed values: alpha times the points (L,), plus beta. There is one group per bucket of w."""
+    """Return the allowed values: alpha times the points (L,), plus beta. Each bucket of w is one scale group."""
     alpha, beta = bucket_scale(in_buckets(w.detach(), bucket_size))
     return Grid((points_L * alpha + beta).unsqueeze(-1), lambda t: in_buckets(t, bucket_size).unsqueeze(-1))
 
@@ -186,7 +186,7 @@ class QDWeight(Quantizer):
         return quantize_bucketed(w, self.bits, self.bucket, self.stochastic and self.training)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per bucket."""
+        """Return the allowed values, with one scale group per bucket."""
         return bucketed_grid(w, levels_k(self.bits, w), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:

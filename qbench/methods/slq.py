@@ -7,8 +7,9 @@ Paper
 
 Idea
     K-means on the weights finds the levels. The clusters whose quantization raises the loss most
-    are quantized first, because many free weights can still compensate. The clusters whose
-    quantization raises the loss least are quantized last, because no free weights are left then.
+    are quantized first, because many free weights can then be trained to compensate the error. The
+    clusters whose quantization raises the loss least are quantized last, because no free weights
+    are left then.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer, with one centroid pinned at 0.
@@ -216,7 +217,7 @@ class SLQWeight(FrozenWeight):
         self.freeze(settled[clusters.labels], clusters.centroids[clusters.labels])
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: the centroids. There is one group for the whole tensor."""
+        """Return the allowed values: the centroids. The whole tensor is one scale group."""
         return Grid((self.centroids[self.settled] if self.complete else self.centroids).reshape(1, -1, 1))
 
     def bytes(self, w: Tensor) -> Storage:

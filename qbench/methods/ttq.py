@@ -122,7 +122,7 @@ class TTQWeight(Quantizer):
         return ternarize_weight(w, self.positive, self.negative, self.delta(w))
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: -Wn, 0 and Wp. There is one group for the whole tensor."""
+        """Return the allowed values: -Wn, 0 and Wp. The whole tensor is one scale group."""
         return Grid(torch.stack([-self.negative, torch.zeros_like(self.positive), self.positive]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:

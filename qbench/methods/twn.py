@@ -73,7 +73,7 @@ class TWNWeight(Quantizer):
         return ternarize_weight(w)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: -alpha, 0 and alpha. There is one group for the whole tensor."""
+        """Return the allowed values: -alpha, 0 and alpha. The whole tensor is one scale group."""
         _, alpha = threshold_and_scale(w)
         return Grid(torch.stack([-alpha, torch.zeros_like(alpha), alpha]).reshape(1, 3, 1))
 

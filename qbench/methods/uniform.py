@@ -114,7 +114,7 @@ class UniformWeight(Quantizer):
         return quantize_weight(w, self.bits, self.channel)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per output channel, or one group for the whole layer."""
+        """Return the allowed values, with one scale group per output channel, or one for the whole layer."""
         top = 2 ** (self.bits - 1) - 1
         scale = weight_scale(w, self.bits, self.channel).reshape(-1, 1)
         points = (torch.arange(-top, top + 1, device=w.device) * scale).unsqueeze(-1)
@@ -155,15 +155,15 @@ class UniformActivation(Quantizer):
         self.seen.fill_(True)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: 2^bits levels, including zero. There is one group for the whole tensor."""
+        """Return the allowed values: 2^bits levels, including zero. The whole tensor is one scale group."""
         step, zero = step_and_zero(self.low, self.high, self.bits)
         return Grid(((torch.arange(2**self.bits, device=x.device) - zero) * step).reshape(1, -1, 1))
 
 
 def prepare(model: nn.Module, probe: Probe) -> None:
-    """Set the range of every input quantizer from the float network's probe images, for evaluation without training.
+    """Set the range of every input quantizer from the layer's inputs in the float network, on the probe images.
 
-    The first batch of a training replaces this range, so training does not depend on it.
+    The range is used only in evaluation without training. The first training batch replaces it.
     """
     for name, layer in quantized_layers(model).items():
         quantizer = layer.input_q

@@ -148,7 +148,7 @@ class BinaryWeight(Quantizer):
         return binarize_weight(w, gradient=self.gradient)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values, with one group per output filter: -alpha and alpha."""
+        """Return the allowed values, with one scale group per output filter: -alpha and alpha."""
         alpha = filter_scale(w).reshape(-1, 1)
         return Grid(torch.stack([-alpha, alpha], 1), lambda t: t.reshape(len(t), -1, 1))
 
@@ -165,7 +165,7 @@ class BinaryActivation(Quantizer):
         return binarize_activation(x)
 
     def grid(self, x: Tensor) -> Grid:
-        """Return the allowed values: -1 and 1. There is one group for the whole tensor."""
+        """Return the allowed values: -1 and 1. The whole tensor is one scale group."""
         return Grid(x.new_tensor([-1.0, 1.0]).reshape(1, 2, 1))
 
 
@@ -222,7 +222,7 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """
     if layer.weight.shape[1] == 1 and (gradient != "paper" or center):
         what = "center=true" if gradient == "paper" else f"gradient={gradient}"
-        raise Unsupported(f"{what} cannot train filters with one input channel; keep these layers in float")
+        raise Unsupported(f"{what} cannot train filters with one input channel; leave their layers in float")
     return BinaryWeight(gradient)
 
 
