@@ -29,7 +29,7 @@ class Budget(NamedTuple):
 
 
 class BudgetInfeasible(ValueError):
-    """No choice of widths meets the budget."""
+    """Raised if no choice of widths meets the budget."""
 
 
 def parse_budget(text: str) -> Budget:

@@ -75,7 +75,7 @@ def _setup(
         yield "config", values
     else:
         command = command_line(values, recorded_files(result))
-        yield "command", command or f"not found; the run was started with: qbench {typed}"
+        yield "command", command or f"no command gives this configuration; the run was started with: qbench {typed}"
         yield from _methods(values["method"], values["activation"])
     if result and result.verified:
         widths = [f"{name} {' '.join(f'{key}:{levels.found}' for key, levels in counts.items())}"

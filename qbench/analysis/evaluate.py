@@ -99,7 +99,7 @@ def evaluate(
     if not words and stored and stored.test.top1 != measured.accuracy.top1:
         evaluated.notes.append(
             f"result.json has {stored.test.top1:.2f} % for these weights and images; the difference can come from "
-            "another device or version, or from a network whose output depends on more than its weights"
+            "another device or software version, or from a network whose output depends on more than its weights"
         )
     return evaluated
 
@@ -107,7 +107,7 @@ def evaluate(
 class Expected(NamedTuple):
     """The properties that a data set must have to fit a network; see `Dataset`.
 
-    `owner` is the word for the network's owner in messages: `run` or `file`.
+    `owner` is the word for the source of the network in messages: `run` or `file`.
     """
 
     shape: tuple[int, int, int]
@@ -204,7 +204,7 @@ def table(
             "i of the run's data set"
         )
     if debug:
-        table.notes.append("warning: debug=true: the network was trained in one step; the accuracy means nothing")
+        table.notes.append("warning: with debug=true, training has only one step, so the accuracy means nothing")
     if data.synthetic:
         table.notes.append("synthetic data: not comparable with papers' tables")
     return table

@@ -34,7 +34,7 @@ from qbench.system import files
 
 
 class Export(NamedTuple):
-    """The path of an exported file, the file's agreement with the run, and lines of text for the user."""
+    """The path of an exported file, how well its outputs agree with the run's, and lines of text for the user."""
 
     path: Path
     agreement: Agreement

@@ -15,7 +15,7 @@ from qbench.quant.probe import Probe
 
 FORMS = ("packed", "onnx", "int8", "qonnx", "integer")
 MAX_PARAMETERS, MAX_MACS = 1_000_000, 200_000_000
-"""Number of parameters of the largest network whose export forms are tested."""
+"""Numbers of parameters and of MACs of the largest network whose export forms are tested."""
 
 IMAGES = 16
 

@@ -22,7 +22,7 @@ HEAD = (
     "off: loss", "off: top-1", "only: loss", "only: top-1",
 )  # fmt: skip
 VERIFIED_IMAGES = 64
-"""Levels are counted on this number of images. At the end of a run, levels are counted on the same number of images."""
+"""Levels are counted on this number of images, as at the end of a run."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ def inspect(
         table.values.append(asdict(row) | {"bits": row.bits._asdict()})
     if "no_master" in setup.method.traits:
         table.notes.append(
-            f"{setup.method.name} keeps no float weights; the columns off are measured with quantized weights"
+            f"{setup.method.name} keeps no float weights, so the columns off: loss and off: top-1 are measured with "
+            f"quantized weights"
         )
     table.notes += [
-        f"{images_note}; all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
+        f"{images_note}; quantizers of all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
         "off: loss or top-1 with only this layer in float (latent weights), minus the value with all layers quantized; "
         "only: loss or top-1 with only this layer quantized, minus the value with all layers in float",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",

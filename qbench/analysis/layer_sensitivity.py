@@ -163,7 +163,7 @@ def _float_weights(run: Path, finished: FinishedRun) -> tuple[Path, str | None]:
         return run, None
     if init not in STARTS:
         if file_sha256("init", init) != recorded_files(finished.result)["init"]:
-            raise CheckpointError(f"{run}: init={init} was changed after the run\nrestore the file")
+            raise CheckpointError(f"{run}: the file init={init} was changed after the run\nrestore the file")
         return Path(init), None
     identity = setup.baseline.identity
     for file in sorted(run.resolve().parent.glob("*/result.json")):

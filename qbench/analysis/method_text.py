@@ -5,11 +5,11 @@ from qbench.config.identity import ADDED
 from qbench.experiment.builders import build_method
 
 NOT_OPTIONS = ("name", "source", "deviation", ADDED)
-"""Keys of a method's node that are not options of its function."""
+"""Keys of a method's configuration node that are not options of the method's function."""
 
 
 def widths_and_options(name: str) -> str:
-    """Return the sections Bits and Options of a method, read from its object and from its function's arguments.
+    """Return the sections Bits and Options of a method, read from the `Method` and from its function's arguments.
 
     Raises:
         ConfigError: the method does not exist, or its function raises ValueError.

@@ -8,7 +8,7 @@ from qbench.config import compose
 from qbench.config.schema import Config
 from qbench.errors import ConfigError
 
-METHOD_KEYS = "allowed: method=NAME with bits=..., activation=NAME, method.KEY=VALUE; layers.KEY=VALUE"
+METHOD_KEYS = "allowed: layers.KEY=VALUE; method=NAME, alone or with bits=..., activation=NAME and method.KEY=VALUE"
 
 
 def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:

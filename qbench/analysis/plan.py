@@ -78,7 +78,7 @@ def _on_gpus(table: Table, planned: PlannedRun) -> str:
 
 
 def _count(planned: int, with_baselines: int) -> str:
-    """Return the numbers of runs and of the float baselines that they need besides."""
+    """Return the number of runs, and the number of float baselines that these runs also need, as text."""
     added = with_baselines - planned
     baselines = f" and {added} float baseline{'s' * (added > 1)}" if added else ""
     return f"{planned} run{'s' * (planned != 1)}{baselines}"

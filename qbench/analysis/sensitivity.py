@@ -110,7 +110,7 @@ def sensitivity(
     accuracy = measured.float_accuracy
     tables[0].notes += [
         f"{baseline.images_note}; the float network: loss {accuracy.loss:.4f}, top-1 {accuracy.top1:.2f} %",
-        "predicted: float loss plus the sum of the layers' loss increases; measured: all layers quantized, "
+        "predicted: float loss plus the sum of the layers' loss increases; measured: loss with all layers quantized, "
         "without training",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
         f"the widths chosen by {MEASURES[measure]} are in {out}; to train with them, add layers=@{out} to the "
@@ -130,7 +130,7 @@ def _allocations_table(
     run: Path, baseline: FloatBaseline, sensitivity: LayerSensitivity, chosen: Allocations, budget: Budget
 ) -> Table:
     """Return a table with the costs, the predicted loss and the measured loss of each allocation."""
-    table = Table(HEAD, title=f"{run}: {baseline.setup.method_name}, not trained, under {budget}")
+    table = Table(HEAD, title=f"{run}: {baseline.setup.method_name}, not trained, under the budget {budget}")
     all_weights = sum(sensitivity.weights.values())
     for key, widths in chosen.items():
         if widths is None:
@@ -202,7 +202,7 @@ def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline:
     lines = [
         f"{MARK}{command}",
         f"# One width per layer. These widths have the smallest sum of {criterion} under the budget,",
-        f"# measured with {baseline.setup.method_name} without training. Widths by",
+        f"# measured with {baseline.setup.method_name} without training. For comparison, the widths chosen by",
         *("#   {}: {} bits, {} bytes, {} BitOps, predicted loss {}".format(*row) for row in table.rows),
         "# To train with these widths, add layers=@FILE to the run's command.",
     ]

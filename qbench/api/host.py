@@ -27,7 +27,7 @@ def exclusive_call() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def recorded_command(arguments: Sequence[str]) -> Iterator[None]:
-    """Make the manifest and TensorBoard record the arguments of this call instead of the user's program.
+    """Make the manifest and TensorBoard record the arguments of this call instead of those of the user's program.
 
     During the call, `sys.argv` contains these arguments, and worker processes inherit them.
     """

@@ -80,15 +80,15 @@ class Tables(tuple[Table, ...]):
 
 
 def load(*words: str | Path, **keys: Value) -> Runs:
-    """Return the runs that are stored in directories or in a record, sorted by path.
+    """Return the runs that are stored in directories or in record files, sorted by path.
 
     Example:
         >>> runs = qbench.load("outputs")
         >>> runs = qbench.load("outputs", "method=dorefa,lsq", "bits.w=2")
 
     Args:
-        words: directories, files written by `qbench compare --format record`, and filters `KEY=VALUE,...` as typed for
-            `qbench compare`.
+        words: directories, record files (written by `qbench compare --format record`), and filters `KEY=VALUE,...` as
+            typed for `qbench compare`.
         keys: filters as keyword arguments: key -> value or values.
 
     Raises:
@@ -121,12 +121,12 @@ def compare(
         >>> tables = qbench.compare(runs)
 
     Args:
-        places: directories, records, filters `KEY=VALUE,...`, and runs, such as those that `sweep` or `load` returns.
-            The float baselines of runs are read too.
+        places: directories, record files, filters `KEY=VALUE,...`, and runs, such as those that `sweep` or `load`
+            returns. The float baselines of runs are read too.
         by: configuration keys. There is one table for each combination of their values.
         sort: the column by which rows are sorted.
         columns: names of sets of columns, such as `accuracy`.
-        margin: two settings are equivalent if their top-1 differs by less than this number of points.
+        margin: two settings (rows of a table) are equivalent if their top-1 differs by less than this number of points.
         published: whether to add the published result of each setting.
         html: a .html file to which the comparison is written as one page.
         plot: a .png, .pdf or .svg file to which plots are written.

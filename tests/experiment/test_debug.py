@@ -103,7 +103,7 @@ def test_no_other_run_starts_from_a_debug_run_or_learns_from_it(smoke: Configure
 
 
 def test_the_accuracy_of_a_debug_run_and_of_its_export_has_a_warning(smoke: Configure) -> None:
-    warning = "warning: debug=true: the network was trained in one step; the accuracy means nothing"
+    warning = "warning: with debug=true, training has only one step, so the accuracy means nothing"
     for words, notes in (["debug=true"], [warning]), ([], []):
         config = smoke("method=float", "init=scratch", "optim.batch_size=32", "pretrain.epochs=1", *words)
         folder = Path(run(planned_run(config)).run)
