@@ -79,7 +79,7 @@ def _split(value: str) -> list[str]:
 
 
 def write_files(options: CompareOptions, made: list[Table], runs: list[RunRecord]) -> None:
-    """Write the plots and pages that the options request."""
+    """Write the plots and HTML pages that the options request."""
     for path in options.plots:
         print(f"writing {path} ...", file=sys.stderr, flush=True)
         from qbench.report.plots.plots import plot

@@ -77,7 +77,12 @@ def _add_table_flags(parser: SubcommandParser) -> None:
 def compare() -> SubcommandParser:
     """Return the parser of `qbench compare`."""
     parser = SubcommandParser("compare", parents=[format_flag(RECORD)])
-    parser.add_argument("places", metavar="PLACE", nargs="+", help="a directory with runs at or below it, or a record")
+    parser.add_argument(
+        "places",
+        metavar="PLACE",
+        nargs="+",
+        help="a directory with runs at or below it, or a file that --format record has printed",
+    )
     parser.add_argument(
         "filters",
         metavar=OVERRIDES,

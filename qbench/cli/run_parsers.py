@@ -51,7 +51,7 @@ def measurement_flags() -> SubcommandParser:
         parser,
         "--bn-stats",
         ("recompute", "keep"),
-        "recompute or keep batch normalization statistics after a layer is changed (default: recompute)",
+        "recompute or keep batch normalization statistics after quantizers are switched on or off (default: recompute)",
     )
     return parser
 
@@ -59,7 +59,12 @@ def measurement_flags() -> SubcommandParser:
 def weights_flag() -> SubcommandParser:
     """Return a parser of `--weights`."""
     parser = SubcommandParser()
-    add_choice(parser, "--weights", ("last", "best"), "checkpoint of the run to load (default: last)")
+    add_choice(
+        parser,
+        "--weights",
+        ("last", "best"),
+        "weights of the last epoch, or of the epoch with the best validation accuracy (default: last)",
+    )
     return parser
 
 

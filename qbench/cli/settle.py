@@ -74,14 +74,14 @@ def _from_directory(word: str) -> Config:
         )
     from qbench.runs.stored_config import stored_config
 
-    refuse_foreign_code(path, f"settle {word}", "to run that code, quote the command line of the setting")
+    refuse_foreign_code(path, f"settle {word}", "to run that code, type the quoted command line of this run instead")
     config = stored_config(path)
     folder = directory_name(run_identity(config)).parent.name
     if path.absolute().parent.name != folder:  # the runs with other seeds would not be found next to this run
         raise ConfigError(
             f"settle {word}: the run was moved out of its folder {folder}\nmove it back, or type a quoted command line"
         )
-    config.distill.trust = False  # only a user can trust a teacher
+    config.distill.trust = False  # a stored run must not decide that its teacher's code is trusted
     return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)
 
 

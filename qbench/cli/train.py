@@ -33,7 +33,7 @@ def train(arguments: list[str]) -> int:
         many = "-m" if sweep else "lr_search=grid" if len(runs) > 1 else ""
         if group.size > 1 and many:
             raise ConfigError(
-                f"{many}: {group.size} processes share a single run\n"
+                f"{many} is not possible with {group.size} processes, because they share a single run\n"
                 "for a sweep, start one process, with hydra/launcher=joblib or submitit_local"
             )
         refuse_processes(group.size, runs[0].config.batch_shards)
@@ -189,7 +189,7 @@ def next_commands(folders: Iterable[str], records: "Sequence[RunRecord]") -> str
     """Return the lines that end a sweep: the folders of the runs, and what to type to compare these runs again.
 
     Args:
-        records: the runs of the sweep. If the folders contain others too, filters leave these out.
+        records: the runs of the sweep. If the folders contain other runs too, filters leave out the other runs.
     """
     from qbench.report.comparison.filters import filter_words
     from qbench.runs.reader import read

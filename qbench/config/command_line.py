@@ -56,7 +56,7 @@ def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str
 def _counts(key: str, is_baseline: bool) -> bool:
     """Return whether a key that differs from its default must be typed.
 
-    A float baseline has its recipe under `pretrain`.
+    The keys of the run's own recipe are not typed for a float baseline, whose recipe is under `pretrain`.
     """
     return key not in NOT_TYPED and not (is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
 

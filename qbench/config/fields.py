@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 ACTS = ("auto", "keep", "fused")
 HEADS = ("keep", "new")
-WIDTHS = f"float, same or a number of bits from 1 to {FLOAT}; w8 quantizes only the weights"
+WIDTHS = f"float, same, a number of bits from 1 to {FLOAT}, or w1 to w{FLOAT} for the weights alone"
 
 
 def marked(

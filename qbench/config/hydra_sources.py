@@ -158,4 +158,4 @@ def _rules(name: str) -> Node:
 def register_sources() -> None:
     """Register `FileConfigSource` and `DynamicConfigSource` with Hydra."""
     Plugins.instance().register(DynamicConfigSource)
-    SourcesRegistry.instance().types["file"] = FileConfigSource  # `register` would keep Hydra's own
+    SourcesRegistry.instance().types["file"] = FileConfigSource  # `register` would keep Hydra's own reader of files

@@ -30,7 +30,7 @@ ADDED = "added"
 WHERE = {"root", "download"}
 """Keys of the published data sets that set the location and the download of the files."""
 CACHE = "cache"
-"""Key of the data sets of image files for the folder of decoded images. This folder does not affect the result."""
+"""Key of a data set of image files that names the folder of decoded images. This folder does not affect the result."""
 
 
 @dataclass(frozen=True, kw_only=True)

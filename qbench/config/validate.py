@@ -267,7 +267,7 @@ def _check_shards(config: Config) -> None:
         if optim.batch_size % shards:
             raise ConfigError(
                 f"batch_shards={shards} does not divide {key}.batch_size={optim.batch_size}\n"
-                f"type {key}.batch_size={-(-optim.batch_size // shards) * shards}, or fewer shards"
+                f"type {key}.batch_size={-(-optim.batch_size // shards) * shards}, or a smaller batch_shards"
             )
     if shards > 1 and config.runtime.compile:
         raise ConfigError(f"batch_shards={shards}: must be 1 for a compiled network\nremove runtime.compile=true")

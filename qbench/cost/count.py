@@ -34,7 +34,7 @@ MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
 NOTED_SHARE = 0.01
-"""A note is given if the values outside the parameters are at least this fraction of the number of parameters."""
+"""A note is given if the number of values outside the parameters is at least this fraction of the parameters."""
 
 
 def _matrix_vector_flops(matrix: torch.Size, *_: object, **__: object) -> int:
@@ -83,7 +83,8 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
             image = torch.empty(1, *shape)
             counts = _own_macs(model, lambda: torch.func.functional_call(model, state, image, tie_weights=False))
     except Exception:  # a user's own network may need values, which meta tensors do not have
-        # The counter misses the recurrent layers of oneDNN. torch may warn about Intel's GPUs.
+        # The counter misses recurrent layers that oneDNN computes, so oneDNN is switched off. torch's warnings, for
+        # example about Intel's GPUs, are ignored.
         with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
             counts = _own_macs(model, lambda: model(torch.zeros(1, *shape)))
     return {name: counts[name] for name, module in model.named_modules() if counts[name] or _has_weights(module)}

@@ -175,7 +175,7 @@ def _small_layer(kind: type[nn.Module], shape: tuple[int, ...]) -> FloatLayer:
 
 
 def _read(grid: Grid, value: Tensor) -> Levels | None:
-    """Return the levels of a grid's first group, or None if the group has no levels."""
+    """Return the levels of a grid's first scale group, or None if the group has no levels."""
     groups, _, dimension = grid.points.shape
     first = grid.points[0]
     first = first[~first.isnan().any(1)].double()

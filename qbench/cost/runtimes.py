@@ -56,7 +56,7 @@ def runs_on(layers: Sequence[LayerCost], refused: Mapping[str, str] | None = Non
         return [reason]
     runtimes = _supporting(inner, refused or {})
     if not runtimes:
-        return ["simulation only: integer runtimes need levels that are multiples of one step"]
+        return ["runs in simulation only: integer runtimes need levels that are multiples of one step"]
     lines = [f"runs on {name}: {arithmetic} ({source})" for name, arithmetic, source in runtimes]
     if INT8 in runtimes and max(max(layer.bits.w, layer.bits.a) for layer in inner) < WIDTH_INT8:
         lines.append("int8 runtimes use 8 bits per code, so a smaller width saves nothing on them")
@@ -72,9 +72,9 @@ def _no_runtime(layers: Iterable[LayerCost]) -> str:
     """
     if all(layer.bits.a == FLOAT for layer in layers):
         why = "activations are float, so weight codes save storage but are converted to floats before use"
-        return f"simulation, or compact storage of the weights: {why}"
+        return f"useful for simulation, or for compact storage of the weights: {why}"
     if all(layer.bits.w == FLOAT for layer in layers):
-        return "simulation only: weights are float, so quantized activations save nothing"
+        return "useful for simulation only: weights are float, so quantized activations save nothing"
     if any(levels is None or levels.steps == 0 for layer in layers for levels in (layer.weights, layer.inputs)):
         return "supported runtimes are not known yet, because the levels depend on data"
     return ""

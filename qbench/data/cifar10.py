@@ -2,8 +2,8 @@
 
 A. Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images". 50,000 training and
 10,000 test images, 3x32x32, in ten classes of equal size: airplane, automobile, bird, cat, deer,
-dog, frog, horse, ship, truck. With 10,000 test images, the sampling error of one run is about 0.5
-points at 92 %.
+dog, frog, horse, ship, truck. At a top-1 of 92 % on 10,000 test images, the sampling error of one
+run is about 0.5 points.
 
 The images are read from `<root>/cifar-10-batches-py/`, which has the files of the Python version:
 data_batch_1 to data_batch_5, test_batch and batches.meta. The augmentation is that of He et al.

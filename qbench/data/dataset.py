@@ -43,8 +43,10 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        _check_tensor("images", self.images, (torch.uint8, torch.float32), 4, "images.to(torch.uint8), images.float()")
-        _check_tensor("labels", self.labels, (torch.int64,), 1, "labels.long(), labels.argmax(1)")
+        _check_tensor(
+            "images", self.images, (torch.uint8, torch.float32), 4, "images.to(torch.uint8) or images.float()"
+        )
+        _check_tensor("labels", self.labels, (torch.int64,), 1, "labels.long() or labels.argmax(1)")
         if len(self.images) != len(self.labels):
             raise DataError(
                 f"a split has {len(self.images)} images but {len(self.labels)} labels; the numbers must be equal"

@@ -52,7 +52,7 @@ def check_dataset(data: Dataset, name: str) -> None:
 
 
 def _problems(data: Dataset) -> Iterator[str]:
-    """Yield the problems of a data set. Later checks assume that earlier checks passed, so use only the first one."""
+    """Yield the problems of a data set. Use only the first problem: later checks assume that earlier checks passed."""
     if type(data.classes) is not int or data.classes < 2:
         yield f"classes={data.classes!r}: must be an integer of 2 or more"
     splits = {"train": data.train, "val": data.val, "test": data.test}

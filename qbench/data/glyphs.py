@@ -64,7 +64,8 @@ CHUNK = 8 * len(CLASSES)
 CAPITAL_HEIGHT = 0.5  # height of an H, as a fraction of the image's side
 CONTRAST = 0.5  # glyph minus background, as a fraction of the full scale
 TINT = 0.1  # largest tint of a channel in either direction, as a fraction of the full scale
-# Other glyphs: number, distance from the centre and its spread in half sides.
+# Fragments of other glyphs: their number, their distance from the centre, and the spread of this distance. Distance and
+# spread are in half sides.
 FRAGMENTS, DISTANCE, DISTANCE_SPREAD = 2, 0.95, 0.15
 # At difficulty 1:
 TURN = 0.45  # largest rotation to either side, in radians

@@ -349,7 +349,7 @@ def _layout_error(root: Path, part: str, found: str) -> DataError:
         expected = "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/CLASS/IMAGE)"
         advice = (
             "type dataset.root=DIR for the folder that contains train/, "
-            "or dataset=folder dataset.test=0.2 for one that contains CLASS/IMAGE"
+            "or dataset=folder dataset.test=0.2 for a folder that contains CLASS/IMAGE"
         )
     return DataError(f"{found}\nexpected in {root}: {expected}, {suffixes}\n{advice}")
 

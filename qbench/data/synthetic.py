@@ -21,10 +21,10 @@ def build(
     seed: int = 0,
     val: float = 0.1,
 ) -> Dataset:
-    """Return a data set of `train` training images and `test` test images of shape (channels, size,
-    size).
+    """Return a data set of random images of shape (channels, size, size).
 
     Args:
+        train, test: number of training images (including validation images), and number of test images.
         signal: share of the pattern in each pixel value, 0 to 1. The rest is noise.
         val: share of the training images that becomes the validation split.
     """

@@ -98,7 +98,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("dataset=sets:labels_from_one", 3, "to convert: labels - 1"),
     ("dataset=sets:of_folder", 2, "give folder a default value in the code; you can then type dataset.folder=VALUE"),
     ("dataset=photos", 2, "for a folder of images, type dataset=folder dataset.root=photos"),
-    ("dataset=folder dataset.root=photos/train", 3, "dataset.test=0.2 for one that contains CLASS/IMAGE"),
+    ("dataset=folder dataset.root=photos/train", 3, "dataset.test=0.2 for a folder that contains CLASS/IMAGE"),
     ("dataset=folder dataset.root=photos dataset.test=0.2", 3, "type dataset.test=auto, or dataset.test=NAME of the"),
     ("dataset=folder dataset.root=photo", 3, "expected in "),
     # files that are missing or something else

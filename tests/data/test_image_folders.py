@@ -349,7 +349,7 @@ def test_a_share_of_one_folder_is_the_test_split(tmp_path: Path) -> None:
         (0.9, (1, 5, 5), False, "test=0.9: leaves 1 classes without training images; there are 11 images in 3 classes"),
         (0.1, (1, 2, 3), False, "test=0.1: leaves no test images; there are 6 images in 3 classes"),
         (0.2, (5, 5, 5), True, "contains train/, val/, which are splits and not classes\ntype dataset.test=auto"),
-        ("auto", (5, 5, 5), False, "or dataset=folder dataset.test=0.2 for one that contains CLASS/IMAGE"),
+        ("auto", (5, 5, 5), False, "or dataset=folder dataset.test=0.2 for a folder that contains CLASS/IMAGE"),
     ],
 )
 def test_a_folder_that_cannot_be_divided_is_refused(

@@ -149,8 +149,8 @@ def test_processes_that_differ(tmp_path: Path) -> None:
     [
         (DOREFA, 3, "batch_shards=4 cannot be shared by 3 processes"),
         ([*DOREFA, "batch_shards=1"], 2, "type batch_shards=2 and start 2 processes, or fewer"),
-        (["-m", *DOREFA, "seed=0,1"], 2, "-m: 2 processes share a single run"),
-        long_tier([*DOREFA, "lr_search=grid"], 2, "lr_search=grid: 2 processes share a single run"),
+        (["-m", *DOREFA, "seed=0,1"], 2, "-m is not possible with 2 processes"),
+        long_tier([*DOREFA, "lr_search=grid"], 2, "lr_search=grid is not possible with 2 processes"),
         ([*DOREFA, "hydra/launcher=joblib"], 2, "hydra/launcher is allowed only in a sweep"),
         long_tier([*DOREFA, "optim.batch_size=190"], 2, "batch_shards=4 does not divide optim.batch_size=190"),
     ],
