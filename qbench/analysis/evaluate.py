@@ -77,7 +77,7 @@ def evaluate(
 
     Args:
         run: the directory of the run.
-        words: command-line overrides that name another data set. If empty, the run's data set is used.
+        words: command-line overrides (`KEY=VALUE`) that name another data set. If empty, the run's data set is used.
         weights: `best` or `last`, the checkpoint that is evaluated.
         predictions: a .csv or .npy file to write, or None. For every image, the file contains the index, the label,
         the predicted class and the probability of this class.

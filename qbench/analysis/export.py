@@ -161,7 +161,7 @@ def evaluate_file(
     """Evaluate an exported file on the test split of a data set, and return a table with one row.
 
     Args:
-        words: overrides that name another data set. If empty, the run's own data set is used.
+        words: overrides (`KEY=VALUE`) that name another data set. If empty, the run's own data set is used.
         predictions: see `qbench.analysis.evaluate.evaluate`.
         runtime: see `load_exported`.
 

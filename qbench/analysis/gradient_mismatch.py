@@ -25,7 +25,7 @@ SIGMAS = (0.25, 0.5, 1.0)
 """The mismatch is measured at these standard deviations of the noise, in steps of the quantizer."""
 
 VERDICT_SIGMA = 0.5
-"""Claims are judged at this standard deviation of the noise, in steps of the quantizer."""
+"""Papers' claims are tested at this standard deviation of the noise, in steps of the quantizer."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LayerMismatch = dict[str, tuple[float, float]]

@@ -1,6 +1,7 @@
 """Builds a table of the quantized layers of a finished run.
 
-The columns show levels, SQNR, clipping, dead channels, and how the accuracy depends on a layer's quantizers.
+The columns show levels, the signal-to-quantization-noise ratio (SQNR), clipping, dead channels, and how the accuracy
+depends on a layer's quantizers.
 """
 
 import math

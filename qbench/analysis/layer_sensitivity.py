@@ -116,7 +116,7 @@ def load_float_baseline(
 
     Args:
         run: the directory of the run.
-        words: command-line overrides that name the method. If empty, the run's method is used.
+        words: command-line overrides (`KEY=VALUE`) that name the method. If empty, the run's method is used.
         images: number of validation images on which accuracy is measured.
         recompute_bn: whether to recompute batch normalization statistics for every measurement.
         device: the device on which the network is placed, a value of `runtime.device`.
@@ -155,8 +155,8 @@ def load_float_baseline(
 def _float_weights(run: Path, finished: FinishedRun) -> tuple[Path, str | None]:
     """Return the path of the float weights and, if known, the identity that the file must have.
 
-    The float baseline is a run in the same folder. The search compares identities, not names, so it finds renamed
-    directories too.
+    The float baseline is a run in the same folder. The search compares the identities of runs (hashes of their
+    configurations) and not names, so it finds renamed directories too.
     """
     setup, init = finished.setup, stored_config(run).init
     if setup.method.name == "float":

@@ -1,4 +1,4 @@
-"""Measures the SQNR, the clipped inputs and the dead channels of quantized layers on images."""
+"""Measures the signal-to-quantization-noise ratio (SQNR), clipped inputs and dead channels of quantized layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -83,7 +83,7 @@ def sensitivity(
 
     Args:
         run: the directory of the run.
-        words: command-line overrides that replace the run's method or layer policy. They must name a
+        words: command-line overrides (`KEY=VALUE`) that replace the run's method or layer policy. They must name a
             method if the run is a float run.
         budget: `bytes=20k` or `bitops=1G` limits the cost of the whole network, and `w=3` limits the mean number of
             bits per weight. If empty, the limit is the width of the run's weights.

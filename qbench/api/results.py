@@ -114,7 +114,7 @@ def compare(
     plot: str | Path | None = None,
     **keys: Value,
 ) -> Tables:
-    """Return the tables and conclusions that `qbench compare` prints.
+    """Return the tables that `qbench compare` prints, with notes on significant differences.
 
     Example:
         >>> tables = qbench.compare("outputs", "method=dorefa,lsq", columns="accuracy")

@@ -1,4 +1,4 @@
-"""Checks the forward pass: levels, declared traits, and the bias of stochastic rounding."""
+"""Checks the forward pass: levels, the traits that a method declares, and the bias of stochastic rounding."""
 
 import math
 from collections.abc import Callable
@@ -148,7 +148,7 @@ def _monotone(name: str, quantize: Quantizer, x: Tensor) -> None:
 
 
 def compressed_inputs(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that a method with the trait `cells_input` saves its inputs as integers, not as floats."""
+    """Check that a method with the trait `cells_input` saves integers, not float inputs, for the backward pass."""
     _declared_traits(subject, bits, "cells_input")
     if bits.a > 8:
         raise NotApplicable("above 8 bits, inputs are not saved as integers")

@@ -95,12 +95,12 @@ def write_files(options: CompareOptions, made: list[Table], runs: list[RunRecord
 
 
 def tables(options: CompareOptions) -> list[Table]:
-    """Return the tables that a command line requests, with conclusions."""
+    """Return the tables that a command line requests, with notes on significant differences."""
     return build_tables(options)[0]
 
 
 def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables and conclusions for these options, and the compared runs.
+    """Return the tables for these options, with notes on significant differences, and the compared runs.
 
     Args:
         others: further runs to compare, in addition to the runs in the directories.

@@ -142,7 +142,7 @@ def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
 
 
 def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[], int]) -> int:
-    """Train the runs of a sweep. Print the tables, the conclusions, and useful next commands."""
+    """Train the runs of a sweep. Print tables with notes on significant differences, and useful next commands."""
     from qbench.report.comparison.compare import compare as comparison_tables
     from qbench.report.comparison.pairs import conclude
     from qbench.report.tables.table import text

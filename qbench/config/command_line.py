@@ -62,7 +62,7 @@ def _counts(key: str, is_baseline: bool) -> bool:
 
 
 def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, dict[str, Any]]:
-    """Return the node that Hydra composes from `words`, and all entries of `values` that this node lacks or changes."""
+    """Return the configuration that Hydra composes from `words`, and the entries of `values` that differ from it."""
     (node,) = compose.compose_nodes(words, sweep=False)
     found = dict(_leaves(to_dict(from_node(copy.deepcopy(node)))))
     differing = {

@@ -1,8 +1,8 @@
 """Defines dataclass fields for the configuration, with allowed values and the marks `free` and `added`.
 
-A `free` key, such as a device or a folder, cannot change a result. It is therefore never part of a run's identity. An
-`added` key was introduced after results had been stored. It is part of a run's identity only if its value differs from
-the default, so stored results keep their identity and protocol.
+A `free` key, such as a device or a folder, cannot change a result. It is therefore never part of a run's identity, the
+set of keys by which a stored result is found. An `added` key was introduced after results had been stored. It is part
+of a run's identity only if its value differs from the default, so stored results keep their identity and protocol.
 """
 
 import math

@@ -244,7 +244,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 4, bucket: int = 256, initial: str = "quantiles", allocation: str = "gradient") -> Method:
-    """Return the `Method` for differentiable quantization. The method card explains the options."""
+    """Return the `Method` for differentiable quantization. The method card (module docstring) explains the options."""
     check_bucket(bucket)
     if initial not in INITIALS:
         raise ValueError(f"initial={initial}: must be one of {', '.join(INITIALS)}")

@@ -285,7 +285,7 @@ def build(
     momentum: str = "float",
     integer_momentum: int = 2,
 ) -> Method:
-    """Return the `Method` for fixed-point training. The method card explains the options."""
+    """Return the `Method` for fixed-point training. The method card (module docstring) explains the options."""
     integers = {"weights": integer_weights, "biases": integer_biases, "activations": integer_activations}
     integers |= {"errors": integer_errors, "updates": integer_updates, "momentum": integer_momentum}
     for key, value, allowed in (("rounding", rounding, ROUNDINGS), ("momentum", momentum, MOMENTUMS)):

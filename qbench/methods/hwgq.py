@@ -352,7 +352,7 @@ def build(
     threshold: str = "zero",
     backward: str = "clipped",
 ) -> Method:
-    """Return the `Method` for HWGQ. The method card explains the options."""
+    """Return the `Method` for HWGQ. The method card (module docstring) explains the options."""
     allowed = {
         "levels": ("uniform", "optimal", "sign"),
         "constants": ("exact", "authors"),

@@ -232,7 +232,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, a: int = 2, channel: bool = False) -> Method:
-    """Return the `Method` for LSQ. The method card explains the option `channel`."""
+    """Return the `Method` for LSQ. The method card (module docstring) explains the option `channel`."""
     return Method(
         name="lsq",
         bits=Bits(w, a),

@@ -179,7 +179,7 @@ def _sites(model: nn.Module) -> list[tuple[MLQWeight, Tensor]]:
 
 
 def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
-    """Return the `Method` for MLQ. The method card explains `depth` and `zero`."""
+    """Return the `Method` for MLQ. The method card (module docstring) explains `depth` and `zero`."""
     if zero not in PINNED:
         raise ValueError(f"zero={zero}: must be one of {', '.join(PINNED)}")
     groups = len(CLUSTER_GROUPS.get(w, CLUSTER_GROUPS[2]))

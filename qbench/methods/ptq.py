@@ -290,7 +290,7 @@ def build(
     percentile: float = 99.99,
     reestimate: str = "shift",
 ) -> Method:
-    """Return the `Method` for post-training quantization. The method card explains the options."""
+    """Return the `Method` for post-training quantization. The method card (module docstring) explains the options."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights}: must be one of {', '.join(WEIGHTS)}")
     if calibration not in CALIBRATIONS:

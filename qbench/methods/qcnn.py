@@ -273,7 +273,7 @@ def build(
     fc_codewords: int = 0,
     error_correction: bool = True,
 ) -> Method:
-    """Return the `Method` for Q-CNN. The method card explains the options.
+    """Return the `Method` for Q-CNN. The method card (module docstring) explains the options.
 
     Args:
         subspace, codewords: for convolutions, the number of input channels per subspace (Cs') and

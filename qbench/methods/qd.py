@@ -201,7 +201,7 @@ def check_bucket(bucket: int) -> None:
 
 
 def build(*, w: int = 4, bucket: int = 256, stochastic: bool = False, trained: bool = True) -> Method:
-    """Return the `Method` for quantized distillation. The method card explains the options."""
+    """Return the `Method` for quantized distillation. The method card (module docstring) explains the options."""
     check_bucket(bucket)
     return Method(
         name="qd",

@@ -137,7 +137,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(*, w: int = 2, threshold: str = "max", t: float = 0.05, initial: str = "mean", decay: float = 0.0) -> Method:
-    """Return the `Method` for TTQ. The method card explains the options."""
+    """Return the `Method` for TTQ. The method card (module docstring) explains the options."""
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold}: must be one of {', '.join(THRESHOLDS)}")
     if initial not in INITIALS:

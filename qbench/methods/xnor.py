@@ -274,7 +274,7 @@ def step_function(w: int, gradient: str, center: bool, clamp: bool) -> Step | No
 def build(
     *, w: int = 1, a: int = 1, gradient: str = "paper", scale: str = "none", center: bool = False, clamp: bool = False
 ) -> Method:
-    """Return the `Method` for XNOR-Net. The method card explains the options."""
+    """Return the `Method` for XNOR-Net. The method card (module docstring) explains the options."""
     check_gradient(gradient)
     if scale not in SCALES:
         raise ValueError(f"scale={scale}: must be one of {', '.join(SCALES)}")

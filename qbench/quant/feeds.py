@@ -1,8 +1,8 @@
 """Finds activation functions that input quantizers replace, and bypasses them.
 
-`feeds` maps the name of an activation module to the layers that read its output. `feeds` contains only activations
-whose output is read by these layers alone. A network can declare `feeds` as an attribute. If the attribute is missing
-and the method needs it, qbench runs the network to find these layers.
+The mapping `feeds` contains, for the name of an activation module, the layers that read its output. `feeds` contains
+only activations whose output is read by these layers alone. A network can declare `feeds` as an attribute. If the
+attribute is missing and the method needs it, qbench runs the network to find these layers.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

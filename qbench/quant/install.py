@@ -122,7 +122,9 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
             f"write a module of your own around the layer, or {float_rule(name)}"
         )
     if not isinstance(layer, nn.Linear) and layer.padding_mode != "zeros":
-        raise Unsupported(f"{name} pads with {layer.padding_mode!r}; only zero padding is quantized")
+        raise Unsupported(
+            f"{name} pads with {layer.padding_mode!r}; only zero padding is quantized\n{float_rule(name)}"
+        )
 
 
 def _check_shared(model: nn.Module, quantized: Iterable[str]) -> None:
