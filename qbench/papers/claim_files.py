@@ -16,7 +16,7 @@ from qbench.errors import ConfigError
 from qbench.report.statistics.hypothesis_tests import TESTS
 
 BASELINE = "baseline"
-"""If `second` has this value, the second arm consists of the float baselines of the first arm's runs."""
+"""If the key `second` of a comparison has this value, the second arm is the float baselines of the first arm's runs."""
 MEASURES = ("top1", "drop", "gradient_mismatch")
 CLAIM_KEYS = ("says", "source", "note", "measure", "net", "comparisons")
 COMPARISON_KEYS = ("name", "first", "second", "test", "margin")
@@ -54,8 +54,8 @@ class Claim:
         note: a remark on how the claim is tested.
         measure: the quantity that is compared. `top1` is the test top-1 in percent after the last epoch. `drop` is this
             top-1 minus the top-1 of the run's float baseline. `gradient_mismatch` is the cosine similarity of
-            straight-through gradients and gradients of the smoothed network, averaged over layers
-            (`analysis.gradient_mismatch`).
+            straight-through gradients and gradients of the smoothed network, averaged over layers. The smoothed network
+            has smooth functions in place of the quantizers (`analysis.gradient_mismatch`).
         net: command-line overrides of the trained network on which `gradient_mismatch` is measured.
         comparisons: the comparisons that test the claim.
     """

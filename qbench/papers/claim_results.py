@@ -23,7 +23,7 @@ from qbench.runs.reader import DONE, RunRecord
 NOT_STARTED = "not started"
 """The status of a run that has no directory yet."""
 CAUTIOUS_SEEDS = 10
-"""With fewer seeds than this number, the test of a claim uses the degrees of freedom of the seeds (`with_seed_dof`)."""
+"""If a claim has fewer seeds than this number, its test uses the degrees of freedom of the seeds (`with_seed_dof`)."""
 HEAD = ("claim", "source", "arms", "effect", "95 % interval", "n", "p (Holm)", "outcome", "n needed")
 
 
@@ -78,8 +78,9 @@ def evaluate_claim(
         measure: the claim's measure, `top1` or `drop`.
         first: the runs of the first arm, by seed.
         second: the runs of the second arm, by seed.
-        hits: the hits of runs that were read from a record of many runs, by folder and directory. Hits say which test
-            images a run classified correctly. The hits of all other runs are read from the runs' own files.
+        hits: which test images a run classified correctly, for runs that were read from a record of many runs. The
+            keys are the last two parts of the runs' paths. The hits of all other runs are read from the runs' own
+            files.
     """
     result = ClaimResult(comparison=comparison, seeds=sorted(first))
     arms = {"first": first} if comparison.second is None else {"first": first, "second": second}

@@ -102,9 +102,12 @@ def _notes(settings: Sequence[Setting], dataset: str | None, net: str | None) ->
     first_matches = [(s.label, s.published[0]) for s in settings if s.published]
     notes = [published.REMEMBERED] if any(match.remembered for _, match in first_matches) else []
     if first_matches:
-        notes.append("gap: our top-1 minus the published top-1, in points; the papers used their own recipes")
+        notes.append(
+            "gap: our top-1 minus the published top-1, in points; "
+            "the published results were trained with the papers' own recipes"
+        )
     typed = sorted({(label, " ".join(match.words)) for label, match in first_matches})
-    notes += [f"{label}: the published result was obtained with {words}" for label, words in typed if words]
+    notes += [f"{label}: the published result belongs to the options {words}" for label, words in typed if words]
     if dataset is None:
         return [*notes, f"no published results on {settings[0].dataset} are known"]
     unmatched = [s for s in settings if not s.is_baseline and not any(m.by_authors for m in s.published or ())]

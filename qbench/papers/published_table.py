@@ -15,10 +15,15 @@ HEAD = (
     "row", "dataset", "net", "bits", "metric", "claimed", "float", "to float", "ours", "gap", "ours to float", "n",
     "spread", "ran by", "provenance",
 )  # fmt: skip
+"""The columns of a table of published rows. `claimed` is the published value, and `ours` is qbench's measurement."""
 MISSING_HEAD = ("row", "dataset", "net", "bits", "metric", "claimed", "ran by", "provenance", "to run it")
 REMEMBERED = "~ from memory, not checked against the source: do not quote this value as the paper's"
 UNKNOWN = "? not known, or published only as a curve"
-SIGNS = "to float: accuracy minus the float network's accuracy, in points; gap: our accuracy minus the claim, in points"
+SIGNS = (
+    "to float: accuracy minus the accuracy of the float network, in points, for the published values and for ours; "
+    "gap: our accuracy minus the published accuracy, in points"
+)
+"""The note below a table of published rows that explains its columns of differences."""
 
 
 def published_tables(paper: str | None, provenance: str | None, missing: bool) -> list[Table]:
@@ -76,7 +81,8 @@ def absence_note(paper: str, net: str | None, dataset: str) -> str | None:
 
     Return None if the paper's authors have a result.
 
-    If `net` is given, results with other networks are ignored.
+    If `net` is given, results with other networks are ignored. The sentence also names the third parties that have a
+    result.
     """
     (source,) = (p for p in papers() if p.key == paper)
     rows = [r for r in source.rows if r.dataset == dataset and net in (None, r.net)]
@@ -128,7 +134,7 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
 def _measured_values(row: PublishedRow) -> dict[str, float | None]:
     """Return our value minus the published value, and our value minus our float baseline, both in percentage points.
 
-    The result is empty if the row has no measurement.
+    The two numbers have the keys `gap` and `ours_to_float`. The result is empty if the row has no measurement.
     """
     if not row.measured:
         return {}

@@ -71,6 +71,16 @@ class PublishedRow:
     """One published number.
 
     Args:
+        table: the table of the source that contains the number, as a title for the rows.
+        metric: the meaning of the number, one of `METRICS`.
+        policy, init, epochs, augmentation: what the source says about quantized layers, initial weights, number of
+            epochs and augmentation of its run, as text.
+        ran_by: who trained the network.
+        source: the publication, with the table or page that contains the number.
+        provenance: how the number is known, one of `PROVENANCES`.
+        note: a remark on the number.
+        recipe: name of the row's recipe, or an empty text.
+        measured: qbench's own measurements for this row. Tables show the last one.
         value: the published number, or the lower end of a published range. None means that the number is not known.
         upper: the upper end of a published range, or None for a single number.
         baseline: the published number of the float network, in the same metric and from the same source. None means
