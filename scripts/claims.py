@@ -60,7 +60,7 @@ PREFACE = """\
 
 On this page, claims of the papers are tested by training. `{command}` trained the runs
 and wrote this page. Each row of the table is one comparison from a file in `conf/experiment/claims/`. A comparison has
-two arms: the two compared settings.
+two arms, which are the two settings that it compares.
 
 The effect is the test top-1 of the first arm minus the test top-1 of the second arm, after the last epoch, in points.
 For claims on gradient mismatch, the effect is a difference between two cosines. Runs are paired by seed. The column
@@ -79,7 +79,8 @@ the threshold. The outcomes are:
 If some runs of a comparison failed, diverged or are unsupported, the comparison has no outcome, because the remaining
 runs are not a fair sample. The table then states the reason.
 
-The column `arms` has the form `first - second > threshold`. The arm `unchanged` is the experiment file without changes.
+The column `arms` has the form `first - second > threshold`. The arm `unchanged` is the run of the experiment file without
+further options.
 The sections below the table give the mean accuracy of each arm, and the commands.
 
 There are two data sets: digits (1,797 real 8x8 images, 450 of them for test) and glyphs (characters rendered from
