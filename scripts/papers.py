@@ -33,12 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "papers.md"
 WIDTH = 118
 MAX_ROWS = 6
-"""Maximum number of published rows that a paper's section shows."""
+"""Maximum number of published rows that the table in a paper's section shows."""
 MEMORY = "from memory"
 KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 METRICS = {
     "top1": "top-1", "top5": "top-5", "top1_error": "top-1 error", "top5_error": "top-5 error",
-    "top1_error_increase": "more top-1 error", "top5_error_increase": "more top-5 error",
+    "top1_error_increase": "increase of top-1 error", "top5_error_increase": "increase of top-5 error",
 }  # fmt: skip
 VERDICTS = ("holds", "does not hold", "undecided")
 Rows = list[dict[str, str]]
@@ -180,7 +180,7 @@ def shown_rows(paper: Paper) -> list[PublishedRow]:
 
 
 def rank(row: PublishedRow) -> tuple[Any, ...]:
-    """Return the key by which `shown_rows` sorts rows. Rows with the smallest keys are shown."""
+    """Return the key by which `shown_rows` sorts rows. The rows with the smallest keys come first and are shown."""
     widths = {"w": row.bits.w, "a": row.bits.a, "g": row.bits.g}
     ran_by = next(i for i, kind in enumerate((PAPER, REPOSITORY, CHECKPOINT, THIRD)) if row.ran_by.startswith(kind))
     provenance, top5 = PROVENANCES.index(row.provenance), "top5" in row.metric
@@ -294,14 +294,14 @@ def measured_part(paper: Paper) -> str:
     """Return the part on the claims that qbench has tested, with one bullet per claim."""
     lines = []
     for claim in claims_of(paper):
-        unit = " Effects are in cosine." if claim.measure == "gradient_mismatch" else ""
+        unit = " These effects are differences of cosines." if claim.measure == "gradient_mismatch" else ""
         by_outcome: dict[str, list[str]] = {}
         for row in sorted(outcomes().get(claim.name, ()), key=verdict_order):
             effect = f"{row['name']} {row['effect']}{border(row)}".strip()
             by_outcome.setdefault(row["outcome"], []).append(effect)
         results = " ".join(f"*{capitalized(key)}:* {', '.join(values)}." for key, values in by_outcome.items())
         lines.append(bullet(f"[{claim.name}](claims.md#{claim.name}): {claim.says} {results or 'Not run.'}{unit}"))
-    none = "No claim of this paper has been tested; [results.md](results.md) has its results on digits."
+    none = "No claim of this paper has been tested; [results.md](results.md) has results of its methods on digits."
     return "**Measured here**\n\n" + ("\n".join(lines) or wrapped(none))
 
 
@@ -310,9 +310,9 @@ def verdict_order(row: dict[str, str]) -> list[bool]:
 
 
 def border(row: dict[str, str]) -> str:
-    """Return, as text, the margin by which the first arm of a comparison is claimed to be better.
+    """Return, as text, the difference between the two arms of a comparison that the claim requires.
 
-    The text is empty if no margin is claimed.
+    The text is empty if any difference above 0 supports the claim.
     """
     match = re.search(r"(> -?[\d.]+|within [\d.]+)$", row["arms"])
     return "" if match is None or match[0] == "> 0" else f" (claimed {match[0].replace('>', 'above')})"
@@ -367,7 +367,8 @@ def controls() -> str:
         card = cards()[name]
         is_a = card["is"].partition(": ")[2]
         lines.append(bullet(f"{linked(name)}: {is_a} {card['Idea']} Paper: {card['Paper']}"))
-    return "## Controls\n\nThe papers' methods are compared with these methods.\n\n" + "\n".join(lines)
+    head = "## Controls\n\nThe methods of the papers above are compared with these methods, which qbench adds.\n\n"
+    return head + "\n".join(lines)
 
 
 def related_papers() -> Iterable[str]:
@@ -393,7 +394,7 @@ def related_entry(paper: dict[str, Any]) -> str:
 
 
 def marked(sentence: str, provenance: str) -> str:
-    """Return a sentence. If it was written from memory and does not say so, add a mark."""
+    """Return a sentence with a full stop. If it was written from memory and does not say so, add a mark."""
     needs_mark = provenance_text(provenance) == MEMORY and not re.search("memory|remember", sentence)
     return f"{sentence} ({MEMORY})." if needs_mark else f"{sentence}."
 
