@@ -79,9 +79,8 @@ the threshold. The outcomes are:
 If some runs of a comparison failed, diverged or are unsupported, the comparison has no outcome, because the remaining
 runs are not a fair sample. The table then states the reason.
 
-The column `arms` has the form `first - second > threshold`. The arm `unchanged` is the run of the experiment file without
-further options.
-The sections below the table give the mean accuracy of each arm, and the commands.
+The column `arms` has the form `first - second > threshold`. The arm `unchanged` is the run of the experiment file
+without further options. The sections below the table give the mean accuracy of each arm, and the commands.
 
 There are two data sets: digits (1,797 real 8x8 images, 450 of them for test) and glyphs (characters rendered from
 fonts, with separate fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and

@@ -51,8 +51,8 @@ CONTROLS = {
 }
 """The kinds of controls, with their overrides.
 
-Like a method, a control starts from a float baseline with the control's width, and is trained further for the same
-number of epochs. With `init=float`, the float control is therefore fine-tuned.
+Like a quantized network, a control starts from a float baseline with the control's `model.width`, and is trained
+further for the same number of epochs. `init=float` makes the float control start from the baseline.
 """
 QUANTIZED, BASELINE = "quantized", "baseline"
 
@@ -64,7 +64,7 @@ HEAD = (
 
 @dataclass
 class NetworkRow:
-    """One row of the tables, which is a setting with the model.width of its network.
+    """One row of the tables: a setting (the runs of all seeds) with the model.width of its network.
 
     Args:
         role: "quantized", "baseline", or a kind of control.
@@ -194,7 +194,7 @@ def with_width(config: Config, width: int) -> Config:
 
 
 def network_rows(records: Sequence[RunRecord]) -> list[NetworkRow]:
-    """Return the settings as rows. Rows of quantized networks contain their controls."""
+    """Return one row for each setting (runs of all seeds). Rows of quantized networks contain their controls."""
     available = {run.result.run for run in records if run.status == DONE and run.result}
     rows: list[NetworkRow] = []
     for setting in (setting for table in compare(records) for setting in settings_of(table)):
@@ -223,7 +223,7 @@ def compare_with_control(
 
 
 def tables(records: Sequence[RunRecord]) -> list[Table]:
-    """Return a table of the float network, a table for each number of bits, and a table of runs without a result."""
+    """Return a table of float networks, a table for each number of weight bits, and one of runs without a result."""
     rows, compared = network_rows(records), compare(records)
     full_width = max((row.width for row in rows), default=0)
     floats = [row for row in rows if row.role in (BASELINE, "float") and row.width == full_width]
@@ -244,14 +244,14 @@ def rows_table(title: str, rows: list[NetworkRow], full_width: int) -> Table:
 
 
 def control_sentence(kind: str, block: list[NetworkRow]) -> str:
-    """Return a sentence that says which methods are above or below their control or not significantly different."""
+    """Return a sentence that says which methods are above, below or not significantly different from their control."""
     bits = block[0].setting.bits.w
-    sides: dict[str, list[str]] = {"above": [], "below": [], "not significantly different": []}
+    sides: dict[str, list[str]] = {"above their control": [], "below": [], "not significantly different": []}
     pairs = [(row, *pair) for row in block if (pair := row.controls[kind])]
     if not pairs:
         return f"W{bits}: no {kind} network fits into these bytes"
     for row, _, d in pairs:
-        side = "above" if d.low > 0 else "below" if d.high < 0 else "not significantly different"
+        side = "above their control" if d.low > 0 else "below" if d.high < 0 else "not significantly different"
         sides[side].append(row.setting.label)
     percents = sorted(round(100 * (control.bytes or 0) / (row.bytes or 1)) for row, control, _ in pairs)
     share = f"{percents[0]} % to {percents[-1]} %" if percents[0] < percents[-1] else f"{percents[0]} %"
@@ -298,9 +298,9 @@ def plain_values(row: NetworkRow) -> dict[str, object]:
 
 
 def footer(typed: Sequence[str], records: Sequence[RunRecord]) -> str:
-    """Return a sentence that states what was run and how long it took.
+    """Return a sentence that states which command was run, and how long its runs took.
 
-    Overrides that do not change results are left out.
+    Overrides that do not change results, such as `out`, are left out.
     """
     seconds = [run.result.wall_seconds or 0 for run in records if run.result and run.status == DONE]
     times = [file.stat().st_mtime for run in records for file in run.path.glob("*.json")]

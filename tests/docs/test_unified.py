@@ -201,11 +201,11 @@ def test_sentences_on_controls(script: ModuleType, records: list[RunRecord]) -> 
     assert against_float.startswith(
         "W2 compared with float controls, which have 70 % to 88 % of the bytes of the quantized networks. "
     )
-    assert against_float.endswith("Methods above: dorefa; below: ttq; not significantly different: lsq")
+    assert against_float.endswith("Methods above their control: dorefa; below: ttq; not significantly different: lsq")
     assert against_int8.startswith(
         "W2 compared with 8-bit controls, which have 90 % to 100 % of the bytes of the quantized networks. "
     )
-    assert against_int8.endswith("Methods above: none; below: lsq; not significantly different: dorefa")
+    assert against_int8.endswith("Methods above their control: none; below: lsq; not significantly different: dorefa")
 
 
 def test_a_seed_without_control_is_left_out(script: ModuleType, records: list[RunRecord]) -> None:
