@@ -4,8 +4,9 @@
     .venv/bin/python scripts/choose_recipe.py [KEY=VALUE ...] [--record FILE]    # trains runs that are not stored
     .venv/bin/python scripts/choose_recipe.py --from FILE                        # trains nothing
 
-The score of a recipe is the mean of validation top-1 after the last epoch, over methods and seeds. The recipe with the
-best score is chosen. Test accuracies are neither read nor shown.
+A recipe is a value of `optim`, which sets optimizer, learning rates and schedule. The score of a recipe is the mean of
+validation top-1 after the last epoch, over methods and seeds. The recipe with the best score is chosen. Test accuracies
+are neither read nor shown.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
     """Return a table of mean validation top-1 by recipe and setting, and the recipe with the best mean.
 
-    Only pairs of setting and seed that every recipe has are used.
+    A setting is a method with its widths. Only pairs of setting and seed that have a run with every recipe are used.
 
     Raises:
         SystemExit: no pair of setting and seed has a run with every recipe.

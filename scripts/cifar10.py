@@ -4,14 +4,15 @@
     .venv/bin/python scripts/cifar10.py --root DATA --init CHECKPOINT [--seeds 0,1,2] [--epochs 4] [KEY=VALUE ...]
 
 DATA contains cifar-10-batches-py/. CHECKPOINT is resnet20-12fca82f.th of akamaster/pytorch_resnet_cifar10 (8.27 % test
-error). The protocol:
+error). All runs have this protocol:
 
 - One recipe for every setting: Adam with a learning rate from 1e-3 to 1e-5 (exponential), batch size 64, crops and
   flips. Papers that fine-tune a float network with Adam start at 1e-3 (EWGS, ResNet-20 on CIFAR-10) or 1.25e-3 (N2UQ).
   Other papers start at 1e-4, but train for many times as many epochs.
 - All 50,000 training images are used. There is no validation split, because pretraining used all images. Nothing is
   selected: every accuracy is the accuracy after the last epoch.
-- The first and the last layer are float. The float control is trained for the same number of epochs.
+- The first and the last layer are float. The float control, which is the network of the checkpoint without a quantizer,
+  is trained for the same number of epochs as the quantized networks.
 - The seed determines the order of the images and the augmentation. All settings of one seed run before the next seed
   begins.
 
@@ -177,7 +178,7 @@ def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> 
             if run.path.name in recorded:
                 continue
             if stop():
-                raise Interrupted(f"stopped by signal {stop()}; the same command continues")
+                raise Interrupted(f"stopped by signal {stop()}; to continue, repeat the command")
             result = run_catching(run, stop)
             shown = f"{result.top1:.2f} %" if result.top1 is not None else f"{result.status}: {result.reason}"
             print(f"{number} of {len(runs)}  {run.path.name}  {shown}", file=sys.stderr, flush=True)
@@ -188,9 +189,9 @@ def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> 
 
 
 def stored_results(record: Path) -> tuple[list[RunRecord], str]:
-    """Return the runs in a file of stored results, and the note about them.
+    """Return the runs in a file of stored results, and the note about these runs.
 
-    If the file is missing, there are no runs.
+    If the file is missing, the list of runs is empty.
     """
     if not record.is_file():
         return [], "No run is recorded yet."
@@ -263,7 +264,7 @@ def over_control(setting: Setting, control: Setting) -> str:
 
 
 def note_on(records: Sequence[RunRecord]) -> str:
-    """Return sentences on the protocol."""
+    """Return sentences that say how the runs were trained."""
     results = [run.result for run in records if run.result and run.status == DONE]
     if not results:
         return "No run is done yet."

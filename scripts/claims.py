@@ -146,17 +146,17 @@ class Stored:
         return Stored(runs, values["gradient_mismatch"], values["machine"])
 
     def run(self, planned: RunRecord) -> RunRecord:
-        """Return the run in the record if the planned run has no directory, and otherwise the planned run."""
+        """Return the run of the file with the same directory, or the planned run if the file has no such run."""
         return self.runs.get(place(planned.path), planned)
 
     @property
     def hits(self) -> dict[str, Hits]:
-        """The hits of every run, by the name of the run's directory."""
+        """Which test images each run classified correctly, by the last two parts of the run's path."""
         return {name: run.hits for name, run in self.runs.items() if run.hits}
 
 
 def place(path: Path) -> str:
-    """Return the last two parts of a run's path. They stay the same when the runs are moved."""
+    """Return the last two parts of a run's path, which stay the same when the folder of the runs is moved."""
     return f"{path.parent.name}/{path.name}"
 
 
@@ -253,7 +253,7 @@ def missing_work(claim: Claim, seeds: list[int], out: str, counted: set[str]) ->
     """Return the number of missing runs of a claim and their training time in seconds.
 
     Args:
-        counted: the runs that earlier claims have counted. The runs of this claim are added to it.
+        counted: the paths of the runs that earlier claims have counted. The runs of this claim are added to this set.
     """
     from qbench.analysis.plan import plan
 
@@ -392,7 +392,7 @@ def backward_names(claim: Claim) -> list[str]:
 
 
 def mismatch_results(claim: Claim, net: dict[int, RunRecord], mismatch: dict[str, Any]) -> list[ClaimResult]:
-    """Evaluate a claim about gradient mismatch by the mean cosine over layers, at the noise level for verdicts."""
+    """Evaluate a claim about gradient mismatch by the mean cosine over layers, at the noise level `VERDICT_SIGMA`."""
     from qbench.analysis.gradient_mismatch import VERDICT_SIGMA
 
     results = []

@@ -4,8 +4,8 @@
     .venv/bin/python scripts/every_method.py [KEY=VALUE ...]
 
 scripts/test makes the environment .venv. Every run quantizes only the weights, only the activations or only the
-gradients. The levels of every run are verified. The exit status is 1 if a run has failed or is not verified. Stored
-runs are not repeated.
+gradients. Every run checks that its quantized values are allowed levels. The exit status is 1 if a run has failed or
+has not made this check. Stored runs are not repeated.
 
 `--record FILE` stores the results. `--from FILE` prints the table of stored results and runs nothing.
 """

@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/bench/images.py [--count 256]
 
-The files are random JPEG photographs of about 77 kB (quality 90). In every round, each way makes the
-uint8 batches of one epoch in this process, with one thread: from the files, and from `dataset.cache`.
-Times are processor times. The speed `decoded only` is that of PIL, without a crop. Normalization to
+The files are random JPEG images of about 77 kB (quality 90). The uint8 batches of one epoch are made
+in two ways: from the files, and from `dataset.cache`. Every round times both ways in this process,
+with one thread. Times are processor times. The speed `decoded only` is that of PIL, without a crop. Normalization to
 float32 takes place on the device of the run, and has a row of its own.
 """
 

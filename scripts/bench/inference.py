@@ -6,8 +6,9 @@
 The weights are random, because times depend only on widths and sizes. The row `int8` of ONNX Runtime is ONNX Runtime's
 own static quantization of the float network. The row `int8` of torch is FX graph mode quantization.
 
-In every round, all contenders take turns. A ratio is the median over the rounds, with quartiles. The first ratio is of
-wall time. The second ratio is of processor time, which other work on the machine disturbs less. Memory is the peak of a
+A contender is a runtime with a network. In every round, all contenders take turns. A ratio is the median over the
+rounds, with quartiles. The first ratio is of wall time. The second ratio is of processor time, which other work on the
+machine disturbs less. Memory is the peak of a
 process that loads one file and runs one image, minus the memory of the process after its imports (torch and qbench).
 Memory includes the runtime itself. For numba this includes the compiler, which is loaded even if compiled code is
 stored already.
@@ -57,7 +58,7 @@ def network(form: str, w: int = 32, a: int = 32) -> nn.Module:
 
 
 def about(form: str) -> About:
-    """Return the description of the network that a file of the given form contains."""
+    """Return the description of the network in an exported file of the given form (`packed`, `onnx`, ...)."""
     return About(
         form=form, title="ResNet-20, random weights", identity="0", weights="last", dataset={"name": "cifar10"},
         shape=SHAPE, classes=10, mean=(0.5,) * 3, std=(0.5,) * 3, threads=1,
