@@ -30,12 +30,13 @@ GENERATED = "<!-- written by scripts/reference.py; to change this page, edit its
 INTRO = """\
 Type a key as `KEY=VALUE` after `qbench`. The command line overrides an experiment file, and an
 experiment file overrides the defaults in `conf/`. `qbench ... --cfg job` prints the whole
-configuration of a command line and runs nothing. A group (`model`, `dataset`, `method`, `activation`,
-`bits`, `optim`, `layers`, `distill`) takes the name of an option, as in `optim=sgd`, and its keys, as
-in `optim.lr=0.1`. `optim@pretrain.optim=adam` chooses the optimizer of the float baseline.
+configuration of a command line and runs nothing. For a group of keys (`model`, `dataset`, `method`,
+`activation`, `bits`, `optim`, `layers`, `distill`), type the name of an option, as in `optim=sgd`. You
+can then change single keys of the group, as in `optim.lr=0.1`. `optim@pretrain.optim=adam` chooses the
+optimizer of the float baseline.
 
-`activation=METHOD` names a second method, for the activations; `activation.KEY` are its keys.
-`experiment=NAME` loads a file below `conf/experiment/`."""
+`activation=METHOD` names a second method, which quantizes the activations; `activation.KEY` are its
+keys. `experiment=NAME` loads the file `conf/experiment/NAME.yaml`."""
 
 GROUP_TEXTS = {
     "model": "The network: one of the options below, or your own class or function, `model=my_net:Net`.",

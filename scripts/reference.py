@@ -78,7 +78,8 @@ Every subcommand has `--help`, and `qbench --help` lists subcommands and groups.
 
 ## qbench KEY=VALUE
 
-Train, quantize, evaluate, and print a row. The [configuration](configuration.md) lists all keys.
+Train a float baseline and a quantized network, evaluate both, and print a row. The
+[configuration](configuration.md) lists all keys.
 
     qbench [KEY=VALUE ...] [FLAGS]"""
 
