@@ -72,8 +72,9 @@ Choices
     The KL divergence is averaged as in the method qd.
 
 Deviations
-    qbench quantizes only the weights of convolutions and linear layers. The layer policy chooses
-    these layers. The authors quantize every parameter, including biases and batch normalization.
+    qbench quantizes only the weights of convolutions and linear layers. The layer policy (`layers`)
+    decides which of these layers are quantized. The authors quantize every parameter, including
+    biases and batch normalization.
     As in the authors' code, only the parameters of quantizers are trained. All other parameters are
     frozen from the start, but the running statistics of batch normalization are still updated.
     Stored bytes include ceil(log2 m) bits per code, two floats per bucket, and 4 bytes per point.

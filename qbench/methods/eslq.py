@@ -47,8 +47,8 @@ Choices
     partition, portions: see the method slq.
 
 Deviations
-    The first and last layers stay float, following the layer policy. To quantize both layers, type
-    layers.first=same layers.last=same.
+    By default, the first and last layers stay float (`layers.first`, `layers.last`). To quantize
+    both layers, type layers.first=same layers.last=same.
 
 Results
     docs/results.md (digits).

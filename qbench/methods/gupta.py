@@ -71,8 +71,8 @@ Choices
     grid. The input quantizer of the next layer rounds the results.
 
 Deviations
-    The first and last layers stay float, following the layer policy. In the paper, all layers are
-    in fixed point.
+    By default, the first and last layers stay float (`layers.first`, `layers.last`). In the paper,
+    all layers are in fixed point.
     The sum of a layer's products is computed in float32, with 24 significant bits. If the exact sum
     is close to a rounding threshold, the result may therefore be the neighbouring grid value. (On
     CUDA, torch's default TF32 convolutions keep 11 bits of each factor.)

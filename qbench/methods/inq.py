@@ -22,10 +22,11 @@ Backward
     Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
-    One phase per portion. All phases have equal length. At the start of each phase, the
-    learning-rate schedule restarts and momentum is set to zero. In the last phase (portion 1), only
-    batch normalization and biases are trained. With variant=authors, the last phase consists of the
-    last epoch only. In this epoch no parameter is trained, but the running averages of batch
+    There is one phase per portion. A portion is the fraction of a layer's weights that is frozen
+    after a phase. All phases have equal length. At the start of each phase, the learning-rate
+    schedule restarts and momentum is set to zero. In the last phase (portion 1), only batch
+    normalization and biases are trained. With variant=authors, the last phase consists of the last
+    epoch only. In this epoch no parameter is trained, but the running averages of batch
     normalization are still updated.
 
 Sites
@@ -42,11 +43,11 @@ Bits
 
 Protocol
     The paper starts from published float networks for ImageNet. It trains by SGD with momentum 0.9
-    and weight decay 5e-4 (2e-4 for GoogLeNet). A portion is the fraction of a layer's weights that
-    is frozen after a phase. The portions depend on the network. For ResNets with 5 bits, the
-    portions are 0.5, 0.75, 0.875 and 1. With fewer bits, the paper uses more portions, with smaller
-    differences between them. All layers are quantized, but biases and batch normalization are not.
-    The paper does not state the learning rate and the number of epochs of each phase.
+    and weight decay 5e-4 (2e-4 for GoogLeNet). The portions depend on the network. For ResNets with
+    5 bits, the portions are 0.5, 0.75, 0.875 and 1. With fewer bits, the paper uses more portions,
+    with smaller differences between them. All layers are quantized, but biases and batch
+    normalization are not. The paper does not state the learning rate and the number of epochs of
+    each phase.
 
 Choices
     portions: by default 0.5, 0.75, 0.875 and 1, as for the paper's ResNets.
@@ -61,8 +62,9 @@ Choices
     same n1, unless a free weight later becomes larger than this frozen weight.
 
 Deviations
-    The first and last layers stay float, following the layer policy. The paper quantizes both
-    layers. To quantize both layers in qbench, type layers.first=same layers.last=same.
+    By default, the first and last layers stay float (`layers.first`, `layers.last`). The paper
+    quantizes both layers. To quantize both layers in qbench, type layers.first=same
+    layers.last=same.
 
 Results
     docs/results.md (digits).

@@ -42,9 +42,10 @@ Protocol
 Choices
     channel: `false` (default) is one step per layer, as in the paper. `true` is one step per output
     channel, as in many later papers and libraries. With `true`, N is the number of weights in one
-    channel. Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over 256
-    training images (the probe). The paper uses the first batch. If the input of a layer has
-    negative values on the probe, the levels of this input are positive and negative.
+    channel.
+    Steps start at 2 mean|v| / sqrt(Qp). For activations, the mean is taken over 256 training images
+    (the probe). The paper uses the first batch. If the input of a layer has negative values on the
+    probe, its levels are positive and negative, like the levels of weights.
 
 Deviations
     qbench keeps steps at 1e-8 or more.

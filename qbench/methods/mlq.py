@@ -69,9 +69,9 @@ Choices
 Deviations
     qbench finds the optimal k-means clusters. The authors run ten Lloyd iterations that start from
     powers of two.
-    The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer. It also quantizes the last layer, except in ResNet-18. To quantize both layers
-    in qbench, type layers.first=same layers.last=same.
+    By default, the first and last layers stay float (`layers.first`, `layers.last`). The authors'
+    code quantizes the first layer. It also quantizes the last layer, except in ResNet-18. To
+    quantize both layers in qbench, type layers.first=same layers.last=same.
 
 Results
     docs/results.md (digits).

@@ -31,9 +31,9 @@ Schedule
     Then it fits the ranges of the activations to the layers' inputs in the float network. Finally
     it adapts the running statistics of batch normalization to the quantizers. The option
     `reestimate` chooses one of three ways.
-    shift: mean and variance are measured twice on the probe (256 training images), without and with
-    the quantizers. The difference of the two means is added to the running mean. The running
-    variance is multiplied by the ratio of the two variances.
+    shift: mean and variance of the inputs of batch normalization are measured twice on the probe
+    (256 training images), without and with the quantizers. The difference of the two means is added
+    to the running mean. The running variance is multiplied by the ratio of the two variances.
     replace: mean and variance of each batch of the probe are measured with the quantizers. The
     averages over the batches become the running statistics.
     none: the running statistics of the float network are kept.
@@ -49,7 +49,7 @@ Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w8a8g32.
 
 Protocol
-    PTQ uses qbench's protocol: calibration on the probe, which is 256 training images.
+    There is no protocol of a paper. qbench calibrates on the probe, which is 256 training images.
 
 Choices
     By default, both weights and calibration are mse, and reestimate is shift. With few bits, the

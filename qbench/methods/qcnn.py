@@ -67,8 +67,8 @@ Deviations
     The error correction also penalizes |w_hat - w|^2. The factor of this penalty is 0.1 times the
     mean square of the inputs. The paper uses 25,000 images. qbench uses 256 images, and without the
     penalty these images would not determine all weights.
-    qbench quantizes all layers first, and trains the other parameters afterwards. The first and
-    last layers stay float, following the layer policy.
+    qbench quantizes all layers first, and trains the other parameters afterwards. By default, the
+    first and last layers stay float (`layers.first`, `layers.last`).
 
 Results
     docs/results.md (digits).

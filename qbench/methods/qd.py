@@ -59,8 +59,9 @@ Choices
     options.
 
 Deviations
-    qbench quantizes only the weights of convolutions and linear layers. The layer policy chooses
-    these layers. The authors quantize every parameter, including biases and batch normalization.
+    qbench quantizes only the weights of convolutions and linear layers. The layer policy (`layers`)
+    decides which of these layers are quantized. The authors quantize every parameter, including
+    biases and batch normalization.
     By default, training starts from the float baseline. The authors start from random weights
     (init=scratch). By default, the teacher is as large as the student. `distill.teacher` can name a
     larger network.

@@ -19,11 +19,12 @@ Backward
     Free weights get their gradient dL/dw. Frozen weights get no gradient.
 
 Schedule
-    Each portion has one phase. The phases have equal length. At the start of a phase, all weights
-    of every layer are clustered again, with frozen centroids fixed. If the nearest centroid of a
-    free weight is frozen, the weight is frozen at this centroid. Then the free clusters are ranked,
-    and the first clusters of the ranking are frozen. The learning-rate schedule restarts, and
-    momentum is set to zero. In the last phase, only batch normalization and biases are trained.
+    There is one phase per portion. A portion is the fraction of the clusters that is frozen after a
+    phase. The phases have equal length. At the start of a phase, all weights of every layer are
+    clustered again, with frozen centroids fixed. If the nearest centroid of a free weight is
+    frozen, the weight is frozen at this centroid. Then the free clusters are ranked, and the first
+    clusters of the ranking are frozen. The learning-rate schedule restarts, and momentum is set to
+    zero. In the last phase, only batch normalization and biases are trained.
 
 Sites
     weight.
@@ -56,10 +57,10 @@ Choices
     cluster comes first. Then come pairs of clusters from the outermost inwards, and in each pair
     the positive cluster is first.
     `random` is an ablation.
-    portions: the fraction of the clusters that is frozen after each phase. The resulting number of
-    clusters is rounded down, but is at least one. The default gives the authors' numbers of
-    clusters. Portions with the same number of clusters share one phase. Every phase freezes
-    clusters in all layers. The order in which the paper treats the layers is not known.
+    portions: the portion of each phase. The resulting number of clusters is rounded down, but is at
+    least one. The default gives the authors' numbers of clusters. Portions with the same number of
+    clusters share one phase. Every phase freezes clusters in all layers. The order in which the
+    paper treats the layers is not known.
     clustering: `exact` (default) finds the optimal clusters. `lloyd` follows the authors' code: ten
     Lloyd iterations that start from the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|)
     and j = 0, 1, and so on. A cluster without weights keeps its centroid. In later phases, the
@@ -68,9 +69,9 @@ Choices
     at least one cluster of the layer.
 
 Deviations
-    The first and last layers stay float, following the layer policy. The authors' code quantizes
-    the first layer. It also quantizes the last layer, except in ResNet-18. To quantize both layers
-    in qbench, type layers.first=same layers.last=same.
+    By default, the first and last layers stay float (`layers.first`, `layers.last`). The authors'
+    code quantizes the first layer. It also quantizes the last layer, except in ResNet-18. To
+    quantize both layers in qbench, type layers.first=same layers.last=same.
 
 Results
     docs/results.md (digits).

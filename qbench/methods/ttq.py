@@ -51,7 +51,7 @@ Choices
 Deviations
     qbench keeps the scales at 1e-8 or more. If one scale became negative, all nonzero weights would
     have the same sign. Accuracy dropped in runs in which a scale became negative.
-    The last layer stays float, following the layer policy. In the paper, the last layer is float
+    By default, the last layer stays float (`layers.last`). In the paper, the last layer is float
     too. In the authors' CIFAR code, the last layer is ternary.
 
 Results
