@@ -39,7 +39,7 @@ ONLY = {  # folders that stay usable on their own, and all that they may import
     "distributed": {"errors"},
     "config": {"bits", "errors", "system"},
     "quant": {"bits"},
-    "cost": {"bits", "quant"},
+    "cost": {"bits", "quant", "system"},
     "data": {"errors", "system"},
     "models": {"system"},
     "methods": {"bits", "quant"},

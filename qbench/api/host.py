@@ -55,14 +55,15 @@ def torch_settings_restored(*, training: bool) -> Iterator[None]:
 
     _check_defaults(training)
     generators, threads = random_state(), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = torch.get_deterministic_debug_mode()
     try:
         yield
     finally:
         set_random_state(generators)
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(deterministic)
+        if "torch._inductor.config" in sys.modules:  # the block may have compiled: restore the compiler's option too
+            torch.use_deterministic_algorithms(deterministic > 0, warn_only=deterministic == 1)
 
 
 def _check_defaults(training: bool) -> None:

@@ -7,8 +7,10 @@ parameters, scales and codebooks, but not batch-norm statistics.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -29,6 +31,10 @@ from qbench.quant.layers import (
     quantized_layers,
 )
 from qbench.quant.quantizer import Storage
+from qbench.system.lazy_compiler import delay_import_of_compiler
+
+MOST_NUMBERS_ON_CPU = 2**20
+"""Maximum number of weights, and of numbers of an image, of a network whose MACs are counted on the CPU."""
 
 MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
@@ -65,34 +71,47 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
 
     Layers with weights are all modules that have parameters with two or more dimensions, such as convolutions and
     linear layers. Modules that multiply matrices in their own forward function are included too. The network itself has
-    the name "". The forward pass runs on the meta device, which needs no memory and no arithmetic, or on the CPU if the
-    network does not run on the meta device.
+    the name "". The forward pass of a large network runs on the meta device, which needs no memory and no arithmetic.
+    Small networks, and networks that do not run on the meta device, run on the CPU. For them this is faster, because
+    torch imports many modules before it uses the meta device.
 
     Args:
         model: the float network. It is not changed.
         shape: shape (C, H, W) of an image.
     """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    device = "cpu" if max(weights, prod(shape)) <= MOST_NUMBERS_ON_CPU else "meta"
     try:
-        with torch.device("meta"):
+        with _counted_on(device):
             # Each module occurs once, under its first name. With several names, torch would not restore its tensors.
             state = {
-                f"{name}.{key}" if name else key: tensor.to("meta")
+                f"{name}.{key}" if name else key: tensor.detach().to(device, copy=True)
                 for name, module in model.named_modules()
                 for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
             }
-            image = torch.empty(1, *shape)
+            image = torch.zeros(1, *shape)
             counts = _own_macs(model, lambda: torch.func.functional_call(model, state, image, tie_weights=False))
     except Exception:  # a user's own network may need values, which meta tensors do not have
-        # The counter misses recurrent layers that oneDNN computes, so oneDNN is switched off. torch's warnings, for
-        # example about Intel's GPUs, are ignored.
-        with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+        with _counted_on("cpu"):
             counts = _own_macs(model, lambda: model(torch.zeros(1, *shape)))
     return {name: counts[name] for name, module in model.named_modules() if counts[name] or _has_weights(module)}
+
+
+@contextmanager
+def _counted_on(device: str) -> Iterator[None]:
+    """Make new tensors on a device, and let the counter see all operations.
+
+    The counter misses recurrent layers that oneDNN computes, so oneDNN is switched off. torch's warnings, for example
+    about Intel's GPUs, are ignored.
+    """
+    with torch.device(device), warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 def _own_macs(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     """Return the MACs of every module, not counting the MACs of the modules inside it."""
     own: Counter[str] = Counter()
+    delay_import_of_compiler()
 
     def call(name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before, inside_before = counter.get_total_flops() // 2, own.total()

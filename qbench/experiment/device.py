@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qbench.config.schema import Runtime
 from qbench.distributed.launch import launch
 from qbench.errors import ConfigError
+from qbench.system.lazy_compiler import delay_import_of_compiler
 
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))
 """C++ compilers that torch.compile can use on the CPU."""
@@ -52,7 +53,11 @@ def configure_torch(runtime: Runtime) -> None:
     if runtime.deterministic:
         # cuBLAS is deterministic only with a fixed workspace. CUDA reads this variable when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(runtime.deterministic)
+    torch.set_deterministic_debug_mode("error" if runtime.deterministic else "default")
+    if runtime.compile:
+        torch.use_deterministic_algorithms(runtime.deterministic)  # also sets an option of the compiler
+    else:
+        delay_import_of_compiler()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = runtime.tf32  # cuDNN's default is true
     tune_malloc()
 

@@ -1,0 +1,38 @@
+"""Delays torch's import of its compiler until something is compiled. The import takes a second and 100 MB.
+
+torch imports the compiler in every step of an optimizer, and in many functions for tensors on the meta device, only to
+leave these functions out of compilation. While nothing is compiled, this has no effect.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+COMPILER = "torch._dynamo"
+
+
+class _Placeholder(ModuleType):
+    """Stands for the compiler until something else than the two functions below is needed. Then it is imported."""
+
+    @staticmethod
+    def disable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Return a function that is left out of compilation."""
+        return function
+
+    @staticmethod
+    def graph_break(*args: Any, **kwargs: Any) -> None:
+        """End the part of the code that is compiled as one graph."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # read by code that looks at all modules
+            raise AttributeError(name)
+        if sys.modules.get(COMPILER) is self:
+            del sys.modules[COMPILER]
+        return getattr(importlib.import_module(COMPILER), name)
+
+
+def delay_import_of_compiler() -> None:
+    """Let torch import its compiler when it compiles something, unless the compiler is imported already."""
+    sys.modules.setdefault(COMPILER, _Placeholder(COMPILER))
