@@ -121,7 +121,7 @@ def test_a_collapsed_seed_is_named_and_the_sign_flip_test_stands_beside() -> Non
     assert "Sign-flip test over seeds: p = 0.25." in text
     text = run_sequential_test(test, stub({"w2a2g32": [95.0, 65.0, 95.1, 94.9, *first[4:]], "w4a4g32": [94.9] * 8}))
     assert "is not significantly different" in text
-    assert "Warning: the difference is far from all other differences in seed 1, 4; if training can collapse" in text
+    assert "Warning: in seed 1, 4, the difference is far from all other differences; if training can collapse" in text
 
 
 def test_false_decisions_on_a_against_a() -> None:
@@ -202,8 +202,9 @@ def test_the_verdict_in_words() -> None:
     run = stub({"w2a2g32": [94.0, 95.1, 96.2, 0, 0], "w4a4g32": [90.0, 91.0, 92.0, 0, 0]})
     assert run_sequential_test(test, run) == (
         "dorefa w2a2g32 is above dorefa w4a4g32: +4.10 points, 97.5 % confidence interval +3.74 to +4.46; test top-1 "
-        "95.10 and 91.00, 3 seeds. This look tests at the level 0.025; the levels of all looks add up to 5 %, if "
-        "differences are about normally distributed. Sign-flip test over seeds: p = 0.25."
+        "95.10 and 91.00, 3 seeds. This test has the significance level 0.025; the levels of the tests at all numbers "
+        "of seeds add up to 5 %, which limits false verdicts if the differences of the seeds are about normally "
+        "distributed. Sign-flip test over seeds: p = 0.25."
     )
     alike = stub({"w2a2g32": [94.0, 95.1, 96.2, 94.0, 95.0], "w4a4g32": [94.1, 95.0, 96.2, 94.1, 94.9]})
     assert "dorefa w2a2g32 is equivalent to dorefa w4a4g32 within ±0.5 points: " in run_sequential_test(test, alike)

@@ -124,7 +124,7 @@ def test_the_float_control_has_the_same_normalization(configure: Configure) -> N
     notes: list[str] = []
     assert over() == {"dorefa": -1.5}
     typed = "method=float init=float model.norm=no_affine"
-    assert notes == [f"hwgq w1a2g32: no float control has the same normalization; to add one: {typed}"]
+    assert notes == [f"hwgq w1a2g32: no float control has the same normalization; to add one, run {typed}"]
     plant(configure(*typed.split()), 97.0, 97.5, network=other)
     assert over() == {"dorefa": -1.5, "hwgq": -2.0}
     assert len(notes) == 1

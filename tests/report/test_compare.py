@@ -197,7 +197,7 @@ def test_warnings_of_runs_are_footnotes_of_their_settings(configure: Configure) 
         "warning: dorefa w2a32g32, ttq w2a32g32: test holds 3 images of train",
         "warning: dorefa w2a32g32: 0.weight had no gradient (seed 1, 2)",
         *(f"warning: lsq w2a2g32: {letter} (seed 1, 2)" for letter in "abc"),
-        "warning: lsq w2a2g32: 1 more in result.json",
+        "warning: lsq w2a2g32: further warnings in result.json: 1",
     ]
     by_name = {s.label: s.to_json()["warnings"] for s in settings_of(table)}
     assert by_name["lsq"] == [f"{letter} (seed 1, 2)" for letter in "abcd"]

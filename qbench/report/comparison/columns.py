@@ -60,7 +60,8 @@ def _si_column(
 def _half_width(half: float | None) -> str:
     """Return the half-width of an interval as text.
 
-    If all seeds have the same value, the result is `-`, because the sample does not show how much seeds differ.
+    If all seeds have the same value, the result is `-`, because these values do not show how much seeds differ in
+    general.
     """
     return f"±{half:.2f}" if half else "-"
 
@@ -133,7 +134,7 @@ COLUMNS = (
 
 
 def columns_in(groups: Iterable[str]) -> list[Column]:
-    """Return the columns of the given groups, and the columns method and widths, in a fixed order."""
+    """Return the columns method, W, A and G, and the columns of the given groups, in the order of `COLUMNS`."""
     return [column for column in COLUMNS if column.group in ("", *groups)]
 
 

@@ -33,7 +33,7 @@ def compared_result(result: Result) -> Compared:
 
 
 class Unlike(NamedTuple):
-    """A statement about settings that are not ranked against each other. `advice` says what to type instead."""
+    """A statement about methods that are not ranked against each other, and advice on what to type instead."""
 
     statement: str
     advice: str = ""
@@ -47,7 +47,7 @@ def sweep_warnings(runs: Iterable[RunIdentity]) -> list[str]:
 
 
 def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
-    """Return statements about methods whose widths of activations or gradients differ.
+    """Return statements about methods that cannot be ranked, because their widths of activations or gradients differ.
 
     Only methods with the same width of weights are considered.
 
@@ -70,7 +70,7 @@ def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
 
 
 def unlike_protocols(runs: Iterable[Compared]) -> list[Unlike]:
-    """Return statements about methods that share no protocol, for each network and data set."""
+    """Return statements about methods that have no protocol in common, for each network and data set."""
     protocols: dict[tuple[str, str], dict[str, dict[str, Mapping[str, object]]]] = defaultdict(
         lambda: defaultdict(dict)
     )

@@ -73,7 +73,7 @@ class _Context:
 
     Args:
         baselines: results of float baselines by directory name.
-        labels: map from the id of a result to the label of its method.
+        labels: map from `id(result)` to the label of the result's method.
         from_logs: paths of the runs that were read from logs.
         failed: results of runs that did not finish, by `naming.setting_key`.
         file_bytes: sizes of exported packed files, by path of the run.
@@ -94,12 +94,12 @@ def _by_setting(results: Iterable[Result]) -> dict[tuple[str, ...], list[Result]
 
 
 def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
-    """Return the results by block, without float baselines.
+    """Return the results by block, without the float baselines from which other runs started.
 
     The results of a block share data set, network and protocol.
 
-    If a run used another run's weights as a pretrained checkpoint, the other run stays in the result, because no other
-    row shows the accuracy of the other run.
+    If other runs only loaded a baseline's weights as a pretrained checkpoint, the baseline is not left out, because no
+    other row shows its accuracy.
     """
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {_directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}

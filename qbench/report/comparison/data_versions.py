@@ -9,7 +9,7 @@ from qbench.config.identity import digest
 from qbench.runs.result import Result
 
 KEY = "data"
-"""Protocol key that contains the first digits of the images' sha256. It is added only if images differ between runs."""
+"""Name of the protocol key for the first digits of the images' sha256. The key is added only if images differ."""
 
 
 def separate_data_versions(results: Sequence[Result]) -> list[Result]:

@@ -10,7 +10,7 @@ from qbench.report.comparison import naming
 from qbench.runs.reader import DONE, RunRecord
 
 FIRST_KEYS = ("dataset", "model", "method", "bits", "seed")
-"""Keys by which runs are selected first."""
+"""Keys that `filter_words` tries first, because they are the most common ones."""
 VALUES_LISTED = 20
 """Largest number of values that an error message lists."""
 RUN_DIRECTORY = re.compile(r"(?P<method>[^/]+)-(?P<bits>w\d+a\d+g\d+)-s(?P<seed>\d+)-[0-9a-f]{8}")
@@ -28,7 +28,7 @@ def select_runs(
 
     Args:
         where: maps keys to the allowed values, as typed. A run matches if it has an allowed value for every key.
-        by: further keys. Each of these keys must exist in at least one run.
+        by: keys by which tables will be divided. They select no runs, but each of them must exist in at least one run.
 
     Raises:
         ConfigError: a key exists in no run, or no run has any of the values that were typed for a key.

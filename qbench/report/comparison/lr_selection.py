@@ -98,7 +98,7 @@ def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
 
 
 def _missing_notes(name: str, rates: Sequence[float], accuracies: Accuracies, failed: Sequence[Result]) -> list[str]:
-    """Return notes on rates for which seeds are missing, with the reasons."""
+    """Return a note on rates for which some seeds have no validation accuracy, with the reasons."""
     statuses = {(run.options[RATE], run.seed): run.status for run in failed}
     seeds = {seed for by_seed in accuracies.values() for seed in by_seed} | {seed for _, seed in statuses}
     gaps: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))

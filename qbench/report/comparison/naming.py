@@ -59,7 +59,7 @@ def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
-    """Return the keys of a protocol in dotted form, with values as JSON. A missing `lr_search` becomes `none`."""
+    """Return the keys of a protocol in dotted form, with values as JSON. A missing `lr_search` is added as `none`."""
     return flat({"lr_search": "none", **keys} if "optim" in keys else keys)
 
 
@@ -88,7 +88,7 @@ def run_keys(run: Result) -> dict[str, str]:
 
 
 def labels(results: Sequence[Result]) -> dict[int, str]:
-    """Return a map from the id of a result to a label: the method, and the options that differ between runs."""
+    """Return a map from `id(result)` to a label: the method, and its options that differ between the results."""
     by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     identities = [method_identity(result) for result in results]
     for identity, result in zip(identities, results, strict=True):

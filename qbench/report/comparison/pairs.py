@@ -74,7 +74,7 @@ def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, 
         table_pairs = [next(remaining) for _ in pairs]
         settings = _with_conclusions(settings_of(table), table_pairs, margin, hits)
         by_old = dict(zip(map(id, settings_of(table)), settings, strict=True))
-        # only the sentences on leading pairs need the conclusion of the first setting
+        # `pair_notes` reads the conclusion of the first setting, but only of leading pairs
         table_pairs = [replace(p, first=by_old[id(p.first)]) if p.leading else p for p in table_pairs]
         summed_up = filter(None, [summary(settings)])
         notes = [*summed_up, *table.notes, *sample_notes(settings), *pair_notes(table_pairs, margin)]
@@ -110,8 +110,9 @@ def _with_conclusions(
 def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[SettingPair]:
     """Return the pairs with p-values that are adjusted by Holm's method.
 
-    A pair is leading if it contains the best setting. Undecided leading pairs also get the number of seeds that a
-    verdict would need. Pairs whose difference is not known are not tested and do not count in the adjustment.
+    A pair is leading if its first setting is the best one at these widths. Undecided leading pairs also get the number
+    of seeds that a verdict would need. Pairs whose difference is not known are not tested and do not count in the
+    adjustment.
     """
     tested = [(i, pair.difference) for i, pair in enumerate(family) if pair.difference is not None]
     p_holm = holm([d.p for _, d in tested])

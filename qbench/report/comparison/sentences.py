@@ -59,7 +59,7 @@ def pair_notes(pairs: Sequence[SettingPair], margin: float) -> list[str]:
 
 
 def _adjustment(pairs: Sequence[SettingPair]) -> str:
-    """Return text on the pairs for which p-values are adjusted. With --by, the pairs are from several tables."""
+    """Return text that says over which pairs p-values are adjusted. With --by, the pairs are from several tables."""
     family, here = max(pair.family for pair in pairs), sum(pair.family > 0 for pair in pairs)
     if family == 1:
         return "one pair"
@@ -88,7 +88,7 @@ def _sentence(pairs: Sequence[SettingPair], margin: float) -> str:
         "below": "is significantly below {} over their common seeds",
         "identical": "is identical to {}",
         "equivalent": f"is equivalent within ±{margin:g} points to {{}}",
-        "unadjusted": f"is undecided against {{}}: significant only without the adjustment for {pairs[0].family} pairs",
+        "unadjusted": f"is significantly different from {{}} only without the adjustment for {pairs[0].family} pairs",
         "undecided": "is not significantly different from {}",
         "no spread": "has too few common seeds with {}",
     }

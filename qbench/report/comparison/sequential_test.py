@@ -205,8 +205,8 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
         Verdict.EQUIVALENT: f"is equivalent to {second} within ±{margin:g} points",
     }[result.verdict]
     method = (
-        f"This look tests at the level {result.level:.2g}; the levels of all looks add up to 5 %, "
-        "if differences are about normally distributed. "
+        f"This test has the significance level {result.level:.2g}; the levels of the tests at all numbers of seeds add "
+        "up to 5 %, which limits false verdicts if the differences of the seeds are about normally distributed. "
         f"Sign-flip test over seeds: p = {sign_flip(result.by_seed):.2g}."
     )
     return f"{first} {relation}: {numbers}. {method}{warning}"
@@ -218,7 +218,7 @@ def _warning(result: SequentialResult) -> str:
     if not seeds:
         return ""
     return (
-        f" Warning: the difference is far from all other differences in seed {seeds}; if training can collapse, "
+        f" Warning: in seed {seeds}, the difference is far from all other differences; if training can collapse, "
         "the mean and its interval are not reliable."
     )
 

@@ -67,7 +67,7 @@ class LevelRange:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedLevels:
-    """The number of verified layers, and the numbers of levels for w, a and g.
+    """The number of verified layers, and the numbers of levels of weights (w), activations (a) and gradients (g).
 
     If the number of verified layers differs between runs, the smallest number is stored.
     """

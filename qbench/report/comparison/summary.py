@@ -40,7 +40,7 @@ def _significant(significant: Sequence[Compared], tested: int) -> str:
 
 
 def _not_significant(tested: Sequence[Compared]) -> str:
-    """Return the part about a table without a significant difference, with the undecided pair of the smallest p."""
+    """Return the text for a table without significant differences. It names the undecided pair with the smallest p."""
     names = {frozenset((setting.label, pair.other)) for setting, pair in tested}
     one = len(names) == 1
     between = f"between {' and '.join(sorted(*names))}" if one else f"in {_pairs(len(tested))} of settings"

@@ -23,4 +23,4 @@ def warning_notes(settings: Sequence[Setting]) -> Iterator[str]:
         yield f"warning: {'all settings' if everywhere else ', '.join(having)}: {warning}"
     for setting in settings:
         if len(setting.warnings) > MOST_WARNINGS:
-            yield f"warning: {setting.name}: {len(setting.warnings) - MOST_WARNINGS} more in result.json"
+            yield f"warning: {setting.name}: further warnings in result.json: {len(setting.warnings) - MOST_WARNINGS}"

@@ -40,8 +40,8 @@ class Note(NamedTuple):
 class LayerRow(NamedTuple):
     """A row of the table of layers, as text.
 
-    `levels` maps w, a and g to the number of levels that the layer uses. `sqnr` is the SQNR of the layer's output in
-    dB. `parameters` lists the values of the parameters of the quantizers.
+    `levels` maps w, a and g (weights, activations and gradients) to the number of levels that the layer uses. `sqnr` is
+    the SQNR of the layer's output in dB. `parameters` lists the values of the parameters of the quantizers.
     """
 
     name: str

@@ -54,7 +54,7 @@ class Head(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """The text of a cell, and the number by which the cell is sorted. The number is None if the cell contains text."""
+    """The text of a cell, and the number by which the cell is sorted, or None if the cell contains no number."""
 
     text: str
     number: float | None

@@ -30,8 +30,8 @@ TITLES = {
     "with numbers: Pareto front",
     "curves": "Learning curves: float training at the left of the line, quantized training at the right; bands: "
     "range over seeds",
-    "layers": "Layer outputs: SQNR up to scale, relative to the float output of the latent weights, at the scale of "
-    "the smallest error; bands: range over seeds",
+    "layers": "SQNR of layer outputs, relative to the outputs with the float (latent) weights, after scaling for the "
+    "smallest error; bands: range over seeds",
 }
 KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,

@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STARS = ("*", "H", "d", "8")
 """Markers of float networks."""
 CARET_UP, CARET_DOWN = 6, 7
-"""Matplotlib's numbers of the markers of cut confidence intervals. Their tips are at the panel's edge."""
+"""Matplotlib's numbers for the arrows that mark cut confidence intervals. Their tips are at the panel's edge."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 """Markers of methods. Combinations of the 11 markers and 6 colours repeat only after 66 methods."""
 DASHES: tuple[Dash, ...] = (

@@ -72,9 +72,10 @@ def forward_curves(method: Method) -> dict[str, TransferCurve]:
 
 
 def _weight_curves(method: Method) -> list[QuantizerCurves | Codewords]:
-    """Return one curve of the weights for each phase that `prepare` returns.
+    """Return the curves of the weights.
 
-    For product quantization, return the codewords.
+    There is one curve, or one for each phase of an incremental method that `prepare` returns. For product quantization,
+    return the codewords.
     """
     probe = install_in_probe(method, 1, VALUES)
     if (size := _codeword_size(probe.layer)) > 1:
@@ -113,7 +114,7 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _forward(quantizer: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> tuple[Tensor, TransferCurve]:
-    """Return the indices of the curve's points in the flattened x, and the curve. `_curves` explains the arguments."""
+    """Return the indices of the curve's points in the flattened x, and the curve. The arguments are those of `_curves`."""
     places, levels = _first_scale_group(quantizer, like)
     places = places if x is like else torch.arange(x.numel())
     places = places[x.flatten()[places].argsort(stable=True)]

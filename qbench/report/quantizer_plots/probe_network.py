@@ -75,7 +75,7 @@ def install_in_probe(method: Method, rows: int, columns: int) -> ProbeLayer:
 
 
 def prepare(method: Method, probe_layer: ProbeLayer) -> list[tuple[str, Quantizer]]:
-    """Prepare a method, start all its epochs, and return its weight quantizer in one or two phases.
+    """Prepare a method, start all its epochs without training, and return its weight quantizer in one or two phases.
 
     A phase is a pair (name, quantizer). The last phase is the state after all epochs. Incremental methods have another
     phase before it: the first epoch in which at least half of the weights are frozen, but not all.

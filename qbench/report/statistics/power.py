@@ -44,7 +44,7 @@ def seeds_needed(
     for n in (
         np.arange(2, 33),
         np.arange(33, SEEDS_LIMIT + 1),
-    ):  # try few seeds first, because most cases need few and quantiles are slow
+    ):  # try small n first, because most cases need few seeds, and quantiles for all n are slow
         chances = _power(difference, n, (distance, other_distance), alpha, seeds_alone)
         enough = (distance > 0) & (chances >= power)
         if enough.any():
@@ -55,9 +55,9 @@ def seeds_needed(
 def _power(
     difference: Difference, n: "NDArray[np.integer]", distances: tuple[float, float], alpha: float, seeds_alone: bool
 ) -> "NDArray[np.floating]":
-    """Return the power at each of m numbers of seeds n, of shape (m,).
+    """Return the probability of a significant result (power) at each of m numbers of seeds n, of shape (m,).
 
-    `distances` are the distances between the difference and two borders.
+    `distances` are the distances from the difference to the two borders of a test.
 
     1. Compute the squared standard error at n seeds. The part from seeds shrinks as 1 / n, and
        the part from items stays constant.
