@@ -42,10 +42,10 @@ NOT_PACKED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, z
 def packed_bytes(path: Path, identity: str) -> int | None:
     """Return the size in bytes of the packed file in a run's directory, or None if there is no valid file.
 
-    A valid file is complete, belongs to the run with the given identity, and is not older than the result.
+    A valid file is complete, belongs to the run with the given identity, and is not older than result.json.
     """
     with suppress(OSError):
-        file = os.stat(f"{path}/{PACKED_FILE}")  # most runs have none, and building a Path takes longer
+        file = os.stat(f"{path}/{PACKED_FILE}")  # most runs have no such file, and a Path takes longer
         fresh = file.st_mtime_ns >= (path / "result.json").stat().st_mtime_ns
         if fresh and _packed_identity(path / PACKED_FILE, file.st_size) == identity:
             return file.st_size

@@ -29,7 +29,7 @@ class Hits:
 
 def load_hits(run: Path, top1: float) -> Hits | None:
     """Return the hits of a run, or None if predictions.npy is missing, is damaged or contradicts `top1`."""
-    if not os.path.exists(f"{run}/predictions.npy"):  # NumPy's error would take ten times as long
+    if not os.path.exists(f"{run}/predictions.npy"):  # NumPy's error for a missing file would take ten times as long
         return None
     import numpy as np
 
@@ -62,7 +62,7 @@ def unpack_hits(values: Mapping[str, Any], top1: float) -> Hits:
         raise ValueError(f"images={images}, labels_sha256={sha256}: not the hits of a run")
     packed = np.frombuffer(base64.b64decode(str(values.get("bits")), validate=True), np.uint8)
     if len(packed) != -(-images // 8):
-        raise ValueError(f"{len(packed)} bytes are not {images} bits")
+        raise ValueError(f"{len(packed)} bytes of hits: must be {-(-images // 8)}, one bit for each of {images} images")
     hits = Hits(sha256, np.unpackbits(packed, count=images).astype(np.bool_))
     if not _agrees(hits, top1):
         raise ValueError(f"{100 * hits.correct.mean():.2f} % of the images are hits, but top-1 is {top1:.2f} %")

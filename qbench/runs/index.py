@@ -37,13 +37,13 @@ SHARED = (
     "method", "options", "bits", "network", "dataset", "model", "protocol", "baseline", "verified", "quantizers",
     "card", "cost", "data_sha256", "commits", "protocol_changes", "notes", "warnings",
 )  # fmt: skip
-"""Fields of a result that are equal in many runs."""
+"""Fields of a result whose values are usually equal in many runs."""
 
 FIELDS = tuple(field.name for field in fields(Result) if field.name != "run")
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 NOT_STORABLE = (OverflowError, UnicodeEncodeError)
-"""Errors of the index file's format for a result with an integer of more than 64 bits, or text that is not Unicode."""
+"""Errors that msgpack raises for a result with an integer of more than 64 bits, or with text that is not Unicode."""
 
 Stamp = tuple[int, int, int, int]
 """Size, modification time, change time (in ns) and inode of a file."""
@@ -89,7 +89,10 @@ class RunIndex:
         return result
 
     def save(self) -> None:
-        """Write the index file if there are many results, and one was added or is gone. Write errors are ignored."""
+        """Write the index file if there are at least `MIN_RUNS` results, and some of them were added or are gone.
+
+        Errors in writing are ignored.
+        """
         if len(self._rows) < MIN_RUNS or not (self._changed or len(self._rows) < len(self._known)):
             return
         with suppress(ResourceError, *NOT_STORABLE):
@@ -133,7 +136,7 @@ class SharedValues:
 
 
 def _read(path: Path, shared: SharedValues) -> dict[str, Any]:
-    """Return the rows of an index file by their path, and fill `shared`. Return nothing if the file is not intact."""
+    """Return the rows of an index file by path, and fill `shared`. The result is empty if the file is not intact."""
     try:
         data = memoryview(files.read(path))
         checksum, content = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
@@ -152,7 +155,10 @@ def _read(path: Path, shared: SharedValues) -> dict[str, Any]:
 
 @cache
 def _row_type() -> type[Any]:
-    """Return the type of a row: the path below the root, the stamp, and the fields. Shared fields are numbers."""
+    """Return the type of a row of the index file: the path below the root, the stamp, and the fields of the result.
+
+    A field in `SHARED` is stored as the number of its value.
+    """
     kinds = [(name, int if name in SHARED else kind) for name, kind in _types(FIELDS).items()]
     return msgspec.defstruct("Row", [("path", str), ("stamp", Stamp), *kinds], array_like=True, gc=False)
 

@@ -38,8 +38,8 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: length of metrics.jsonl in bytes when the checkpoint was written. Later bytes and corrupt lines are
-            removed.
+        size: length of metrics.jsonl in bytes when the checkpoint was written from which the run continues. All bytes
+            after this length are removed, and also corrupt lines.
         step: training step at which the run continues. TensorBoard hides points of an earlier attempt after this step.
         tensorboard: whether to write event files.
 
@@ -52,7 +52,7 @@ class MetricsLogger:
         self.path = path
         self._metrics = path / "metrics.jsonl"
         self.lost = size - files.cut(self._metrics, size)
-        if not step:  # hide points of an earlier attempt without a checkpoint, because this run writes them again
+        if not step:  # an earlier attempt may have ended before its first checkpoint; this run writes its points again
             for events in path.glob("events.out.tfevents.*"):
                 events.unlink()
         self._writer: SummaryWriter | None = None
@@ -66,7 +66,7 @@ class MetricsLogger:
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
-        """Append `{"kind": ..., "step": ..., **values}`. Numbers that have a tag are also added to TensorBoard."""
+        """Append `{"kind": ..., "step": ..., **values}`. Numbers with a tag in TensorBoard are added there too."""
         self.records([(kind, step, values)])
 
     def records(self, records: Sequence[Record]) -> None:

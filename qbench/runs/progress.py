@@ -52,7 +52,7 @@ class ProgressReporter:
         self._quiet = quiet
         self._live = live and not quiet and sys.stderr.isatty()
         if self._live:
-            import rich.style  # noqa: F401  draws from Python's generator when imported, so import it before a run seeds that
+            import rich.style  # noqa: F401  its import draws random numbers, so it must precede the seeding of a run
         self._bar: Progress | None = None
         self._stage = _Stage("", 1, 0, 1)
         self.log: Path | None = None

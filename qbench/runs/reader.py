@@ -185,7 +185,7 @@ def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) ->
             path=path, status=result.status, reason=result.reason or "", result=result, notes=result.notes,
             file_bytes=packed_bytes(path, result.identity),
         )  # fmt: skip
-    reasons = ["result.json is corrupt or has another version"] if (path / "result.json").exists() else []
+    reasons = ["result.json is corrupt or has another version of the format"] if (path / "result.json").exists() else []
     lines, damage = _metrics(path)
     unread = [f"metrics.jsonl: {damage}"] if damage else []
     readers: list[Callable[[], Result | None]]
@@ -205,7 +205,8 @@ def read_run(path: Path, load: Callable[[Path], Result | None] = load_result) ->
 def _is_named(path: Path, identity: str) -> bool:
     """Return whether the name of a directory fits an identity.
 
-    The name fits if it ends with the first digits of the identity's digest, or with no digits.
+    The name fits if it ends with the first digits of the identity's digest. A name that does not end with digits of a
+    digest fits any identity.
     """
     named = NAMED.fullmatch(path.name)
     return not named or not identity or identity.startswith(named[1])

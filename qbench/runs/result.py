@@ -149,7 +149,7 @@ class Result:
     def same_data(self, other: "Result") -> bool:
         """Return whether this run and another run used the same data set with the same images.
 
-        The images count as equal if this run did not record the digest of its images.
+        If this run did not record the digest of its images, the images count as the same.
         """
         return self.dataset == other.dataset and self.data_sha256 in (None, other.data_sha256)
 

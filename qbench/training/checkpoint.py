@@ -63,7 +63,7 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
     """Return the newest intact checkpoint of a run. The run can continue from this checkpoint.
 
-    Newer checkpoints are damaged. The function removes them.
+    If newer checkpoints are damaged, the function removes them.
 
     Args:
         paths: `state-<step>.pt` files, newest first.
@@ -76,7 +76,7 @@ def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], No
             if saved.get("identity") != identity:
                 raise CheckpointError(f"{path} belongs to another run")
             if path.name != f"state-{_saved_step(saved, path)}.pt":
-                raise CheckpointError(f"{path} belongs to step {_saved_step(saved, path)}")
+                raise CheckpointError(f"{path} contains the state of step {_saved_step(saved, path)}")
         except CheckpointError as error:
             report(f"warning: {error}; the file is removed, and the previous checkpoint is tried")
             files.convert_os_errors(path.unlink, path)
@@ -116,7 +116,7 @@ def load_torch_file(data: bytes, source: str) -> dict[str, Any]:
     except Exception as error:  # reading a file that is not a checkpoint can raise any exception
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         reason = printable(reason or type(error).__name__, 200)
-        if reason.isdigit():  # the code of the first byte, if it cannot begin a pickle
+        if reason.isdigit():  # if the first byte cannot begin a pickle, the reason is only the number of this byte
             reason = "it has another format"
         raise CheckpointError(
             f"{source} is not a readable checkpoint: {reason}\n"

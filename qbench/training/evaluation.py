@@ -91,8 +91,8 @@ def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
     Return None if the accuracy depends only on the weights.
 
     The output for an image must not depend on when the image is evaluated, or on the other images of
-    its batch. Only batches of the same shape are compared, because their results must be equal bit for bit. The buffers
-    of the network are restored afterwards.
+    its batch. Only batches of the same shape are compared, because outputs are compared bit for bit, and other shapes
+    cause other rounding errors. The buffers of the network are restored afterwards.
 
     Args:
         images: the images to evaluate, of shape (N, C, H, W). If N < 2, batches are not compared.
@@ -136,8 +136,8 @@ def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str 
         return None
     return (
         "the network has state that is not in its state_dict (an attribute, or a buffer with persistent=False), so "
-        "networks loaded from best.pt or last.pt and continued runs compute other outputs; `best` was measured with "
-        "this state as it was after the last epoch"
+        "networks loaded from best.pt or last.pt and continued runs compute other outputs; the accuracy `best` was "
+        "measured with this state as it was after the last epoch"
     )
 
 

@@ -1,4 +1,4 @@
-"""Computes the gradients of a batch, as a whole or shard by shard."""
+"""Computes the gradients of a batch, as a whole or in parts (shards)."""
 
 from collections.abc import Sequence
 
@@ -69,7 +69,7 @@ def _forward_and_backward(task: Task, state: State, batch: Batch) -> tuple[Tenso
     try:
         share.backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        if "returned nan values" not in str(error):  # torch's detect_anomaly found a step of the backward pass
+        if "returned nan values" not in str(error):  # the message of torch's detect_anomaly
             raise
         raise divergence_error(task, state, str(error).rstrip("."), images) from error
     return loss.detach(), (logits.argmax(1) == labels).sum()

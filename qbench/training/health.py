@@ -104,8 +104,8 @@ def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where:
     """Return warnings about layers whose weights or outputs carry no information.
 
     A layer gets a warning if all its weights are on the same level although several levels are allowed. A layer also
-    gets a warning if its output is the same for all images. If the layer's input is the same for all images too, the
-    second warning is given only if no earlier layer has such a warning.
+    gets a warning if its output is the same for all images. If even the layer's input is the same for all images, this
+    second warning is left out after the first layer that has it.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False
@@ -165,7 +165,7 @@ def untrained(names: Sequence[str], steps: int) -> HealthWarnings:
         return {}
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return {
-        "gradient": f"not trained: {', '.join(names[:MOST_NAMES])}{more} had no gradient in the first "
+        "gradient": f"parameters not trained: {', '.join(names[:MOST_NAMES])}{more} had no gradient in the first "
         f"{min(steps, FIRST_STEPS)} steps; probably forward() detaches or copies a tensor, or does not use them"
     }
 

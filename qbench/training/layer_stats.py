@@ -43,9 +43,9 @@ from qbench.quant.verify import nearest_points
 MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
 """Limits for the number of observed images, and for the total number of pixels of these images.
 
-An observation uses 1/64 of the images of an epoch, but at least 8 and at most 64, and fewer if the images are large. An
-epoch costs about as much as three forward passes over all images. The two forward passes of an observation therefore
-cost about 1 % of an epoch.
+An observation uses 1/64 of the images of an epoch, but at least 8 and at most 64. If the images are large, it uses
+fewer images. An epoch costs about as much as three forward passes over all images. The two forward passes of an
+observation therefore cost about 1 % of an epoch.
 """
 
 

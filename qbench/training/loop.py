@@ -129,7 +129,7 @@ def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, shards: Se
 
 
 def _seed_shared_draws(task: Task, state: State, purpose: str) -> None:
-    """Seed the random numbers for work that all processes do in the same way. An undivided batch needs no seed."""
+    """If batches are divided into shards, seed the random numbers for work that all processes do in the same way."""
     if task.shards.count > 1:
         seed_everything(task.shards.draw_seed(purpose, state.step))
 

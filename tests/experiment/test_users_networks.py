@@ -412,7 +412,7 @@ def test_parameters_without_a_gradient_are_named(
     found = [line for line in result.warnings if line.startswith("not trained")]
     assert found == (
         [
-            f"not trained: {parameters} had no gradient in the first 18 steps; "
+            f"parameters not trained: {parameters} had no gradient in the first 18 steps; "
             "probably forward() detaches or copies a tensor, or does not use them"
         ]
         if parameters

@@ -144,7 +144,7 @@ def test_compare_with_damaged_files_of_every_kind(
         (path / "result.json").write_bytes(data)
         found = read_run(path)
         assert (found.status, found.notes) == ("done", [FROM_LOGS])
-        assert found.unread == ["result.json is corrupt or has another version"]
+        assert found.unread == ["result.json is corrupt or has another version of the format"]
         assert cli(["compare", str(out)]) == 0
         assert f"{path.name}: result.json is corrupt" in capsys.readouterr().out
     for name in ("metrics.jsonl", "config.yaml", "result.json"):

@@ -114,7 +114,7 @@ def _curves(what: str, bits: int, quantizer: Quantizer, x: Tensor, like: Tensor,
 
 
 def _forward(quantizer: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> tuple[Tensor, TransferCurve]:
-    """Return the indices of the curve's points in the flattened x, and the curve. The arguments are those of `_curves`."""
+    """Return the indices of the curve's points in the flattened x, and the curve. See `_curves` for the arguments."""
     places, levels = _first_scale_group(quantizer, like)
     places = places if x is like else torch.arange(x.numel())
     places = places[x.flatten()[places].argsort(stable=True)]
