@@ -46,7 +46,7 @@ def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_
         why = (
             "no activations are quantized"
             if method.bits.a == FLOAT
-            else "its backward pass needs the float activations"
+            else "the method's backward pass needs the float activations"
         )
         raise ConfigError(f"runtime.activation_memory=codes has no effect with {method.name} {method.bits}: {why}")
     if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
@@ -95,7 +95,7 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
 
 
 def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int]) -> None:
-    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that is not shorter than every phase.
+    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that fills a phase of the method.
 
     Args:
         key: the dotted key of the recipe in the configuration, such as `pretrain.optim`.
@@ -149,7 +149,7 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
 
 
 def check_shards(data: Dataset, optim: Optim, shards: int) -> None:
-    """Refuse shards that do not divide the batch, if the batch was reduced to the number of training images."""
+    """Refuse shards that do not divide the batch after it was reduced to the number of training images."""
     size, _ = batch_size_and_steps(data, optim.batch_size)
     if size % shards:
         raise ConfigError(
@@ -168,7 +168,7 @@ def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)
     if requires.norm == "no_affine" and not hasattr(model, "norm") and (affine or not norms):
-        why = "has both" if affine else "has no batch normalization"
+        why = "has scale and shift" if affine else "has no batch normalization"
         raise Unsupported(
             f"{method_name} requires batch normalization without scale and shift; {type(model).__name__} {why}"
         )

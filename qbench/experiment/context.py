@@ -70,7 +70,7 @@ class RunContext:
         batches = loader.unaugmented(split, first=group.rank, every=group.size)
         for _ in range(0, loader.batch_count(split), group.size):
             self.check()
-            yield from islice(batches, 1)  # the last turn may have no batch for this process
+            yield from islice(batches, 1)  # in the last turn, there may be no batch left for this process
 
     @contextmanager
     def lock(self, directory: RunDirectory) -> Iterator[None]:

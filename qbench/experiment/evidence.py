@@ -12,7 +12,7 @@ FEW_STEPS = 500
 COARSE_POINTS = 0.5
 """A test split has a warning if one image changes top-1 by more than this many points.
 
-These are test splits with fewer than 200 images.
+With 0.5 points, these are the test splits with fewer than 200 images.
 """
 
 QUANTILE = 1.645
@@ -20,7 +20,7 @@ QUANTILE = 1.645
 
 
 def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps: int) -> list[str]:
-    """Return warnings about accuracies that mean little. A debug run has none of them, because it has another warning.
+    """Return warnings about accuracies that mean little. A debug run has none, because `final_result` warns about it.
 
     Args:
         setup: the setup of the run.
@@ -54,7 +54,8 @@ def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
     if top1 < needed:
         yield (
             f"the float baseline is not clearly above chance: its top-1 is {top1:.2f} % on {images:,} test images, the "
-            f"most frequent class alone gives {100 * chance:.2f} %, and a clear baseline needs {needed:.2f} %"
+            f"most frequent class alone gives {100 * chance:.2f} %, and clearly above chance means at least "
+            f"{needed:.2f} %"
         )
 
 
@@ -70,4 +71,4 @@ def few_steps(steps: int, prefix: str) -> Iterator[str]:
 def coarse_test_split(images: int) -> Iterator[str]:
     """Yield a warning if one image of the test split changes top-1 by more than `COARSE_POINTS`."""
     if 100 / images > COARSE_POINTS:
-        yield f"the test split has {images} images, so one image is {100 / images:.1f} points of top-1"
+        yield f"the test split has {images} images, so one image changes top-1 by {100 / images:.1f} points"

@@ -30,7 +30,7 @@ from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
 NOTED_SHARE = 0.01
-"""Share of a layer's inputs. If at least this share is negative and becomes 0, the run's row has a warning."""
+"""If at least this share of a layer's inputs is negative and is quantized to 0, the run has a warning."""
 
 VERIFIED_IMAGES = 64
 """Number of training images on which the levels of activations and gradients are verified."""

@@ -106,7 +106,7 @@ def baselines_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _baseline_digest(planned: PlannedRun) -> str:
-    """Return the identity of a run's float baseline, before its method has chosen the normalization.
+    """Return the identity of a run's float baseline. A normalization that the method requires is not considered.
 
     The identity is empty if the run needs no baseline.
     """

@@ -140,7 +140,7 @@ class LiveView:
         from rich.table import Table
 
         status, done = self._status, len(self._status.done)
-        if not in_work and status.completed == self._stored:  # imports and checks come before the first run
+        if not in_work and status.completed == self._stored:  # still importing or checking
             self._began = time.monotonic()
         running = min(in_work, self._workers, status.total - done)
         gained, elapsed = status.completed - self._stored, time.monotonic() - self._began

@@ -20,7 +20,7 @@ def test_a_baseline_near_chance_is_named_with_its_numbers() -> None:
     (line,) = weak_baseline(45.83, [24, 24, 24])
     assert line == (
         "the float baseline is not clearly above chance: its top-1 is 45.83 % on 72 test images, the most frequent "
-        "class alone gives 33.33 %, and a clear baseline needs 49.50 %"
+        "class alone gives 33.33 %, and clearly above chance means at least 49.50 %"
     )
 
 
@@ -50,7 +50,7 @@ def test_few_steps_and_few_images_have_a_threshold() -> None:
     assert not list(few_steps(FEW_STEPS, ""))
     assert not list(few_steps(540, "")), "the default recipe of digits"
     assert not list(few_steps(0, "")), "a method that trains nothing"
-    assert list(coarse_test_split(72)) == ["the test split has 72 images, so one image is 1.4 points of top-1"]
+    assert list(coarse_test_split(72)) == ["the test split has 72 images, so one image changes top-1 by 1.4 points"]
     assert len(list(coarse_test_split(199))) == 1
     assert not list(coarse_test_split(200))
 
