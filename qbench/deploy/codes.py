@@ -228,7 +228,7 @@ def _layout(found: Tensor, shape: tuple[int, ...]) -> str:
         padding = place > prod(shape)
         if place.shape == found.shape and torch.equal(place[~padding], found[~padding]):
             return layout
-    raise NotEncodable("the scale groups must be the tensor, its channels, buckets or subspaces of channels")
+    raise NotEncodable("a scale group must be the whole tensor, a channel, a bucket or a subspace of channels")
 
 
 def _levels(quantizer: Quantizer, latent: Tensor, exact: Tensor, used: Tensor) -> Levels:

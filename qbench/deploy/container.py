@@ -1,6 +1,6 @@
 """Writes and reads the container format of packed files and integer files.
 
-A container is a safetensors file. It contains one-dimensional tensors, and two tensors in addition:
+A container is a safetensors file of one-dimensional tensors. Two of them are in every container:
 
     header   uint8: JSON, compressed by zlib
     sha256   uint8 (32,): the digest of all other tensors
@@ -135,7 +135,7 @@ def natural(value: Any) -> int:
 
 
 def check_image(shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` if an image of this shape is too large for the run that tests a network after reading."""
+    """Raise `ValueError` if an image of this shape is too large for the test run of a network that was read."""
     if prod(shape) > MAX_IMAGE_VALUES:
         raise ValueError(f"images of {shape}")
 

@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 class NotInteger(Exception):
-    """Raised if a step cannot be computed in integers. The message continues a sentence that begins with `integer`."""
+    """Raised if a step cannot be computed in integers. The message continues the sentence `integer export ...`."""
 
 
 class QuantizerPlace(NamedTuple):

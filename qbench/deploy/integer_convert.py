@@ -1,4 +1,4 @@
-"""Converts a traced network to an integer network.
+"""Converts a traced network (a list of torch functions, `qbench.deploy.network`) to an integer network.
 
 Quantized layers multiply integer codes. The batch normalization, bias and activation functions after a quantized layer
 become part of the integer thresholds of the next quantizer. Each channel has its own thresholds. Sums in a residual
@@ -51,10 +51,10 @@ def to_integers(network: Network, about: About) -> Converted:
             builder.finish(HANDLERS[step.function](builder, *args, **kwargs))
         except (NotInteger, NotLinear) as reason:
             text = str(reason) if "\n" in str(reason) else f"{reason}\n{OTHER_FORM}"
-            raise NotExportable(f"{layer}: integer {text}") from None
+            raise NotExportable(f"{layer}: integer export {text}") from None
         except TypeError:
             raise NotExportable(
-                f"{layer}: integer does not support these arguments of {step.function}\n{OTHER_FORM}"
+                f"{layer}: integer export does not support these arguments of {step.function}\n{OTHER_FORM}"
             ) from None
     if not any(step.function in LAYERS and step.inputs[0] in builder.integer_places for step in builder.steps):
         raise NotExportable(

@@ -153,7 +153,7 @@ def add(b: Builder, x: Any, y: Any, *, alpha: float = 1) -> Value:
     low, high = x_low + y_low, x_high + y_high
     if not (x.integer or y.integer):
         return real(b.add("add", x, y, integer=False), low, high)
-    # a part may be larger than the sum
+    # fixed point must also hold the two parts, because a part may be larger than their sum
     fraction = fraction_bits(np.minimum.reduce([low, x_low, y_low]), np.maximum.reduce([high, x_high, y_high]))
     x, y = b.as_fixed(x, fraction), b.as_fixed(y, fraction)
     return fixed(b.add("add", x, y, integer=True), low, high, fraction)
@@ -184,7 +184,7 @@ def avg_pool2d(
     """Convert average pooling to a sum. The divisor becomes part of the scale."""
     kernel, step = _pair(kernel_size), _pair(stride or kernel_size)
     if divisor_override or _pair(padding) != [0, 0]:
-        raise NotInteger("does not support average pooling with padding or a divisor")
+        raise NotInteger("does not support average pooling with padding or divisor_override")
     _check_windows(b, ceil_mode, kernel, step, [0, 0])
     count = kernel[0] * kernel[1]
     if x.integer and (x.clamped or np.maximum(np.abs(x.low), np.abs(x.high)).max() * count > LARGEST):

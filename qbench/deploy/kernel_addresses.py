@@ -1,4 +1,7 @@
-"""Defines the addresses and strides that kernels use, all in bytes."""
+"""Defines the addresses and strides that kernels use, all in bytes.
+
+The module `qbench.deploy.kernel_layers` explains kernels, maps, finishes and ramps.
+"""
 
 from typing import NamedTuple
 

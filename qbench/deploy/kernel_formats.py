@@ -28,7 +28,7 @@ class Format(Protocol):
         """Return weights in the order in which the source reads them."""
 
     def source(self, x: Map, part: Part) -> str:
-        """Return the source text of a convolution, up to the arguments that both formats have in common."""
+        """Return the beginning of a convolution's source text, without the arguments that both formats share."""
 
 
 class Planes(NamedTuple):
@@ -50,7 +50,7 @@ class Planes(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Stores codes in tables (`qbench.deploy.kernel_tables`). All weights have the same value of `odd`."""
+    """Stores codes in tables (`qbench.deploy.kernel_tables`). All weights have the same `BitWeights.odd`."""
 
     odd: bool
     tables: bool = True
@@ -69,7 +69,7 @@ class Tables(NamedTuple):
 
 
 def tables_are_faster() -> bool:
-    """Return whether this processor can look up bytes in vectors but cannot count bits that are 1 in vectors."""
+    """Return whether this processor has vector instructions that look up bytes, but none that count one bits."""
     return has("avx2") and not has("avx512vpopcntdq")
 
 

@@ -1,9 +1,9 @@
 """Compiles the kernel of one layer with numba.
 
 A kernel consists of a source and a finish. The source computes values: a convolution of codes (`planes` or `tables`), a
-convolution of floats (`floats`), or pooling (`pool`). The finish processes the values and stores them as floats, as
-codes, or both. Sizes are constants of the compiled functions, so LLVM can unroll loops. A kernel computes 16 channels
-of one pixel at a time, as one vector.
+convolution of floats (`floats`), or pooling (`pool`). The finish applies a ramp (slope * x + offset, then a clamp), may
+add another map and apply a second ramp, and stores the values as floats, as codes, or both. Sizes are constants of the
+compiled functions, so LLVM can unroll loops. A kernel computes 16 channels of one pixel at a time, as one vector.
 
 Memory is one array of bytes. A map is a feature map in this memory. In a map of floats, channels are the last axis and
 fill whole vectors. A map of codes has one of two formats (`qbench.deploy.kernel_planes` and

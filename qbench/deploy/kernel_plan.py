@@ -132,7 +132,7 @@ class Planner:
         return self._operands[ref.step]
 
     def floats(self, ref: Ref) -> Map:
-        """Return a result as a map of floats. Pending pointwise functions are applied by an extra layer."""
+        """Return a result as a map of floats. If it has pending steps (`Operand`), an extra layer applies them."""
         operand = self.operand(ref)
         if operand.levels:
             raise NoKernel("quantized activations as input of this step")
@@ -144,7 +144,7 @@ class Planner:
         return self._operands[ref.step].map
 
     def copied(self, ref: Ref) -> Computed:
-        """Return a source that copies a map of floats. Pending pointwise functions become its ramp."""
+        """Return a source that copies a map of floats. Pending steps (`Operand`) become the ramp of the source."""
         operand = self.operand(ref)
         if operand.levels:
             raise NoKernel("quantized activations as input of this step")
@@ -292,7 +292,7 @@ class Planner:
     def _is_ready(self, ref: Ref) -> bool:
         """Return whether a result is already planned.
 
-        Shortcuts without parameters count as planned if their inputs are planned.
+        The steps of a shortcut without parameters count as planned if their inputs are planned.
         """
         if ref.step in self._operands:
             return True
@@ -300,9 +300,9 @@ class Planner:
         return step.function in ("avg_pool2d", "getitem", "pad") and all(map(self._is_ready, _refs(step)))
 
     def _chain(self, i: int) -> tuple[list[Step], int]:
-        """Absorb the chain of pointwise steps that are the only readers of a result.
+        """Return the chain of pointwise steps after a result, and the index of the last step, and mark them as planned.
 
-        Return these steps and the index of the last one.
+        Each step of the chain is the only reader of the result before it.
         """
         chain = []
         while (after := self._only_use(i)) is not None:

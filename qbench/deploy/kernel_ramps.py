@@ -28,7 +28,7 @@ class Ramp(NamedTuple):
         return slope or offset, low or high
 
     def then(self, slope: Any = 1.0, offset: Any = 0.0, low: Any = -torch.inf, high: Any = torch.inf) -> Self:
-        """Return the ramp of this ramp followed by another ramp."""
+        """Return one ramp that is equal to this ramp followed by another ramp."""
         slope, offset, low, high = (
             torch.as_tensor(v, dtype=torch.float64).expand_as(self.slope) for v in (slope, offset, low, high)
         )
@@ -80,7 +80,7 @@ def pointwise(steps: Sequence[Step], tensors: Tensors) -> Callable[[Tensor], Ten
 
 
 def ramp_of(steps: Sequence[Step], start: Ramp, tensors: Tensors, rank: int) -> Ramp:
-    """Return the ramp of a start ramp followed by a chain of pointwise steps.
+    """Return one ramp that is equal to a start ramp followed by a chain of pointwise steps.
 
     Args:
         rank: number of axes of the values: 4 for images, 2 for features.

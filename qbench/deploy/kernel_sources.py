@@ -30,7 +30,11 @@ Pair = tuple[int, int]
 
 
 class Operand(NamedTuple):
-    """The result of a planned step: a map of floats and pending pointwise steps, or a map of codes and their levels."""
+    """The result of a planned step.
+
+    It is a map of codes and their levels, or a map of floats and a chain of pending steps. Pending steps are pointwise
+    steps that no planned layer has applied to the map yet.
+    """
 
     map: Map
     chain: tuple[Step, ...] = ()
@@ -112,7 +116,7 @@ def _convolution(planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored 
     if len(shape) == 2:
         shape = (shape[0], *operand.map.size)
     if geometry.groups > 1 and outputs // geometry.groups % LANES:
-        raise NoKernel(f"groups of {outputs // geometry.groups} output channels; a group needs multiples of {LANES}")
+        raise NoKernel(f"groups of {outputs // geometry.groups} output channels; must be a multiple of {LANES}")
     offset = network.tensors[bias.name] if bias else torch.zeros(outputs)
     size = (outputs, height, width)
     if operand.levels is None:
@@ -147,7 +151,7 @@ def _code_convolution(
     assert x.levels
     inputs, *kernel = weights.integers.shape[1:]
     if geometry.groups > 1 and inputs % LANES:
-        raise NoKernel(f"groups of {inputs} input channels; a group needs multiples of {LANES}")
+        raise NoKernel(f"groups of {inputs} input channels; must be a multiple of {LANES}")
     low, unit, a_scale, _ = x.levels
     # codes in the border are 0, which is the level `low`; padding has the value 0
     ones = torch.ones(1, *x.map.size, dtype=torch.float64)
@@ -186,7 +190,7 @@ def _avg_pool2d(
     ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> None:  # fmt: skip
     if divisor_override or (count_include_pad and _pair(padding) != (0, 0)):
-        raise NoKernel("average pooling with a divisor, or with padding that counts")
+        raise NoKernel("average pooling with divisor_override, or with padding that counts in the mean")
     _add_pool(planner, i, x, _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), mean=True)
 
 
@@ -232,7 +236,7 @@ def _pad(
     planner: Planner, i: int, x: Ref, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> None:
     if mode != "constant" or value or any(pad[:4]) or len(pad) > 6 or min(pad) < 0:
-        raise NoKernel("padding other than zeros around the channels")
+        raise NoKernel("padding, except with channels of zeros")
     front, back = (*pad, 0, 0, 0, 0, 0, 0)[4:6]
     planner.padded(i, x, front, back)
 

@@ -88,7 +88,7 @@ def _avg_pool(axes: int) -> Converter:
         count_include_pad: bool = True, divisor_override: int | None = None,
     ) -> str:  # fmt: skip
         if divisor_override:
-            raise NoConverter("average pooling with a divisor")
+            raise NoConverter("average pooling with divisor_override")
         return g.node(
             "AveragePool", x, kernel_shape=_many(kernel_size, axes), strides=_many(stride or kernel_size, axes),
             pads=_many(padding, axes) * 2, ceil_mode=int(ceil_mode), count_include_pad=int(count_include_pad),

@@ -72,12 +72,12 @@ def _int8_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
         integers, scale = integer_weights(weight)
     except NotLinear as reason:
         raise NotExportable(
-            f"{name.removesuffix('.weight_q')}: int8 {reason}\ntry: qbench export RUN --to onnx"
+            f"{name.removesuffix('.weight_q')}: int8 export {reason}\ntry: qbench export RUN --to onnx"
         ) from None
     largest = int(integers.abs().max())
     if largest > 127:
         raise NotExportable(
-            f"{name.removesuffix('.weight_q')}: int8 needs integer weights from -127 to 127, but these "
+            f"{name.removesuffix('.weight_q')}: int8 export needs integer weights from -127 to 127, but these "
             f"reach {largest}\ntrain with bits.w=7 or less, or: qbench export RUN --to onnx"
         )
     array = integers.to(torch.int8).numpy()

@@ -26,7 +26,7 @@ def add_quant_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
         integers, scale = integer_weights(weight)
     except NotLinear as reason:
         raise NotExportable(
-            f"{name.removesuffix('.weight_q')}: qonnx {reason}\ntry: qbench export RUN --to onnx"
+            f"{name.removesuffix('.weight_q')}: qonnx export {reason}\ntry: qbench export RUN --to onnx"
         ) from None
     scale = scale.reshape(-1, *[1] * (integers.dim() - 1)) if len(scale) > 1 else scale[0]
     values = graph.constant(name, (integers * scale).numpy())
@@ -36,7 +36,7 @@ def add_quant_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
     if (first, last, levels.count) == (-1, 1, 2):
         result = _node(graph, "BipolarQuant", values, graph.constant(name, scale.numpy()))
     else:
-        scale = torch.where(scale == 0, 1.0, scale)  # of a channel without weights
+        scale = torch.where(scale == 0, 1.0, scale)  # 0 if all weights of a channel are 0
         result = _quant(graph, values, scale, torch.tensor(0.0), first, last, "ROUND")
     graph.set_shape(result, weight.shape)
     return result

@@ -107,7 +107,7 @@ class _Tracer(Recorder):
     def __init__(self, model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> None:
         super().__init__(model, images)
         self.program, self._layers, self._where = _Program(), layers, [""]
-        # for layers that only test whether their input is finite
+        # layers read values of their input only to test whether it is finite
         self._checking = {name for name, module in model.named_modules() if isinstance(module, QLayer)}
         self._values: dict[int, Ref | Stored] = {id(images): Ref(-1)}
         self._names = {

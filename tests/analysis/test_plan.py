@@ -259,7 +259,9 @@ def test_a_plan_says_what_the_export_accepts(planned: Planned, untimed: None) ->
     assert any(note.startswith(f"runs on {INT8.name}") for note in notes)
     notes = planned("method=dorefa", "bits=w8a8")[1].notes
     assert "qbench export accepts the forms packed, onnx, qonnx, integer" in notes
-    (refused,) = [note for note in notes if note.startswith("qbench export refuses int8: layer1.0.conv1: int8 needs")]
+    (refused,) = [
+        note for note in notes if note.startswith("qbench export refuses int8: layer1.0.conv1: int8 export needs")
+    ]
     assert "from -127 to 127" in refused
     assert not any(note.startswith(f"runs on {INT8.name}") for note in notes)
     notes = planned("method=inq")[1].notes

@@ -255,13 +255,17 @@ def refusal(model: nn.Module, images: Tensor, about: About = ABOUT) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("method=ttq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
-        long_tier(("method=inq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
-        long_tier(("method=slq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs equally spaced weights"),
-        long_tier(("method=qd", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer needs"),
+        (("method=ttq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer export needs equally spaced weights"),
+        long_tier(
+            ("method=inq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer export needs equally spaced weights"
+        ),
+        long_tier(
+            ("method=slq", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer export needs equally spaced weights"
+        ),
+        long_tier(("method=qd", "activation=lsq", "bits.a=4"), "layer1.0.conv1: integer export needs"),
         (
             ("method=bwn",),
-            "layer1.0.conv1: integer needs quantized activations, but the activations of this layer are float",
+            "layer1.0.conv1: integer export needs quantized activations, but the activations of this layer are float",
         ),
         (
             ("method=xnor", "method.scale=K"),
@@ -269,7 +273,7 @@ def refusal(model: nn.Module, images: Tensor, about: About = ABOUT) -> str:
         ),
         (
             ("method=hwgq", "bits.a=4", "method.levels=optimal"),
-            "layer1.0.conv1: integer does not support activations",
+            "layer1.0.conv1: integer export does not support activations",
         ),
         long_tier(("method=lsq", "bits=w32a2"), "no layer has quantized weights and quantized activations"),
         (("method=float",), "train with bits.w=8 and bits.a=8 or less, or: qbench export RUN --to packed"),
@@ -344,7 +348,7 @@ def test_sums_that_need_more_than_32_bits_are_refused() -> None:
     images = torch.rand(6, 1, 8, 8)
     install(dorefa.build(w=8, a=8), model, Policy(last="same"), example=images[:1])
     model[3].weight.data.fill_(1.0)[:, 0] = -1.0  # type: ignore[union-attr, operator, index]
-    assert "3: integer needs sums of products of at most 2,147,483,647, but they reach 2,496,894,975" in refusal(
+    assert "3: integer export needs sums of products of at most 2,147,483,647, but they reach 2,496,894,975" in refusal(
         model, images
     )
 

@@ -235,7 +235,7 @@ REFUSED = [
     (("method=lsq", "bits=w32a2"), "float weights with quantized activations"),
     (
         ("method=lsq", "bits=w2a2", "model=mobilenet_v2", "model.width_mult=0.1", "~model.width"),
-        "features.1.conv.0.0: .* groups of 1 output channels; a group needs multiples of 16",
+        "features.1.conv.0.0: .* groups of 1 output channels; must be a multiple of 16",
     ),
 ]
 

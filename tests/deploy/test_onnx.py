@@ -163,9 +163,13 @@ def test_a_value_on_a_threshold_gets_the_level_of_the_run() -> None:
 @pytest.mark.parametrize(
     ("words", "form", "message"),
     [
-        (("method=dorefa", "bits=w8a8"), "int8", "int8 needs integer weights from -127 to 127, but these reach 255"),
-        (("method=ttq", "activation=lsq", "bits.a=4"), "int8", "int8 needs equally spaced weights"),
-        (("method=qd", "activation=lsq", "bits.a=4"), "int8", "layer1.0.conv1: int8 needs"),
+        (
+            ("method=dorefa", "bits=w8a8"),
+            "int8",
+            "int8 export needs integer weights from -127 to 127, but these reach 255",
+        ),
+        (("method=ttq", "activation=lsq", "bits.a=4"), "int8", "int8 export needs equally spaced weights"),
+        (("method=qd", "activation=lsq", "bits.a=4"), "int8", "layer1.0.conv1: int8 export needs"),
         (("method=bwn",), "int8", "train with bits.a=8 or less"),
         (("method=hwgq", "bits.a=3", "method.levels=optimal"), "int8", "levels are not multiples of one step"),
         (("method=hwgq", "bits.a=8", "method.levels=optimal"), "onnx", "more than 4 bits whose thresholds"),

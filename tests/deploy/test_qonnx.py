@@ -131,10 +131,10 @@ def test_the_cost_that_qonnx_counts_has_three_bits_for_dorefa_with_two(configure
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("method=ttq",), "layer1.0.conv1: qonnx needs equally spaced weights"),
-        (("method=inq",), "layer1.0.conv1: qonnx needs equally spaced weights"),
-        (("method=qcnn",), "layer1.0.conv1: qonnx needs equally spaced weights"),
-        (("method=qd", "bits.w=3"), "layer1.0.conv1: qonnx needs"),
+        (("method=ttq",), "layer1.0.conv1: qonnx export needs equally spaced weights"),
+        (("method=inq",), "layer1.0.conv1: qonnx export needs equally spaced weights"),
+        (("method=qcnn",), "layer1.0.conv1: qonnx export needs equally spaced weights"),
+        (("method=qd", "bits.w=3"), "layer1.0.conv1: qonnx export needs"),
         (("method=dorefa", "bits=w3a3", "method.activation=tanh"), "qonnx export does not support activation quant"),
         (("method=dorefa", "bits=w2a2", "method.activation=abs"), "qonnx export does not support activation quant"),
         (("method=hwgq",), "qonnx export does not support activation quantizers"),
