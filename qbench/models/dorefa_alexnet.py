@@ -8,9 +8,9 @@ has biases in conv0 and fc0. The layers are:
 conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP - Q - conv3 384 - BN
 - MP - Q - conv3 384 in 2 groups - BN - Q - conv3 256 in 2 groups - BN - MP valid - Q - FC 4096
 (bias) - BN - Q - FC 4096 - BN - last_act - FC. "conv12x12/4 96" means 96 filters of 12x12 at stride
-4. Q is the activation that an input quantizer replaces. MP is max pooling of 3x3 at stride 2. There
-is no dropout. BN has eps 1e-4. The first two poolings pad as TensorFlow's SAME does. For even
-sizes, SAME pads only at the right and bottom.
+4. "valid" means without padding. Q is the activation that an input quantizer replaces. MP is max
+pooling of 3x3 at stride 2. There is no dropout. BN has eps 1e-4. The first two poolings pad as
+TensorFlow's SAME does. For even sizes, SAME pads only at the right and bottom.
 
 `last_act` is the activation in front of the last layer. In the script, it depends on the width of
 activations. With quantized activations, it clips to [0, 1] without rounding. With float

@@ -8,7 +8,8 @@ paper and not verified. By our own count, model A has 2,082,378 parameters with 
 
 conv5 (bias) - MP2 - Q - conv3 - BN - Q - conv3 - BN - MP2 - Q - conv3 valid - BN - Q - conv3 - BN -
 Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - last_act - FC. Q is the activation that an
-input quantizer replaces. MP2 is max pooling of 2x2. The first layer has no BN. BN has eps 1e-4.
+input quantizer replaces. MP2 is max pooling of 2x2. "valid" means without padding. The first layer
+has no BN. BN has eps 1e-4.
 
 `last_act` is the activation in front of the last layer. In the script, it depends on the width of
 activations. With quantized activations, it clips to [0, 1] without rounding (until 2018 it was

@@ -13,10 +13,10 @@ BLOCK = 16
 def use_channels_last(model: nn.Module) -> None:
     """Convert the weights of a network to channels_last, in place.
 
-    For the weight gradient of a strided 1x1 convolution in channels_last, oneDNN has kernels that write past the end of
-    their buffer, if the layer has fewer input channels than the kernel processes at once: gradients are wrong, or the
-    process aborts (oneDNN issue 6035, seen with torch 2.13). Such layers read their input and their weights in the
-    order (N, C, H, W) instead, for which oneDNN has other kernels.
+    oneDNN has a fault in the weight gradient of strided 1x1 convolutions in channels_last. If the layer has fewer input
+    channels than oneDNN's kernel processes at once, the kernel writes past the end of its buffer. Gradients are then
+    wrong, or the process aborts (oneDNN issue 6035, seen with torch 2.13). Such layers therefore read their input and
+    their weights in the order (N, C, H, W), for which oneDNN has other kernels.
     """
     exceptions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and _meets_fault(layer)]
     for layer in exceptions:
