@@ -29,7 +29,8 @@ def weight_width(text: str) -> int | None:
 class LevelCount:
     """Number of levels found in a tensor, and number of levels that the tensor's grid allows.
 
-    Both numbers belong to the scale group with the most levels.
+    If a tensor has several scale groups (values that share a scale), both numbers belong to the group with the most
+    levels.
     """
 
     found: int

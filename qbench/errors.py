@@ -2,7 +2,7 @@
 
 Each class has an exit status. Any other exception is a bug (status 1).
 
-A message has at most three lines: what was found, what is allowed, what to type instead.
+A message has at most three lines. They say what was found, what is allowed, and what to type instead.
 """
 
 from pathlib import Path

@@ -62,7 +62,8 @@ def old_constants(method: Method) -> Method:
 
 DEVIATIONS = {
     "old_constants": Deviation(
-        "Activations are step * round(x / step). The first threshold is half a step, but the steps are optimal for 0.",
+        "Activations are step * round(x / step). The first threshold is half a step, but the steps are optimal for the "
+        "first threshold 0.",
         "zhaoweicai/EdMIPS, models/quant_module.py",
         old_constants,
         acts=lambda bits: bits.a in AUTHORS_STEPS, bits="w32a2",

@@ -79,7 +79,7 @@ def _quantized(bits: Bits) -> bool:
 
 DEVIATIONS = {
     "unmasked_gradient": Deviation(
-        "dL/dv = dL/dv_hat for every v, also for v beyond the last levels.",
+        "dL/dv = dL/dv_hat for every v, also for v beyond the outermost levels.",
         "hustzxd/LSQuantization, lsq.py, and its issue 1",
         unmasked,
         acts=_quantized, bits="w2a2",

@@ -25,8 +25,8 @@ class Deviation:
         apply: function that takes the paper's method and returns the deviating method.
         acts: function that takes widths and returns whether the deviation has an effect at these
             widths.
-        bits: example of widths at which the deviation has an effect. Tensors that the deviation does not change have 32
-            bits in this example.
+        bits: example of widths at which the deviation has an effect. In this example, tensors that the deviation does
+            not change have 32 bits.
     """
 
     what: str

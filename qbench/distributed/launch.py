@@ -49,7 +49,7 @@ def refuse_processes(size: int, shards: int) -> None:
     if shards % size:
         enough = 1 << (size - 1).bit_length()
         raise ConfigError(
-            f"batch_shards={shards} cannot be shared by {size} processes; the number of processes must divide it\n"
+            f"batch_shards={shards} cannot be shared by {size} processes, because {size} does not divide {shards}\n"
             f"type batch_shards={enough} and start {enough} processes, or fewer"
         )
 

@@ -30,7 +30,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     Raises:
         ResourceError: the file cannot be created or opened.
     """
-    from filelock import FileLock, Timeout  # takes 15 ms, which a stored row does not need
+    from filelock import FileLock, Timeout  # takes 15 ms; printing a stored result needs no lock
 
     lock = FileLock(path, fallback_to_soft=False)
     while True:

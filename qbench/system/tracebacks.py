@@ -13,7 +13,7 @@ def place_in_own_code(error: BaseException) -> str:
     """Return the line of the user's code that raised an error, such as `my_method.py, line 12, in forward`.
 
     Frames of torch, of other installed packages and of Python's library are left out. The text is empty if the
-    innermost frame of the others belongs to qbench.
+    innermost of the remaining frames belongs to qbench.
     """
     libraries = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")}
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
