@@ -1,4 +1,4 @@
-"""What the tests share: configurations composed as by the command line, and small runs."""
+"""Fixtures and functions that all tests share: configurations as the command line makes them, and small runs."""
 
 import copy
 import gc
@@ -30,19 +30,22 @@ def counted(line: str) -> None:
 
 
 def tiered(values: Iterable[Any], fast: Collection[Any]) -> list[Any]:
-    """Return the parameters of a test of which only `fast` belong to the fast tier."""
+    """Return the parameters of a test. Those in `fast` belong to the fast tier, and all others to the full tier."""
     values = list(values)
     assert all(value in values for value in fast)
     return [value if value in fast else pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 def long_tier(*values: Any) -> Any:
-    """Return one parameter of a test, with a value for each name, that belongs to the long tier alone."""
+    """Return one set of parameters of a test, which only the full tier runs. `values` has a value for each name."""
     return pytest.param(*values, marks=pytest.mark.full)
 
 
 def pytest_collection_finish() -> None:
-    """Leave modules and tests out of garbage collection, which is rarer too. It took a third of composing."""
+    """Exclude modules and tests from garbage collection, and make collections rarer.
+
+    Without this, garbage collection takes a third of the time in which configurations are composed.
+    """
     gc.freeze()
     gc.set_threshold(STARTUP_OBJECTS)
 
@@ -68,7 +71,10 @@ def configure(tmp_path: Path) -> Configure:
 
 
 def composed(*words: str) -> Config:
-    """Return the configuration that words define. Words that name no files are composed once, which takes long."""
+    """Return the configuration that the words of a command line define.
+
+    Composing takes long, so the result is cached, unless a word names a file.
+    """
     return (_composed if any("/" in word for word in words) else _composed_once)(*words)
 
 
@@ -82,5 +88,5 @@ _composed_once = cache(_composed)
 
 @pytest.fixture
 def smoke(configure: Configure) -> Configure:
-    """Return the same for a run of a few seconds: thin network, one float epoch."""
+    """Return `configure` for runs of a few seconds, with a thin network and one epoch of the float baseline."""
     return lambda *words: configure("experiment=smoke", "runtime.tensorboard=false", *words)

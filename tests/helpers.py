@@ -1,4 +1,4 @@
-"""What test modules share: the command as a process, known results, folders of images."""
+"""Functions that test modules share. They run the command, and write runs with known results and folders of images."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def results(out: Path) -> dict[str, dict[str, object]]:
 
 
 def evaluation(top1: float, val: float | None = None) -> Evaluation:
-    """Return an evaluation after the first epoch with a known test and perhaps validation top-1."""
+    """Return an evaluation after the first epoch with the given test top-1 and, if given, validation top-1."""
     validated = None if val is None else Accuracy(top1=val, top5=99.0, loss=0.1)
     return Evaluation(test=Accuracy(top1=top1, top5=99.0, loss=0.1), val=validated, epoch=0)
 
@@ -68,7 +68,7 @@ def evaluation(top1: float, val: float | None = None) -> Evaluation:
 def plant(
     config: Config, top1: float, baseline: float | BaselineResult | None = None, status: str = "done", **values: Any
 ) -> Path:
-    """Write a run with a known test top-1, and that of its float baseline where given; return its directory."""
+    """Write a run with the given top-1 and, if given, the top-1 of its float baseline. Return the run's directory."""
     directory = planned_run(config).directory
     with directory.lock():
         directory.write_config()
@@ -103,7 +103,10 @@ def epoch_line(number: int, top1: float) -> str:
 
 
 def quantizing_bits(name: str) -> str:
-    """Return narrow widths that quantize all that a method can: 2 or its smallest, 4 for g."""
+    """Return widths at which a method quantizes everything that it can quantize, such as `w2a2g4`.
+
+    Each width is 2 bits (gradients: 4 bits), or the smallest width that the method supports.
+    """
     method = registry.create("method", {"name": name})
     supported = {key: [k for k in range(1, FLOAT) if k in method.supported_bits.get(key, ())] for key in "wag"}
     chosen = {key: (4 if key == "g" else 2) for key in "wag"}
@@ -124,7 +127,10 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 def write_images(
     root: Path, count: int = 6, suffix: str = "jpg", size: tuple[int, int] | None = None, tested: str = "val"
 ) -> Path:
-    """Write the folders train and `tested` with three classes, of one size or of several."""
+    """Write images of three classes into the folders `train` and `tested`.
+
+    `size` is the size of all images. If it is None, the images have different sizes.
+    """
     for part, many in (("train", count), (tested, count // 2)):
         for c, name in enumerate(CLASSES):
             (root / part / name).mkdir(parents=True)

@@ -93,8 +93,9 @@ def _pickle(value: object) -> bytes:
 
 
 def write_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch, count: int = 40) -> dict[str, np.ndarray]:
-    """Write the files of cifar10 or cifar100, `count` images each, and make their md5 the expected
-    ones. torchvision's lists are changed too.
+    """Write the files of cifar10 or cifar100 with `count` images each.
+
+    The md5 sums that qbench and torchvision expect are replaced by those of the written files.
     """
     module = BUILD_MODULES[name]
     published = getattr(module, name.upper())
@@ -123,7 +124,10 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def write_mnist(folder: Path, packed: bool = False, count: int = 40) -> dict[str, np.ndarray]:
-    """Write the four files, and make their md5 the expected ones; `packed` writes them with gzip."""
+    """Write the four files of an MNIST data set, compressed with gzip if `packed` is true.
+
+    The md5 sums that qbench expects are replaced by those of the written files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for seed, (part, n) in enumerate({"train": count, "t10k": count // 2}.items()):
@@ -140,7 +144,10 @@ def write_mnist(folder: Path, packed: bool = False, count: int = 40) -> dict[str
 def write_svhn(
     root: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, **counts: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Write the .mat files of the parts named, X (32, 32, 3, N) and y (N, 1) from 1 to 10."""
+    """Write the .mat files of the named parts, such as train=40 for 40 training images.
+
+    A file contains images X (32, 32, 3, N) and labels y (N, 1) from 1 to 10.
+    """
     from scipy.io import savemat
 
     root.mkdir(parents=True, exist_ok=True)
@@ -156,7 +163,7 @@ def write_svhn(
 
 
 def write(name: str, root: Path, datasets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write a small version of any of the data sets."""
+    """Write a small version of the data set `name`."""
     if name.startswith("cifar"):
         write_cifar(root, name, monkeypatch, count=200 if name == "cifar100" else 40)
     elif name == "svhn":

@@ -30,7 +30,7 @@ def about_digits(form: str) -> About:
 
 
 def quantized(configure: Configure, *words: str) -> tuple[nn.Module, list[Tensor]]:
-    """Return a network with a method's quantizers, prepared, and two batches of test images."""
+    """Return a network with a method's quantizers in their final state, and two batches of test images."""
     parts = assemble(configure("experiment=smoke", "init=scratch", *words))
     model = parts.install(parts.float_model())
     probe = Probe(list(parts.loader().unaugmented("train", 64)), F.cross_entropy)

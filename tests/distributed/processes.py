@@ -1,4 +1,4 @@
-"""Starts the processes of a run with the fork server, as torchrun would, for the tests of several processes."""
+"""Starts several processes that share a run, as torchrun does, but with the fork server (`faults`)."""
 
 import random
 import socket

@@ -1,7 +1,8 @@
 """APoT in NumPy, transcribed from the authors' code for CIFAR, yhhhli/APoT_Quantization at 13204f1.
 
-`build_power_value`, `power_quant`, `weight_quantization` and `act_quantization`, value by value and with their
-backward passes. A tie goes to the lower level; in the authors' code, the order of a set decides it.
+The authors' functions are `build_power_value`, `power_quant`, `weight_quantization` and `act_quantization`. Here they
+compute one value after the other, with their backward passes. A value in the middle of two levels gets the lower level.
+In the authors' code, the order of a set decides.
 """
 
 from typing import NamedTuple

@@ -74,9 +74,7 @@ class Perceptron:
             self.tensors[name] = self.to("weights" if name[0] == "w" else "biases", value)
 
     def gradients(self, x: FloatArray, labels: npt.NDArray[np.int64]) -> dict[str, FloatArray]:
-        """One rounding after each matrix product, forward and backward; saturated outputs pass no
-        error.
-        """
+        """Return gradients. Each matrix product is rounded once. No gradient passes through saturated outputs."""
         t = self.tensors
         wide1 = x @ t["w1"].T + t["b1"]
         z1 = self.to("activations", wide1)
@@ -91,9 +89,7 @@ class Perceptron:
         return {"w1": e1.T @ x, "b1": e1.sum(0), "w2": e2.T @ h, "b2": e2.sum(0)}
 
     def step(self, x: FloatArray, labels: npt.NDArray[np.int64], rate: float, momentum: float) -> None:
-        """W <- Convert(W + Convert(-rate v)), v <- momentum v + dL/dW, stored in its format if it
-        has one.
-        """
+        """Update v <- momentum v + dL/dW, rounded if v has a format, and W <- Convert(W + Convert(-rate v))."""
         for name, grad in self.gradients(x, labels).items():
             v = momentum * self.velocity.get(name, np.zeros_like(grad)) + grad
             update = self.to("updates", -rate * v)

@@ -1,8 +1,7 @@
-"""Quantized distillation and differentiable quantization in slow, exact arithmetic: the reference
-for the tensor code.
+"""Quantized distillation and differentiable quantization in slow, exact arithmetic: the reference for the tensor code.
 
-In Fractions and lists; every float is an exact number. `k` is the size of a bucket, 0 for the whole
-tensor.
+The functions compute with Fractions, which represent every float exactly. `k` is the size of a bucket. If `k` is 0, the
+whole tensor is one bucket.
 """
 
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def buckets(w: FloatArray, k: int) -> list[list[Fraction]]:
-    """Return k consecutive elements each, across all axes.
+    """Return the buckets of the flattened tensor, each with k consecutive elements.
 
-    The last bucket is filled up with its last element, but a tensor shorter than k is one bucket,
-    unchanged.
+    If elements are missing in the last bucket, its last element is repeated. A tensor with fewer than k elements is one
+    bucket, to which nothing is added.
     """
     flat = [Fraction(v) for v in w.flat]
     if k == 0 or len(flat) < k:
@@ -41,8 +40,10 @@ def unbucketed(rows: list[list[Fraction]], w: FloatArray) -> FloatArray:
 
 
 def quantize(w: FloatArray, bits: int, k: int, draws: FloatArray | None = None) -> FloatArray:
-    """s = 2^bits levels: round(x (s - 1)) / (s - 1), halves to even; with draws (buckets, k) in [0,
-    1), instead of rounding, floor plus 1 if the draw is below the fraction.
+    """Return weights quantized to s = 2^bits levels per bucket: round(x (s - 1)) / (s - 1), with ties to even.
+
+    With `draws` (buckets, k) from [0, 1), rounding is stochastic: a value is rounded up if its draw is below its
+    fraction, and otherwise rounded down.
     """
     steps, rows = 2**bits - 1, []
     for b, bucket in enumerate(buckets(w, k)):
@@ -80,8 +81,9 @@ def to_points(w: FloatArray, points: Sequence[float], k: int) -> FloatArray:
 
 
 def points_gradient(w: FloatArray, points: Sequence[float], k: int, g: FloatArray) -> list[float]:
-    """dL/dp_i = sum_j alpha(bucket of j) dL/dw_j 1[j assigned to i], over real weights, not over
-    the filling.
+    """Return dL/dp_i = sum_j alpha(bucket of j) dL/dw_j 1[j assigned to i].
+
+    The sum is over the weights, without the elements that were added to the last bucket.
     """
     sums, size = [Fraction(0)] * len(points), k or w.size
     rows = buckets(w, k)

@@ -1,5 +1,4 @@
-"""Q-CNN's error correction on explicit responses, in loops over NumPy arrays: the reference for the
-tensor code.
+"""Q-CNN's error correction on explicit responses, in loops over NumPy arrays: the reference for the tensor code.
 
 Weights are (Ct, P, M, s): output, kernel position, subspace, element of it; codebooks D are (M, K,
 s), codes B (Ct, P, M). Inputs are (N, G, P, M s), channels padded with zeros; targets (N, Ct).
@@ -53,9 +52,7 @@ def correct(
     ridge: float,
     sweeps: int,
 ) -> tuple[FloatArray, IntArray, list[float]]:
-    """Return codebooks and codes after block-coordinate descent over subspaces, and the objective
-    after each update.
-    """
+    """Return codebooks and codes after block-coordinate descent over subspaces, and the objective after each update."""
     books, codes = books.copy(), codes.copy()
     design, goals = problem(inputs, targets, w, ridge)
     objectives = [objective(design, goals, decode(books, codes))]
@@ -75,7 +72,7 @@ def correct(
 def least_squares(
     books: FloatArray, codes: IntArray, design: FloatArray, goals: FloatArray, m: int, k: int
 ) -> FloatArray:
-    """Return codeword k of subspace m that fits the residual of all others best, B fixed."""
+    """Return the best codeword k of subspace m for the residual of all other codewords. The codes B are fixed."""
     others = books.copy()
     others[m, k] = 0
     w = decode(others, codes)
@@ -89,7 +86,7 @@ def least_squares(
 
 
 def best_code(books: FloatArray, codes: IntArray, design: FloatArray, goals: FloatArray, m: int, p: int, t: int) -> int:
-    """Return the codeword of least error for output t at position p, by trying all, D fixed."""
+    """Return the code with the smallest error for output t at position p, by trying all. The codebooks D are fixed."""
     errors = []
     for k in range(books.shape[1]):
         tried = codes[t : t + 1].copy()

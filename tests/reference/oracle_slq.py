@@ -1,6 +1,4 @@
-"""SLQ and MLQ (arXiv 1803.03289) in plain NumPy, a stage at a time; k-means tries every choice of
-intervals.
-"""
+"""SLQ and MLQ (arXiv 1803.03289) in plain NumPy, one stage per call. K-means tries every choice of intervals."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,9 +36,7 @@ def clustered(w: Array, k: int, pins: Sequence[float] = ()) -> tuple[Array, NDAr
 
 @dataclass
 class Layer:
-    """A layer's latent weights, which of them are frozen, at which values, and the frozen
-    centroids.
-    """
+    """A layer's latent weights, which of them are frozen, their frozen values, and the centroids that are frozen."""
 
     latent: Array
     frozen: NDArray[np.bool_]
@@ -67,10 +63,14 @@ class Layer:
 
 
 def slq_stage(layers: list[Layer], k: int, portion: float, loss: Loss) -> None:
-    """One stage of SLQ, largest loss first: cluster with frozen centroids fixed, absorb, measure,
-    freeze the next.
+    """Compute one stage of SLQ.
 
-    A pinned centroid without weights is frozen from the start; a layer that is complete is skipped.
+    1. Cluster the weights of each layer, with frozen centroids fixed.
+    2. Freeze weights that were assigned to frozen centroids.
+    3. Measure the loss for each free cluster, with only the weights of this cluster quantized.
+    4. Freeze the clusters with the largest losses, until the portion is reached.
+
+    A pinned centroid without weights is frozen from the start. A layer that is completely frozen is skipped.
     """
     everything, layers = layers, [layer for layer in layers if not layer.frozen.all()]
     found = [clustered(layer.effective, k, [0.0, *layer.fixed]) for layer in layers]
@@ -91,11 +91,10 @@ def slq_stage(layers: list[Layer], k: int, portion: float, loss: Loss) -> None:
 
 
 def mlq_steps(layers: list[Layer], k: int, steps: int, count: int, loss: Loss) -> list[tuple[int, float]]:
-    """Advance `count` layers among those with the fewest steps, largest loss first; return (layer,
-    loss) of each.
+    """Advance `count` of the layers with the fewest steps, largest loss first. Return a pair (layer, loss) for each.
 
-    A layer's step: the lowest and the highest free cluster are frozen; the last of `steps` freezes
-    all.
+    In a step of a layer, its lowest and its highest free cluster are frozen. The last of `steps` steps freezes all
+    clusters.
     """
     behind = min(layer.step for layer in layers)
     moves = {}

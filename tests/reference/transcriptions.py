@@ -1,10 +1,9 @@
-"""The methods' equations, implemented a second time: NumPy in float64, gradients by hand, nothing
-of the package.
+"""The methods' equations, implemented a second time in NumPy, in float64, with gradients derived by hand.
 
-Written from the papers and notes on them, not from the tensor code. Every function returns its
-value and `back`, which takes the upstream gradient G = dL/dvalue and returns the gradient of the
-first argument, or a tuple with those of the learned scales after it. Equation numbers are given
-where they are known.
+The code uses nothing of the package. It was written from the papers and notes on them, not from the tensor code. Every
+function returns its value and `back`. The function `back` takes the upstream gradient G = dL/dvalue and returns the
+gradient of the first argument. If there are learned scales, it returns a tuple of this gradient and their gradients.
+Equation numbers are given where they are known.
 """
 
 import math
@@ -393,9 +392,7 @@ def uniform_activation(x: Array, low: float, high: float, bits: int) -> Pair:
 
 @dataclass(frozen=True)
 class Site:
-    """A function of (tensor, *scales) and the names of the scales' parameters behind the layer's
-    name.
-    """
+    """A function of (tensor, *scales), and the names of the scales without the name of the layer."""
 
     function: Callable[..., Pair]
     scales: tuple[str, ...] = ()
@@ -413,9 +410,9 @@ def _rectified(x: Array) -> Pair:
 class Layer:
     """A linear layer (w of two axes) or a convolution, its quantizers, and what follows it.
 
-    `output` is a function of (y without bias, x) -> (y, back), where back gives the gradients of
-    both; `gradient` is one of the gradient that arrives at the layer's output. `norm` names the
-    batch normalization that follows it, if any.
+    `output` is a function of (y without bias, x) -> (y, back). `back` returns the gradients of both arguments.
+    `gradient` is a function of the gradient of the layer's output. `norm` is the name of the batch normalization after
+    the layer, if there is one.
     """
 
     name: str

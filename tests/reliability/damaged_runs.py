@@ -44,8 +44,9 @@ def compose_config(out: Path, *words: str, tensorboard: bool = False) -> Config:
 
 
 def run_config(config: Config, stop_at: int | None = None) -> tuple[Result, list[str]]:
-    """Run a configuration, interrupted at call `stop_at` of `stop`; return its result and its
-    messages.
+    """Run a configuration, and return the result and the messages of the run.
+
+    If `stop_at` is given, the run is interrupted at this call of its function `stop`, counted from 1.
     """
     calls = 0
 
@@ -81,19 +82,18 @@ def _interrupted_runs(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run of dorefa with its baseline and event files, and of seed
-    1.
+    """Return a folder with finished runs of dorefa with seeds 0 and 1, and their float baselines.
 
-    All tests share it.
+    The run with seed 0 has TensorBoard event files. All tests share the folder.
     """
     return _finished_runs(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the same folder, but both runs of dorefa were interrupted: each has two checkpoints.
+    """Return a folder as `whole`, but in which both runs of dorefa were interrupted. Each run has two checkpoints.
 
-    All tests share it.
+    All tests share the folder.
     """
     return _interrupted_runs(tmp_path_factory.getbasetemp())
 
@@ -133,8 +133,10 @@ def is_refused(reader: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def damages(data: bytes, seed: int, flips: int, cuts: int) -> Iterator[tuple[str, bytes]]:
-    """Yield (description, damaged copy): flipped bits, truncations, junk at the end, before,
-    inside, doubled.
+    """Yield pairs (description, damaged copy of the data).
+
+    The damages are: single bits are flipped, the end is cut off, junk is added at the end, at the start or inside, and
+    the data is repeated.
     """
     chance = random.Random(seed)
     for bit in sorted(chance.sample(range(8 * len(data)), flips)):

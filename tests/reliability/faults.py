@@ -9,9 +9,9 @@ once, and forks a child for each command. A command therefore starts within mill
 kills take minutes. The child calls `qbench.cli.main.main(words)`, with the real exit status, stdout
 and stderr.
 
-Points: an event is an open for writing, rename, remove, mkdir, truncate or fsync of a path below
-the run's `out`. A write is a write of bytes to a file opened for writing there. Faults are keywords
-of `Server.start`:
+A fault happens at a point, which is an event or a write. An event opens a file for writing, or renames, removes,
+truncates or syncs a path, or makes a directory, below the run's `out`. A write writes bytes to a file below `out`.
+Faults are keywords of `Server.start`:
     kill_at=n       SIGKILL to itself just before event number n, from 1
     half_at=n       SIGKILL to itself in write number n, after half of the bytes
     fail_at=n       point number n, events and writes counted together, raises OSError(errno) with the
@@ -110,7 +110,7 @@ class Server:
         self, words: Sequence[str], out: Path | str | None = None, cwd: Path | str = ROOT,
         environment: Mapping[str, str] | None = None, **fault: Any,
     ) -> Job:  # fmt: skip
-        """Start a command with these words, `out=` if given, in a working directory, with a fault."""
+        """Start a command with the given words, working directory and fault. `out` is added as a word if given."""
         words = [*words, *([f"out={out}"] if out else [])]
         folder = self.folder / str(next(self._number))
         folder.mkdir()
@@ -154,14 +154,12 @@ def _shared_server() -> Server:
 
 @contextmanager
 def server() -> Iterator[Server]:
-    """Yield the server: one for all tests of this process, started at the first use, ended with the
-    process.
-    """
+    """Yield the server that all tests of this process share. It starts at its first use, and ends with the process."""
     yield _shared_server()
 
 
 def announced(path: Path) -> dict[Path, int]:
-    """Return the newest announced step of each run, from the file of the fault `announce`."""
+    """Return the newest step of each run whose checkpoint was announced in a file (see `announce` above)."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {Path(run): int(step) for step, run in (line.split(" ", 1) for line in lines)}
 
@@ -274,7 +272,7 @@ def install_fault(
     file_limit: int = 0, count: str = "", announce: str = "", hold: str = "",
     at_step: int = 0, step_fault: str = "",
 ) -> Callable[[], None]:  # fmt: skip
-    """Make this process die or fail at a point; return a function to call at the end."""
+    """Make this process die or fail at the given point. Return a function that must be called at its end."""
     root = os.path.abspath(out)
     events, writes, points = itertools.count(1), itertools.count(1), itertools.count(1)
     named: list[str] = []

@@ -1,4 +1,4 @@
-"""Stop runs, resume them, and compare them with uninterrupted runs, for the tests of R3 and R4."""
+"""Stops runs, resumes them, and compares them with uninterrupted runs (R3 and R4 in docs/reliability.md)."""
 
 import dataclasses
 import itertools
@@ -61,9 +61,7 @@ def report_counts() -> Iterator[None]:
 
 @pytest.fixture
 def at(smoke: Configure, tmp_path: Path) -> At:
-    """Return a function from a folder's name and the words of a run to its configuration below that
-    folder.
-    """
+    """Return a function that takes the name of a folder and the words of a run, and returns the configuration."""
     return lambda name, *words: smoke(*words, f"out={tmp_path / name}")
 
 
@@ -77,7 +75,7 @@ def with_replay(what: object) -> str:
 
 
 def recipe(name: str, optimizer: str, ema: float | None, epochs: int = EPOCHS, **more: Any) -> list[str]:
-    """Return the words of a run; for method float, the options are those of pretraining."""
+    """Return the words of a run. With the method float, the options belong to the training of the float baseline."""
     options: dict[str, Any] = {"lr": 0.01, "batch_size": BATCH, "ema": "null" if ema is None else ema} | more
     group, key = ("optim@pretrain.optim", "pretrain.optim") if name == "float" else ("optim", "optim")
     words = [
@@ -97,8 +95,9 @@ def stopping(at: int) -> RunContext:
 
 
 def uninterrupted(config: Config) -> tuple[Result, int]:
-    """Run without interruption; return the result and the number of calls of `stop`, without its
-    baseline's.
+    """Run without interruption. Return the result and the number of calls of `stop`.
+
+    Calls during the training of the float baseline are not counted.
     """
     parts = assemble(config)
     if not config.is_baseline:
@@ -110,9 +109,7 @@ def uninterrupted(config: Config) -> tuple[Result, int]:
 
 
 def with_baseline_of(config: Config, whole: Result, name: str) -> Config:
-    """Return the configuration in another folder that holds a copy of the float baseline, not of
-    the run.
-    """
+    """Return the configuration with another folder, to which the float baseline is copied, but not the run."""
     out = Path(config.out).parent / name
     shutil.copytree(config.out, out, ignore=shutil.ignore_patterns(Path(whole.run).name))
     return replaced_out(config, out)
@@ -158,9 +155,7 @@ def comparable(result: Result) -> dict[str, Any]:
 
 
 def differences(whole: Result, other: Result) -> set[str]:
-    """Return the fields of the result and the files in which two runs differ: the comparison of
-    R3.
-    """
+    """Return the names of the result's fields and of the files in which two runs differ (R3 in docs/reliability.md)."""
     one, two = comparable(whole), comparable(other)
     fields = {key for key in one if one[key] != two[key]}
     return fields | {name for name in FILES if content(whole, name) != content(other, name)}
@@ -173,8 +168,10 @@ def content(result: Result, name: str) -> bytes | str:
 
 
 def moments(epoch: int, calls: int) -> dict[str, tuple[int, list[int]]]:
-    """Return moment -> number of the call of `stop`, and [epoch, batch] of the checkpoint after
-    stopping there.
+    """Return the moments of a run at which tests stop it.
+
+    A moment has a name, the number of the call of `stop` at which the run stops, and the position [epoch, batch] that
+    the checkpoint then contains.
     """
     start = epoch * EPOCH_CALLS
     return {
