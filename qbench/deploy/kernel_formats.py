@@ -69,7 +69,7 @@ class Tables(NamedTuple):
 
 
 def tables_are_faster() -> bool:
-    """Return whether this processor has vector instructions that look up bytes, but none that count one bits."""
+    """Return whether this processor has vector instructions that look up bytes, but none that count ones."""
     return has("avx2") and not has("avx512vpopcntdq")
 
 

@@ -104,7 +104,7 @@ def splat(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def count_ones(typing: Any, value: Any) -> Any:
-    """Return the number of one bits in an int32, or in each element of a vector."""
+    """Return the number of bits that are 1 in an int32, or in each element of a vector."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = args[0].type

@@ -1,4 +1,4 @@
-"""Builds the data set, the method and the network, each from one node of the configuration."""
+"""Builds the data set, the method and the network, each from one node (group of keys) of the configuration."""
 
 import json
 from collections.abc import Iterator

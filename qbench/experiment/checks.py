@@ -129,7 +129,7 @@ def check_quantizer_decay(optim: Optim, nodes: Iterable[Node]) -> None:
 def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
     """Refuse a user's network that fails on the images, or that does not return one logit per class.
 
-    On the meta device, even a correct network may fail. On this device, the error of the network itself is raised.
+    On the meta device, even a correct network may fail. The function then raises the network's own error.
 
     Raises:
         ConfigError: the network does not fit the images or the classes.

@@ -46,7 +46,7 @@ class RunQueue:
     def take(self) -> PlannedRun | None:
         """Remove and return the first run that no other process works on. Return None if there is no such run now.
 
-        Runs with a new result are removed.
+        Runs that another process has finished since the sweep began are removed too.
         """
         locked: dict[Path, bool] = {}
         for entry in list(self._entries):

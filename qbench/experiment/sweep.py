@@ -26,7 +26,7 @@ LAUNCHERS = {
     "slurm_gpu": "",
     "slurm_nodes": "",
 }
-"""Launcher -> its key that limits the number of parallel runs, or an empty text if a cluster limits this number."""
+"""Maps a launcher to its key that limits the number of parallel runs, or to "" if the cluster limits this number."""
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bool = True) -> list[RunRecord]:

@@ -79,7 +79,7 @@ class RunInWork:
         return max(per_epoch * (self.epochs - self.done) - (time.monotonic() - self.recorded), 0.0)
 
     def update(self) -> bool:
-        """Read the record of the newest epoch. Return whether it was not read before."""
+        """Read the record of the newest epoch. Return whether this record is new."""
         newest = read_epoch(self.path)
         if newest is None or newest == self.latest:
             return False

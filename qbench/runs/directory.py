@@ -1,8 +1,8 @@
 """Manages the directory of a run: lock, config.yaml, checkpoints and result.
 
-The path is derived from the identity of the run. The same command therefore finds the same run again, also in a sweep
-or with a launcher. `result.json` is written last. Before that, the directory contains checkpoints, so that an
-interrupted run can continue.
+The path is derived from the identity of the run (all keys that can change its result). The same command therefore finds
+the same run again, also in a sweep or with a launcher. `result.json` is written last. Before that, the directory
+contains checkpoints, so that an interrupted run can continue.
 """
 
 import json

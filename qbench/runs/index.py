@@ -31,7 +31,7 @@ MIN_RUNS = 1000
 """Smallest number of runs for which an index file is written. Fewer runs are read in less than a second."""
 
 MIN_AGE_SECONDS = 2
-"""A file that was written less than this time ago is not indexed, because it may change again with the same times."""
+"""A file that was written within this time is not indexed, because another change might not change its times."""
 
 SHARED = (
     "method", "options", "bits", "network", "dataset", "model", "protocol", "baseline", "verified", "quantizers",

@@ -42,7 +42,7 @@ class ProgressReporter:
 
     Args:
         live: whether to show a live bar if stderr is a terminal.
-        quiet: whether to show nothing. A sweep sets this, because it shows all runs in one view.
+        quiet: whether to show nothing. This is true in a sweep, which shows all runs in one view.
 
     Attributes:
         log: the file to which messages are written, or None as long as the run has no log file.

@@ -32,7 +32,7 @@ NAMED = re.compile(r".*-([0-9a-f]{8})")
 
 RUN_FILES = frozenset({"result.json", "config.yaml", "metrics.jsonl"})
 EVENT_FILES = "events.out.tfevents."
-"""A directory contains a run if it has a file with a name in `RUN_FILES`, or with a name that begins like this."""
+"""A directory contains a run if it has a file whose name is in `RUN_FILES` or begins with `EVENT_FILES`."""
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -85,7 +85,7 @@ def read(names: Iterable[str]) -> list[RunRecord]:
 
 
 def _read_directory(root: Path) -> dict[Path, RunRecord]:
-    """Return the runs below a directory. Their results are indexed if there are many."""
+    """Return the runs below a directory. If there are many runs, their results are stored in an index file."""
     index = RunIndex(root)
     runs = {path: read_run(path, index.load) for path in _run_directories(root)}
     index.save()

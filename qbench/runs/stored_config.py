@@ -14,7 +14,8 @@ from qbench.system import files
 def stored_config(run: Path, identity: str | None = None) -> Config:
     """Return the configuration with which a run was trained.
 
-    The checkpoints that `init` and `distill.teacher` name need not exist, because result.json contains their digests.
+    The checkpoints that `init` and `distill.teacher` name need not exist, because the run's identity depends
+    only on their digests, which result.json contains.
 
     Args:
         identity: digest of the run's identity, as stored with the weights. If this is None, the configuration must

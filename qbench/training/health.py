@@ -53,7 +53,8 @@ HealthWarnings = dict[str, str]
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
     """Return the largest weight magnitude of each layer. Later magnitudes are compared with these magnitudes.
 
-    If the magnitude is below 1 / sqrt(n), return 1 / sqrt(n), where n is the number of inputs of one output.
+    The returned magnitude is at least 1 / sqrt(n), where n is the number of inputs of one output. Otherwise, the growth
+    of a layer that starts at 0 would be infinite.
     """
     return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 

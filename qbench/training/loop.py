@@ -97,9 +97,9 @@ def train_epoch(task: Task, state: State, callbacks: Callbacks = Callbacks()) ->
 def _train_step(task: Task, state: State, shards: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """Train on one batch. Return the loss and the number of correct predictions.
 
-    An update has the gradient of the mean loss over all images of its batches, which have equal sizes. After the last
-    of these batches, the network is updated. Batch normalization normalizes each batch (or each shard, if the batch is
-    divided) separately.
+    With `optim.accumulate`, several batches of equal size share one update of the weights. The network is updated after
+    the last of these batches, with the gradient of the mean loss over all images of these batches. Batch normalization
+    normalizes each batch (or each shard, if the batch is divided) separately.
     """
     model, method = task.model, task.method
     set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch), decay=task.decays(state.epoch, state.batch))

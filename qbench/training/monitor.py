@@ -44,13 +44,14 @@ T = TypeVar("T")
 MIN_STEPS_BETWEEN = 100
 """Minimum number of training steps between two observations. An observation costs as much as two steps.
 
-Most epochs have more steps than this. The last epoch is always observed. At level `full`, every epoch is observed.
+Most epochs have more steps than this. The last epoch is always observed. With `runtime.observe=full`,
+every epoch is observed.
 """
 
 HISTOGRAMS_PER_RUN = 10
 """Approximate number of times per run that histograms of weights are written to TensorBoard.
 
-At level `full`, histograms are written after every epoch.
+With `runtime.observe=full`, histograms are written after every epoch.
 """
 
 
@@ -62,7 +63,8 @@ class TrainingMonitor:
     same logs as an uninterrupted run.
 
     Args:
-        level: "off", "light" or "full". The level decides what is logged. Warnings are printed at every level.
+        level: "off", "light" or "full" (`runtime.observe`). The level decides what is logged. Warnings are
+            printed at every level.
         logger: the logger of metrics and histograms.
         reporter: the object that prints warnings.
         start: the initial magnitude of each layer's weights.
@@ -93,7 +95,10 @@ class TrainingMonitor:
             self.without_gradient = still_without_gradient(model, self.without_gradient)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the state of the monitor for a checkpoint. The state consists of the arguments from `start` on."""
+        """Return the state of the monitor for a checkpoint: the arguments from `start` on.
+
+        At level `off`, `codes` and `gradients` are left out.
+        """
         kept: dict[str, object] = {
             "start": self.start, "warned": self.warned, "without_gradient": self.without_gradient,
         }  # fmt: skip

@@ -7,9 +7,9 @@ from qbench.config.schema import Optim
 from qbench.quant.layers import QLayer
 
 FULL_DECAY = "full_decay"
-"""Key in a parameter group. Its value is the weight decay of the group before `optim.decay_until`.
+"""Key in a parameter group. Its value is the weight decay that the group has until `optim.decay_until`.
 
-Recipes with permanent weight decay do not have this key.
+If weight decay does not end during training, the key is missing.
 """
 
 

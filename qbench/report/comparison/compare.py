@@ -29,6 +29,8 @@ UNFINISHED = ("running", "unfinished", "not begun")
 def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     """Return one table per data set, network and protocol, and tables of unfinished and of failed runs.
 
+    A protocol consists of the configuration keys that must be equal in compared runs, such as the number of epochs.
+
     A row of a table is a setting: one method with its options and its widths. The accuracy of a setting is the test
     top-1 after the last epoch, averaged over seeds. The difference in accuracy is the mean difference between each run
     and its float baseline. Runs with different protocols or different images are never averaged and never share a
@@ -232,7 +234,8 @@ def _unlike_notes(results: Sequence[Result]) -> Iterator[str]:
 def _with_epochs(change: str, result: Result) -> str:
     """Return a text that describes a change of the protocol.
 
-    For training from scratch, the text says how many epochs other methods have in addition.
+    If the run was trained from scratch, the text also says how many more epochs other methods have, because they start
+    from a trained float baseline.
     """
     keys = result.protocol.keys
     epochs, before = keys.get("epochs"), (keys.get("pretrain") or {}).get("epochs")
@@ -272,7 +275,7 @@ def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
     """Return the result of a float baseline, as recorded by a run that starts from this baseline.
 
     With `other_run`, the metrics and the manifest in the baseline's directory belong to other weights or images. The
-    result then names the weights file instead of the directory, so that these records are not read as the baseline's.
+    result then names the weights file instead of the directory, so that these files are not read as the baseline's.
     """
     assert result.baseline is not None
     run = Path(result.baseline.run)

@@ -1,6 +1,6 @@
 """Removes duplicate runs.
 
-The same run may be in two directories, or in a directory and a record of many runs.
+The same run may be in two directories, or in a directory and in a record (a JSON file with the results of many runs).
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence

@@ -39,8 +39,9 @@ def conclude(
 
     Args:
         margin: equivalence margin in points of top-1.
-        hits: the hits of runs that were read from a record of many runs, by the run's directory. Hits say which test
-            images a run classified correctly. The hits of all other runs are read from the runs' directories.
+        hits: the hits of runs that were read from a record (a JSON file with many results), by the run's directory.
+            Hits say which test images a run classified correctly. The hits of all other runs are read from the runs'
+            directories.
 
     Raises:
         ValueError: the margin is not above 0.
