@@ -227,7 +227,9 @@ class ExperimentSetup:
         except DoesNotFit as error:
             fitting = networks_that_fit(path, self.data)
             found = (
-                f"the file fits {', '.join(fitting)}" if fitting else "the file fits no network of qbench (qbench list)"
+                f"the file fits {', '.join(fitting)}"
+                if fitting
+                else "the file fits no network of qbench; to list them: qbench list"
             )
             raise CheckpointError(f"{error}\n{found}") from None
 

@@ -6,9 +6,9 @@ alex-hwgq-3ne-clip-poly-320k). They are:
 conv11/4 96 - MP - BN - Q - conv5 256 - MP - BN - Q - conv3 384 - BN - Q - conv3 384 - BN - Q -
 conv3 256 - MP - BN - Q - FC 4096 - BN - Q - FC 4096 - BN - ReLU - FC. BN is batch normalization. Q
 is the activation that an input quantizer replaces. MP is max pooling of 3x3 at stride 2. There are
-no groups and no dropout, and only the last layer has a bias. The authors use `norm=no_affine` for
-every BN, including the BN after fc7. With `norm=no_affine` and 1000 classes, the network has
-62,368,776 parameters.
+no groups and no dropout, and only the last layer has a bias. The authors use `norm=no_affine`
+(neither scale nor shift) for every BN, including the BN after fc7. With `norm=no_affine` and 1000
+classes, the network has 62,368,776 parameters.
 
 The authors' images are 227x227. Initial weights are Gaussian with standard deviation 0.005 in fc6
 and fc7, and 0.01 in the other layers. In the running averages of the authors' BN, a new batch has

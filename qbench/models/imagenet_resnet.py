@@ -104,7 +104,7 @@ def build(
         depth: number of layers with weights, as in the network's name: 18, 34 or 50.
         width: number of channels of the stem and the first stage.
         form: order of the layers in a block, `pre` (activation first) or `post` (activation last).
-        norm: kind of batch normalization, one of affine, no_affine and none.
+        norm: kind of batch normalization, one of affine, no_affine (without scale and shift) and none.
     """
     if depth not in DEPTHS:
         raise ValueError(f"depth={depth}: must be one of {', '.join(map(str, DEPTHS))}")

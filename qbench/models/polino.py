@@ -94,7 +94,7 @@ def build(
         hidden: number of units of each hidden linear layer.
         dropout: one dropout rate for each max pooling and each hidden layer. An empty list means
             no dropout.
-        norm: kind of batch normalization, one of affine, no_affine and none.
+        norm: kind of batch normalization, one of affine, no_affine (without scale and shift) and none.
     """
     if min(convs, default=0) < 1:
         raise ValueError(f"convs={list(convs)}: must contain at least one layer, all with 1 or more channels")

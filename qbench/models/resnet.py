@@ -119,7 +119,7 @@ def build(
         width: number of channels of the stem and the first stage.
         stem_stride: stride of the stem's convolution.
         shortcut: kind of shortcut in blocks that change the shape, one of A, A_stride and B.
-        norm: kind of batch normalization, one of affine, no_affine and none.
+        norm: kind of batch normalization, one of affine, no_affine (without scale and shift) and none.
         form: order of the layers in a block, `pre` (activation first) or `post` (activation last).
     """
     if depth < 8 or (depth - 2) % 6:

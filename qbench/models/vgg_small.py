@@ -5,9 +5,9 @@ The layers are:
 128C3 - BN - Q - 128C3 - MP2 - BN - Q - 256C3 - BN - Q - 256C3 - MP2 - BN - Q - 512C3 - BN - Q -
 512C3 - BN - Scale - ReLU - MP2 - FC. 128C3 is a 3x3 convolution with 128 filters, padded by 1,
 without bias. MP2 is max pooling of 2x2. BN is batch normalization. Q is the activation that an
-input quantizer replaces. The authors use `norm=no_affine`. With `norm=no_affine` and ten classes,
-the network has 4,657,546 parameters. In the running averages of the authors' BN, a new batch has
-weight 0.05 (`bn_momentum=0.05`).
+input quantizer replaces. The authors use `norm=no_affine` (neither scale nor shift). With
+`norm=no_affine` and ten classes, the network has 4,657,546 parameters. In the running averages of
+the authors' BN, a new batch has weight 0.05 (`bn_momentum=0.05`).
 """
 
 from collections import OrderedDict

@@ -163,7 +163,8 @@ def test_validation_selects_and_the_other_rates_test_accuracy_is_not_shown(tmp_p
         ],
     }
     assert table.notes == [
-        "dorefa w2a32g32: optim.lr=0.01 is the best of 3 by validation top-1, seeds 0, 1; 3 x 30 epochs per seed"
+        "dorefa w2a32g32: optim.lr=0.01 is the best of 3 by validation top-1, seeds 0, 1; the search "
+        "cost 3 x 30 epochs per seed"
     ]
     for name, form in FORMATS.items():
         shown = form(found)

@@ -106,11 +106,11 @@ def mse(q: FloatArray, t: FloatArray | None = None) -> float:
 
 
 def fitted_step(step: float, m: int) -> float:
-    """Best step for the cells of levels i step, i = 1..m; the MSE is stationary in the step where
-    they are equal.
+    """Return the best step for the cells of the levels i step, i = 1..m.
 
-    Half its derivative is sum(i^2 mass) (step - fitted): the cells move with the step too, but at a
-    midpoint both neighbours have the same error, so that part cancels.
+    The MSE is stationary in the step if the result (fitted) equals the given step: half the derivative of the MSE is
+    sum(i^2 mass) (step - fitted). The cells move with the step too. At a midpoint, however, both neighbouring levels
+    have the same error, so this part of the derivative is 0.
     """
     i = np.arange(1, m + 1)
     mass, first = moments(cells(step * i))

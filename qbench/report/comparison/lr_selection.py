@@ -89,7 +89,7 @@ def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
             "rates that converged"
         )
     note = f"{RATE}={selected.rate:g} is the best of {len(rates)} by validation top-1, {_seeds(selected.seeds)}"
-    note += f"; {len(rates)} x {epochs} epochs per seed"
+    note += f"; the search cost {len(rates)} x {epochs} epochs per seed"
     if selected.rate == rates[0]:
         note += "; it is the lowest rate of the grid, so a lower rate may be better"
     elif selected.rate == rates[-1]:
