@@ -230,7 +230,7 @@ def test_networks_that_would_fit_are_named(smoke: Configure, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"does not fit.*\nthe file fits model=resnet20 model\.form=post$"):
         assemble(smoke("method=dorefa", f"init={file}"))
     torch.save(network(depth=20, width=5).state_dict(), file)
-    with pytest.raises(CheckpointError, match="\nthe file fits no network of qbench; to list them: qbench list$"):
+    with pytest.raises(CheckpointError, match=r"\nthe file fits no network of qbench; to list them: qbench list$"):
         assemble(smoke("method=dorefa", f"init={file}"))
 
 
