@@ -134,7 +134,7 @@ def clamp(b: Builder, x: Value, low: float | None = None, high: float | None = N
 
 
 def _clipped_codes(b: Builder, x: Value, floor: float, ceiling: float) -> Value | None:
-    """Return the result of clamping codes as codes. Return None if a bound of the clamp is not a level."""
+    """Clamp codes, and return the result as codes. Return None if a bound of the clamp is not a level."""
     ends = np.array([floor, ceiling]) / x.scale.flat[0]
     if bool((ends != np.rint(ends)).any()):
         return None

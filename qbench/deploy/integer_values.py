@@ -132,7 +132,7 @@ def integer_thresholds(value: Value, thresholds: Array) -> tuple[Array, Array]:
     scale, shift, low, high = (part.reshape(-1, 1) for part in (value.scale, value.shift, value.low, value.high))
     sign = np.where(scale < 0, -1.0, 1.0)
     scale, low, high = scale * sign, np.where(sign < 0, -high, low), np.where(sign < 0, -low, high)
-    # the clamp moves values below the floor up to it
+    # the clamp moves values below the floor up to the floor
     edges = np.where(thresholds <= value.floor, -np.inf, np.where(thresholds > value.ceiling, np.inf, thresholds))
     with np.errstate(divide="ignore", invalid="ignore"):
         first = np.ceil((edges - shift) / scale)

@@ -268,7 +268,7 @@ class Planner:
         found = integer_levels(levels)
         if found.scale[0] < 0:
             raise NoKernel("levels in descending order")
-        ramp_of(chain, identity_ramp(channels), self.network.tensors, rank)  # refuses constants that vary by pixel
+        ramp_of(chain, identity_ramp(channels), self.network.tensors, rank)  # fails if constants vary by pixel
         function = pointwise([*chain, step], self.network.tensors)
 
         def of_pixels(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from qbench.deploy.qonnx_nodes import add_quant_activation
 from qbench.deploy.trace import NotExportable
 
 TABLES = (".thresholds", ".levels")
-"""Endings of the names of activation quantizers' tensors. These tensors become part of the graph's nodes."""
+"""Endings of names of tensors that belong to activation quantizers. These tensors become part of the graph's nodes."""
 
 
 def to_onnx(network: Network, about: About) -> bytes:

@@ -185,7 +185,7 @@ class _Tracer(Recorder):
     def _add_quantizer(self, module: str, x: Tensor, result: Tensor) -> None:
         name, _, slot = module.rpartition(".")
         if slot == "weight_q" and self._layers[name].bits.w == FLOAT:
-            return  # the weights themselves
+            return  # the quantizer returns the float weights themselves
         if slot == "weight_q":
             weight = module  # not the name of the latent weights
             self.program.weights[weight] = name, result

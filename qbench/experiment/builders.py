@@ -171,7 +171,7 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
 
 
 def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
-    """Return the networks of `conf/model` that fit the weights in a checkpoint file, as overrides to type."""
+    """Return words such as `model=resnet20` for the networks of `conf/model` that fit the weights in a checkpoint."""
     method = build_method({"name": "float"}, {"name": "none"}, Bits())
     found = []
     for words, node in _networks():
@@ -182,7 +182,7 @@ def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
 
 
 def _networks() -> Iterator[tuple[str, Node]]:
-    """Yield (overrides to type, node) for each network of `conf/model`. A network with two forms has two entries."""
+    """Yield (words to type, node) for each network of `conf/model`, and for each `model.form` if it has two forms."""
     for name in option_names("model"):
         if not option_file("model", name).is_file():  # the option comes from another package
             continue

@@ -40,8 +40,8 @@ def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps
 def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
     """Yield a warning if a float baseline is not clearly better than a constant answer.
 
-    Chance is the share of the most frequent class in the test split. The limit is chance plus a fifth of the smaller of
-    chance and 1 - chance. The baseline must exceed this limit by the one-sided 95 % error of the test sample.
+    Chance is the share of the most frequent class in the test split. The limit is chance + min(chance, 1 - chance) / 5.
+    The baseline must exceed this limit by the one-sided 95 % error of the test sample.
 
     Args:
         top1: test top-1 of the baseline in percent.

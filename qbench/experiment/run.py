@@ -77,7 +77,7 @@ def run(
     with context.lock(directory):
         if stored := stored_result():  # another process has finished the run
             return stored
-        repeated = directory.has_result() or planned.config.debug  # of a failed run, or to be replaced
+        repeated = directory.has_result() or planned.config.debug  # an earlier attempt left files
         if context.writes and repeated:
             directory.reset(whole=rerun or replace_other_data or directory.stored() is not None)
         try:

@@ -17,7 +17,7 @@ from qbench.system.gpus import VISIBLE
 from qbench.system.signals import STOP_SIGNALS, stop_on_signals
 
 GRACE_SECONDS = 90.0
-"""Maximum seconds from a signal to the end of the process. SLURM sends the signal earlier, by `signal_delay_s`."""
+"""Maximum seconds from a signal to the end of the process. SLURM signals `signal_delay_s` before the time limit."""
 PREEMPTION_SECONDS = 600.0
 """Maximum seconds for which a stopped job waits for SLURM to end it. A job that ends by itself is not queued again."""
 
@@ -45,7 +45,7 @@ class SubmittedRun:
         import submitit
 
         if self.gpus:
-            os.environ[VISIBLE] = ",".join(self.gpus)  # before torch is imported
+            os.environ[VISIBLE] = ",".join(self.gpus)  # must be set before torch is imported
         handlers = {kind: signal.getsignal(kind) for kind in STOP_SIGNALS}
         job = submitit.JobEnvironment()
         if job.num_tasks > 1:

@@ -30,7 +30,7 @@ LAUNCHERS = {
 
 
 def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bool = True) -> list[RunRecord]:
-    """Execute the runs one after the other. Return their outcomes."""
+    """Execute the runs one after the other. Return the current record of each run."""
     check(runs)
     failed: dict[Path, RunRecord] = {}
     with announced(_folders(runs)) as began, show_progress(runs, 1) if progress else nullcontext():
@@ -51,7 +51,7 @@ def run_all(runs: Sequence[PlannedRun], stop: Callable[[], int], *, progress: bo
 def launch_all(
     arguments: list[str], runs: Sequence[PlannedRun], name: str, stop: Callable[[], int], *, progress: bool = True
 ) -> list[RunRecord]:
-    """Let a launcher execute the runs in several processes. Return their outcomes.
+    """Let a launcher execute the runs in several processes. Return the current record of each run.
 
     The number of workers times the threads of a worker is at most the number of cores, but there is
     at least one worker.

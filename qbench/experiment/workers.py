@@ -144,7 +144,7 @@ def _finish(pool: Executor, waiting: RunQueue, workers: int, stop: Callable[[], 
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     working: dict[Future[Path | None], PlannedRun] = {}
-    with step_in_progress():  # each worker ends in time by itself
+    with step_in_progress():  # no time limit here: each worker has its own
         while working or (waiting and not stop()):
             while len(working) < workers and not stop() and (planned := waiting.take()):
                 try:

@@ -116,7 +116,7 @@ class SVHNNet(nn.Sequential):
             if i > 0:
                 layers[f"bn{i}"] = NORMS_2D[norm](channels)
             if i in POOLED:
-                layers[f"pool{i}"] = nn.MaxPool2d(2, ceil_mode=True)  # TensorFlow's SAME
+                layers[f"pool{i}"] = nn.MaxPool2d(2, ceil_mode=True)  # as TensorFlow's SAME
             layers[f"act{i}"] = LAST_ACTS[last_act]() if i == 6 else nn.ReLU()
             if i == 5:
                 layers["drop5"] = UnscaledDropout(dropout)

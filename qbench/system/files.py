@@ -160,7 +160,7 @@ def make_directory(path: Path) -> None:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             sync_directory(folder.parent)
-        path.mkdir(exist_ok=True)  # an error if it is a file
+        path.mkdir(exist_ok=True)  # raises an error if the path is a file
 
     convert_os_errors(make, path)
 

@@ -65,7 +65,7 @@ def _announced_in(shared: Path) -> Iterator[int]:
             ended.set()
             thread.join()
             _remove(lock)
-    with suppress(OSError):  # other processes are still announced
+    with suppress(OSError):  # not empty if other processes are still announced
         folder.rmdir()
 
 

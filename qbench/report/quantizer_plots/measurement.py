@@ -212,7 +212,7 @@ def _codewords(method: Method, probe: ProbeLayer) -> Codewords:
     layer = probe.layer
     w = layer.weight.detach()
     grid = layer.weight_q.grid(w)
-    assert grid is not None  # its levels are vectors
+    assert grid is not None  # the grid of a product quantizer has vectors as levels
     points = grid.points[0]
     decoded = layer.weight_q(w).detach()
     fixed = not layer.weight_q(layer.weight).requires_grad
