@@ -137,7 +137,7 @@ def run_in_local_jobs(
                         repeated.add(ended.planned.path)
                         queue.put_off(ended.planned, ended.planned.path)
             for each in working if stop() else ():
-                os.kill(int(each.job.job_id), signal.SIGTERM)  # the run gets it, and first saves its state
+                os.kill(int(each.job.job_id), signal.SIGTERM)  # the run gets the signal, and first saves its state
 
 
 def _start(planned: PlannedRun, settings: JobSettings, folder: Path, gpus: TakenGpus | None) -> Any:

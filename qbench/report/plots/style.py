@@ -98,7 +98,7 @@ def _mark_cut_bars(panel: Axes) -> None:
     """Draw an arrow at the edge of a panel where the edge cuts a confidence interval that `points` has drawn."""
     bottom, top = panel.get_ylim()
     for bars in panel.containers:
-        for (x, low), (_, high) in filter(len, bars.lines[2][0].get_segments()):  # no ends without interval
+        for (x, low), (_, high) in filter(len, bars.lines[2][0].get_segments()):  # a point without interval has no ends
             look = {"color": bars.lines[0].get_color(), "ls": "", "ms": 5, "clip_on": False, "zorder": 5}
             if high > top:
                 panel.plot(x, top, marker=CARET_UP, scalex=False, scaley=False, **look)
