@@ -57,7 +57,7 @@ def _drawings(method: str, options: str, bits: tuple[int, ...]) -> list[Quantize
     try:
         node = {"name": method} | json.loads(options)
         curves = forward_curves(build_method(node, {"name": "none"}, Bits(*bits)))
-    except (QbenchError, Unsupported, ValueError, TypeError, RuntimeError):  # options of another version, or damaged options
+    except (QbenchError, Unsupported, ValueError, TypeError, RuntimeError):  # options of another version, or damaged
         return []
     return [_drawing(what, curve) for what, curve in curves.items()]
 
