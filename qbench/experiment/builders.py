@@ -60,7 +60,10 @@ def _created_dataset(node: Node) -> Dataset:
     name, val = str(node["name"]), float(node.get("val", registry.VAL))
     returned = registry.create("dataset", _arguments(node))
     if has_validation(returned) and val != registry.VAL and not registry.takes("dataset", node, "val"):
-        raise ConfigError(f"dataset.val={val} has no effect, because {name} returns a validation split of its own")
+        raise ConfigError(
+            f"dataset.val={val} has no effect, because {name} returns a validation split of its own\n"
+            "leave out dataset.val"
+        )
     try:
         return as_dataset(name, returned, val)
     except DataError as error:
