@@ -409,7 +409,7 @@ def test_parameters_without_a_gradient_are_named(
 ) -> None:
     words += [f"method={method}", "bits=w2" if method == "dorefa" else "bits=auto", "optim@pretrain.optim=adam"]
     result = run(planned_run(configure(*words, f"model=users_networks:{network}")))
-    found = [line for line in result.warnings if line.startswith("not trained")]
+    found = [line for line in result.warnings if line.startswith("parameters not trained")]
     assert found == (
         [
             f"parameters not trained: {parameters} had no gradient in the first 18 steps; "
@@ -427,7 +427,7 @@ def test_weights_that_a_method_freezes_are_not_named(
     network = [f"method={method}", "bits=auto", "model=mlp", "model.width=16", f"epochs={epochs}", "distill=none"]
     result = run(planned_run(configure(*words, *network)))
     assert result.status == "done"
-    assert not [line for line in result.warnings if line.startswith("not trained")]
+    assert not [line for line in result.warnings if line.startswith("parameters not trained")]
 
 
 @pytest.mark.parametrize(("network", "same"), [("seeded", True), ("loaded", True), ("by_seed", False)])

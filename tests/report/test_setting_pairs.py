@@ -261,7 +261,7 @@ def test_a_pair_that_only_the_adjustment_decides_is_undecided() -> None:
         f"No difference in 3 pairs of settings is significant; closest: a and d at w2a2g32, p = {pair.p_holm:.2g}"
     )
     assert "is significantly different from d (+0.40 ±" in table.notes[-1]
-    assert ": significant only without the adjustment for 3 pairs" in table.notes[-1]
+    assert ") only without the adjustment for 3 pairs" in table.notes[-1]
     assert "above" not in table.notes[-1]
 
 
