@@ -226,7 +226,7 @@ def test_a_ramp_after_a_bounded_ramp() -> None:
 
 
 REFUSED = [
-    (("method=dorefa", "bits=w4a2"), "layer1.0.conv1: the numba kernels do not support 16 levels; .* 1 or 2 bits"),
+    (("method=dorefa", "bits=w4a2"), "layer1.0.conv1: the numba kernels do not support 16 levels; .*1 or 2 bits"),
     (("method=dorefa", "bits=w2a4"), "do not support 16 levels"),
     (("method=bwn",), "no layer has both weights and activations of 1 or 2 bits"),
     (("method=xnor", "method.scale=K"), "do not support"),
