@@ -116,7 +116,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
         # -1 or 1 where |t| is the maximum, else 0
         ends = t.div(top).trunc_()
         # gradient of the maximum, divided equally among the elements that attain it
-        share = scalar((grad * t).sum() / ends.abs().sum().clamp_(min=1)) / top
+        share = scalar((grad * t).sum() / ends.abs().sum().clamp(min=1)) / top
         # gradient of t / top with respect to t: (grad - ends * share) / top
         return grad.sub(ends.mul_(share)).div_(top)
 

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor
 
+from qbench.quant.recording import recording
+
 Fill = Callable[..., None]
 """Function (block of x, block of the result, *scratch) that computes one block of the result in `blockwise`.
 """
@@ -31,8 +33,11 @@ MAX_EDGES = 31
 def scalar(x: Tensor) -> float | Tensor:
     """Return a one-element tensor as a number if it is on the CPU, else as a detached tensor.
 
-    Reading a number from another device would make the CPU wait for that device.
+    Reading a number from another device would make the CPU wait for that device. While a function is recorded, the
+    result is a tensor of the type of Python's numbers.
     """
+    if recording.get():
+        return x.detach().double()
     return x.item() if x.device.type == "cpu" else x.detach()
 
 
@@ -42,7 +47,9 @@ def next_float(value: float | Tensor, towards: float, dtype: torch.dtype) -> flo
     With the returned number as a bound, an open interval includes `value`.
     """
     if isinstance(value, Tensor):
-        return torch.nextafter(value, torch.full_like(value, towards))
+        number = value.to(dtype)
+        following = torch.nextafter(number, torch.full_like(number, towards))
+        return torch.where((number - value) * towards > 0, number, following)
     return _next_float_of_number(value, towards, dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.bits import Bits
+from qbench.quant import elementwise
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.ops import named_transform, recompute_in_backward
 from qbench.quant.quantizer import Quantizer
@@ -60,9 +61,23 @@ def _finite(layer: "QLayer", input: Tensor) -> Tensor:
     return _check_finite(layer, "input", input)
 
 
+def _quantized_input(layer: "QLayer", input: Tensor) -> Tensor:
+    """Return the quantized input of a layer. Raise `NotFinite` if the input contains inf or nan.
+
+    Compiled quantizers look for inf and nan while they read the input. After all others, the input is read again.
+    """
+    if torch.compiler.is_compiling():
+        return layer.input_q(input)
+    with elementwise.finite_input() as found:
+        x = layer.input_q(input)
+    if not found.is_finite(input):
+        _check_finite(layer, "input", input)
+    return x
+
+
 def _quantized(layer: "QLayer", input: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Return the output of a layer, computed from its quantized input and quantized weights."""
-    x, w = layer.input_q(_finite(layer, input)), layer.weight_q(layer.weight)
+    x, w = _quantized_input(layer, input), layer.weight_q(_check_finite(layer, "weights", layer.weight))
     with recompute_in_backward(x):
         y = compute(x, w)
     return layer.output_q(y, input)

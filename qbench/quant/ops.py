@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import saved_tensors_hooks
 
+from qbench.quant import elementwise
 from qbench.quant.fused_kernels import at_least
 
 P = ParamSpec("P")
@@ -253,11 +254,12 @@ class _Forms(NamedTuple):
 class _Fused(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, saved: Tensor | None, restore: Values, forms: _Forms, *learned: Tensor
-    ) -> Tensor:
+        ctx: Context, x: Tensor, made: list[Tensor], saved: Tensor | None, backward: Gradients, plain: Values,
+        *learned: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x if saved is None else saved, *learned)
-        ctx.as_codes, ctx.restore, ctx.forms = saved is not None, restore, forms
-        return forms.value(x, *learned)
+        ctx.as_codes, ctx.gradients, ctx.plain = saved is not None, backward, plain
+        return made.pop()
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -265,11 +267,11 @@ class _Fused(Function):
         if torch.is_grad_enabled():  # with create_graph=True, the gradient is differentiated too
             if ctx.as_codes:
                 raise NotImplementedError("second derivatives need runtime.activation_memory=recompute or keep")
-            first, *others = _gradients_by_definition(ctx.forms.plain, grads[0], saved, *learned)
+            first, *others = _gradients_by_definition(ctx.plain, grads[0], saved, *learned)
         else:
-            result = ctx.forms.backward(grads[0], ctx.restore(saved), *learned)
+            result = elementwise.call(ctx.gradients, grads[0], saved, *learned)
             first, *others = result if isinstance(result, tuple) else (result,)
-        return first, None, None, None, *others
+        return first, None, None, None, None, *others
 
 
 def _gradients_by_definition(plain: Values, grad: Tensor, *inputs: Tensor) -> list[Tensor | None]:
@@ -325,33 +327,52 @@ def fused_quantizer(
         forms = forms.in_float32(x.dtype, masks)
     if torch.compiler.is_compiling() or not _fused.get():
         return forms.plain(x, *learned)
+    fixed = [parameter.detach() for parameter in learned]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *learned)):
         if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]  # the derivative would be 0
             raise NotImplementedError(TRANSFORMS)
-        return forms.value(x.detach(), *learned)
+        result: Tensor = _computed(forms.value, x.detach(), *fixed)
+        return result
     # Save x itself for the backward pass, or the numbers of its cells in one or two bytes per element.
-    saved, codes = x.detach(), None
-    restore: Values = _identity
+    again, gradients, codes = forms.value, forms.backward, None
     mode = _memory.get()
     if mode == "codes" and cells and cells.size <= MAX_CELLS:
-        saved, restore = _as_codes(saved, cells)
-        codes = saved
-    result = _apply(_Fused, x, codes, restore, forms, *learned)
+        both, again, gradients = _with_codes(forms, cells, wide_type(x))
+        made, codes = _computed(both, x.detach(), *fixed)
+    else:
+        made = _computed(forms.value, x.detach(), *fixed)
+    result = _apply(_Fused, x, [made], codes, gradients, forms.plain, *learned)
     if repeatable and mode != "keep":
-        fixed = [parameter.detach() for parameter in learned]
-        result.recompute = lambda: forms.value(restore(saved), *fixed)  # type: ignore[attr-defined]
+        saved = x.detach() if codes is None else codes
+        result.recompute = lambda: _computed(again, saved, *fixed)  # type: ignore[attr-defined]
     return result
 
 
-def _as_codes(x: Tensor, cells: Cells) -> tuple[Tensor, Values]:
-    """Return the number of the cell of each element, and a function that returns elements of these cells."""
-    dtype = wide_type(x)
-    numbers = cells.number(x.to(dtype)).to(torch.uint8 if cells.size <= 256 else torch.int16)
-    return numbers, lambda number: cells.inside(number.to(dtype))
+def _computed(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Return the result of a function without gradient."""
+    with torch.no_grad():
+        return elementwise.call(function, *tensors)
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+def _with_codes(
+    forms: _Forms, cells: Cells, dtype: torch.dtype
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Values, Gradients]:
+    """Return the functions that save the number of each element's cell instead of the element.
+
+    Args:
+        dtype: type in which the quantizer computes.
+
+    Returns:
+        a function of x and the learned parameters that returns the result and the cell numbers; the function `value`
+        and the function `backward` of `fused_quantizer`, both with the cell numbers instead of x.
+    """
+    value, backward, inside = forms.value, forms.backward, cells.inside
+    number, kind = cells.number, torch.uint8 if cells.size <= 256 else torch.int16
+    return (
+        lambda x, *learned: (value(x, *learned), number(x.to(dtype)).to(kind)),
+        lambda codes, *learned: value(inside(codes.to(dtype)), *learned),
+        lambda grad, codes, *learned: backward(grad, inside(codes.to(dtype)), *learned),
+    )
 
 
 @contextmanager
