@@ -12,11 +12,11 @@ fast and does not import torch.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qbench.api.networks import install
     from qbench.api.results import Runs, Tables, compare, load, load_model
     from qbench.api.training import run, sweep
     from qbench.errors import QbenchError
     from qbench.quant.fold import fold_quantized_weights as fold
-    from qbench.quant.install import install
     from qbench.runs.reader import RunRecord
     from qbench.runs.result import Result
 else:
@@ -28,7 +28,7 @@ else:
         "Tables": "qbench.api.results",
         "compare": "qbench.api.results",
         "fold": "qbench.quant.fold:fold_quantized_weights",
-        "install": "qbench.quant.install",
+        "install": "qbench.api.networks",
         "load": "qbench.api.results",
         "load_model": "qbench.api.results",
         "run": "qbench.api.training",

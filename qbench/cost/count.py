@@ -79,8 +79,9 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
         model: the float network. It is not changed.
         shape: shape (C, H, W) of an image.
     """
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    device = "cpu" if max(weights, prod(shape)) <= MOST_NUMBERS_ON_CPU else "meta"
+    numbers = max(sum(parameter.numel() for parameter in model.parameters()), prod(shape))
+    has_values = not any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
+    device = "cpu" if has_values and numbers <= MOST_NUMBERS_ON_CPU else "meta"
     try:
         with _counted_on(device):
             # Each module occurs once, under its first name. With several names, torch would not restore its tensors.

@@ -5,13 +5,15 @@ only activations whose output is read by these layers alone. A network can decla
 attribute is missing and the method needs it, qbench runs the network to find these layers.
 """
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.graph import IMAGE, UNKNOWN, Operation, operations
+from qbench.quant.graph import IMAGE, UNKNOWN, Operation, operations, state_restored
 from qbench.quant.image import REARRANGING
 from qbench.quant.layers import BypassedActivation
 from qbench.quant.method import Method, Unsupported
@@ -25,6 +27,8 @@ COMMUTING = REARRANGING | {
     "max_pool1d", "max_pool2d", "max_pool3d",
 }  # fmt: skip
 """torch functions and modules that commute with ReLU."""
+
+logger = logging.getLogger("qbench")
 
 FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "relu6", "hardtanh")
 """torch functions that networks use in place of `nn.ReLU`. They cannot be bypassed, because they are not modules."""
@@ -51,14 +55,17 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
     """Run a network to find the layers that each activation feeds.
 
     Here, an activation is a module of the class `nn.ReLU`. The network may call the module several times. Operations
-    that commute with ReLU, such as max pooling, may be between an activation and a layer.
+    that commute with ReLU, such as max pooling, may be between an activation and a layer. An activation that something
+    else reads in evaluation or in training cannot be replaced.
 
     Args:
         example: one batch of images (N, C, H, W). The meta device is allowed.
         layers: the names of the layers.
     """
-    graph = operations(model, example, layers)
-    if any(UNKNOWN in operation.reads for operation in graph):
+    with state_restored(model):
+        graph = operations(model, example, layers)
+        in_training = _operations_in_training(model, example, layers)
+    if any(UNKNOWN in operation.reads for operation in (*graph, *in_training)):
         return TracedFeeds(
             {},
             dict.fromkeys(
@@ -66,10 +73,37 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
                 "the network reads values of unknown origin (from tensors that are not buffers, or from NumPy)",
             ),
         )
+    found, others = _readers_of_activations(graph, layers)
+    _, others_in_training = _readers_of_activations(in_training, layers)
+    for module, reason in others_in_training.items():
+        if found.pop(module, None):
+            others[module] = f"in training, {reason}"
+    fed = {layer for read in found.values() for layer in read}
+    return TracedFeeds(found, {layer: _reason(graph, layer, others) for layer in layers if layer not in fed})
+
+
+def _operations_in_training(model: nn.Module, example: Tensor, layers: Collection[str]) -> list[Operation]:
+    """Return the operations of a network in training mode, or [] if it does not run on images alone in this mode."""
+    images = torch.cat([example, example]) if len(example) == 1 else example  # batch normalization needs two values
+    try:
+        return operations(model, images, layers, training=True)
+    except Exception as error:
+        logger.warning(
+            "the network does not run on images alone in training mode (%s: %s); therefore it was not checked "
+            "whether training reads the activation functions that quantizers replace",
+            type(error).__name__, str(error).partition("\n")[0],
+        )  # fmt: skip
+        return []
+
+
+def _readers_of_activations(
+    graph: Sequence[Operation], layers: Collection[str]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Return the layers that read each activation, if nothing else reads it, and else the reason, as text."""
     activations = [operation for operation in graph if operation.module and operation.kind == "ReLU"]
     readers = {operation.name: list(_readers(graph, operation.name)) for operation in activations}
     found: dict[str, tuple[str, ...]] = {}
-    others: dict[str, str] = {}  # an activation that something else reads -> the reason
+    others: dict[str, str] = {}
     for module in dict.fromkeys(operation.module for operation in activations if operation.module):
         calls = [operation.name for operation in activations if operation.module == module]
         read_by = [reader for call in calls for reader in readers[call]]
@@ -80,8 +114,7 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
             others[module] = f"{module} {shared}also feeds {what}"
         else:
             found[module] = tuple(dict.fromkeys(reader.module for reader in read_by if reader.module))
-    fed = {layer for read in found.values() for layer in read}
-    return TracedFeeds(found, {layer: _reason(graph, layer, others) for layer in layers if layer not in fed})
+    return found, others
 
 
 def _readers(graph: Sequence[Operation], name: str) -> Iterator[Operation]:

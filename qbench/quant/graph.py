@@ -5,6 +5,7 @@ does not change the results of training. Calls are intercepted without hooks, be
 modules by other code than usual.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -97,8 +98,10 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call
         yield calls
 
 
-def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -> list[Operation]:
-    """Return the operations of a network in execution order, recorded in eval mode.
+def operations(
+    model: nn.Module, images: Tensor, layers: Collection[str] = (), *, training: bool = False
+) -> list[Operation]:
+    """Return the operations of a network in execution order.
 
     A module without submodules is one operation. For other modules, the operations inside the module are listed instead
     of the module itself. Parameters and buffers are not operations.
@@ -106,6 +109,7 @@ def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -
     Args:
         images: images (N, C, H, W) to run. The meta device is allowed.
         layers: names of modules that are treated as one operation although they have submodules.
+        training: whether to run the network in training mode, which may change buffers and attributes.
     """
     single = [name for name, module in model.named_modules() if name in layers or not next(module.children(), None)]
     recorder = Recorder(model, images)
@@ -115,6 +119,7 @@ def operations(model: nn.Module, images: Tensor, layers: Collection[str] = ()) -
         intercepted_calls(model, single, recorder.call_module),
         recorder,
     ):
+        model.train(training)
         model(images)
     return recorder.operations
 
@@ -320,6 +325,33 @@ def call_inner_layers(model: nn.Module) -> None:
 
 def _keep_output(module: nn.Module, args: object, output: object) -> None:
     """Do nothing. A forward hook that returns None does not change the module's output."""
+
+
+@contextmanager
+def state_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the parameters, buffers and attributes of all modules at the end of a `with` block.
+
+    A copy of the network would not do, because attributes that share memory with a weight would be copied too. Objects
+    in attributes are not copied, except for lists, dictionaries and sets.
+    """
+    attributes = [(module, _shallow(vars(module))) for module in model.modules()]
+    values = [(t, t.data, t.detach().clone()) for t in chain(model.parameters(), model.buffers())]
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for tensor, memory, value in values:
+            memory.copy_(value)
+            tensor.data = memory
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a dictionary in which lists, dictionaries and sets are copies too."""
+    return {
+        key: copy.copy(value) if isinstance(value, list | dict | set) else value for key, value in attributes.items()
+    }
 
 
 @contextmanager

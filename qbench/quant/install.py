@@ -1,6 +1,6 @@
 """Installs a method's quantizers in a float network."""
 
-import copy
+import logging
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.feeds import bypass_activations
-from qbench.quant.graph import call_inner_layers, read_without_call
+from qbench.quant.graph import call_inner_layers, read_without_call, state_restored
 from qbench.quant.image import ImageQuantizer, image_quantizers
 from qbench.quant.layers import (
     QUANTIZED_CLASS,
@@ -21,6 +21,8 @@ from qbench.quant.layers import (
 from qbench.quant.method import Method, Unsupported, float_rule
 from qbench.quant.policy import Policy, assign, quantizable
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
+
+logger = logging.getLogger("qbench")
 
 
 def install(
@@ -41,8 +43,8 @@ def install(
         policy: selects the layers that are quantized. The default is all layers except the first and the last.
         example: one batch of images (N, C, H, W). `install` runs the network on these images. The run shows the
             execution order, the layers that read the image, the activation functions in front of layers, and weights
-            that are used without calling their layer. With None, the network is not run, and layers are in the order of
-            registration.
+            that are used without calling their layer. Layers that do not run on these images stay in float. With None,
+            the network is not run, and layers are in the order of registration.
         act: whether activation functions in front of input quantizers are kept ("keep") or removed ("fused"). With
             "auto", the method decides (`Requires`).
 
@@ -56,14 +58,15 @@ def install(
     if any(isinstance(layer, QLayer) for layer in layers.values()):
         raise Unsupported(f"{type(model).__name__} already has quantizers; the network must be a float network")
     call_inner_layers(model)
-    assigned = assign(model, method.bits, policy, example)
+    with state_restored(model):
+        assigned = assign(model, method.bits, policy, example)
+        image = image_quantizers(model, assigned, policy, example)
     quantized = [name for name, bits in assigned.items() if bits != Bits()]
     for name in quantized:
         _check_layer(name, layers[name])
     _check_shared(model, quantized)
     if example is not None and not example.is_meta:
         _check_calls(model, quantized, example[:1])
-    image = image_quantizers(model, assigned, policy, example)
     for name in quantized:
         method.check(assigned[name]._replace(a=FLOAT) if name in image else assigned[name])
     bypass_activations(method, model, assigned, image, act, example)
@@ -152,20 +155,18 @@ def _memory(parameter: Tensor) -> object:
 def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) -> None:
     """Raise `Unsupported` if evaluation or training uses weights without calling their layer."""
     images = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
-    _refuse_read(read_without_call(model, images, quantized), "")
-    _refuse_read(_read_in_training(model, torch.cat([images, 1 - images]), quantized), " in training")
-
-
-def _read_in_training(model: nn.Module, images: Tensor, quantized: Collection[str]) -> list[str]:
-    """Return the layers whose weights training uses without calling the layer.
-
-    The result is empty if the network cannot be copied or cannot run in training mode.
-    """
-    try:
-        trained = copy.deepcopy(model)  # training may change buffers and attributes
-        return read_without_call(trained, images, quantized, training=True)
-    except Exception:  # the first step of training reports this error
-        return []
+    with state_restored(model):
+        _refuse_read(read_without_call(model, images, quantized), "")
+        try:
+            read = read_without_call(model, torch.cat([images, 1 - images]), quantized, training=True)
+        except Exception as error:  # such as a network that needs labels for training
+            logger.warning(
+                "the network does not run on images alone in training mode (%s: %s); therefore it was not checked "
+                "whether training uses the weights of a quantized layer without calling the layer",
+                type(error).__name__, str(error).partition("\n")[0],
+            )  # fmt: skip
+            return
+    _refuse_read(read, " in training")
 
 
 def _refuse_read(read: Sequence[str], when: str) -> None:

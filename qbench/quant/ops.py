@@ -344,8 +344,33 @@ def fused_quantizer(
     result = _apply(_Fused, x, [made], codes, gradients, forms.plain, *learned)
     if repeatable and mode != "keep":
         saved = x.detach() if codes is None else codes
-        result.recompute = lambda: _computed(again, saved, *fixed)  # type: ignore[attr-defined]
+        unchanged = _raise_if_changed(saved, *fixed)
+
+        def recompute() -> Tensor:
+            unchanged()
+            value: Tensor = _computed(again, saved, *fixed)
+            return value
+
+        result.recompute = recompute  # type: ignore[attr-defined]
     return result
+
+
+def _raise_if_changed(*tensors: Tensor) -> Callable[[], None]:
+    """Return a function that raises an error if a tensor has been changed in place since now.
+
+    torch makes this check for tensors that it saves for the backward pass, but not inside `saved_tensors_hooks`.
+    """
+    versions = [t._version for t in tensors]
+
+    def check() -> None:
+        if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+            raise RuntimeError(
+                "a tensor of a quantized layer that is needed for the backward pass (its input, its weights or a "
+                "learned parameter of its quantizers) was changed in place after the forward pass\n"
+                "call backward before the change, or change a copy"
+            )
+
+    return check
 
 
 def _computed(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -381,15 +406,24 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
 
     This works only if x is a result of `fused_quantizer`. An operation then saves a function that recomputes x.
     """
-    recompute = None if torch.compiler.is_compiling() else getattr(x, "recompute", None)
-    if recompute is None or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hasattr(x, "recompute"):
         yield
         return
+    recompute: Callable[[], Tensor] = x.recompute
     storage = _storage(x)  # the hook exists as long as the saved tensors, so it must not refer to x
-    with saved_tensors_hooks(
-        lambda saved: recompute if _storage(saved) == storage else saved,
-        lambda saved: saved if isinstance(saved, Tensor) else saved(),
-    ):
+
+    def pack(saved: Tensor) -> Callable[[], Tensor]:
+        if _storage(saved) == storage:
+            return recompute
+        unchanged = _raise_if_changed(saved)
+
+        def unpack() -> Tensor:
+            unchanged()
+            return saved
+
+        return unpack
+
+    with saved_tensors_hooks(pack, lambda restore: restore()):
         yield
 
 

@@ -130,3 +130,42 @@ def test_a_network_without_any_relu_module_is_refused_if_one_must_be_replaced() 
     del model.feeds
     with pytest.raises(Unsupported, match="which is not possible for"):
         install(pact.build(), model, example=X.to("meta"), act="fused")
+
+
+class Supervised(nn.Module):
+    """A network whose training also reads the output of a ReLU, as an auxiliary head does. `labels` may be required."""
+
+    def __init__(self, labels: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv0, self.conv1 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.act0, self.act1, self.fc, self.aux = nn.ReLU(), nn.ReLU(), nn.Linear(4, 5), nn.Linear(4, 5)
+        self.labels = labels
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        h = self.act0(self.conv0(x))
+        y: Tensor = self.fc(self.act1(self.conv1(h)).mean((2, 3)))
+        if self.training:
+            y = y + self.aux(h.mean((2, 3)))
+            if self.labels:
+                return F.cross_entropy(y, labels)  # type: ignore[arg-type]
+        return y
+
+
+@pytest.mark.parametrize(("method", "act"), [(xnor.build(), "auto"), (hwgq.build(), "fused"), (pact.build(), "fused")])
+def test_an_activation_that_training_reads_elsewhere_is_not_replaced(method: Any, act: str) -> None:
+    model = Supervised()
+    with pytest.raises(Unsupported, match="conv1: in training, act0 also feeds mean"):
+        install(method, model, example=X, act=act)
+    assert type(model.act0) is nn.ReLU
+    install(hwgq.build(), model, example=X)
+    assert type(model.act0) is nn.ReLU
+
+
+def test_networks_that_need_labels_for_training_are_replaced_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(xnor.build(), Supervised(labels=True), example=X)
+    assert type(model.act0) is BypassedActivation
+    assert [record.name for record in caplog.records] == ["qbench"] * 2
+    assert "does not run on images alone in training mode (TypeError: cross_entropy" in caplog.text
+    assert "it was not checked whether training reads the activation functions that quantizers replace" in caplog.text
+    assert "it was not checked whether training uses the weights of a quantized layer" in caplog.text

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
+import qbench
 from qbench.methods import dorefa, gupta, inq, lsq, mlq, slq, ttq
 from qbench.quant.fold import fold_quantized_weights
 from qbench.quant.install import install
@@ -312,3 +314,67 @@ def test_a_replaced_method_of_a_layer_is_refused(method: str) -> None:
     with pytest.raises(Unsupported, match=f"1: its method {method} was replaced.*\n.*{re.escape(RULE % '1')}"):
         install(dorefa.build(w=2), net, example=X)
     install(dorefa.build(w=2), net, Policy(rules={"1": "float"}), example=X)
+
+
+class Monitored(Net):
+    """Updates a buffer and an attribute in every forward pass. With `lock`, the network cannot be copied."""
+
+    def __init__(self, lock: bool = False) -> None:
+        super().__init__(lambda net, h: net.mid(h))
+        self.register_buffer("mean", torch.zeros(()))
+        self.calls = 0
+        self.lock = threading.Lock() if lock else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.mean.mul_(0.9).add_(y.detach().mean())
+        self.calls += 1
+        return y
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_looking_at_a_network_changes_no_buffers(lock: bool) -> None:
+    model = Monitored(lock)
+    model.mean.fill_(0.25)
+    install(dorefa.build(w=2, a=2), model, example=X)
+    assert model.mean.item() == 0.25
+    assert model.calls == 0
+    model(X)
+    assert model.mean.item() != 0.25
+
+
+def test_a_network_that_cannot_be_copied_is_checked_in_training_too() -> None:
+    model = Net(lambda net, h: net.mid(h) + (h @ net.mid.weight if net.training else 0))
+    model.lock = threading.Lock()
+    with pytest.raises(Unsupported, match="mid: the weight is also used without calling the layer in training,"):
+        install(dorefa.build(w=2, a=2), model, example=X)
+
+
+class Routed(nn.Module):
+    """Chooses a layer by the sign of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        used = {int(row.sum() > 0) for row in x}
+        h = self.first(x)
+        for i in sorted(used):
+            h = self.experts[i](h)
+        y: Tensor = self.last(h)
+        return y
+
+
+def test_layers_that_the_example_does_not_reach_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    qbench.install(dorefa.build(w=2, a=2), Routed(), example=torch.ones(2, 6))
+    assert [record.getMessage() for record in caplog.records] == [
+        "layers that do not run on the example stay in float: experts.0, experts.2; "
+        "if other images use them, pass more images"
+    ]
+    caplog.clear()
+    model = qbench.install(dorefa.build(w=2, a=2), Routed(), example=torch.tensor([[1.0] * 6, [-1.0] * 6]))
+    assert list(quantized_layers(model)) == ["experts.0", "experts.1"]
+    assert "experts.2; if" in caplog.text
