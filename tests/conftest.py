@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import cache
@@ -73,9 +74,13 @@ def configure(tmp_path: Path) -> Configure:
 def composed(*words: str) -> Config:
     """Return the configuration that the words of a command line define.
 
-    Composing takes long, so the result is cached, unless a word names a file.
+    Composing takes long, so the result is cached, unless a word names a file. A seed is set afterwards, because no
+    other value depends on it.
     """
-    return (_composed if any("/" in word for word in words) else _composed_once)(*words)
+    seeds = [word for word in words if re.fullmatch(r"seed=\d{1,6}", word)]
+    others = [word for word in words if word not in seeds]
+    config = (_composed if any("/" in word for word in others) else _composed_once)(*others)
+    return replace(config, seed=int(seeds[-1].partition("=")[2])) if seeds else config
 
 
 def _composed(*words: str) -> Config:

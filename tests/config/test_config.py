@@ -375,6 +375,13 @@ def test_training_imports_what_it_uses(tmp_path: Path) -> None:
     assert done.returncode == 0, "a finished run's repeat needs no torch: " + done.stderr
 
 
+def test_a_seed_changes_nothing_else(configure: Configure) -> None:
+    """Tests share configurations that differ in it (tests/conftest.py)."""
+    (config,) = compose.configurations(["method=dorefa", "seed=3"])
+    assert configure("method=dorefa", "seed=3", f"out={config.out}") == config
+    assert configure("method=dorefa").seed == 0
+
+
 def test_own_yaml_is_read_like_omegaconfs_and_no_key_is_there_twice(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("lr: 1e-4\nday: 2026-01-02\nsecond: 1:30\non: yes\n")

@@ -232,14 +232,11 @@ def test_the_default_command(script: ModuleType) -> None:
         ("cifar10", "resnet20", 16),
     }  # fmt: skip
     assert {(c.bits.w, c.bits.a) for c in configs.values()} == {(2, 32)}
-    unsupported = set()
-    for name, config in configs.items():
-        try:
-            assemble(config, planned=True)
-        except Unsupported:
-            unsupported.add(name)
-    assert {"bwn", "gupta", "hwgq", "xnor"} <= unsupported
-    assert not {"dorefa", "inq", "lsq", "ttq", "twn", "uniform"} & unsupported
+    for name in ("bwn", "gupta", "hwgq", "xnor"):
+        with pytest.raises(Unsupported):
+            assemble(configs[name], planned=True)
+    for name in ("dorefa", "inq", "lsq", "ttq", "twn", "uniform"):
+        assemble(configs[name], planned=True)
     for keys in script.CONTROLS.values():
         (control,) = script.compose_sweep(words | keys)
         narrow = script.with_width(control, 5)
