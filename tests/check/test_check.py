@@ -3,14 +3,14 @@ is for it.
 """
 
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiered
+from conftest import composed, tiered
+from helpers import qbench
 from torch import Tensor, nn
 
 from qbench.bits import Bits
@@ -18,7 +18,7 @@ from qbench.check.kit import Finding, check, report
 from qbench.check.properties import PROPERTIES
 from qbench.check.subject import MethodUnderTest
 from qbench.cli.main import main as cli
-from qbench.config import compose, groups
+from qbench.config import groups
 from qbench.experiment.builders import build_method
 from qbench.methods import dorefa, dq, inq, pact, qcnn, qd, ttq, twn
 from qbench.methods.xnor import BinaryWeight
@@ -28,7 +28,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 
 def method_under_test(name: str) -> MethodUnderTest:
-    (config,) = compose.configurations([f"method={name}"])
+    config = composed(f"method={name}")
     build = lambda bits: build_method(config.method, config.activation, bits)  # noqa: E731
     return MethodUnderTest(name, build, config.bits.resolved())
 
@@ -370,8 +370,7 @@ def test_the_last_line_counts_properties(findings: list[Finding], verdict: str) 
 
 def checked(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run `qbench check` in a folder."""
-    command = [sys.executable, "-m", "qbench", "check", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return qbench("check", *words, cwd=folder)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

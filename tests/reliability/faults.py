@@ -210,8 +210,6 @@ def import_everything() -> None:
     """
     import gc
 
-    import matplotlib.pyplot
-    import sklearn.datasets
     import torch
     import torch.utils.tensorboard
 
@@ -226,7 +224,7 @@ def import_everything() -> None:
     torch.optim.Adam([torch.zeros(1)])
     for config in compose.configurations(["experiment=smoke", "method=dorefa"]):
         assemble(config)
-    del matplotlib, sklearn, qbench
+    del qbench
     gc.freeze()
 
 
