@@ -1,5 +1,7 @@
 """Networks and finished runs for the tests of exported files."""
 
+import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,17 +45,24 @@ def quantized(configure: Configure, *words: str) -> tuple[nn.Module, list[Tensor
     return model.eval(), [images for images, _ in parts.loader().unaugmented("test", 100)]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a finished run on digits."""
+@functools.cache
+def _finished_run(out: Path) -> Path:
+    """Return the directory below `out` of a finished run on digits, which is trained at the first call."""
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("runs")
     (config,) = compose.configurations(
         [f"out={out}", "experiment=smoke", "runtime.tensorboard=false", "runtime.threads=1", "method=lsq", "bits=w2a2"]
     )
     planned = planned_run(config)
     train_run(planned, RunContext())
     return planned.directory.path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the directory of a finished run on digits, with its float baseline beside it."""
+    whole = tmp_path_factory.getbasetemp() / "exported"
+    path = _finished_run(whole).relative_to(whole)
+    return shutil.copytree(whole, tmp_path_factory.mktemp("runs") / "o") / path
 
 
 def header_change(*path: Any) -> Callable[[dict[str, Any]], None]:

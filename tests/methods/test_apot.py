@@ -12,12 +12,14 @@ import torch
 from conftest import Configure
 from torch import Tensor
 
+from qbench.config import compose
 from qbench.errors import CheckpointError
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
 from qbench.methods import apot
 from qbench.quant.layers import quantized_layers
+from qbench.runs.result import Result
 
 SEVEN = [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1]
 SIXTEEN = [n / 48 for n in (0, 1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 32, 33, 36, 48)]
@@ -160,22 +162,24 @@ def test_degenerate_weights_stay_finite() -> None:
 FORM = ("model.form=post", "model.shortcut=B", "layers.first=w8", "layers.last=w8")
 
 
-@pytest.fixture
-def published(smoke: Configure, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A trained network of qbench, stored under the names of the authors' code."""
-    result = run(planned_run(smoke("method=apot", "bits=w3a3", *FORM)))
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], Result]:
+    """A trained network of qbench, stored under the names of the authors' code; its tensors and its result."""
+    folder = tmp_path_factory.mktemp("published")
+    words = ["experiment=smoke", "runtime.tensorboard=false", "method=apot", "bits=w3a3", *FORM]
+    (config,) = compose.configurations([*words, f"out={folder}"])
+    result = run(planned_run(config))
     state = torch.load(Path(result.run) / "last.pt", weights_only=True)["model"]
     ends = {"input_q.alpha": "act_alpha", "weight_q.alpha": "weight_quant.wgt_alpha"}
     named = {f"module.{re.sub('|'.join(ends), lambda m: ends[m[0]], name)}": t for name, t in state.items()}
-    torch.save({"epoch": 3, "state_dict": named}, tmp_path / "res.pth.tar")
-    return tmp_path / "res.pth.tar", state
+    torch.save({"epoch": 3, "state_dict": named}, folder / "res.pth.tar")
+    return folder / "res.pth.tar", state, result
 
 
 def test_a_checkpoint_of_the_authors_gives_the_same_network(
-    smoke: Configure, published: tuple[Path, dict[str, Tensor]]
+    smoke: Configure, published: tuple[Path, dict[str, Tensor], Result]
 ) -> None:
-    file, state = published
-    trained = run(planned_run(smoke("method=apot", "bits=w3a3", *FORM)))
+    file, state, trained = published
     result = run(planned_run(smoke("method=apot", "bits=w3a3", "epochs=0", f"init={file}", *FORM)))
     assert result.final.test == trained.final.test
     assert result.weights_sha256 == trained.weights_sha256
@@ -184,9 +188,9 @@ def test_a_checkpoint_of_the_authors_gives_the_same_network(
 
 
 def test_a_checkpoint_of_the_authors_needs_the_same_quantized_layers(
-    smoke: Configure, published: tuple[Path, dict[str, Tensor]]
+    smoke: Configure, published: tuple[Path, dict[str, Tensor], Result]
 ) -> None:
-    file, _ = published
+    file, _, _ = published
     usual = {"bits": "w3a3", **dict(word.split("=") for word in FORM)}
     for change in ({"layers.downsample": "float"}, {"layers.last": "same"}, {"bits": "w3a32"}):
         words = [f"{key}={value}" for key, value in (usual | change).items()]
