@@ -27,7 +27,13 @@ from qbench.experiment import session
 from qbench.report.tables.table import Table
 from qbench.training.evaluation import evaluate
 
-SMOKE = ("experiment=smoke", "runtime.tensorboard=false", "epochs=2")
+SMOKE = (
+    "experiment=smoke",
+    "runtime.tensorboard=false",
+    "epochs=2",
+    "optim.batch_size=256",
+    "pretrain.optim.batch_size=256",
+)
 WORDS = (*SMOKE, "method=dorefa", "bits=w2a2")
 
 

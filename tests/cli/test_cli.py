@@ -27,6 +27,7 @@ from qbench.training.digests import weights_sha256
 
 SMOKE = ["experiment=smoke", "method=dorefa"]
 REPEATED = [*SMOKE, "epochs=2", "bits=w2a2g6"]
+FEW_STEPS = ["runtime.tensorboard=false", "optim.batch_size=256", "pretrain.optim.batch_size=256"]
 
 
 class Output(NamedTuple):
@@ -196,7 +197,7 @@ def test_unsupported_is_recorded_with_its_reason(tmp_path: Path, run: Callable[.
 
 
 def test_a_sweep_runs_all_lists_the_unsupported_and_repeats_at_once(tmp_path: Path, run: Callable[..., Output]) -> None:
-    words = ["-m", *SMOKE, "bits.w=2,17", "seed=0,1", f"out={tmp_path}"]
+    words = ["-m", *SMOKE, *FEW_STEPS, "bits.w=2,17", "seed=0,1", f"out={tmp_path}"]
     done = qbench(*words, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^unsupported ", done.stdout, re.MULTILINE)) == 1
@@ -238,10 +239,10 @@ def test_start_from_a_checkpoint_but_not_from_one_of_another_network(
 ) -> None:
     out, _ = run_once
     (baseline,) = (out / "digits-resnet8").glob("float-*")
-    done = run(*SMOKE, f"out={tmp_path}", f"init={baseline}")
+    done = run(*SMOKE, *FEW_STEPS, f"out={tmp_path}", f"init={baseline}")
     assert done.status == 0, done.stderr
     assert "tensors loaded" in done.stderr
-    from_file = run(*SMOKE, f"out={tmp_path}", f"init={baseline / 'best.pt'}")
+    from_file = run(*SMOKE, *FEW_STEPS, f"out={tmp_path}", f"init={baseline / 'best.pt'}")
     assert from_file.stdout == done.stdout
     wrong = run(*SMOKE, f"out={tmp_path}", f"init={baseline}", "model.width=5")
     assert wrong.status == 4
@@ -250,7 +251,7 @@ def test_start_from_a_checkpoint_but_not_from_one_of_another_network(
 
 
 def test_a_damaged_baseline_is_trained_again(tmp_path: Path, run: Callable[..., Output]) -> None:
-    words = [*SMOKE, f"out={tmp_path}", "runtime.tensorboard=false"]
+    words = [*SMOKE, *FEW_STEPS, f"out={tmp_path}"]
     assert run(*words).status == 0
     before = results(tmp_path)
     (weights,) = tmp_path.rglob("float-*/best.pt")

@@ -253,6 +253,7 @@ def test_settings_of_the_same_name_show_the_keys_that_differ() -> None:
 
 def test_from_command_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = f"experiment=smoke runtime.tensorboard=false out={tmp_path / 'o'}"
+    small += " optim.batch_size=256 pretrain.optim.batch_size=256"
     words = ["settle", f"{small} method=dorefa bits=w2", f"{small} method=ttq bits=w2", "--max-seeds", "3"]
     assert main(words) == 0
     printed = capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_the_wheel_runs_from_anywhere(installed: Path, tmp_path: Path) -> None:
     where = run("-c", "import qbench.config.compose as c; print(c.__file__); print(c.conf_directory())")
     assert where.returncode == 0, where.stderr
     assert all(str(installed) in line for line in where.stdout.splitlines())
-    done = run("-m", "qbench", "experiment=smoke", "method=dorefa")
+    done = run("-m", "qbench", "experiment=smoke", "method=dorefa", "init=scratch", "runtime.tensorboard=false")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "digits-resnet8").is_dir()
     assert "dorefa" in run("-m", "qbench", "list", "methods").stdout

@@ -116,7 +116,8 @@ def test_the_distillation_loss_follows_its_formula() -> None:
 
 
 def result_of(configure: Configure, *words: str) -> Result:
-    return run(planned_run(configure("experiment=smoke", "runtime.tensorboard=false", *words)))
+    few_steps = ("optim.batch_size=256", "pretrain.optim.batch_size=256")
+    return run(planned_run(configure("experiment=smoke", "runtime.tensorboard=false", *few_steps, *words)))
 
 
 def test_a_teacher_for_every_method(configure: Configure) -> None:

@@ -11,7 +11,7 @@ from conftest import ROOT, tiered
 
 from qbench.system.streams import READER_GONE, LossyFile
 
-RUN = "experiment=smoke method=dorefa bits=w2 out=o"
+RUN = "experiment=smoke method=dorefa bits=w2 runtime.tensorboard=false out=o"
 FAILING = "experiment=smoke method=float bits.w=2 out=o"  # unsupported: status 2
 
 

@@ -26,13 +26,14 @@ def net(shape, classes):
     return nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
 """
 SMOKE = ("epochs=1", "pretrain.epochs=1", "runtime.tensorboard=false")
+FEW_STEPS = ("optim.batch_size=256", "pretrain.optim.batch_size=256")
 
 
 @pytest.fixture
 def stranger(tmp_path: Path) -> tuple[Path, Path]:
     """Return a working directory with a file strange.py, and the run of somebody else who used it."""
     (tmp_path / "strange.py").write_text(NETWORK)
-    done = qbench("method=dorefa", "bits=w2", "model=strange:net", *SMOKE, cwd=tmp_path)
+    done = qbench("method=dorefa", "bits=w2", "model=strange:net", *SMOKE, *FEW_STEPS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (tmp_path / "imported").unlink()
     return tmp_path, next(tmp_path.rglob("dorefa*"))
@@ -55,7 +56,7 @@ def test_code_named_by_a_run_needs_trust(stranger: tuple[Path, Path], every: boo
     assert trusted.returncode == 0, trusted.stderr
     assert (work / "imported").exists()
     for more in ("distill.trust=true", "model=strange:net")[: 2 if every else 1]:
-        taught = qbench("method=lsq", "distill=kd", f"distill.teacher={command}", more, *SMOKE, cwd=work)
+        taught = qbench("method=lsq", "distill=kd", f"distill.teacher={command}", more, *SMOKE, *FEW_STEPS, cwd=work)
         assert taught.returncode == 0, taught.stderr
 
 
@@ -118,7 +119,7 @@ def test_worker_processes_import_nothing_from_the_working_directory(tmp_path: Pa
     folder = [
         "dataset=folder", f"dataset.root={images}", "dataset.size=16", "dataset.resize=18", "runtime.num_workers=2",
     ]  # fmt: skip
-    sweep = ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    sweep = ["-m", "seed=0,1", "init=scratch", *FEW_STEPS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     words = sweep if of == "a sweep" else folder
     done = subprocess.run(
         [sys.executable, str(program), "experiment=smoke", "method=dorefa", "bits=w2", *SMOKE, *words],

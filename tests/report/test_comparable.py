@@ -143,6 +143,7 @@ def test_the_float_control_is_trained_as_long(change: str, configure: Configure)
 
 def test_a_sweep_warns_first_and_ends_with_conclusions_and_the_next_commands(tmp_path: Path) -> None:
     words = ["-m", "experiment=smoke", "method=dorefa,lsq", "seed=0,1", "runtime.tensorboard=false", "out=my runs"]
+    words += ["optim.batch_size=256", "pretrain.optim.batch_size=256"]
     planned = qbench("plan", *words, "bits.w=2", cwd=tmp_path)
     unfair = qbench(*words, "bits.w=2", cwd=tmp_path)
     assert unfair.returncode == 0, unfair.stderr

@@ -15,7 +15,9 @@ from qbench.runs.reader import read_run
 from qbench.system.caches import clear_caches
 from qbench.training.checkpoint import pack, unpack
 
-SMOKE = ["experiment=smoke", "runtime.tensorboard=false"]
+SMOKE = [
+    "experiment=smoke", "runtime.tensorboard=false", "optim.batch_size=256", "pretrain.optim.batch_size=256",
+]  # fmt: skip
 WORDS = [*SMOKE, "method=dorefa", "bits=w2a2"]
 
 
