@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import resumed_runs
+from conftest import long_tier
 from helpers import write_images
 from resumed_runs import (
     BATCH,
@@ -20,6 +21,7 @@ from resumed_runs import (
     EPOCHS,
     EVALUATION_BATCH,
     METHODS,
+    SMALL,
     STEPS,
     TEST_BATCHES,
     At,
@@ -58,16 +60,15 @@ report_counts = resumed_runs.report_counts
 at = resumed_runs.at
 
 
-COMBINATIONS = [(n, o, e) for n in METHODS for o in ("sgd", "adam_cosine") for e in (None, 0.9)]
-FAST = [("lsq", "adam_cosine", 0.9)]
+COMBINATIONS = [(n, o, e, []) for n in METHODS for o in ("sgd", "adam_cosine") for e in (None, 0.9)]
+FAST = ("lsq", "adam_cosine", 0.9, SMALL)
 
 
-@pytest.mark.parametrize(
-    ("name", "optimizer", "ema"),
-    [pytest.param(*c, marks=[] if c in FAST else pytest.mark.full) for c in COMBINATIONS],
-)
-def test_a_run_stopped_at_any_moment_ends_the_same(name: str, optimizer: str, ema: float | None, at: At) -> None:
-    config = at("alone", *recipe(name, optimizer, ema))
+@pytest.mark.parametrize(("name", "optimizer", "ema", "network"), [FAST, *(long_tier(*c) for c in COMBINATIONS)])
+def test_a_run_stopped_at_any_moment_ends_the_same(
+    name: str, optimizer: str, ema: float | None, network: list[str], at: At
+) -> None:
+    config = at("alone", *recipe(name, optimizer, ema), *network)
     method = registry.create("method", {"name": name})
     if ema is not None and "no_master" in method.traits:
         with pytest.raises(Unsupported, match="keeps no float weights that could be averaged"):
@@ -87,10 +88,15 @@ def test_a_run_stopped_at_any_moment_ends_the_same(name: str, optimizer: str, em
         tally("runs stopped and resumed (R3)")
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("ttq", "sgd"), pytest.param("lsq", "radam", marks=pytest.mark.full)])
-def test_a_run_stopped_inside_an_update_of_several_batches_ends_the_same(name: str, optimizer: str, at: At) -> None:
+@pytest.mark.parametrize(
+    ("name", "optimizer", "network"),
+    [("ttq", "sgd", SMALL), long_tier("ttq", "sgd", []), long_tier("lsq", "radam", [])],
+)
+def test_a_run_stopped_inside_an_update_of_several_batches_ends_the_same(
+    name: str, optimizer: str, network: list[str], at: At
+) -> None:
     """Six batches an epoch make updates of four and two batches."""
-    config = at("alone", *recipe(name, optimizer, None, epochs=2, accumulate=4, warmup=0.5))
+    config = at("alone", *recipe(name, optimizer, None, epochs=2, accumulate=4, warmup=0.5), *network)
     whole, _ = uninterrupted(config)
     for call, inside in ((1, True), (3, True), (4, False), (5, True), (EPOCH_CALLS + 2, True)):
         again = with_baseline_of(config, whole, f"stopped{call}")
@@ -169,13 +175,13 @@ def test_logging_and_saving_do_not_change_a_run(name: str, at: At, monkeypatch: 
         tally("runs with other logging (R4)")
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("workers", "epochs"), [(2, 1), long_tier(2, 2), long_tier(1, 2)])
 def test_the_number_of_workers_does_not_change_a_run(
-    workers: int, at: At, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, epochs: int, at: At, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = write_images(tmp_path / "set", count=12)
-    words = [*recipe("dorefa", "sgd", None, epochs=2, batch_size=8), "dataset=folder", f"dataset.root={root}"]
+    words = [*recipe("dorefa", "sgd", None, epochs=epochs, batch_size=8), "dataset=folder", f"dataset.root={root}"]
     words += ["dataset.size=12", "dataset.resize=16", "dataset.val=0.25"]
     config = at("alone", *words, "runtime.num_workers=0")
     assert isinstance(assemble(config).data.train, FileSplit), "the images must stream"
@@ -216,8 +222,10 @@ def evaluate_twice(model: nn.Module, batches: Iterable[Batch], *more: Any, **opt
     return evaluate(model, batches, *more, **options)
 
 
-@every_method
-def test_evaluation_does_not_change_training(name: str, at: At, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "network"), [("dorefa", SMALL), *(long_tier(n, []) for n in METHODS)])
+def test_evaluation_does_not_change_training(
+    name: str, network: list[str], at: At, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With other batch sizes, losses differ in the last bits.
 
     `best` depends on them, everything else is equal.
@@ -234,9 +242,9 @@ def test_evaluation_does_not_change_training(name: str, at: At, monkeypatch: pyt
         return original_batches(loader, split, limit, EVALUATION_BATCH if split == "train" else 7)
 
     monkeypatch.setattr(State, "digest", digest)
-    base, calls = uninterrupted(at("alone", *recipe(name, "sgd", None)))
+    base, calls = uninterrupted(at("alone", *recipe(name, "sgd", None), *network))
     monkeypatch.setattr(Loader, "unaugmented", batches)
-    again, more_calls = uninterrupted(at("other", *recipe(name, "sgd", None)))
+    again, more_calls = uninterrupted(at("other", *recipe(name, "sgd", None), *network))
     assert more_calls > calls
     half = len(ends) // 2  # the digest of a run comes after that of its baseline
     assert ends[half - 1] == ends[-1], with_replay("training state")

@@ -1,5 +1,6 @@
 """Layer statistics: computed by hand, without effect on training, complete in TensorBoard."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -190,6 +191,7 @@ def test_observation_does_not_change_a_run(name: str, configure: Configure, tmp_
         f"method={name}",
         *(RUNS.get(name) or [f"bits={quantizing_bits(name)}"]),
         "runtime.tensorboard=false",
+        "optim.batch_size=192",
     ]
     if name == "float":
         words.append("pretrain.epochs=3")
@@ -275,6 +277,7 @@ def test_short_epochs_are_observed_at_intervals(
     """
     monkeypatch.setattr(monitor, "MIN_STEPS_BETWEEN", 100)
     words = [*WORDS, "method=lsq", "epochs=7", "runtime.tensorboard=false", f"runtime.observe={level}"]
+    words += ["model=mlp", "model.hidden=3", "model.width=16"]
     assert [record["step"] for record in records_of(run_quietly(configure(*words)), "layers")] == steps
 
 
@@ -288,9 +291,14 @@ def test_the_level_is_not_part_of_the_identity(configure: Configure) -> None:
 
 
 def events(result: Result) -> Any:
+    return _events(result.run)
+
+
+@functools.cache
+def _events(run: str) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(result.run, size_guidance={"histograms": 0}).Reload()
+    return EventAccumulator(run, size_guidance={"histograms": 0}).Reload()
 
 
 @pytest.fixture(scope="module")
