@@ -116,14 +116,14 @@ def test_a_signal_while_another_run_holds_the_directory(configure: Configure, tm
     assert not list(tmp_path.rglob("result.json"))
 
 
-@pytest.mark.parametrize("rank", tiered([0, 1], [1]))
-def test_a_lost_process(tmp_path: Path, rank: int, alone: dict[str, str | None]) -> None:
+@pytest.mark.parametrize(("rank", "size"), [long_tier(0, 1), (1, 2), long_tier(1, 4)])
+def test_a_lost_process(tmp_path: Path, rank: int, size: int, alone: dict[str, str | None]) -> None:
     wrong = {rank: {"at_step": STEPS_OF_BASELINE + 9, "step_fault": "kill"}}
     statuses, log = run(DOREFA, 2, tmp_path, wrong)
     assert statuses == [-9 if r == rank else 75 for r in range(2)], log
     assert len(re.findall("^qbench: a process was lost; to continue, repeat the command$", log, re.MULTILINE)) == 1, log
     assert not list(tmp_path.glob("*/dorefa-*/result.json"))
-    check_same_end(tmp_path, 4 if rank else 1, alone)
+    check_same_end(tmp_path, size, alone)
 
 
 @pytest.mark.parametrize(("name", "rank"), [("USR2", 1), pytest.param("TERM", 0, marks=pytest.mark.full)])

@@ -641,8 +641,8 @@ def fuzz(check: Callable[..., None], shard: int, count: int, *examples: st.Searc
 
 
 def shards(total: int, each: int) -> list[Any]:
-    """One shard of 20 examples for the fast tier, and the shards of the full tier."""
-    return [(0, 20), long_tier(0, 40), *(long_tier(n, each) for n in range(1, total // each + 1))]
+    """One shard of 10 examples for the fast tier, and the shards of the full tier."""
+    return [(0, 10), long_tier(0, 40), *(long_tier(n, each) for n in range(1, total // each + 1))]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import faults
 import pytest
 import yaml
-from conftest import counted, tiered
+from conftest import counted, long_tier, tiered
 from faults import Job, Server
 from helpers import processes_of, qbench
 
@@ -123,7 +123,8 @@ def wrong_logs(out: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("count", tiers(2, 200))
+@pytest.mark.full
+@pytest.mark.parametrize("count", [2, 200])
 def test_killed_at_random_moments(server: Server, tmp_path: Path, count: int, note: Note) -> None:
     """R1, R19: the same command, repeated until it is not killed, ends like an undisturbed run."""
     ordinary = qbench(*LONG, f"out={tmp_path / 'ordinary'}")  # a process that the fork server did not start
@@ -245,7 +246,7 @@ def one(out: Path, pattern: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("rounds", "count"), tiers((1, 3), (20, 16)))
+@pytest.mark.parametrize(("rounds", "count"), [(1, 2), long_tier(1, 3), long_tier(20, 16)])
 def test_processes_that_need_the_same_untrained_baseline(
     server: Server, tmp_path: Path, rounds: int, count: int, note: Note
 ) -> None:

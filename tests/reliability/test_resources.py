@@ -33,7 +33,7 @@ def verify_checkpoints(out: Path) -> None:
         unpack(path.read_bytes(), str(path))
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(0, marks=pytest.mark.full)], ids=["some", "all"])
+@pytest.mark.parametrize("count", tiered([1, 2, 0], [1]), ids=["one", "some", "all"])
 @pytest.mark.parametrize("tensorboard", tiered([False, True], [True]), ids=["plain", "tensorboard"])
 def test_a_write_error_at_any_point(tmp_path: Path, count: int, tensorboard: bool) -> None:
     words = [*WORDS, f"runtime.tensorboard={str(tensorboard).lower()}"]
