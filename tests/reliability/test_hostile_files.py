@@ -90,8 +90,14 @@ class Code:
         return self.function, (f"touch {self.marker}" if self.function is os.system else str(self.marker),)
 
 
-def hostile(marker: Path, good: dict[str, Tensor]) -> dict[str, bytes]:
-    """Return name -> hostile file. `good` is a state_dict that fits."""
+def hostile(marker: Path, good: dict[str, Tensor], bomb: int, names: int) -> dict[str, bytes]:
+    """Return name -> hostile file.
+
+    Args:
+        good: a state_dict that fits.
+        bomb: bytes that a small file becomes if it is unpacked.
+        names: number of names of tensors, which together have at least 18 million letters.
+    """
     name = next(iter(good))
     legacy = torch_saved({"a": torch.ones(4)}, _use_new_zipfile_serialization=False)
     head, _, tail = legacy.partition(b"cpuq\x06K\x04N")
@@ -123,7 +129,7 @@ def hostile(marker: Path, good: dict[str, Tensor]) -> dict[str, bytes]:
         "a plain pickle": pickle.dumps({"a": [1.0]}),
         "a pickle by name": zipped(PROTOCOL + b"cposix\nsystem\nX\4\0\0\0true\x85R."),
         "eval": zipped(PROTOCOL + b"cbuiltins\neval\nX\1\0\0\x001\x85R."),
-        "bomb": zipped(tensor(2**28, 4), bytes(2**30), zipfile.ZIP_DEFLATED),
+        "bomb": zipped(tensor(bomb // 4, 4), bytes(bomb), zipfile.ZIP_DEFLATED),
         "overlapping": overlapping(10**7, 200),
         "storage of 2^40": zipped(tensor(2**40, 4), bytes(16)),
         "storage of less": zipped(tensor(400, 400), bytes(16)),
@@ -140,7 +146,7 @@ def hostile(marker: Path, good: dict[str, Tensor]) -> dict[str, bytes]:
         "bytes of 2^60": zipped(b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"abc"),
         "frame of 2^60": zipped(b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b"abc"),
         "memo of 2^31": zipped(PROTOCOL + b"}r\xff\xff\xff\x7f."),
-        "1,000,000 names": torch_saved({f"n{i}": nothing for i in range(10**6)}),
+        "1,000,000 names": torch_saved({f"n{i}".ljust(18 * 10**6 // names, "n"): nothing for i in range(names)}),
         "long names": torch_saved(good | long_names),
         "numbers as names": torch_saved(dict(enumerate(good.values()))),
         "tuples as names": torch_saved({(1, 2): torch.ones(2)}),
@@ -196,10 +202,18 @@ for path in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def hostile_files(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """Return the path of a file that hostile code would create, and hostile files by name."""
+def hostile_files(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, dict[str, bytes]]:
+    """Return the path of a file that hostile code would create, and hostile files by name.
+
+    Only the long tier measures the time and the memory that a file takes. For the fast tier, files are smaller.
+    """
     marker = tmp_path_factory.mktemp("marker") / "code-ran"
-    return marker, hostile(marker, assemble(compose_config(whole)).float_model().state_dict())
+    measured = any(item.get_closest_marker("full") for item in request.session.items)
+    good = assemble(compose_config(whole)).float_model().state_dict()
+    bomb, names = (2**30, 10**6) if measured else (2**24, 10**5)
+    return marker, hostile(marker, good, bomb, names)
 
 
 def test_the_hostile_code_runs_without_protection(tmp_path: Path) -> None:
