@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import pytest
 from conftest import ROOT, Configure, tiered
 from helpers import processes_of, qbench, results, semaphores
@@ -18,6 +19,7 @@ from qbench.experiment import run_queue, workers
 from qbench.experiment.planned_run import planned_run
 
 SMOKE = ["-m", "experiment=smoke", "runtime.tensorboard=false"]
+LARGE_BATCHES = ["optim.batch_size=256", "pretrain.optim.batch_size=256"]  # few steps
 SABOTAGE = """
 import dataclasses, os, sys
 from qbench.errors import DataError
@@ -70,7 +72,7 @@ def test_a_malformed_value_stops_before_the_first_run(tmp_path: Path) -> None:
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, widths: str) -> None:
     (tmp_path / "mine.py").write_text(SABOTAGE)
     hows, count = "method.how=raise,not,exit,memory,spoil", len(widths.split(","))
-    words = [*SMOKE, "method=mine:build", hows, f"bits.w={widths}", "epochs=2", "out=o"]
+    words = [*SMOKE, *LARGE_BATCHES, "method=mine:build", hows, f"bits.w={widths}", "epochs=2", "out=o"]
     done = qbench(*words, cwd=tmp_path)
     assert done.returncode == 8, done.stderr
     found = list((tmp_path / "o").rglob("mine*/result.json"))
@@ -84,7 +86,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, widths: str) -> 
     assert done.stdout.count("diverged") == count
     for reason in ("KeyError: 'planted'", "SystemExit: 3", "MemoryError", "inf or nan"):
         assert reason in done.stdout, reason
-    solo = qbench(*SMOKE[1:], "method=mine:build", "bits.w=2", "epochs=2", "out=solo", cwd=tmp_path)
+    solo = qbench(*words[1:5], "method=mine:build", "bits.w=2", "epochs=2", "out=solo", cwd=tmp_path)
     assert solo.returncode == 0
     (alone,) = (digest for name, digest in digests(tmp_path / "solo").items() if name.startswith("mine"))
     assert alone in [r["weights_sha256"] for r in stored]
@@ -98,7 +100,8 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path, widths: str) -> 
 @pytest.mark.parametrize("launcher", tiered(["joblib", "submitit_local"], ["joblib"]))
 @pytest.mark.parametrize("seeds", tiered(["0", "0,1"], ["0"]))
 def test_launchers_agree_bit_for_bit_with_a_sequential_sweep(launcher: str, seeds: str, tmp_path: Path) -> None:
-    words, count = [*SMOKE, "method=dorefa", "bits=w2,w2a2g4", f"seed={seeds}"], len(seeds.split(","))
+    words = [*SMOKE, *LARGE_BATCHES, "method=dorefa", "bits=w2,w2a2g4", f"seed={seeds}"]
+    count = len(seeds.split(","))
     alone = qbench(*words, "out=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     assert len(digests(tmp_path / "alone")) == 3 * count
@@ -201,6 +204,8 @@ def test_a_worker_killed_while_the_sweep_is_checked_costs_nothing(tmp_path: Path
 
 
 LONG = pytest.mark.full
+ENDLESS = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "init=scratch", "epochs=500", "hydra/launcher=joblib"]
+"""A sweep in worker processes, whose runs begin at once and last until they are stopped."""
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ LONG = pytest.mark.full
     ],
 )
 def test_workers_end_with_the_main_process(tmp_path: Path, kinds: list[str]) -> None:
-    words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=500", f"out={tmp_path}", "hydra/launcher=joblib"]
+    words = [*ENDLESS, f"out={tmp_path}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "qbench", *words], stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -231,9 +236,18 @@ def test_workers_end_with_the_main_process(tmp_path: Path, kinds: list[str]) -> 
     assert not semaphores(process.pid)
 
 
+def has_processes(group: int) -> bool:
+    """Whether a process of a group is left, even one that has ended and whose status nobody has read."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=LONG)])
 def test_parallel_processes_stop_and_continue(tmp_path: Path, kind: signal.Signals) -> None:
-    words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4,w5", "epochs=200", f"out={tmp_path}", "hydra/launcher=joblib"]
+    words = [*ENDLESS, f"out={tmp_path}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -243,9 +257,10 @@ def test_parallel_processes_stop_and_continue(tmp_path: Path, kind: signal.Signa
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 75, message
     assert "Traceback" not in message
-    time.sleep(2)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # no process of its group is left
+    ended = time.monotonic()
+    while has_processes(process.pid) and time.monotonic() - ended < 2:
+        time.sleep(0.05)
+    assert not has_processes(process.pid)
     begun = list(tmp_path.rglob("dorefa*/config.yaml"))
     assert 1 <= len(begun) <= 2
     assert not list(tmp_path.rglob("dorefa*/result.json"))
@@ -253,13 +268,13 @@ def test_parallel_processes_stop_and_continue(tmp_path: Path, kind: signal.Signa
 
 def test_an_interrupted_sweep_continues(tmp_path: Path) -> None:
     words = [*SMOKE, "method=dorefa", "bits=w2,w3,w4", "epochs=3", f"out={tmp_path}"]
-    process = subprocess.Popen([sys.executable, "-m", "qbench", *words], stderr=subprocess.PIPE, text=True)
-    while len(list(tmp_path.rglob("dorefa*/result.json"))) < 1 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, message
-    assert "to continue, repeat the command" in message
+    with faults.server() as server:
+        job = server.start(words)
+        while len(list(tmp_path.rglob("dorefa*/result.json"))) < 1 and job.status() is None:
+            time.sleep(0.01)
+        job.kill(signal.SIGTERM)
+        assert job.wait(60) == 75, job.stderr()
+        assert "to continue, repeat the command" in job.stderr()
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
     assert 1 <= len(finished) < 4
     assert qbench(*words).returncode == 0
