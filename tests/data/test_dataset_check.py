@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import long_tier
 from PIL import Image
 from torch import Tensor
 
@@ -251,7 +253,9 @@ def test_grey_values_of_files_are_compared_too(tmp_path: Path) -> None:
     assert f"but {train:.0f} and" in note
 
 
-@pytest.mark.parametrize("build", [synthetic.build, digits.build, glyphs.build])
+@pytest.mark.parametrize(
+    "build", [synthetic.build, digits.build, partial(glyphs.build, train=3400, test=340), long_tier(glyphs.build)]
+)
 def test_data_sets_of_qbench_have_no_notes(build: Callable[[], Dataset]) -> None:
     assert dataset_notes(build()) == ()
 

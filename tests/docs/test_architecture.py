@@ -1,5 +1,6 @@
 """docs/architecture.md: every folder stands in it, its paths exist, its picture is what the source says."""
 
+import functools
 import importlib.util
 import re
 import xml.etree.ElementTree as ET
@@ -21,6 +22,7 @@ def script() -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.imports = functools.cache(module.imports)
     return module
 
 

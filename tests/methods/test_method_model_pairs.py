@@ -201,7 +201,7 @@ def failures(configs: dict[str, Config]) -> list[str]:
     return errors
 
 
-@papers("dorefa", "gupta", "lsq")
+@papers("gupta", "lsq")
 @rows
 def test_the_thin_networks_train_with_their_methods(paper: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = registry.create

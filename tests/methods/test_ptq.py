@@ -355,8 +355,8 @@ def test_int8_is_within_a_point_of_float_on_digits() -> None:
     torch.manual_seed(0)
     model = resnet.build((1, 8, 8), 10, depth=8, width=8, stem_stride=1, form="pre", shortcut="A", norm="affine")
     optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=12 * loader.steps)
-    for epoch in range(12):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=8 * loader.steps)
+    for epoch in range(8):
         for x, y in loader.train(epoch):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
