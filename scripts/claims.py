@@ -342,7 +342,8 @@ def claim_section(
     done = sum(run.status == DONE for run in runs)
     seconds = sum(run.result.wall_seconds or 0.0 for run in runs if run.result is not None)
     lines.append(
-        f"{done} of {len(runs)} runs are done. They took {seconds:.0f} s, without float baselines ({machine})."
+        f"{done} of {len(runs)} runs are done. "
+        f"They took {seconds:.0f} s, and their float baselines took more ({machine})."
     )
     return "\n".join(lines) + "\n"
 

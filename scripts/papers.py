@@ -239,7 +239,11 @@ def claimed_part(paper: Paper) -> str:
     total = len(paper.rows)
     ran = sum(bool(row.measured) for row in paper.rows)
     runnable = sum(not published.missing_requirements(row) for row in paper.rows)
-    text = f"The table shows {len(shown)} of {total} rows." if shown else f"None of the {total} values is known here."
+    text = (
+        f"The table shows {len(shown)} of {total} rows."
+        if shown
+        else f"qbench does not know any of the paper's {total} values."
+    )
     text += f" `qbench published --paper {paper.key}` lists all rows. "
     text += f"{ran} rows have been run here, and {runnable} can be run once their data are present."
     text += "".join(f" {sentence}." for sentence in absence_sentences(paper))

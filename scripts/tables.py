@@ -12,6 +12,7 @@ scripts in this folder print their tables themselves. Stored runs are not repeat
 docs/records contains the results behind the tables, so that everybody can rebuild and examine the tables.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -65,8 +66,8 @@ def table_from_sweep(command: str) -> str:
     torch = manifest["versions"]["torch"]
     machine = f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {torch}"
     note = (
-        f"`{command}`: {len(runs)} runs, which include float baselines and unsupported runs. All runs together "
-        f"took {max(times) - min(times):.0f} s. The sum of the times of single runs is {seconds:.0f} s, "
+        f"`{command}`: {len(runs)} runs, which include float baselines and unsupported runs. They "
+        f"took {max(times) - min(times):.0f} s, several at a time. Their times add up to {seconds:.0f} s, "
         f"with one thread per run ({machine})."
     )
     record = record_path(command)
@@ -94,10 +95,13 @@ def table_text(command: str, stored: bool) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    check = "--check" in arguments
-    stored = check or "--from-records" in arguments
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only the tables whose command contains a WORD")
+    parser.add_argument("--from-records", action="store_true", help="run nothing: write the tables from docs/records")
+    parser.add_argument("--check", action="store_true", help="run nothing: compare the tables with docs/records")
+    options = parser.parse_args(arguments)
+    check, words, stored = options.check, options.words, options.check or options.from_records
     os.chdir(ROOT)
-    words = [word for word in arguments if not word.startswith("--")]
     changed: list[str] = []
 
     def rebuild(match: re.Match[str]) -> str:

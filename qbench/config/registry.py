@@ -223,7 +223,7 @@ def users_file(name: str) -> Path | None:
 
 
 def source_digest(file: Path) -> str:
-    """Return the digest of a user's file. A node stores the digest as `source` next to the function's name."""
+    """Return the digest of a user's file. The configuration stores it as `source`, next to the function's name."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 

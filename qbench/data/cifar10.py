@@ -29,7 +29,7 @@ def build(
     replicate: bool = False,
     normalize: Normalize = "own",
 ) -> Dataset:
-    """Return CIFAR-10. The share `val` of the training images becomes the validation split."""
+    """Return CIFAR-10. The fraction `val` of the training images is held out for validation."""
     train, test = read_cifar(CIFAR10, root, download)
     return dataset_from_splits(
         "cifar10", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),

@@ -23,7 +23,7 @@ def build(
     replicate: bool = False,
     normalize: Normalize = "own",
 ) -> Dataset:
-    """Return CIFAR-100. The share `val` of the training images becomes the validation split."""
+    """Return CIFAR-100. The fraction `val` of the training images is held out for validation."""
     train, test = read_cifar(CIFAR100, root, download)
     return dataset_from_splits(
         "cifar100", train, test, classes=100, val=val, augment=Augment(pad, flip, replicate),

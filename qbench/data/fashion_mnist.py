@@ -25,7 +25,7 @@ def build(
     replicate: bool = False,
     normalize: Normalize = "own",
 ) -> Dataset:
-    """Return Fashion-MNIST. The share `val` of the training images becomes the validation split."""
+    """Return Fashion-MNIST. The fraction `val` of the training images is held out for validation."""
     train, test = read_mnist("FashionMNIST", root, download)
     return dataset_from_splits(
         "fashion_mnist", train, test, classes=10, val=val, augment=Augment(pad, flip, replicate),

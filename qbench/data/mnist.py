@@ -19,6 +19,6 @@ from qbench.data.normalize import Normalize
 def build(
     *, root: str = "data", download: bool = False, val: float = 0.1, pad: int = 0, normalize: Normalize = "own"
 ) -> Dataset:
-    """Return MNIST. The share `val` of the training images becomes the validation split."""
+    """Return MNIST. The fraction `val` of the training images is held out for validation."""
     train, test = read_mnist("MNIST", root, download)
     return dataset_from_splits("mnist", train, test, classes=10, val=val, augment=Augment(pad), normalize=normalize)

@@ -43,7 +43,7 @@ def build(
     contrast: float = 0.0,
     normalize: Normalize = "own",
 ) -> Dataset:
-    """Return SVHN. The share `val` of the images of `split` becomes the validation split."""
+    """Return SVHN. The fraction `val` of the images in `split` is held out for validation."""
     if split not in SPLITS:
         raise ValueError(f"split={split}: must be one of {', '.join(SPLITS)}")
     if size < 1:

@@ -67,7 +67,7 @@ class Value:
         return np.clip(low, self.floor, self.ceiling), np.clip(high, self.floor, self.ceiling)
 
     def clamp(self, low: float, high: float) -> "Value":
-        """Return the value with one more clamp."""
+        """Return the description of a value to which another clamp is applied."""
         return replace(
             self, floor=min(max(self.floor, low), high), ceiling=min(max(self.ceiling, low), high), codes=False
         )
@@ -122,9 +122,10 @@ def rescaling(value: Value, fraction: Array) -> dict[str, Array]:
 
 
 def integer_thresholds(value: Value, thresholds: Array) -> tuple[Array, Array]:
-    """Convert thresholds on real values to integer thresholds (C, E) on sign * q. Return them and the sign (C,).
+    """Convert thresholds on real values to thresholds (C, E) on integers. Return them and a sign (C,) per channel.
 
-    A number q reaches as many integer thresholds as its real value reaches thresholds.
+    A channel's integer q stands for a real value. The number of `thresholds` that the real value reaches is the number
+    of integer thresholds that sign * q reaches.
 
     Args:
         thresholds: E ascending thresholds on the real values; (1, E) for all channels, or (C, E) for each channel.

@@ -116,7 +116,7 @@ def count_ones(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def look_up(typing: Any, tables: Any, places: Any) -> Any:
-    """Return the bytes of two tables at places from 0 to 15: 16 bytes of the first table, then 16 of the second."""
+    """Look up 32 places in tables of 16 bytes: the first 16 places in the first table, the others in the second."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         shuffle = ir.FunctionType(_I8, [_I8, _I8])

@@ -21,7 +21,9 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun with the given arguments. Return the exit status of the process of lowest rank that wrote a status.
+    """Run torchrun with the given arguments. Return the exit status.
+
+    Processes write statuses. If several processes did, the result is the status of the one with the lowest rank.
 
     If no process wrote a status, because all were killed or had not begun, the result is the status of an interrupted
     run.

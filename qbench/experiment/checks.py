@@ -149,7 +149,7 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
 
 
 def check_shards(data: Dataset, optim: Optim, shards: int) -> None:
-    """Refuse shards that do not divide the batch after it was reduced to the number of training images."""
+    """Refuse shards that do not divide the batch. A batch is at most as large as the training set."""
     size, _ = batch_size_and_steps(data, optim.batch_size)
     if size % shards:
         raise ConfigError(

@@ -52,7 +52,7 @@ class JobSettings:
         return int(self.keys["nodes"]) * int(self.keys["tasks_per_node"])
 
     def executor(self, **more: Any) -> Any:
-        """Return submitit's executor with these settings. `more` contains further keys of this kind of job.
+        """Return submitit's executor with these settings. `more` contains the settings that only this executor has.
 
         Raises:
             ConfigError: a key or value is not valid, or this machine cannot submit jobs.

@@ -86,8 +86,8 @@ def _run_by_joblib(runs: Sequence[PlannedRun], limits: Sequence[str], stop: Call
     workers = worker_count(runs, limits[-1:], gpus=gpus)
     if several := [planned for planned in runs if planned.config.runtime.gpus_per_run > 1]:
         raise ConfigError(
-            f"runtime.gpus_per_run={several[0].config.runtime.gpus_per_run:g}: joblib gives a run one process\n"
-            "for a process on each GPU, type hydra/launcher=submitit_local"
+            f"runtime.gpus_per_run={several[0].config.runtime.gpus_per_run:g}: joblib starts one process for a run\n"
+            "to start a process for each GPU, type hydra/launcher=submitit_local"
         )
     with announced(_folders(runs)) as began:
         run_in_processes(runs, workers, stop, began, gpus)

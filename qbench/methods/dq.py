@@ -194,7 +194,7 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: the layer's points, scaled to each bucket. A bucket is one scale group."""
+        """Return the allowed values of each bucket: the layer's points times the bucket's scale, plus its offset."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:

@@ -258,7 +258,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 @torch.no_grad()
 def shift_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Transfer the change of mean and variance that the quantizers cause on `batches` to the running statistics."""
+    """Correct the running statistics by the change of mean and variance that quantization causes on `batches`."""
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     with float_mode(model):
         before = _measured_statistics(model, norms, batches)

@@ -158,7 +158,7 @@ def _channels(model: nn.Module, name: str, example: Tensor) -> Tensor:
     read = [image for call in calls for image in call.input]
     if any(image.shape != read[0].shape or not torch.equal(image, read[0]) for image in read):
         raise Unsupported(
-            f"{name} reads the image several times, with its channels in different places\n"
+            f"{name} reads the image several times, each time with the image's channels in another order\n"
             "leave its input float: layers.input=float"
         )
     channel = channel[:1].long()

@@ -52,7 +52,9 @@ def _tensor(entry: dict[str, Any], body: memoryview) -> Tensor:
     """Return the tensor that an entry of the header describes. The tensor shares no memory with `body`."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]], entry["data_offsets"]
     if min([0, *shape]) < 0 or not 0 <= start <= stop <= len(body) or stop - start != prod(shape) * dtype.itemsize:
-        raise ValueError(f"{shape} {entry['dtype']} in bytes {start} to {stop} of {len(body)}")
+        raise ValueError(
+            f"a tensor of shape {shape} and type {entry['dtype']} cannot be in bytes {start} to {stop} of {len(body)}"
+        )
     if start == stop:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(body[start:stop]), dtype=dtype).reshape(shape)
