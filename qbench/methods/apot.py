@@ -149,7 +149,7 @@ def quantize_edge_weight(w: Tensor, edge_scale: str = "abs") -> Tensor:
 def _top(w: Tensor, edge_scale: str) -> Tensor:
     """Return max(w) if edge_scale=max and max(w) > 0, else max|w|. If all weights are 0, return 1."""
     fixed = w.detach()
-    largest, highest = fixed.abs().max(), fixed.max()
+    largest, highest = fixed.abs().amax(), fixed.amax()
     top = torch.where(highest > 0, highest, largest) if edge_scale == "max" else largest
     return torch.where(top > 0, top, torch.ones_like(top))
 

@@ -125,7 +125,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
 
 def _largest(t: Tensor) -> float | Tensor:
     """Return max|t|, or 1 if all weights are zero, to avoid 0/0."""
-    top = scalar(torch.linalg.vector_norm(t.detach(), torch.inf))
+    top = scalar(t.detach().abs().amax())  # several times as fast as vector_norm and max
     return torch.where(top == 0, 1.0, top) if isinstance(top, Tensor) else top or 1.0
 
 

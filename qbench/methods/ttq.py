@@ -113,7 +113,7 @@ class TTQWeight(Quantizer):
         """Return the scalar threshold for the latent weights w."""
         magnitude = w.detach().abs().flatten()
         if self.threshold == "max":
-            return self.t * magnitude.max()
+            return self.t * magnitude.amax()
         zeros = round(self.t * magnitude.numel())
         return magnitude.kthvalue(zeros).values if zeros else magnitude.new_zeros(())
 

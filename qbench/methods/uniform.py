@@ -70,7 +70,7 @@ def quantize_weight(w: Tensor, bits: int, channel: bool = True) -> Tensor:
 def weight_scale(w: Tensor, bits: int, channel: bool) -> Tensor:
     """Return the step, (O, 1, ..., 1) with `channel`, else a scalar. A step is 1 if its weights are all 0."""
     magnitude = w.detach().abs()
-    top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.max()
+    top = magnitude.amax(tuple(range(1, w.dim())), keepdim=True) if channel else magnitude.amax()
     scale = top / (2 ** (bits - 1) - 1)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 

@@ -365,8 +365,8 @@ def _raise_if_changed(*tensors: Tensor) -> Callable[[], None]:
     def check() -> None:
         if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
             raise RuntimeError(
-                "a tensor of a quantized layer that is needed for the backward pass (its input, its weights or a "
-                "learned parameter of its quantizers) was changed in place after the forward pass\n"
+                "a variable needed for gradient computation has been modified by an inplace operation after the "
+                "forward pass: the input, the weights or a learned parameter of a quantized layer\n"
                 "call backward before the change, or change a copy"
             )
 

@@ -50,7 +50,7 @@ def test_float_weights(build: Callable[..., Method], mode: str) -> None:
         loss = net(IMAGES).square().sum()
         with torch.no_grad():
             net.c1.weight.mul_(3)
-        with pytest.raises(RuntimeError, match=r"in.?place"):
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
             loss.backward()
 
 
@@ -61,7 +61,7 @@ def test_weights_that_a_quantizer_returns_as_they_are(mode: str) -> None:
         loss = net(IMAGES).square().sum()
         with torch.no_grad():
             net.c1.weight.mul_(3)
-        with pytest.raises(RuntimeError, match=r"in.?place"):
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
             loss.backward()
 
 
@@ -75,7 +75,7 @@ def test_learned_parameters(build: Callable[..., Method], mode: str) -> None:
         with torch.no_grad():
             for parameter in net.c1.input_q.parameters():
                 parameter.mul_(1.5)
-        with pytest.raises(RuntimeError, match=r"in.?place"):
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
             loss.backward()
 
 
@@ -106,7 +106,7 @@ def test_a_changed_input_that_was_not_kept(build: Callable[..., Method], mode: s
     if mode == "codes" and build is not lsq.build:
         assert torch.equal(weight_gradient(build(w=32, a=2), 3.0, mode, logits)[1], expected)
         return
-    with pytest.raises(RuntimeError, match="was changed in place"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         weight_gradient(build(w=32, a=2), 3.0, mode, logits)
 
 
