@@ -21,6 +21,7 @@ from qbench.experiment.run import run
 from qbench.methods import dorefa
 from qbench.methods import float as float_method
 from qbench.models import mlp
+from qbench.quant import elementwise
 from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
@@ -315,6 +316,35 @@ def test_activations_in_memory_give_identical_weights(smoke: Configure, tmp_path
         planned_run(smoke("method=dorefa", "bits=w2a2", f"out={tmp_path / 'b'}", f"runtime.activation_memory={mode}"))
     )
     assert first.weights_sha256 == second.weights_sha256
+    assert first.final == second.final
+
+
+COMPILED = [
+    "method=lsq bits=w2a2",
+    "method=dorefa bits=w2a2g6 runtime.activation_memory=keep",
+    "method=dorefa bits=w2a2 runtime.activation_memory=codes runtime.precision=bf16",
+    "method=pact bits=w2a2 runtime.threads=2",
+    "method=hwgq",
+    "method=gupta",
+    "method=apot bits=w4a4",
+    "method=uniform bits=w4a4 batch_shards=2",
+]
+
+
+@pytest.mark.parametrize("words", tiered(COMPILED, COMPILED[:1]))
+def test_the_extra_fast_gives_identical_weights(
+    smoke: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    pytest.importorskip("llvmlite", reason="needs the extra fast")
+    monkeypatch.setattr(elementwise, "COMPILE_AFTER", 2000)  # each function runs in torch first, and then compiled
+    monkeypatch.setattr(elementwise, "_entries", {})
+    with elementwise.torch_operations():
+        first = run(planned_run(smoke(*words.split(), f"out={tmp_path / 'a'}")))
+    assert not elementwise._entries
+    second = run(planned_run(smoke(*words.split(), f"out={tmp_path / 'b'}")))
+    assert sum(entry.program is not None for entry in elementwise._entries.values()) >= 2
+    assert first.weights_sha256 == second.weights_sha256
+    assert first.state_sha256 == second.state_sha256
     assert first.final == second.final
 
 
