@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from qbench.quant.recording import NotRecordable, record
+from qbench.quant.recorded_operations import NotRecordable
+from qbench.quant.recording import record
 
 MAX_CONSTANTS = 64
 """Largest number of elements of a tensor of constants, such as the levels of a quantizer."""

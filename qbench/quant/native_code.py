@@ -16,7 +16,8 @@ from llvmlite import binding
 from llvmlite.ir import FloatType, Function, FunctionType, IntType, IRBuilder, Module
 from torch import Tensor
 
-from qbench.quant.recording import COMPARISONS, Call, Full, Number, Operand, Operation, Program
+from qbench.quant.recorded_operations import COMPARISONS
+from qbench.quant.recording import Call, Full, Number, Operand, Operation, Program
 
 CHUNK = 2**15
 """Smallest number of elements for which another thread is worthwhile."""

@@ -1,0 +1,172 @@
+"""The operations of torch that recorded programs may contain (see recording.py).
+
+Each function records one torch operation and returns the index of its result. A program returns the results of torch to
+the last bit, with the sign of zeros. Only the bits of nan may differ.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from qbench.quant.recording import Operand, Recorder
+
+COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+"""Maps the names of comparisons to their symbols. With nan, all are false except `ne`."""
+
+
+class NotRecordable(Exception):
+    """Raised if a function is not a program of the supported operations."""
+
+
+def _arithmetic(name: str) -> Callable[..., int]:
+    def make(r: "Recorder", a: Any, b: Any) -> int:
+        return _rounded(r, r.add(name, r.number(a), r.number(b)), a, b)
+
+    return make
+
+
+def _rounded(r: "Recorder", index: int, *operands: Any) -> int:
+    """Round a result to bfloat16 if an operand with a value for each element is of this type, as torch does."""
+    types = {t.dtype for t in operands if isinstance(t, Tensor) and t.dim() and t.dtype != torch.bool}
+    return r.converted(index, torch.bfloat16) if types == {torch.bfloat16} else index
+
+
+def _sum(name: str) -> Callable[..., int]:
+    def make(r: "Recorder", a: Any, b: Any, alpha: float = 1) -> int:
+        if alpha != 1:  # torch computes a + alpha b with one rounding on some processors
+            raise NotRecordable(f"alpha={alpha}")
+        return _arithmetic(name)(r, a, b)
+
+    return make
+
+
+def _function(name: str) -> Callable[..., int]:
+    def make(r: "Recorder", x: Tensor) -> int:
+        return _rounded(r, r.add(name, r.number(x)), x)
+
+    return make
+
+
+def _comparison(name: str) -> Callable[..., int]:
+    def make(r: "Recorder", a: Any, b: Any) -> int:
+        return r.add(name, r.number(a), r.number(b), dtype=torch.bool)
+
+    return make
+
+
+def _logical(name: str) -> Callable[..., int]:
+    def make(r: "Recorder", *operands: Any) -> int:
+        if any(not isinstance(t, Tensor) or t.dtype != torch.bool for t in operands):
+            raise NotRecordable(f"{name} of numbers")
+        return r.add(name, *map(r.operand, operands), dtype=torch.bool)
+
+    return make
+
+
+def _select(r: "Recorder", condition: int, a: "Operand", b: "Operand") -> int:
+    return r.add("select", condition, a, b)
+
+
+def _clamp(r: "Recorder", x: Tensor, min: Any = None, max: Any = None) -> int:
+    value = r.operand(x)
+    if min is not None:  # the lower bound only where x is below it, so that -0 stays -0
+        low = r.operand(min)
+        value = _select(r, r.add("lt", value, low, dtype=torch.bool), low, value)
+    if max is not None:
+        high = r.operand(max)
+        value = _select(r, r.add("gt", value, high, dtype=torch.bool), high, value)
+    return _rounded(r, value if isinstance(value, int) else r.add("copy", value), x)
+
+
+def _extreme(comparison: str) -> Callable[..., int]:
+    def make(r: "Recorder", a: Any, b: Any) -> int:
+        first, second = r.operand(a), r.operand(b)
+        return _rounded(r, _select(r, r.add(comparison, first, second, dtype=torch.bool), first, second), a, b)
+
+    return make
+
+
+def _where(r: "Recorder", condition: Tensor, a: Any, b: Any) -> int:
+    chosen = r.operand(condition)
+    if not isinstance(chosen, int):
+        raise NotRecordable("where with one condition")
+    return _rounded(r, _select(r, chosen, r.number(a), r.number(b)), a, b)
+
+
+def _sign(r: "Recorder", x: Tensor) -> int:
+    value = r.operand(x)
+    above = _select(r, r.add("gt", value, 0.0, dtype=torch.bool), 1.0, 0.0)
+    return _rounded(r, _select(r, r.add("lt", value, 0.0, dtype=torch.bool), -1.0, above), x)
+
+
+def _hardtanh_backward(r: "Recorder", grad: Tensor, x: Tensor, min: float, max: float) -> int:
+    value = r.operand(x)
+    low = r.add("le", value, r.operand(min), dtype=torch.bool)
+    high = r.add("ge", value, r.operand(max), dtype=torch.bool)
+    outside = r.add("or", low, high, dtype=torch.bool)
+    return _rounded(r, _select(r, outside, 0.0, r.operand(grad)), grad, x)
+
+
+def _threshold_backward(r: "Recorder", grad: Tensor, x: Tensor, threshold: float) -> int:
+    outside = r.add("le", r.operand(x), r.operand(threshold), dtype=torch.bool)
+    return _rounded(r, _select(r, outside, 0.0, r.operand(grad)), grad, x)
+
+
+def _constant(number: float | None = None) -> Callable[..., int]:
+    def make(r: "Recorder", like: Tensor, value: Any = number, **options: Any) -> int:
+        return r.add("copy", r.operand(value))
+
+    return make
+
+
+def _copy(r: "Recorder", target: Tensor, source: Tensor, non_blocking: bool = False) -> int:
+    value = r.operand(source)
+    return value if isinstance(value, int) else r.add("copy", value)
+
+
+def _same(r: "Recorder", x: Tensor, **options: Any) -> int:
+    """Record a copy, possibly of another type. The caller converts the type."""
+    return _copy(r, x, x)
+
+
+ELEMENTWISE: dict[str, Callable[..., int]] = {
+    "add": _sum("fadd"),
+    "sub": _sum("fsub"),
+    "rsub": lambda r, a, b, alpha=1: _sum("fsub")(r, b, a, alpha),
+    "mul": _arithmetic("fmul"),
+    "div": _arithmetic("fdiv"),
+    **{name: _function(name) for name in ("neg", "abs", "round", "floor", "ceil", "trunc")},
+    **{name: _comparison(name) for name in COMPARISONS},
+    "logical_and": _logical("and"),
+    "bitwise_and": _logical("and"),
+    "__and__": _logical("and"),
+    "logical_or": _logical("or"),
+    "bitwise_or": _logical("or"),
+    "__or__": _logical("or"),
+    "logical_not": _logical("not"),
+    "bitwise_not": _logical("not"),
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": lambda r, x, max: _clamp(r, x, None, max),
+    "relu": lambda r, x: _clamp(r, x, 0.0),
+    "maximum": _extreme("gt"),
+    "minimum": _extreme("lt"),
+    "sign": _sign,
+    "sgn": _sign,
+    "where": _where,
+    "hardtanh_backward": _hardtanh_backward,
+    "threshold_backward": _threshold_backward,
+    "zero": _constant(0.0),
+    "zeros_like": _constant(0.0),
+    "ones_like": _constant(1.0),
+    "full_like": _constant(),
+    "fill": _constant(),
+    "empty_like": _constant(0.0),
+    "copy": _copy,
+    "clone": _same,
+    "_to_copy": _same,
+}
+"""Maps the names of torch's operations to functions that record them."""
