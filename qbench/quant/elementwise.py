@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from qbench.quant.recorded_operations import NotRecordable
+from qbench.quant.program import NotRecordable
 from qbench.quant.recording import record
 
 MAX_CONSTANTS = 64

@@ -1,4 +1,4 @@
-"""Compiles recorded programs (recording.py) to machine code with LLVM, through the package llvmlite.
+"""Compiles programs (program.py) to machine code with LLVM, through the package llvmlite.
 
 llvmlite is installed with numba, which the extra `fast` contains. A program is compiled once in a process, which takes
 some milliseconds. LLVM may not reorder or contract operations on floats here, so the results are those of torch to the
@@ -16,8 +16,8 @@ from llvmlite import binding
 from llvmlite.ir import FloatType, Function, FunctionType, IntType, IRBuilder, Module
 from torch import Tensor
 
+from qbench.quant.program import Call, Full, Number, Operand, Operation, Program
 from qbench.quant.recorded_operations import COMPARISONS
-from qbench.quant.recording import Call, Full, Number, Operand, Operation, Program
 
 CHUNK = 2**15
 """Smallest number of elements for which another thread is worthwhile."""

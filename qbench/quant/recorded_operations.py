@@ -5,37 +5,32 @@ the last bit, with the sign of zeros. Only the bits of nan may differ.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from qbench.quant.recording import Operand, Recorder
+from qbench.quant.program import Builder, NotRecordable, Operand
 
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 """Maps the names of comparisons to their symbols. With nan, all are false except `ne`."""
 
 
-class NotRecordable(Exception):
-    """Raised if a function is not a program of the supported operations."""
-
-
 def _arithmetic(name: str) -> Callable[..., int]:
-    def make(r: "Recorder", a: Any, b: Any) -> int:
+    def make(r: Builder, a: Any, b: Any) -> int:
         return _rounded(r, r.add(name, r.number(a), r.number(b)), a, b)
 
     return make
 
 
-def _rounded(r: "Recorder", index: int, *operands: Any) -> int:
+def _rounded(r: Builder, index: int, *operands: Any) -> int:
     """Round a result to bfloat16 if an operand with a value for each element is of this type, as torch does."""
     types = {t.dtype for t in operands if isinstance(t, Tensor) and t.dim() and t.dtype != torch.bool}
     return r.converted(index, torch.bfloat16) if types == {torch.bfloat16} else index
 
 
 def _sum(name: str) -> Callable[..., int]:
-    def make(r: "Recorder", a: Any, b: Any, alpha: float = 1) -> int:
+    def make(r: Builder, a: Any, b: Any, alpha: float = 1) -> int:
         if alpha != 1:  # torch computes a + alpha b with one rounding on some processors
             raise NotRecordable(f"alpha={alpha}")
         return _arithmetic(name)(r, a, b)
@@ -44,21 +39,21 @@ def _sum(name: str) -> Callable[..., int]:
 
 
 def _function(name: str) -> Callable[..., int]:
-    def make(r: "Recorder", x: Tensor) -> int:
+    def make(r: Builder, x: Tensor) -> int:
         return _rounded(r, r.add(name, r.number(x)), x)
 
     return make
 
 
 def _comparison(name: str) -> Callable[..., int]:
-    def make(r: "Recorder", a: Any, b: Any) -> int:
+    def make(r: Builder, a: Any, b: Any) -> int:
         return r.add(name, r.number(a), r.number(b), dtype=torch.bool)
 
     return make
 
 
 def _logical(name: str) -> Callable[..., int]:
-    def make(r: "Recorder", *operands: Any) -> int:
+    def make(r: Builder, *operands: Any) -> int:
         if any(not isinstance(t, Tensor) or t.dtype != torch.bool for t in operands):
             raise NotRecordable(f"{name} of numbers")
         return r.add(name, *map(r.operand, operands), dtype=torch.bool)
@@ -66,11 +61,11 @@ def _logical(name: str) -> Callable[..., int]:
     return make
 
 
-def _select(r: "Recorder", condition: int, a: "Operand", b: "Operand") -> int:
+def _select(r: Builder, condition: int, a: Operand, b: Operand) -> int:
     return r.add("select", condition, a, b)
 
 
-def _clamp(r: "Recorder", x: Tensor, min: Any = None, max: Any = None) -> int:
+def _clamp(r: Builder, x: Tensor, min: Any = None, max: Any = None) -> int:
     value = r.operand(x)
     if min is not None:  # the lower bound only where x is below it, so that -0 stays -0
         low = r.operand(min)
@@ -82,27 +77,27 @@ def _clamp(r: "Recorder", x: Tensor, min: Any = None, max: Any = None) -> int:
 
 
 def _extreme(comparison: str) -> Callable[..., int]:
-    def make(r: "Recorder", a: Any, b: Any) -> int:
+    def make(r: Builder, a: Any, b: Any) -> int:
         first, second = r.operand(a), r.operand(b)
         return _rounded(r, _select(r, r.add(comparison, first, second, dtype=torch.bool), first, second), a, b)
 
     return make
 
 
-def _where(r: "Recorder", condition: Tensor, a: Any, b: Any) -> int:
+def _where(r: Builder, condition: Tensor, a: Any, b: Any) -> int:
     chosen = r.operand(condition)
     if not isinstance(chosen, int):
         raise NotRecordable("where with one condition")
     return _rounded(r, _select(r, chosen, r.number(a), r.number(b)), a, b)
 
 
-def _sign(r: "Recorder", x: Tensor) -> int:
+def _sign(r: Builder, x: Tensor) -> int:
     value = r.operand(x)
     above = _select(r, r.add("gt", value, 0.0, dtype=torch.bool), 1.0, 0.0)
     return _rounded(r, _select(r, r.add("lt", value, 0.0, dtype=torch.bool), -1.0, above), x)
 
 
-def _hardtanh_backward(r: "Recorder", grad: Tensor, x: Tensor, min: float, max: float) -> int:
+def _hardtanh_backward(r: Builder, grad: Tensor, x: Tensor, min: float, max: float) -> int:
     value = r.operand(x)
     low = r.add("le", value, r.operand(min), dtype=torch.bool)
     high = r.add("ge", value, r.operand(max), dtype=torch.bool)
@@ -110,24 +105,24 @@ def _hardtanh_backward(r: "Recorder", grad: Tensor, x: Tensor, min: float, max: 
     return _rounded(r, _select(r, outside, 0.0, r.operand(grad)), grad, x)
 
 
-def _threshold_backward(r: "Recorder", grad: Tensor, x: Tensor, threshold: float) -> int:
+def _threshold_backward(r: Builder, grad: Tensor, x: Tensor, threshold: float) -> int:
     outside = r.add("le", r.operand(x), r.operand(threshold), dtype=torch.bool)
     return _rounded(r, _select(r, outside, 0.0, r.operand(grad)), grad, x)
 
 
 def _constant(number: float | None = None) -> Callable[..., int]:
-    def make(r: "Recorder", like: Tensor, value: Any = number, **options: Any) -> int:
+    def make(r: Builder, like: Tensor, value: Any = number, **options: Any) -> int:
         return r.add("copy", r.operand(value))
 
     return make
 
 
-def _copy(r: "Recorder", target: Tensor, source: Tensor, non_blocking: bool = False) -> int:
+def _copy(r: Builder, target: Tensor, source: Tensor, non_blocking: bool = False) -> int:
     value = r.operand(source)
     return value if isinstance(value, int) else r.add("copy", value)
 
 
-def _same(r: "Recorder", x: Tensor, **options: Any) -> int:
+def _same(r: Builder, x: Tensor, **options: Any) -> int:
     """Record a copy, possibly of another type. The caller converts the type."""
     return _copy(r, x, x)
 
