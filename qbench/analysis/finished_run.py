@@ -98,4 +98,5 @@ def load_finished_network(
     config, state = stored_run(run, str(run), weights, device)
     setup = assemble(config)
     check_same_data(run, images_sha256(setup.data), setup.data.name)
+    setup.restore_layers(state)
     return setup, load_weights(setup.install(setup.float_model()), state, f"{run}: {weights}.pt")

@@ -138,6 +138,7 @@ def load_float_baseline(
             )
         model = setup.float_model()
         load_initial_weights(model, weights, identity)
+        setup.find_layers(model)
         batches, images_note = validation_batches(setup, images)
         training = probe_batches(setup)
         return FloatBaseline(

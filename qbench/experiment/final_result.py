@@ -16,7 +16,7 @@ from qbench.experiment.builders import images_sha256
 from qbench.experiment.evidence import evidence_warnings
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
-from qbench.experiment.trained_network import load_weights
+from qbench.experiment.trained_network import LAYERS, load_weights
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
 from qbench.quant.verify import NotQuantized, clipped_negatives, verify
 from qbench.runs import manifest
@@ -62,8 +62,8 @@ def final_result(
     images = next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0]
     verified = verify(model, images)
     session.write_predictions(torch.cat(answers))
-    session.write_weights("last.pt", last)
-    session.write_weights("best.pt", best_weights)
+    session.write_weights("last.pt", last, model)
+    session.write_weights("best.pt", best_weights, model)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
     notes = [*_baseline_note(baseline), *_notes(setup, verified), *_commit_notes(commits)]
     float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
@@ -162,8 +162,9 @@ def _reload_warnings(setup: ExperimentSetup, model: nn.Module, untrained: nn.Mod
     The new network is made by replacing the layers of the float network `untrained`.
     """
     network = setup.install(untrained).to(setup.device)
+    stored = {"model": model.state_dict(), LAYERS: setup.layers(model)}
     try:
-        outside = state_outside(model, load_weights(network, {"model": model.state_dict()}, "last.pt"), images)
+        outside = state_outside(model, load_weights(network, stored, "last.pt"), images)
     except CheckpointError as error:
         return [str(error)]
     return [outside] if outside else []

@@ -19,6 +19,7 @@ from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
 from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.experiment.trained_network import check_quantized
 from qbench.quant.layers import NotFinite
 from qbench.quant.method import Unsupported
 from qbench.quant.ops import activation_memory
@@ -146,7 +147,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         reporter.say("warning: runtime.precision=bf16 is slower than fp32 here: this processor has no AVX-512")
     data_sha256 = images_sha256(setup.data)
     session = TrainingSession(
-        directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256
+        directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256, setup.layers
     )
     if context.writes:
         _write_manifest(setup, directory, session)
@@ -203,6 +204,7 @@ def _initial_model(
         session.context.reporter.say(weights.message)
         if weights.is_float:
             compared = _file_baseline(setup, model, loader, session.context)
+        setup.restore_layers(session.saved or {})
         load_quantizers(setup.install(model), weights.quantizers, setup.config.init)
         return model.to(setup.device), compared
     if baseline is not None and baseline.final is not None:
@@ -210,6 +212,8 @@ def _initial_model(
         if setup.starts_from_baseline and not session.saved:
             weights = load_initial_weights(model, Path(baseline.run), setup.baseline.identity.digest)
             session.context.reporter.say(weights.message)
+            setup.find_layers(model)
+    setup.restore_layers(session.saved or {})
     return setup.install(model).to(setup.device), compared
 
 
@@ -233,6 +237,7 @@ def _state(task: Task, saved: Saved | None, seed: int) -> State:
         state = State(optimizer.build_optimizer(task.model, task.optim), average)
         seed_everything(seed)
         return state
+    check_quantized(task.model, saved, "cannot continue")
     try:
         trainable = set(saved["state"]["trainable"])
         for name, parameter in task.model.named_parameters():

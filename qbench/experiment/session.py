@@ -5,17 +5,18 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbench.config.schema import Runtime
 from qbench.errors import Diverged, QbenchError
 from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import other_data_error
+from qbench.experiment.trained_network import LAYERS, StoredLayers
 from qbench.runs import tensorboard
 from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger, Record, SilentLogger
@@ -44,6 +45,7 @@ class TrainingSession:
         hyperparameters: the run's row in TensorBoard's table.
         texts: title -> text to show in TensorBoard.
         data_sha256: digest of the images. Every checkpoint contains this digest.
+        layers: returns the layers of a quantized network. Every checkpoint contains them.
 
     Attributes:
         saved: the checkpoint to continue from, or None for a new run.
@@ -58,9 +60,10 @@ class TrainingSession:
         hyperparameters: tensorboard.Columns,
         texts: Mapping[str, str],
         data_sha256: str,
+        layers: Callable[[nn.Module], StoredLayers],
     ) -> None:
         self.directory, self.context, self.runtime, self.title = directory, context, runtime, title
-        self.data_sha256 = data_sha256
+        self.data_sha256, self.layers = data_sha256, layers
         self.saved = context.group.from_first(self._newest)
         past = self.saved["session"] if self.saved else {}
         self.train_seconds: float = past.get("train_seconds", 0.0)
@@ -132,13 +135,19 @@ class TrainingSession:
             raise Diverged(f"{bad} is not finite in epoch {state.epoch}, step {state.step}; try a lower optim.lr")
         self.monitor.check(task.model, f"in epoch {state.epoch}, step {state.step}")
         identity = self.directory.identity.digest
-        data = pack({"identity": identity, "data": self.data_sha256, "state": saved, "session": session})
+        data = pack(
+            {
+                "identity": identity, "data": self.data_sha256, "state": saved, "session": session,
+                LAYERS: self.layers(task.model),
+            }
+        )  # fmt: skip
         self.directory.save_state(state.step, data)
         self._saved_at = time.perf_counter()
 
-    def write_weights(self, name: str, weights: dict[str, Tensor]) -> None:
-        """Write last.pt or best.pt."""
-        self.directory.write_artifact(name, pack({"model": weights, "identity": self.directory.identity.digest}))
+    def write_weights(self, name: str, weights: dict[str, Tensor], model: nn.Module) -> None:
+        """Write last.pt or best.pt of the quantized network `model`."""
+        content = {"model": weights, "identity": self.directory.identity.digest, LAYERS: self.layers(model)}
+        self.directory.write_artifact(name, pack(content))
 
     def write_predictions(self, answers: Tensor) -> None:
         """Write predictions.npy, int16 or int32 (N, 2), with label and predicted class of each test image."""

@@ -6,11 +6,12 @@ parts that the builders return.
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,11 @@ from qbench.experiment.checks import (
 from qbench.experiment.data_check import check_same_data
 from qbench.experiment.device import bf16_autocast, choose_device, configure_torch
 from qbench.experiment.planned_run import PlannedRun, planned_run
-from qbench.experiment.trained_network import load_weights, stored_run
+from qbench.experiment.trained_network import LAYERS, StoredLayers, load_weights, stored_run
 from qbench.quant.combine import distilled
+from qbench.quant.graph import call_inner_layers
 from qbench.quant.install import install
-from qbench.quant.layers import fully_quantized
+from qbench.quant.layers import fully_quantized, quantized_parts
 from qbench.quant.method import Method
 from qbench.quant.policy import Policy, PolicyError, execution_order
 from qbench.runs import tensorboard
@@ -72,6 +74,8 @@ class ExperimentSetup:
         method: the quantization method.
         policy: the rules that determine the width of each layer.
         macs: layer -> multiply-accumulates for one image.
+        order: the layers in the order of their first execution. Which layers a network executes can depend on its
+            weights; see `find_layers`.
         device: the device on which the network is trained.
         group: the processes of the run.
     """
@@ -81,6 +85,7 @@ class ExperimentSetup:
     method: Method
     policy: Policy
     macs: dict[str, int]
+    order: list[str]
     device: torch.device
     group: Group = field(default_factory=Group)
 
@@ -195,6 +200,31 @@ class ExperimentSetup:
         """
         return build_model(self.config.model, self.data, self.method, self.seed if seed is None else seed, device)
 
+    def find_layers(self, model: nn.Module) -> None:
+        """Set `order` and `macs` to those of a float network with its current weights.
+
+        The weights from which a run starts determine the layers that the run quantizes.
+        """
+        call_inner_layers(model)
+        order = execution_order(model, self._example(model))
+        if order != self.order:
+            self.order[:] = order
+            self._set_macs(count_macs(model, self.data.shape))
+
+    def restore_layers(self, state: Mapping[str, Any]) -> None:
+        """Set `order` and `macs` to those in a checkpoint. If the checkpoint has none, they are not changed."""
+        if LAYERS in state:
+            self.order[:] = state[LAYERS]["order"]
+            self._set_macs(state[LAYERS]["macs"])
+
+    def layers(self, model: nn.Module) -> StoredLayers:
+        """Return the layers of a quantized network, as checkpoints store them."""
+        return {"order": self.order, "macs": self.macs, "quantized": quantized_parts(model)}
+
+    def _set_macs(self, macs: Mapping[str, int]) -> None:
+        self.macs.clear()
+        self.macs.update(macs)
+
     def install(self, model: nn.Module) -> nn.Module:
         """Install the method's quantizers in a float network, following the run's layer policy.
 
@@ -204,7 +234,7 @@ class ExperimentSetup:
         example = self._example(model)
         act = str(self.config.model.get("act", "auto"))
         try:
-            return install(self.method, model, self.policy, example=example, act=act)
+            return install(self.method, model, replace(self.policy, order=tuple(self.order)), example=example, act=act)
         except PolicyError as error:
             raise ConfigError(f"layers.{error.key}: {error}") from None
 
@@ -301,6 +331,7 @@ class ExperimentSetup:
                 f"{named} was trained on images that are normalized with {theirs}\n"
                 f"this run normalizes with {ours}; use the same dataset.normalize for both"
             )
+        teacher.restore_layers(state)
         return load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
 
 
@@ -334,7 +365,7 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
         first=layers.first, last=layers.last, downsample=layers.downsample, input=layers.input,
         rules=layers.rules or {}, image_range=data.image_range,
     )  # fmt: skip
-    setup = ExperimentSetup(config, data, method, policy, {}, device, group or Group())
+    setup = ExperimentSetup(config, data, method, policy, {}, [], device, group or Group())
     if distill.on and not distill.by_baseline:
         setup._load_teacher()
     check_distill(distill, method)
@@ -358,8 +389,9 @@ def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights |
     name = str(setup.config.model["name"])
     if ":" in name:
         check_outputs(model, setup.data, name)
-    setup.macs.clear()
-    setup.macs.update(count_macs(model, setup.data.shape))
+    setup._set_macs(count_macs(model, setup.data.shape))
+    call_inner_layers(model)
+    setup.order[:] = execution_order(model, setup._example(model))
     installed = setup.install(model)
     if weights:
         load_quantizers(installed, weights.quantizers, setup.config.init)

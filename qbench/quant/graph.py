@@ -319,7 +319,7 @@ def call_inner_layers(model: nn.Module) -> None:
     hook. `call_inner_layers` therefore adds a hook that does nothing.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
+        if isinstance(module, nn.TransformerEncoderLayer) and _keep_output not in module._forward_hooks.values():
             module.register_forward_hook(_keep_output)
 
 

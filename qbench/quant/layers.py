@@ -230,6 +230,15 @@ def quantized_layers(model: nn.Module) -> dict[str, QLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QLayer) and m.bits != Bits()}
 
 
+def quantized_parts(model: nn.Module) -> dict[str, str]:
+    """Return the widths of the quantized layers as text by name, and `bypassed` for each bypassed activation.
+
+    Two networks with equal parts have quantizers at the same places.
+    """
+    bypassed = {n: "bypassed" for n, m in model.named_modules() if isinstance(m, BypassedActivation)}
+    return {name: str(layer.bits) for name, layer in quantized_layers(model).items()} | bypassed
+
+
 def quantizers(layer: QLayer) -> dict[str, Quantizer]:
     """Return a layer's quantizers under the keys w (weights), a (activations) and g (gradients)."""
     return {"w": layer.weight_q, "a": layer.input_q, "g": layer.output_q}

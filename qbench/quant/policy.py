@@ -39,6 +39,7 @@ class Policy:
             bits. The image is rounded to evenly spaced levels over `image_range`, because the method's activation
             quantizer is not made for images.
         rules: maps patterns of layer names (fnmatch) to widths. The first matching pattern applies.
+        order: the layers in the order of their first execution. If empty, the network is run to find this order.
         image_range: lowest and highest value of the network's input image. Each is one number for all channels, or one
             number per channel. The range is required if the image is rounded.
     """
@@ -48,6 +49,7 @@ class Policy:
     downsample: Width = "same"
     input: Width = "same"
     rules: Mapping[str, Width] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
     image_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
@@ -79,7 +81,7 @@ def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None 
         PolicyError: a rule matches no layer.
     """
     layers = quantizable(model)
-    order = execution_order(model, example)
+    order = list(policy.order) or execution_order(model, example)
     if not order:
         raise PolicyError("rules", f"{type(model).__name__} has no convolution or linear layer")
     rules: list[tuple[str, Width, list[str]]] = [

@@ -56,7 +56,7 @@ def works(words: list[str], out: str) -> tuple[Work, Work, Work]:
     directory.path.mkdir(parents=True, exist_ok=True)
     reporter = ProgressReporter(live=True)
     session = TrainingSession(
-        directory, RunContext(reporter), parts.runtime, parts.title, parts.hyperparameters, {}, ""
+        directory, RunContext(reporter), parts.runtime, parts.title, parts.hyperparameters, {}, "", parts.layers
     )
     state = State(optim.build_optimizer(model_of_ours, config.optim))
     callbacks = session.watch(task, state, loader.batch_size)

@@ -58,7 +58,9 @@ def work(words: list[str], out: Path, level: str) -> Work:
     directory = planned_run(config).directory
     directory.path.mkdir(parents=True, exist_ok=True)
     context = RunContext(ProgressReporter(quiet=True))
-    session = TrainingSession(directory, context, parts.runtime, parts.title, parts.hyperparameters, {}, "")
+    session = TrainingSession(
+        directory, context, parts.runtime, parts.title, parts.hyperparameters, {}, "", parts.layers
+    )
     state = State(optim.build_optimizer(model, config.optim))
     callbacks = session.watch(task, state, loader.batch_size)
 

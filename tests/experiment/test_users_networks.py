@@ -1,16 +1,22 @@
 """Runs of networks that users bring: what they print, and how they are refused."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
 from conftest import Configure, tiered
 
+from qbench.analysis.finished_run import load_finished_network
 from qbench.analysis.plan import plan
-from qbench.errors import ConfigError
+from qbench.config.schema import baseline_config
+from qbench.errors import CheckpointError, ConfigError, Interrupted
+from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
+from qbench.quant.layers import quantized_layers
 from qbench.runs.result import Result
+from qbench.training.checkpoint import pack, unpack
 
 NETWORKS = """
 import copy
@@ -72,6 +78,18 @@ class Branches(nn.Module):
             if chosen.any():
                 out = out.index_put((chosen.nonzero().flatten(),), layer(h[chosen]))
         return self.last(out)
+
+class Routed(nn.Module):
+    # executes other layers after training than before, like a network whose experts depend on the data
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 16), nn.Linear(16, classes)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(16, 16)), nn.Sequential(nn.Linear(16, 16), nn.ReLU())])
+        self.register_buffer("chosen", torch.tensor(0))
+    def forward(self, x):
+        if self.training:
+            self.chosen.fill_(1)
+        return self.last(self.experts[int(self.chosen)](self.first(x.flatten(1)).relu()))
 
 class Dropout(nn.Module):
     def __init__(self, shape, classes):
@@ -474,6 +492,45 @@ def test_layers_that_an_image_of_zeros_does_not_call_are_noted(
     configure: Configure, words: list[str], network: str, line: str
 ) -> None:
     assert line in run(planned_run(configure(*words, f"model=users_networks:{network}"))).warnings
+
+
+def test_a_stored_run_quantizes_the_layers_that_its_network_executed(configure: Configure, words: list[str]) -> None:
+    """The initial weights of the run, not those of the rebuilt network, determine which layers are quantized."""
+    planned = planned_run(configure(*words, "model=users_networks:Routed", "init=float", "epochs=3"))
+    run(planned_run(baseline_config(planned.config)))
+    calls = count()
+    with pytest.raises(Interrupted):
+        run(planned, RunContext(stop=lambda: 15 if next(calls) > 30 else 0))
+    result = run(planned)  # continued
+    path = Path(result.run)
+    assert result.verified is not None
+    assert list(result.verified) == ["experts.1.0"]
+    assert result.cost is not None
+    assert result.cost.macs == 64 * 16 + 16 * 16 + 16 * 10
+    assert result.cost.bitops == (64 * 16 + 16 * 10) * 32 * 32 + 16 * 16 * 2 * 2
+    assert not [line for line in result.warnings if "state_dict" in line]
+    for name in ("last.pt", "best.pt"):
+        setup, model = load_finished_network(path, weights=name.removesuffix(".pt"))
+        assert list(quantized_layers(model)) == ["experts.1.0"]
+        assert setup.macs["experts.1.0"] == 256
+    stored = unpack((path / "last.pt").read_bytes(), "last.pt")
+    stored["layers"]["quantized"]["experts.1.1"] = "bypassed"
+    (path / "last.pt").write_bytes(pack(stored))
+    with pytest.raises(CheckpointError, match=r"experts\.1\.1 \(float, in the run bypassed\)\n.*\n.*rerun=true"):
+        load_finished_network(path, weights="last")
+    del stored["layers"]  # as in runs of earlier versions
+    (path / "last.pt").write_bytes(pack(stored))
+    with pytest.raises(CheckpointError, match=r"experts\.0\.0 \(w2a2g32, in the run float\); experts\.1\.0 \(fl"):
+        load_finished_network(path, weights="last")
+
+
+def test_a_stored_run_of_an_earlier_version_loads(configure: Configure, words: list[str]) -> None:
+    path = Path(run(planned_run(configure(*words, "model=mlp"))).run)
+    stored = unpack((path / "last.pt").read_bytes(), "last.pt")
+    del stored["layers"]
+    (path / "last.pt").write_bytes(pack(stored))
+    _, model = load_finished_network(path, weights="last")
+    assert quantized_layers(model)
 
 
 @pytest.mark.parametrize(
