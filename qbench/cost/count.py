@@ -39,6 +39,12 @@ MOST_NUMBERS_ON_CPU = 2**20
 MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
+NOT_USED = "layers that evaluation does not use, but that the size includes as float layers"
+NOT_REACHED = (
+    "layers that an image of zeros does not reach, so their operations are not counted, and the size includes them as "
+    "float layers (a run says whether other images reach them)"
+)
+
 NOTED_SHARE = 0.01
 """A note is given if the number of values outside the parameters is at least this fraction of the parameters."""
 
@@ -160,7 +166,7 @@ def idle_layers(model: nn.Module, macs: Mapping[str, int], images: Tensor | None
 
     Args:
         images: images (N, C, H, W). They show which of the layers run on some images only, and which weights are used
-            without calling the layer. With None, all layers are in one sentence.
+            without calling the layer. With None, all layers are in one sentence, which says that this is unknown.
     """
     modules = dict(model.named_modules())
     idle = [name for name, count in macs.items() if not count and type(modules[name]) in QUANTIZED_CLASS]
@@ -175,7 +181,7 @@ def idle_layers(model: nn.Module, macs: Mapping[str, int], images: Tensor | None
     sentences = {
         "layers that are used without being called, so they stay in float and their operations are not counted": read,
         "layers that only some images reach, so they stay in float and their operations are not counted": some,
-        "layers that evaluation does not use, but that the size includes as float layers": unused,
+        NOT_USED if images is not None else NOT_REACHED: unused,
     }
     return [f"{sentence}: {_names(names)}" for sentence, names in sentences.items() if names]
 

@@ -9,6 +9,7 @@ from conftest import Configure, tiered
 from qbench.analysis.finished_run import load_finished_network
 from qbench.analysis.plan import plan
 from qbench.config.schema import baseline_config
+from qbench.cost.count import NOT_REACHED
 from qbench.errors import CheckpointError, ConfigError, Interrupted
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
@@ -475,7 +476,7 @@ def test_a_network_without_any_gradient_is_refused(configure: Configure, words: 
 def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, words: list[str]) -> None:
     planned = planned_run(configure(*words, "model=users_networks:Auxiliary"))
     line = "layers that evaluation does not use, but that the size includes as float layers: aux"
-    assert line in plan([planned])[-1].notes
+    assert f"{NOT_REACHED}: aux" in plan([planned])[-1].notes
     assert line in run(planned).warnings
 
 
@@ -491,7 +492,13 @@ def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, wo
 def test_layers_that_an_image_of_zeros_does_not_call_are_noted(
     configure: Configure, words: list[str], network: str, line: str
 ) -> None:
-    assert line in run(planned_run(configure(*words, f"model=users_networks:{network}"))).warnings
+    planned = planned_run(configure(*words, f"model=users_networks:{network}"))
+    assert line in run(planned).warnings
+    layer = line.rpartition(" ")[2]
+    notes = [note for note in plan([planned])[-1].notes if note.endswith(f": {layer}")]
+    assert notes == [f"{NOT_REACHED}: {layer}"], (
+        "plan sees no images, so it does not know whether others reach the layer"
+    )
 
 
 def test_a_stored_run_quantizes_the_layers_that_its_network_executed(configure: Configure, words: list[str]) -> None:
