@@ -56,7 +56,7 @@ def runs_on(layers: Sequence[LayerCost], refused: Mapping[str, str] | None = Non
         return [reason]
     runtimes = _supporting(inner, refused or {})
     if not runtimes:
-        return ["runs in simulation only: integer runtimes need levels that are multiples of one step"]
+        return [f"runs in simulation only: {_why_no_runtime(inner)}"]
     lines = [f"runs on {name}: {arithmetic} ({source})" for name, arithmetic, source in runtimes]
     if INT8 in runtimes and max(max(layer.bits.w, layer.bits.a) for layer in inner) < WIDTH_INT8:
         lines.append("int8 runtimes use 8 bits per code, so a smaller width saves nothing on them")
@@ -78,6 +78,16 @@ def _no_runtime(layers: Iterable[LayerCost]) -> str:
     if any(levels is None or levels.steps == 0 for layer in layers for levels in (layer.weights, layer.inputs)):
         return "supported runtimes are not known yet, because the levels depend on data"
     return ""
+
+
+def _why_no_runtime(layers: Iterable[LayerCost]) -> str:
+    """Return the reason why no integer runtime supports the levels of these layers, or the network."""
+    levels = [each for layer in layers for each in (layer.weights, layer.inputs)]
+    if any(each is None or each.steps is None for each in levels):
+        return "integer runtimes need levels that are multiples of one step"
+    if all(_linear(each) for each in levels):
+        return "qbench export refuses the network for the integer runtimes, for the reason in the next lines"
+    return "integer runtimes need one scale per layer or channel"
 
 
 def _supporting(layers: Iterable[LayerCost], refused: Mapping[str, str]) -> list[Runtime]:

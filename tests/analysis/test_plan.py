@@ -244,7 +244,13 @@ def test_supported_runtimes() -> None:
     ):  # fmt: skip
         text = notes(w, a, Bits(4, 4))
         assert tuple(name in text for name in names) == expected, (w, a)
-    assert "simulation only" in notes(uneven, four, Bits(4, 4))
+    multiples = "integer runtimes need levels that are multiples of one step"
+    assert notes(uneven, four, Bits(4, 4)) == f"runs in simulation only: {multiples}"
+    assert multiples not in notes(bucket, four, Bits(4, 4))
+    assert "one scale per layer or channel" in notes(bucket, four, Bits(4, 4))
+    (line,) = runs_on([_layer(four, four, Bits(2, 2))], {"int8": "a reason", "qonnx": "a reason"})  # type: ignore[list-item]
+    assert multiples not in line
+    assert "qbench export refuses the network" in line
     assert "the levels depend on data" in notes(four, later, Bits(8, 8))
     assert "computed from each input" in notes(two, two, Bits(1, 1), rescaled=True)
     assert "compact storage of the weights" in notes(four, None, Bits(4))
@@ -270,6 +276,30 @@ def test_a_plan_says_what_the_export_accepts(planned: Planned, untimed: None) ->
     assert any("refuses packed, onnx, int8, qonnx, integer: layer1.0.conv1 has 16-bit weights" in n for n in notes)
     notes = planned("model=resnet50", "dataset=imagenet", "method=lsq")[1].notes
     assert not any("qbench export" in note for note in notes), "too large to ask about"
+
+
+PLUS_ZEROS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, classes))
+
+    def forward(self, x):
+        return self.net(x) + torch.zeros(len(x), 1)
+"""
+
+
+def test_a_plan_says_that_the_network_and_not_its_levels_cannot_run_in_integers(
+    planned: Planned, untimed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plus_zeros.py").write_text(PLUS_ZEROS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    notes = planned("model=plus_zeros:Net", "method=dorefa", "bits=w2a2")[1].notes
+    found = [note.startswith("runs in simulation only: qbench export refuses the network") for note in notes]
+    assert notes[found.index(True) + 1].startswith("qbench export refuses packed, onnx, int8, qonnx, integer: ")
 
 
 def test_a_plan_shows_the_measured_size_of_an_export(planned: Planned, untimed: None) -> None:
