@@ -71,6 +71,7 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
     files.write(path, data)
     cost = finished.result.cost
     sizes = f"; ideal {cost.bytes_ideal:,.0f}, float {cost.bytes_float:,}" if cost else ""
+    how = [*how, *verify_export.accuracy_lines(finished, weights, agreement)]
     return Export(path, agreement, (f"wrote {path}: {len(data):,} bytes{sizes}", *how))
 
 

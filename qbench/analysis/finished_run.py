@@ -81,6 +81,21 @@ def bn_note(recompute: bool) -> str:
     return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
 
 
+def bf16_note(finished: FinishedRun, weights: str = "last") -> list[str]:
+    """Return a note that the run was evaluated in bfloat16, with its accuracy. Other runs have no such note.
+
+    `load_finished_run` returns a network that computes in float32. Figures that are measured with this network are not
+    those of the run.
+    """
+    evaluation = finished.result.final if weights == "last" else finished.result.best
+    if finished.setup.runtime.precision != "bf16" or evaluation is None:
+        return []
+    return [
+        f"measured in float32; the run's own test top-1 of {weights}.pt, {evaluation.test.top1:.2f} %, was measured in "
+        "bfloat16 (runtime.precision=bf16)"
+    ]
+
+
 def load_finished_network(
     run: Path, *, weights: str = "best", device: str = "cpu"
 ) -> tuple[ExperimentSetup, nn.Module]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qbench.analysis.finished_run import bn_note, load_finished_run, probe_batches, validation_batches
+from qbench.analysis.finished_run import bf16_note, bn_note, load_finished_run, probe_batches, validation_batches
 from qbench.analysis.layer_ablation import LayerAblation, ablate_layers
 from qbench.analysis.layer_signals import LayerSignal, layer_signals
 from qbench.bits import Bits, LevelCount
@@ -84,7 +84,8 @@ def inspect(
             is quantized. `sqnr` sorts by SQNR. With these three values, the worst layer comes first. `order` keeps the
             order of the layers in the network.
     """
-    _, setup, model = load_finished_run(run, weights, device)
+    finished = load_finished_run(run, weights, device)
+    _, setup, model = finished
     batches, images_note = validation_batches(setup, images)
     layers = quantized_layers(model)
     table = Table(HEAD, title=f"{run}, weights of {weights}.pt")
@@ -105,6 +106,7 @@ def inspect(
         )
     table.notes += [
         f"{images_note}; quantizers of all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
+        *bf16_note(finished, weights),
         "off: loss or top-1 with only this layer in float (latent weights), minus the value with all layers quantized; "
         "only: loss or top-1 with only this layer quantized, minus the value with all layers in float",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",

@@ -110,6 +110,7 @@ def sensitivity(
     accuracy = measured.float_accuracy
     tables[0].notes += [
         f"{baseline.images_note}; the float network: loss {accuracy.loss:.4f}, top-1 {accuracy.top1:.2f} %",
+        *baseline.precision_note,
         "predicted: float loss plus the sum of the layers' loss increases; measured: loss with all layers quantized, "
         "without training",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",

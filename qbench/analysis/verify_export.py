@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qbench.analysis.finished_run import FinishedRun
+from qbench.analysis.finished_run import FinishedRun, bf16_note
 from qbench.bits import FLOAT
 from qbench.deploy import packed
 from qbench.deploy.about import About
@@ -50,7 +50,8 @@ def verify_packed(finished: FinishedRun, data: bytes, path: Path) -> tuple[Agree
             f"{agreement.largest:.2g}"
         )
     parts = ", ".join(f"{size:,} of {name}" for name, size in content.sizes.items())
-    verified = f"verified on {agreement.images} test images: all logits equal the run's logits, bit for bit"
+    images = f"{agreement.images} test images{_in_float32(finished)}"
+    verified = f"verified on {images}: all logits equal the run's logits, bit for bit"
     return agreement, [f"bytes: {parts}", verified]
 
 
@@ -82,8 +83,9 @@ def verify_onnx(finished: FinishedRun, about: About, data: bytes, path: Path) ->
             )
         agreements.append(found)
         lines.append(
-            f"verified in {name} on {found.images} test images: the classes are equal; logits differ by at most "
-            f"{found.largest:.2g} (allowed {allowed:.2g}; torch's own logits differ by {noise:.2g} between batch sizes)"
+            f"verified in {name} on {found.images} test images{_in_float32(finished)}: the classes are equal; logits "
+            f"differ by at most {found.largest:.2g} (allowed {allowed:.2g}; torch's own logits differ by {noise:.2g} "
+            "between batch sizes)"
         )
     return max(agreements, key=lambda agreement: agreement.largest), lines
 
@@ -125,9 +127,25 @@ def verify_integers(
             "try: qbench export RUN --to packed"
         )
     return agreement, [
-        f"verified on {agreement.images} test images: the classes are equal; {codes.differing:,} of {codes.codes:,} "
-        f"activation codes of {codes.images} images differ from a simulation in float64 (allowed {allowed:,})"
+        f"verified on {agreement.images} test images{_in_float32(finished)}: the classes are equal; "
+        f"{codes.differing:,} of {codes.codes:,} activation codes of {codes.images} images differ from a simulation in "
+        f"float64 (allowed {allowed:,})"
     ]
+
+
+def _in_float32(finished: FinishedRun) -> str:
+    """Return words for a line about a comparison with a run in bfloat16. For other runs, the words are empty."""
+    return ", with the run's network in float32" if finished.setup.runtime.precision == "bf16" else ""
+
+
+def accuracy_lines(finished: FinishedRun, weights: str, agreement: Agreement) -> list[str]:
+    """Return a line with the accuracy of the file, if the run itself was evaluated in bfloat16, and otherwise nothing.
+
+    Args:
+        weights: `last` or `best`, the checkpoint that was exported.
+    """
+    top1 = 100 * agreement.correct / agreement.images
+    return [f"the file's test top-1 is {top1:.2f} %, {note}" for note in bf16_note(finished, weights)]
 
 
 def _largest_width(finished: FinishedRun) -> int:

@@ -18,6 +18,7 @@ class Agreement(NamedTuple):
         largest: the largest absolute difference between corresponding logits.
         magnitude: the largest magnitude of the run's logits.
         identical: whether all logits are bit-identical.
+        correct: number of images whose class the exported network predicts correctly.
     """
 
     images: int
@@ -25,6 +26,7 @@ class Agreement(NamedTuple):
     largest: float
     magnitude: float
     identical: bool
+    correct: int
 
 
 @torch.no_grad()
@@ -32,16 +34,17 @@ def compare(
     run: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], batches: Iterable[Batch]
 ) -> Agreement:
     """Return how far the logits of a run and of an exported network differ."""
-    images, same, largest, magnitude, identical = 0, 0, 0.0, 0.0, True
-    for batch, _ in batches:
+    images, same, correct, largest, magnitude, identical = 0, 0, 0, 0.0, 0.0, True
+    for batch, labels in batches:
         expected, found = run(batch), exported(batch)
         images += len(batch)
         same += int((expected.argmax(1) == found.argmax(1)).sum())
+        correct += int((found.argmax(1) == labels).sum())
         difference = (expected - found).abs().max().item()
         largest = max(largest, torch.inf if difference != difference else difference)
         magnitude = max(magnitude, expected.abs().max().item())
         identical &= torch.equal(expected, found)
-    return Agreement(images, same, largest, magnitude, identical)
+    return Agreement(images, same, largest, magnitude, identical, correct)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from qbench.deploy.packed import pack_network, unpack_network
 from qbench.deploy.steps import NotSteps, step_function
 from qbench.deploy.trace import NotExportable, trace
 from qbench.errors import CheckpointError, ConfigError
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run as train_run
 from qbench.methods import dorefa, lsq
 from qbench.models import resnet
 from qbench.quant.install import install
@@ -267,6 +270,35 @@ def test_export_and_evaluate_on_the_command_line(
     assert cli(["export", str(finished)]) == 0
     assert (finished / "network.qbench").read_bytes() == file.read_bytes()
     assert read_run(finished).file_bytes == file.stat().st_size
+
+
+def test_a_file_of_a_run_in_bfloat16_is_compared_in_float32(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run computes in bfloat16, and the file in float32, so their accuracies can differ."""
+    result = train_run(
+        planned_run(configure("experiment=smoke", "method=lsq", "bits=w2a2", "runtime.precision=bf16", "epochs=1"))
+    )
+    assert result.final is not None
+    assert result.best is not None
+    own = "the run's own test top-1 of {}.pt, {:.2f} %, was measured in bfloat16 (runtime.precision=bf16)"
+    last, best = own.format("last", result.final.test.top1), own.format("best", result.best.test.top1)
+    for form, start in (
+        ("packed", "verified on 450 test images, with the run's network in float32: all logits equal the run's"),
+        ("onnx", "verified in onnxruntime on 450 test images, with the run's network in float32: the classes are"),
+        ("integer", "verified on 450 test images, with the run's network in float32: the classes are equal; "),
+    ):
+        if form == "onnx" and not (find_spec("onnx") and find_spec("onnxruntime")):
+            continue
+        exported = export(Path(result.run), form)
+        assert any(line.startswith(start) for line in exported.lines)
+        (row,) = evaluate_file(exported.path).values
+        assert exported.lines[-1] == f"the file's test top-1 is {row['top1']:.2f} %, measured in float32; {last}"
+    assert export(Path(result.run), weights="best").lines[-1].endswith(best)
+    for words in (["inspect", "--bn-stats", "keep"], ["sensitivity", "--widths", "2"]):
+        out = ["--out", str(Path(result.run) / "bits.yaml")] if words[0] == "sensitivity" else []
+        assert cli([words[0], result.run, *words[1:], *out]) == 0
+        assert f"measured in float32; {last}" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_the_file_is_a_safetensors_file(finished: Path) -> None:
