@@ -1,6 +1,6 @@
-"""Warns if a run means little: too few test images, too few training steps, or a weak float baseline."""
+"""Warns if a run means little: too few test images, training steps or epochs, or a weak float baseline."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
 
 from qbench.experiment.setup import ExperimentSetup
@@ -14,6 +14,9 @@ COARSE_POINTS = 0.5
 
 With 0.5 points, these are the test splits with fewer than 200 images.
 """
+
+MOST_PHASES = 500
+"""Largest number of phases of which `skipped_phases` knows whether a run has all of them."""
 
 QUANTILE = 1.645
 """Number of standard errors of a one-sided 95 % bound."""
@@ -33,6 +36,7 @@ def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps
     return [
         *(weak_baseline(baseline.test.top1, labels.bincount().tolist()) if baseline else ()),
         *few_steps(steps, "pretrain." if setup.is_baseline else ""),
+        *skipped_phases(setup.method.phases, setup.epochs),
         *coarse_test_split(len(labels)),
     ]
 
@@ -66,6 +70,28 @@ def few_steps(steps: int, prefix: str) -> Iterator[str]:
             f"the run has {steps} training steps, fewer than {FEW_STEPS}; raise {prefix}epochs, or lower "
             f"{prefix}optim.batch_size"
         )
+
+
+def skipped_phases(phases: Callable[[int], Sequence[int]], epochs: int) -> Iterator[str]:
+    """Yield a warning if a run has too few epochs for all phases of its method.
+
+    Incremental methods freeze a portion of the weights at the start of each phase. A phase without an epoch freezes its
+    portion together with that of the next phase, so no training adapts the other weights in between.
+
+    Args:
+        phases: `Method.phases`.
+        epochs: number of epochs of the run; 0 if nothing was trained.
+    """
+    most = len(phases(MOST_PHASES))
+    if not epochs or len(phases(epochs)) >= most or len(phases(2 * MOST_PHASES)) != most:  # the number has no limit
+        return
+    enough = next(count for count in range(epochs, MOST_PHASES + 1) if len(phases(count)) >= most)
+    count = "1 epoch leaves" if epochs == 1 else f"{epochs} epochs leave"
+    effect = "all weights are frozen before the first step" if epochs == 1 else "some of them are frozen together"
+    yield (
+        f"{count} out {most - len(phases(epochs))} of the {most + 1} phases of the method, in which portions of the "
+        f"weights are frozen one after another; {effect}; type epochs={enough} or more"
+    )
 
 
 def coarse_test_split(images: int) -> Iterator[str]:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import Configure
 
-from qbench.experiment.evidence import FEW_STEPS, coarse_test_split, few_steps, weak_baseline
+from qbench.experiment.evidence import FEW_STEPS, coarse_test_split, few_steps, skipped_phases, weak_baseline
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
+from qbench.quant.masks import stage_borders
 from qbench.report.comparison.compare import compare
 from qbench.report.html.page import html
 from qbench.report.tables.run_row import row
@@ -53,6 +54,32 @@ def test_few_steps_and_few_images_have_a_threshold() -> None:
     assert list(coarse_test_split(72)) == ["the test split has 72 images, so one image changes top-1 by 1.4 points"]
     assert len(list(coarse_test_split(199))) == 1
     assert not list(coarse_test_split(200))
+
+
+def test_epochs_that_leave_out_portions_are_named() -> None:
+    def lines(epochs: int, short_end: bool = False) -> list[str]:
+        return list(skipped_phases(lambda epochs: stage_borders(epochs, 4, short_end), epochs))
+
+    assert lines(1) == [
+        "1 epoch leaves out 3 of the 4 phases of the method, in which portions of the weights are frozen one after "
+        "another; all weights are frozen before the first step; type epochs=4 or more"
+    ]
+    assert lines(3)[0].startswith("3 epochs leave out 1 of the 4 phases of the method")
+    assert lines(3)[0].endswith("; some of them are frozen together; type epochs=4 or more")
+    assert not lines(4)
+    assert not lines(4, short_end=True)
+    assert not lines(0), "a method that trains nothing"
+    assert not list(skipped_phases(lambda epochs: (), 1)), "a method without phases"
+    assert not list(skipped_phases(lambda epochs: range(1, epochs), 1)), "a phase per epoch"
+
+
+@pytest.mark.parametrize(("method", "phases"), [("inq", 4), ("slq", 5), ("mlq", 2)])
+def test_a_run_names_the_portions_that_its_epochs_leave_out(smoke: Configure, method: str, phases: int) -> None:
+    result = run(planned_run(smoke(f"method={method}", "runtime.observe=off", "distill=none")))
+    found = [line for line in result.warnings if line.startswith("1 epoch leaves out ")]
+    assert len(found) == 1
+    assert found[0].startswith(f"1 epoch leaves out {phases - 1} of the {phases} phases")
+    assert found[0].endswith(f"; type epochs={phases} or more")
 
 
 def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -> None:
