@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from qbench.errors import CheckpointError
+from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.data_check import check_same_data
 from qbench.experiment.run import PROBE_IMAGES
@@ -33,6 +33,7 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
 
     Raises:
         CheckpointError: the run is not done, or a file is missing or damaged.
+        ConfigError: `weights` is `best`, but no epoch was selected on validation images.
         DataError: the run's data set is missing.
     """
     result = load_result(run)
@@ -49,10 +50,20 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
         raise CheckpointError(
             f"{run} has no trained network, because its status is {result.status}: {result.reason}".splitlines()[0]
         )
+    if result is not None and weights == "best" and result.best is None:
+        raise ConfigError(
+            f'{run} has no best epoch, because {_why_no_best(result)}\ntype --weights last (in Python: weights="last")'
+        )
     setup, model = load_finished_network(run, weights=weights, device=device)
     if result is None:  # `load_finished_network` has already raised an error if result.json is damaged
         raise CheckpointError(f"{run / 'result.json'} is missing")
     return FinishedRun(result, setup, model.to(setup.device).eval())
+
+
+def _why_no_best(result: Result) -> str:
+    if result.final is None or result.final.val is None:
+        return "the run has no validation split (dataset.val=0)"
+    return "nothing was trained" if result.final.epoch is None else "no epoch was selected on validation images"
 
 
 def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch], str]:

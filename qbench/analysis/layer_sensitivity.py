@@ -127,7 +127,8 @@ def load_float_baseline(
         CheckpointError: the run or its float baseline is missing or damaged.
         ConfigError: the overrides `words` do not configure a method that fits this network.
     """
-    finished = load_finished_run(run, "best", device)
+    result = load_result(run)
+    finished = load_finished_run(run, "last" if result and result.best is None else "best", device)
     trained = finished.setup
     weights, identity = _float_weights(run, finished)
     config = replace(override_method(trained.config, words), init="scratch")

@@ -164,7 +164,7 @@ def load_model(
         trust: whether to allow code outside qbench that the run's configuration names.
 
     Raises:
-        ConfigError: an argument is not valid, or the run names code that is not trusted.
+        ConfigError: an argument is not valid, the run names code that is not trusted, or it has no best epoch.
         CheckpointError: the run is not finished, a file is missing or damaged, or the images of the data set have
             changed since training.
         DataError: the run's data set is missing.

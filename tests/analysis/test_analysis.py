@@ -454,6 +454,29 @@ def test_evaluate_repeats_the_runs_own_accuracy_and_predictions(
     assert first.split(",")[:3] == ["0", *map(str, own[0])]
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["method=dorefa", "dataset.val=0"], "the run has no validation split (dataset.val=0)"),
+        (["method=ptq"], "nothing was trained"),
+    ],
+)
+def test_a_run_without_a_best_epoch_has_no_best_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], why: str
+) -> None:
+    assert cli([SMOKE[0], *SMOKE[2:], "bits=w4a4", *words, f"out={tmp_path}"]) == 0
+    (run,) = tmp_path.glob(f"*/{words[0].partition('=')[2]}-*")
+    for typed in (["evaluate"], ["inspect"], ["export", "--out", str(tmp_path / "x.qbench")]):
+        capsys.readouterr()
+        assert cli([*typed, str(run), "--weights", "best"]) == ConfigError.status == 2
+        error = capsys.readouterr().err
+        assert f"has no best epoch, because {why}\ntype --weights last" in error
+        assert cli([*typed, str(run), "--weights", "last"]) == 0
+    assert cli(["sensitivity", str(run), "--widths", "4", "--budget", "w=4", "--out", str(tmp_path / "b.yaml")]) == 0
+    with pytest.raises(ConfigError, match="has no best epoch"):
+        qbench.load_model(run, weights="best")
+
+
 def test_evaluate_on_other_data_uses_the_runs_normalization(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own,) = printed_tables(capsys, "evaluate", run)
     (same,) = printed_tables(
