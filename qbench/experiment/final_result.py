@@ -17,6 +17,7 @@ from qbench.experiment.evidence import evidence_warnings
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
 from qbench.experiment.trained_network import LAYERS, load_weights
+from qbench.experiment.unused_keys import unused_keys
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
 from qbench.quant.verify import NotQuantized, clipped_negatives, verify
 from qbench.runs import manifest
@@ -65,7 +66,7 @@ def final_result(
     session.write_weights("last.pt", last, model)
     session.write_weights("best.pt", best_weights, model)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
-    notes = [*_baseline_note(baseline), *_notes(setup, verified), *_commit_notes(commits)]
+    notes = [*_baseline_note(baseline), *_notes(setup, verified), *unused_keys(setup, model), *_commit_notes(commits)]
     float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
     evidence = evidence_warnings(setup, float_evaluation, state.step)
     warnings = [*_debug_warning(setup), *evidence, *_warnings(setup, model, images), *session.monitor.warned.values()]

@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
     small_decay = optim.weight_decay if optim.decay_norm_and_bias else 0.0
     rules: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
     for module in model.modules():
-        rules |= {id(bias): (optim.bias_lr, small_decay) for bias in _layer_biases(module)}
+        rules |= {id(bias): (optim.bias_lr, small_decay) for bias in layer_biases(module)}
     for layer in (m for m in model.modules() if isinstance(m, QLayer)):
         for quantizer in (layer.weight_q, layer.input_q, layer.output_q):
             for module in quantizer.modules():
@@ -60,7 +60,7 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
     ]
 
 
-def _layer_biases(module: nn.Module) -> list[nn.Parameter]:
+def layer_biases(module: nn.Module) -> list[nn.Parameter]:
     """Return the biases of a module if it has weights with two or more dimensions, and otherwise nothing.
 
     A module may have several biases, such as `bias_ih_l0` of a recurrent layer and `in_proj_bias` of attention. Its

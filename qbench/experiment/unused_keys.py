@@ -1,0 +1,91 @@
+"""Names configuration keys that a run has ignored, because its method, network or optimizer does not use them.
+
+Such keys are no errors, because the runs of a sweep over methods or networks share their keys.
+"""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from qbench.config.schema import Layers, Optim
+from qbench.experiment.setup import ExperimentSetup
+from qbench.quant.layers import is_quantizer_key
+from qbench.training.optimizer import layer_biases, parameter_groups
+
+BN_MOMENTUM = 0.1
+"""Default value of `model.bn_momentum`."""
+
+
+def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
+    """Return a note for each key that differs from its default value and had no effect on the run.
+
+    If nothing was trained, the keys of `optim` are not named.
+
+    Args:
+        setup: the setup of the run.
+        model: the trained network, with its quantizers.
+    """
+    found = [*_model_keys(setup, model), *_layer_keys(setup)]
+    if setup.epochs:
+        prefix = "pretrain.optim" if setup.is_baseline else "optim"
+        found += [(f"{prefix}.{key}", why) for key, why in _optim_keys(setup, model)]
+    return [f"{key} has no effect, because {why}" for key, why in found]
+
+
+def _model_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
+    momentum = setup.config.model.get("bn_momentum", BN_MOMENTUM)
+    if momentum != BN_MOMENTUM and not any("BatchNorm" in type(module).__name__ for module in model.modules()):
+        yield f"model.bn_momentum={momentum}", "the network has no batch normalization"
+
+
+def _layer_keys(setup: ExperimentSetup) -> Iterator[tuple[str, str]]:
+    """Yield the rules of the layer policy whose layers all have an earlier rule."""
+    order = setup.order
+    ruled: dict[str, str] = {}  # layer -> the first rule that matches it
+    for pattern, width in setup.policy.rules.items():
+        names = [name for name in order if fnmatchcase(name, pattern)]
+        if ruled and names and ruled.keys() >= set(names):
+            yield f"layers.rules[{pattern}]={width}", f"the earlier rule {ruled[names[0]]} matches its layers"
+        for name in names:
+            ruled.setdefault(name, pattern)
+    for key, name in (("first", order[0]), ("last", order[-1])) if order else ():
+        width = getattr(setup.policy, key)
+        if width != getattr(Layers, key) and name in ruled:
+            yield f"layers.{key}={width}", f"the rule {ruled[name]} matches the layer {name}"
+
+
+def _optim_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (key=value, reason) for the keys of the optimizer.
+
+    The keys of one optimizer or schedule alone, such as `momentum`, are not included: they are no keys of the YAML
+    files of other optimizers, so Hydra refuses them there.
+    """
+    optim, usual = setup.optim, Optim(lr=setup.optim.lr)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    learned = any(is_quantizer_key(name) for name in trained)
+    decays = any(group["weight_decay"] for group in parameter_groups(model, optim))
+    own_loss = f"{setup.method_name} has its own loss"
+    reasons = {
+        "quantizer_lr": not learned and f"the quantizers of {setup.method_name} have no learned parameters",
+        "quantizer_decay": not learned and f"the quantizers of {setup.method_name} have no learned parameters",
+        "bias_lr": not _has_layer_biases(model) and "no layer has a bias that is trained",
+        "decay_norm_and_bias": _why_no_decay(optim, trained),
+        "decay_until": not decays and "the weight decay is 0",
+        "label_smoothing": setup.method.loss is not None and own_loss,
+    }
+    for key, why in reasons.items():
+        if why and getattr(optim, key) != getattr(usual, key):
+            yield f"{key}={getattr(optim, key)}", why
+
+
+def _has_layer_biases(model: nn.Module) -> bool:
+    return any(bias.requires_grad for module in model.modules() for bias in layer_biases(module))
+
+
+def _why_no_decay(optim: Optim, trained: dict[str, nn.Parameter]) -> str:
+    """Return the reason why `decay_norm_and_bias` has no effect, or an empty text."""
+    if not optim.weight_decay:
+        return "the weight decay is 0"
+    small = any(p.dim() < 2 and not is_quantizer_key(name) for name, p in trained.items())
+    return "" if small else "the network has no biases and no batch normalization that are trained"
