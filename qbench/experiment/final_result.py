@@ -27,6 +27,7 @@ from qbench.runs.tensorboard_tags import QUANT
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.digests import weights_sha256
 from qbench.training.evaluation import evaluate, returns_probabilities, state_outside, unsteady_evaluation
+from qbench.training.health import remedy
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
@@ -203,7 +204,9 @@ def _evaluate(
     tested = evaluate(task.model, test, task.logits, answers, context.group)
     assert tested is not None  # `check_splits` refuses an empty test split
     if not all(isfinite(part.loss) for part in (tested, validated) if part):
-        raise Diverged("the network's outputs on the test or validation images are not finite; try a lower optim.lr")
+        raise Diverged(
+            f"the network's outputs on the test or validation images are not finite; {remedy(epoch is not None)}"
+        )
     return Evaluation(test=tested, val=validated, epoch=epoch)
 
 

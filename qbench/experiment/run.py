@@ -31,6 +31,7 @@ from qbench.training import optimizer
 from qbench.training.checkpoint import Saved, first_nonfinite
 from qbench.training.divergence import must_be_finite
 from qbench.training.evaluation import evaluate
+from qbench.training.health import remedy
 from qbench.training.initial_weights import is_intact, load_initial_weights, load_quantizers
 from qbench.training.loop import train
 from qbench.training.random_state import seed_everything
@@ -151,6 +152,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
     )
     if context.writes:
         _write_manifest(setup, directory, session)
+    state = None
     try:
         baseline_path = Path(baseline.run) if baseline else None
         method = setup.with_teacher(baseline_path)
@@ -170,7 +172,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         reporter.stop()
         return final_result(setup, task, state, loader, session, compared)
     except NotFinite as error:
-        raise Diverged(f"{error}; try a lower optim.lr") from None
+        raise Diverged(f"{error}; {remedy(state is not None and state.step > 0)}") from None
     finally:
         session.logger.abandon()
 

@@ -26,6 +26,7 @@ from qbench.system.tracebacks import error_text
 from qbench.training.checkpoint import Saved, first_nonfinite, load_newest, pack
 from qbench.training.divergence import must_be_finite
 from qbench.training.epoch_record import EpochRecord
+from qbench.training.health import WITHOUT_TRAINING
 from qbench.training.loop import Callbacks
 from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
@@ -92,7 +93,7 @@ class TrainingSession:
         reporter.start(self.title, task.epochs * task.steps, state.step, images)
         self.monitor.begin(task.model, state.step)
         if not task.epochs:
-            self.logger.records(self.monitor.epoch(task, state, None, "without training"))
+            self.logger.records(self.monitor.epoch(task, state, None, WITHOUT_TRAINING))
 
         def step(state: State, loss: Tensor) -> None:
             reporter.step(state.step, loss.item)

@@ -214,7 +214,7 @@ def load_float_weights(model: nn.Module, state: Mapping[str, object], source: st
 
     Raises:
         DoesNotFit: tensors are missing or unknown, or have a wrong type or shape. The message names these tensors.
-        CheckpointError: a tensor contains inf or nan.
+        CheckpointError: a tensor contains inf or nan, or a variance is negative.
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     current = model.state_dict()
@@ -223,8 +223,19 @@ def load_float_weights(model: nn.Module, state: Mapping[str, object], source: st
     loaded = {name: tensors[name] for name in current if name in tensors}
     if bad := first_nonfinite(loaded):
         raise CheckpointError(f"{source}: {bad} contains inf or nan")
+    if bad := _negative_variance(model, loaded):
+        raise CheckpointError(f"{source}: {bad} contains negative variances, which give nan in evaluation")
     model.load_state_dict(loaded, strict=False)
     return LoadedWeights([*map(printable, skipped)], [name for name in current if name not in tensors])
+
+
+def _negative_variance(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first running variance that gives nan in evaluation, or None.
+
+    Batch normalization computes 1 / sqrt(variance + eps). A value between -eps and 0 can come from rounding.
+    """
+    eps = {f"{name}.running_var".lstrip("."): getattr(m, "eps", 0.0) for name, m in model.named_modules()}
+    return next((name for name, t in tensors.items() if name in eps and (t <= -eps[name]).any() and t.min() < 0), None)
 
 
 def check_fit(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor], source: str) -> None:

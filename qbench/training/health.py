@@ -24,6 +24,9 @@ A step of Adam is about as large as the learning rate. With a learning rate of 0
 10^4 steps in the same direction to grow by this factor.
 """
 
+WITHOUT_TRAINING = "without training"
+"""The text in messages that says when a check was made, if the run trains nothing."""
+
 MAX_GROWTH = 1e4
 """If the largest weight of a layer grows by more than this factor since the start, the run stops.
 
@@ -84,11 +87,24 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) 
     return warnings
 
 
+def remedy(trained: bool) -> str:
+    """Return what to do about a value that is not finite.
+
+    Args:
+        trained: whether a training step came before. If none did, the learning rate cannot be the cause.
+    """
+    if trained:
+        return "try a lower optim.lr"
+    return "nothing was trained, so the cause is in the initial weights, in the images or in the method"
+
+
 def check_scales(model: nn.Module, where: str) -> None:
     """Raise `Diverged` if a scale is not above zero.
 
     Quantizers list the names of their scales in `positive_parameters`.
     """
+    trained = where != WITHOUT_TRAINING
+    cause = f"probably an optimizer step was too large\n{remedy(trained)}" if trained else remedy(trained)
     for name, layer in quantized_layers(model).items():
         for slot, quantizer in quantizers(layer).items():
             tensors = dict(quantizer.named_parameters()) | dict(quantizer.named_buffers())
@@ -96,8 +112,7 @@ def check_scales(model: nn.Module, where: str) -> None:
                 scale = tensors[key].detach()
                 if not (scale > 0).all():
                     raise Diverged(
-                        f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g} {where}, but must be above 0; "
-                        f"probably an optimizer step was too large\ntry a lower optim.lr"
+                        f"{name}.{SLOTS[slot]}.{key} is {scale.min().item():.3g} {where}, but must be above 0; {cause}"
                     )
 
 

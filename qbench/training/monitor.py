@@ -15,12 +15,14 @@ from qbench.runs.tensorboard_tags import QUANT
 from qbench.training.epoch_record import EpochRecord
 from qbench.training.health import (
     FIRST_STEPS,
+    WITHOUT_TRAINING,
     HealthWarnings,
     at_chance,
     check_scales,
     degenerate_layers,
     exploding_weights,
     initial_magnitudes,
+    remedy,
     still_without_gradient,
     to_train,
     untrained,
@@ -145,7 +147,7 @@ class TrainingMonitor:
         try:
             traces = trace_layers(task.model, images)
         except NotFinite as error:
-            raise Diverged(f"{error} {where}; try a lower optim.lr") from None
+            raise Diverged(f"{error} {where}; {remedy(where != WITHOUT_TRAINING)}") from None
         self._warn(degenerate_layers(task.model, traces, where))
         if self.level == "off" or not traces:
             return []

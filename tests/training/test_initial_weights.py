@@ -153,6 +153,19 @@ def test_names_that_could_be_mixed_up_are_refused(weights: Weights, tmp_path: Pa
         load_initial_weights(network(), file)
 
 
+def test_negative_variances_are_refused(weights: Weights, tmp_path: Path) -> None:
+    """Evaluation would give nan. A variance that rounding made slightly negative loads, because eps exceeds it."""
+    for value, refused in ((-1e-3, True), (-1e-5, True), (-1e-6, False), (0.0, False)):
+        changed = weights["bn1.running_var"].clone()
+        changed[1] = value
+        torch.save(weights | {"bn1.running_var": changed}, tmp_path / "w.pt")
+        if refused:
+            with pytest.raises(CheckpointError, match=r"w\.pt: bn1\.running_var contains negative variances"):
+                load_initial_weights(network(), tmp_path / "w.pt")
+        else:
+            load_initial_weights(network(), tmp_path / "w.pt")
+
+
 def test_another_number_of_classes_needs_a_new_last_layer(weights: Weights, tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     torch.save(renamed("fc", "linear")(weights), file)

@@ -16,10 +16,12 @@ from qbench.errors import Diverged
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.methods import lsq
+from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Batch
 from qbench.runs.result import load_result
 from qbench.training.checkpoint import first_nonfinite, unpack
+from qbench.training.health import WITHOUT_TRAINING, check_scales
 
 VALUES = {"none": float("nan"), "up": float("inf"), "down": float("-inf")}
 STEP = 21  # an epoch has 18 steps: there is one checkpoint before it
@@ -163,6 +165,37 @@ class NanInEvaluation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.last(x.flatten(1))
         return y if self.training else y * torch.nan
+
+
+class NegativeVariance(nn.Sequential):
+    """A network whose batch normalization gives nan in evaluation."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        norm = nn.BatchNorm1d(16)
+        assert norm.running_var is not None
+        norm.running_var.fill_(-1)
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), norm, nn.Linear(16, 16), nn.Linear(16, classes))
+
+
+@pytest.mark.parametrize("words", [
+    ["model=test_not_finite:NegativeVariance", "method=ptq"],  # an input of a quantizer
+    ["model=test_not_finite:NegativeVariance", "method=lsq", "epochs=0"],
+    ["model=test_not_finite:NanInEvaluation", "method=ptq"],  # the outputs
+])  # fmt: skip
+def test_the_learning_rate_is_not_blamed_if_nothing_was_trained(configure: Configure, words: list[str]) -> None:
+    with pytest.raises(Diverged, match=r"nothing was trained, so the cause is in the initial weights") as caught:
+        run(planned_run(configure("init=scratch", "pretrain.epochs=1", "bits=w4a4", *words)))
+    assert "optim.lr" not in str(caught.value)
+
+
+def test_a_scale_that_is_not_positive_is_explained() -> None:
+    model = install(lsq.build(w=4), nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
+    layer: Any = model.get_submodule("1")
+    layer.weight_q.step.data.fill_(-1)
+    with pytest.raises(Diverged, match=r"\n?try a lower optim\.lr"):
+        check_scales(model, "in epoch 1, step 1")
+    with pytest.raises(Diverged, match="must be above 0; nothing was trained"):
+        check_scales(model, WITHOUT_TRAINING)
 
 
 def test_outputs_that_are_not_finite_in_evaluation_stop_the_run(configure: Configure) -> None:
