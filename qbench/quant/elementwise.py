@@ -34,6 +34,9 @@ COMPILE_AFTER = 2**25
 Compilation takes as much time as compiled code saves on a few times as many elements.
 """
 
+FEW_ELEMENTS = 2**17
+"""Programs of several stages are not used for fewer elements, because torch is faster then."""
+
 Function = Callable[..., Any]
 
 
@@ -143,7 +146,8 @@ def call(function: Function, *tensors: Tensor) -> Any:
     if not _dense(first):
         return function(*tensors)
     numbers += key.numbers
-    if entry.program is None:
+    program = entry.program
+    if program is None or (program.stages > 1 and first.numel() < FEW_ELEMENTS):
         result = function(*tensors)
         entry.elements += first.numel()
         if not entry.tried and entry.elements >= COMPILE_AFTER:
@@ -151,7 +155,7 @@ def call(function: Function, *tensors: Tensor) -> Any:
             entry.program = _program(function, tensors, full, numbers, key.numbers, result)
         return result
     try:
-        result, finite = entry.program(full, numbers)
+        result, finite = program(full, numbers)
     except RuntimeError:  # tensors inside torch.func's transforms have no memory
         return function(*tensors)
     found = _finite.get()

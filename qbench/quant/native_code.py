@@ -247,7 +247,7 @@ class Compiled:
         self.results, self.single = program.results, program.single
         wanted = {r.operation for r in program.results if isinstance(r, Full)}
         last = max((operations[i].stage for i in wanted), default=0)
-        self.stages: list[tuple[list[Call], list[int], Loop | None]] = []
+        self._stages: list[tuple[list[Call], list[int], Loop | None]] = []
         for stage in range(max([last, *(call.stage for call in calls)]) + 1):
             reduced = {o.operation for call in calls for o in call.operands if isinstance(o, Full)}
             reduced = {i for i in reduced if operations[i].stage == stage}
@@ -255,7 +255,8 @@ class Compiled:
                 i for i in reduced | (wanted if stage == last else set()) if not _is_argument(operations[i])
             )
             loop = Loop(operations, outputs) if outputs else None
-            self.stages.append(([call for call in calls if call.stage == stage], outputs, loop))
+            self._stages.append(([call for call in calls if call.stage == stage], outputs, loop))
+        self.stages = len(self._stages)
         self.arguments = [i for i, operation in enumerate(operations) if _is_argument(operation)]
         self.count = len(calls)
 
@@ -269,7 +270,7 @@ class Compiled:
         tensors = dict(zip(self.arguments, full, strict=True))
         slots: list[Tensor | None] = [*numbers, *[None] * self.count]
         finite = False
-        for calls, outputs, loop in self.stages:
+        for calls, outputs, loop in self._stages:
             for function, args, kwargs, slot, _ in calls:
                 args = tuple(_actual(value, tensors, slots) for value in args)
                 slots[slot] = function(*args, **{key: _actual(value, tensors, slots) for key, value in kwargs.items()})

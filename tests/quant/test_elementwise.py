@@ -51,6 +51,7 @@ QUANTIZERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # functions of x 
 def at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile functions at their first call."""
     monkeypatch.setattr(elementwise, "COMPILE_AFTER", 0)
+    monkeypatch.setattr(elementwise, "FEW_ELEMENTS", 0)
     monkeypatch.setattr(elementwise, "_entries", {})
     monkeypatch.setattr(elementwise, "_variants", type(elementwise._variants)())
 
@@ -285,6 +286,22 @@ def test_functions_with_ever_new_numbers_are_left_to_torch() -> None:
     for i in range(3 * elementwise.MAX_VARIANTS):
         assert torch.equal(elementwise.call(closing_over(i / 7), x), x * (i / 7))
     assert compiled() == [True] * elementwise.MAX_VARIANTS
+
+
+def test_torch_computes_few_elements_faster_if_there_are_several_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = values()
+    for _ in range(2):
+        dorefa.quantize_weight(x, 3)
+    (entry,) = elementwise._entries.values()
+    assert entry.program.stages > 1
+    used = []
+    monkeypatch.setattr(type(entry.program), "__call__", lambda self, *args: used.append(args) or (x, True))
+    monkeypatch.setattr(elementwise, "FEW_ELEMENTS", x.numel() + 1)
+    dorefa.quantize_weight(x, 3)
+    assert not used
+    monkeypatch.setattr(elementwise, "FEW_ELEMENTS", x.numel())
+    dorefa.quantize_weight(x, 3)
+    assert used
 
 
 def test_a_function_is_compiled_once_it_has_computed_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
