@@ -305,6 +305,10 @@ def fused_quantizer(
 
     The functions get x in float32 if x has half precision, and the result has the type of x.
 
+    With the extra `fast`, `value`, `backward` and `cells` are compiled on the CPU if they consist of elementwise
+    operations and sums (elementwise.py). Their results must depend only on their arguments, and on numbers, tensors and
+    functions in their closures. A function that refers to other objects, such as `self`, is not compiled.
+
     Args:
         x: the float values.
         learned: the learned parameters, such as scales, that get gradients. The functions get them in the same type as
