@@ -165,8 +165,8 @@ def call(function: Function, *tensors: Tensor) -> Any:
 
 
 def _plain(x: Tensor) -> bool:
-    """Return whether x is an ordinary tensor. Others, such as those that torch.export traces, may have no memory."""
-    return type(x) in (Tensor, Parameter) and x.layout == torch.strided
+    """Return whether the memory of x contains its values. Tensors that torch.export traces may have no memory."""
+    return type(x) in (Tensor, Parameter) and x.layout == torch.strided and not x.is_neg()
 
 
 def _observed() -> bool:

@@ -325,6 +325,7 @@ def test_gaps_other_shapes_and_other_types_are_left_to_torch() -> None:
         (x.double(), x.double()),
         (x[0, 0, 0, 0], x[0, 0, 0, 1]),
         (x[:0], x[:0]),
+        (torch._neg_view(x), torch._neg_view(x)),
     ]
     for a, b in pairs:
         for _ in range(2):
