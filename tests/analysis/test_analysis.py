@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -639,3 +640,27 @@ def test_the_loaded_network_has_the_stored_weights(run: Path) -> None:
     stored = torch.load(run / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
     assert setup.config.method_name == "dorefa"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (lambda: nn.Linear(6, 4), (6,)),
+        (lambda: nn.Linear(6, 4), (2, 3, 6)),
+        (lambda: nn.Conv2d(6, 4, 3), (6, 5, 5)),
+        (lambda: nn.Conv1d(6, 4, 3), (2, 6, 5)),
+        (lambda: nn.ConvTranspose3d(6, 4, 2), (2, 6, 3, 3, 3)),
+    ],
+)
+def test_signals_of_layers_called_with_and_without_a_batch(kind: Callable[[], Any], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind())
+    x = torch.randn(shape)
+    install(dorefa.build(w=2, a=2), model, Policy(first="same", last="same", input="float"))
+    signal = layer_signals(model, [(x, torch.zeros(1))])["0"]
+    outputs = model(x)
+    axis = -1 if isinstance(model[0], nn.Linear) else -1 - len(model[0].kernel_size)
+    assert signal.dead_channels("out")[1] == outputs.shape[axis] == 4
+    assert signal.dead_channels("in")[1] == 6
+    assert signal.high["out"].max() == outputs.max()
+    assert signal.count == outputs.numel() / 4
