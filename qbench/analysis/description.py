@@ -7,6 +7,7 @@ from typing import Any
 from qbench.bits import FLOAT
 from qbench.config import registry
 from qbench.config.command_line import command_line
+from qbench.config.foreign_code import foreign_code
 from qbench.config.schema import Node, Optim, to_dict
 from qbench.errors import ConfigError, QbenchError
 from qbench.report.tables.escape import printable
@@ -75,7 +76,8 @@ def _setup(
         yield "config", values
     else:
         command = command_line(values, recorded_files(result))
-        yield "command", command or f"no command gives this configuration; the run was started with: qbench {typed}"
+        why = "the run uses code of your own" if foreign_code(values) else "no command gives this configuration"
+        yield "command", command or f"{why}; the run was started with: qbench {typed}"
         yield from _methods(values["method"], values["activation"])
     if result and result.verified:
         widths = [f"{name} {' '.join(f'{key}:{levels.found}' for key, levels in counts.items())}"

@@ -23,7 +23,7 @@ class FinishedRun(NamedTuple):
     model: nn.Module
 
 
-def load_finished_run(run: Path, weights: str = "last", device: str = "auto") -> FinishedRun:
+def load_finished_run(run: str | Path, weights: str = "last", device: str = "auto") -> FinishedRun:
     """Load a finished run, with the weights of the last epoch or of the epoch with the best validation accuracy.
 
     Args:
@@ -36,6 +36,7 @@ def load_finished_run(run: Path, weights: str = "last", device: str = "auto") ->
         ConfigError: `weights` is `best`, but no epoch was selected on validation images.
         DataError: the run's data set is missing.
     """
+    run = Path(run)
     result = load_result(run)
     if result is None and not (run / "config.yaml").exists():
         raise CheckpointError(

@@ -98,7 +98,9 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
     directory = planned.directory
     path, stored = str(directory.path), directory.stored()
     if isinstance(cost, UnsupportedRun):
-        table.rows.append((path, f"unsupported: {cost.reason}", *"-" * (len(HEAD) - 2)))
+        reason, *advice = cost.reason.splitlines()
+        table.rows.append((path, f"unsupported: {reason}", *"-" * (len(HEAD) - 2)))
+        table.notes += [line for line in advice if line not in table.notes]
         table.values.append({"run": path, "state": "unsupported", "reason": cost.reason, "seconds": 0.0})
         return 0.0
     state = stored.status if stored else "unfinished" if directory.checkpoints() else "new"

@@ -93,7 +93,8 @@ def test_outlying_values_by_hand() -> None:
     assert outlying([-1.0, -0.5, 0.0, 0.0, 0.5, 30.0]) == [5]
     assert outlying([1.0, 2.0, 3.0, 4.0]) == []
     assert outlying([2.0] * 5) == []
-    assert outlying([2.0] * 5 + [2.5]) == [5]
+    assert outlying([2.0] * 5 + [3.5]) == [5]
+    assert outlying([0.66, 0.66, 0.0]) == [], "three test images of 450 are no collapse"
 
 
 def test_equivalence_is_two_one_sided_tests() -> None:

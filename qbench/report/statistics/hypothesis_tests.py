@@ -68,15 +68,16 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def outlying(values: Sequence[float]) -> list[int]:
-    """Return the indices of values that are far from all other values.
+    """Return the indices of values, in points, that are far from all other values.
 
-    A value is far if its distance from the median is more than 5 robust standard deviations. A robust standard
-    deviation is 1.4826 times the median of all distances from the median (Hampel 1974).
+    A value is far if its distance from the median is more than 5 robust standard deviations and more than a point. A
+    robust standard deviation is 1.4826 times the median of all distances from the median (Hampel 1974). It is 0 if most
+    values are equal, as differences of a few test images can be.
     """
     import numpy as np
 
     distance = np.abs(np.asarray(values, dtype=float) - np.median(values))
-    return [int(i) for i in np.flatnonzero(distance > OUTLYING * 1.4826 * np.median(distance) + 1e-9)]
+    return [int(i) for i in np.flatnonzero(distance > max(OUTLYING * 1.4826 * np.median(distance), 1.0))]
 
 
 def equivalent(difference: Difference, margin: float) -> float:
