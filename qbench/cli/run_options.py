@@ -4,7 +4,7 @@ This module does not import torch, so errors in the options are reported at once
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,14 +134,21 @@ def _parse(
         )
     if len(runs) != 1:
         usage = f"qbench {parser.name} RUN {overrides_usage}".rstrip()
-        raise ConfigError(
-            f"{parser.name} needs exactly one run directory, found {len(runs)}: {usage}\nto list the runs below "
-            f"outputs: qbench list runs"
-        )
+        raise ConfigError(f"{parser.name} needs exactly one run directory, found {len(runs)}: {usage}\n{_advice(runs)}")
     if not exists(runs[0]):
         what = "file or directory" if takes_file else "directory"
-        raise ConfigError(f"{runs[0]}: no such {what}\nto list the runs below outputs: qbench list runs")
+        raise ConfigError(f"{runs[0]}: no such {what}\n{_advice(runs)}")
     trusted = flags.pop("trust", False)
     if os.path.isdir(runs[0]) and not trusted:
         refuse_foreign_code(Path(runs[0]), runs[0], "to run that code: --trust")
     return {"run": Path(runs[0]), "overrides": overrides} | flags
+
+
+def _advice(words: Sequence[str]) -> str:
+    """Return what to type in place of words that do not name exactly one run directory."""
+    found = [word for word in words if os.path.isdir(word)]
+    if len(found) > 1:
+        return f"type one of them, such as {found[0]}"
+    top = Path(words[0]).parts[0] if words and not Path(words[0]).is_absolute() else ""
+    folder = top if top not in ("", ".", "..") and os.path.isdir(top) else "outputs"
+    return f"to list the runs below {folder}: qbench list runs" + (f" {folder}" if folder != "outputs" else "")

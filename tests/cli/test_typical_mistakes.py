@@ -123,6 +123,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("compare . -html page.html", 2, "did you mean --html?"),
     ("export outputs/nothing", 2, "to list the runs below outputs: qbench list runs"),
     ("evaluate", 2, "evaluate needs exactly one run directory, found 0: qbench evaluate RUN"),
+    ("export . ..", 2, "found 2: qbench export RUN\ntype one of them, such as ."),
     ("inspect outputs/nothing", 2, "to list the runs below outputs: qbench list runs"),
     ("list model", 2, "did you mean models?"),
     ("check nets:Net", 2, "returned a Net, not a Method"),
