@@ -25,13 +25,15 @@ def install(
     `qbench.quant.install.install` describes the arguments and the errors. In addition, this function warns through the
     logger `qbench` about layers that stay in float because they do not run on the example.
     """
+    from qbench.quant.graph import state_restored
     from qbench.quant.install import install as install_quantizers
     from qbench.quant.layers import quantized_layers
     from qbench.quant.policy import execution_order, quantizable
 
     install_quantizers(method, model, policy, example=example, act=act)
     if example is not None:
-        ran = set(execution_order(model, example))
+        with state_restored(model):
+            ran = set(execution_order(model, example))
         if idle := [name for name in quantizable(model) if name not in ran and name not in quantized_layers(model)]:
             logger.warning(
                 "layers that do not run on the example stay in float: %s; if other images use them, pass more images",

@@ -1,7 +1,7 @@
 """Compiles programs (program.py) to machine code with LLVM, through the package llvmlite.
 
 llvmlite is installed with numba, which the extra `fast` contains. A program is compiled once in a process, which takes
-some milliseconds. LLVM may not reorder or contract operations on floats here, so the results are those of torch to the
+tens of milliseconds. LLVM may not reorder or contract operations on floats here, so the results are those of torch to the
 last bit.
 """
 

@@ -1,4 +1,4 @@
-"""Delays torch's import of its compiler until something is compiled. The import takes a second and 100 MB.
+"""Delays torch's import of its compiler until something is compiled. The import takes over a second and 70 MiB.
 
 torch imports the compiler in every step of an optimizer, and in many functions for tensors on the meta device, only to
 leave these functions out of compilation. While nothing is compiled, this has no effect.

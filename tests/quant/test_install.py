@@ -333,7 +333,8 @@ class Monitored(Net):
 
 
 @pytest.mark.parametrize("lock", [False, True])
-def test_looking_at_a_network_changes_no_buffers(lock: bool) -> None:
+@pytest.mark.parametrize("install", [install, qbench.install])
+def test_looking_at_a_network_changes_no_buffers(install: Callable[..., nn.Module], lock: bool) -> None:
     model = Monitored(lock)
     model.mean.fill_(0.25)
     install(dorefa.build(w=2, a=2), model, example=X)
