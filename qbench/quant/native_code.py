@@ -1,8 +1,8 @@
 """Compiles programs (program.py) to machine code with LLVM, through the package llvmlite.
 
 llvmlite is installed with numba, which the extra `fast` contains. A program is compiled once in a process, which takes
-tens of milliseconds. LLVM may not reorder or contract operations on floats here, so the results are those of torch to the
-last bit.
+tens of milliseconds. LLVM may not reorder or contract operations on floats here, so the results are those of torch to
+the last bit.
 """
 
 import ctypes
