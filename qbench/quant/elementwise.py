@@ -25,7 +25,7 @@ from qbench.quant.recording import record
 MAX_CONSTANTS = 64
 """Largest number of elements of a tensor of constants, such as the levels of a quantizer."""
 
-MAX_VARIANTS = 16
+MAX_VARIANTS = 256
 """Largest number of programs of one function, each with other constants. Further variants are executed by torch."""
 
 COMPILE_AFTER = 2**25

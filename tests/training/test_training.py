@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,7 @@ def test_the_extra_fast_gives_identical_weights(
     pytest.importorskip("llvmlite", reason="needs the extra fast")
     monkeypatch.setattr(elementwise, "COMPILE_AFTER", 2000)  # each function runs in torch first, and then compiled
     monkeypatch.setattr(elementwise, "_entries", {})
+    monkeypatch.setattr(elementwise, "_variants", Counter())
     with elementwise.torch_operations():
         first = run(planned_run(smoke(*words.split(), f"out={tmp_path / 'a'}")))
     assert not elementwise._entries
