@@ -343,7 +343,7 @@ def claim_section(
     seconds = sum(run.result.wall_seconds or 0.0 for run in runs if run.result is not None)
     lines.append(
         f"{done} of {len(runs)} runs are done. "
-        f"They took {seconds:.0f} s, and their float baselines took more ({machine})."
+        f"They took {seconds:.0f} s, to which the time of their float baselines must be added ({machine})."
     )
     return "\n".join(lines) + "\n"
 

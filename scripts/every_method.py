@@ -134,7 +134,7 @@ def footer(done: Sequence[Result]) -> str:
     times = [path.stat().st_mtime for path in written]
     return (
         f"`scripts/every_method.py`: {len(done)} runs, which include float baselines; {layers} quantized layers were "
-        f"verified. They took {max(times) - min(times):.0f} s, several at a time. Their times add up to "
+        f"verified. Wall time: {max(times) - min(times):.0f} s. Sum of the times of the runs: "
         f"{seconds:.0f} s, with one thread per run ({os.cpu_count()} cores, {platform.machine()}, "
         f"{platform.system()}, torch {version('torch')})."
     )

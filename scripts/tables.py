@@ -66,8 +66,8 @@ def table_from_sweep(command: str) -> str:
     torch = manifest["versions"]["torch"]
     machine = f"{os.cpu_count()} cores, {manifest['processor']}, {platform.system()}, torch {torch}"
     note = (
-        f"`{command}`: {len(runs)} runs, which include float baselines and unsupported runs. They "
-        f"took {max(times) - min(times):.0f} s, several at a time. Their times add up to {seconds:.0f} s, "
+        f"`{command}`: {len(runs)} runs, which include float baselines and unsupported runs. Wall "
+        f"time: {max(times) - min(times):.0f} s. Sum of the times of the runs: {seconds:.0f} s, "
         f"with one thread per run ({machine})."
     )
     record = record_path(command)

@@ -306,8 +306,8 @@ def footer(typed: Sequence[str], records: Sequence[RunRecord]) -> str:
     times = [file.stat().st_mtime for run in records for file in run.path.glob("*.json")]
     command = " ".join(["scripts/unified.py", *(word for word in typed if not word.startswith(("out=", "hydra")))])
     return (
-        f"`{command}`: {len(seconds)} runs are done, which include float baselines. They took "
-        f"{max(times) - min(times):.0f} s, several at a time. Their times add up to {sum(seconds):.0f} s, "
+        f"`{command}`: {len(seconds)} runs are done, which include float baselines. "
+        f"Wall time: {max(times) - min(times):.0f} s. Sum of the times of the runs: {sum(seconds):.0f} s, "
         f"with one thread per run ({os.cpu_count()} cores, "
         f"{platform.machine()}, {platform.system()}, torch {version('torch')})."
     )

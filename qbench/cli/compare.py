@@ -100,7 +100,7 @@ def tables(options: CompareOptions) -> list[Table]:
 
 
 def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> tuple[list[Table], list[RunRecord]]:
-    """Return the tables for these options, with notes on significant differences, and the compared runs.
+    """Return the tables for these options, and the compared runs. Notes of tables state significant differences.
 
     Args:
         others: further runs to compare, in addition to the runs in the directories.

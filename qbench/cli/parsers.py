@@ -139,7 +139,8 @@ def describe() -> SubcommandParser:
     parser = SubcommandParser(
         "describe",
         epilog="The card lists formulas, choices where the paper is silent, and deviations in public code. The "
-        "description of a run states a command that repeats the run, and data, recipe, accuracy, versions and notes.",
+        "description of a run states the data, the recipe, the accuracy, versions, notes, and a command that repeats "
+        "the run.",
     )
     parser.add_argument("method", metavar=METHOD, help="a method, package.module:function, or a run's directory")
     parser.suggestions[METHOD] = lambda: groups.option_names("method")

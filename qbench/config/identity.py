@@ -1,9 +1,9 @@
 """Defines the identity of a run, which is the set of configuration keys that determine its result.
 
-The identity contains every configuration key that can change the result. It also determines the run's folder and its
-protocol, which are the keys that must be equal in two runs that are compared. `qbench plan` and the search for stored
-results need the identity before any data is read. The identity therefore does not contain the fingerprint of the data,
-which the result records as `data_sha256`.
+The identity contains every configuration key that can change the result. It also determines the run's folder. The
+protocol consists of those of its keys that must be equal in two runs that are compared. `qbench plan` and the search
+for stored results need the identity before any data is read. The identity therefore does not contain the fingerprint
+of the data, which the result records as `data_sha256`.
 
 Some keys were added after results had been stored. They are part of the identity and the protocol only if their value
 differs from the default. Stored results therefore keep their identity and stay comparable. On a dataclass field, the

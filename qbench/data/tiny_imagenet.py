@@ -69,7 +69,9 @@ def _annotated_images(root: Path, classes: list[str]) -> ImageFiles:
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0]
         if label not in classes or "/" in name:
-            raise DataError(f"{path}, line {number}: must be a file name, a tab and the name of a class in train")
+            raise DataError(
+                f"{path}, line {number}: must be a file name, a tab, and the name of a class folder of train/"
+            )
         names.append(f"val/images/{name}")
         labels.append(classes.index(label))
     existing = {f"val/images/{entry.name}" for entry in (root / "val" / "images").iterdir()}

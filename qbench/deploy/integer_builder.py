@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 class NotInteger(Exception):
-    """Raised if a step cannot be computed in integers. The message continues the sentence `integer export ...`."""
+    """Raised if a step cannot be computed in integers. The message is the rest of a sentence: `integer export ...`."""
 
 
 class QuantizerPlace(NamedTuple):

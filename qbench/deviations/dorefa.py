@@ -53,7 +53,7 @@ def sign_of_zero(w: Tensor) -> Tensor:
 
 @in_float32
 def unit_weights(w: Tensor) -> Tensor:
-    """Binarize weights to +-1. As for weights with more bits, the gradient passes through tanh and the maximum."""
+    """Binarize weights to +-1. The gradient passes, as it does with more bits, through tanh and the maximum."""
     t = torch.tanh(w)
     top = t.abs().max()
     return straight_through(t / torch.where(top == 0, torch.ones_like(top), top), sign(w))
@@ -104,7 +104,7 @@ class SignOfZero(DoReFaWeight):
         return Grid(torch.stack([-scale, torch.zeros_like(scale), scale]).reshape(1, 3, 1))
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the bytes of the codes and the scale. A code needs two bits, because there are three levels."""
+        """Return the size of the codes and the scale in bytes. A code of three levels needs two bits."""
         return Storage(w.numel(), 2, 4)
 
 

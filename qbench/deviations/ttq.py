@@ -70,7 +70,7 @@ class UnscaledTies(TTQWeight):
         return Grid(torch.cat([points, points.new_tensor([-1.0, 1.0]).reshape(1, 2, 1)], 1).sort(1).values)
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the bytes of the codes and both scales. A code needs three bits, because there are five levels."""
+        """Return the size of the codes and both scales in bytes. A code of five levels needs three bits."""
         return Storage(w.numel(), 3, 8)
 
 

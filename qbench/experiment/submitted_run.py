@@ -71,7 +71,7 @@ class SubmittedRun:
         return _leave(job, number, handlers.get(signal.Signals(number) if number else signal.SIGTERM))
 
     def checkpoint(self, planned: PlannedRun) -> Any:
-        """Return what submitit calls when the job begins again: the same function, which continues the run."""
+        """Return the call with which submitit continues the run when the job begins again."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, planned)

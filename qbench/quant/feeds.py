@@ -225,6 +225,6 @@ def _check_feeds(
         )
     if needs == "fused" and unfed:
         raise Unsupported(
-            f"{method.name} replaces the activation function, but no activation feeds only {unfed[0]}\n"
+            f"{method.name} replaces the activation function, but {unfed[0]} has no activation function of its own\n"
             f"leave the activations of this layer in float"
         )

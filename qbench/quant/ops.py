@@ -129,7 +129,7 @@ def _apply(function: type[Function], *args: object) -> Tensor:
 
 
 def named_transform(error: RuntimeError) -> Exception:
-    """Return an error that names torch.func if one of torch.func's transforms caused `error`, else `error`."""
+    """Return `error`, or an error that names torch.func if one of torch.func's transforms caused it."""
     caused = any(word in str(error) for word in ("functorch", "vmap", "forward AD"))
     return NotImplementedError(TRANSFORMS) if caused else error
 

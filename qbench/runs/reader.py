@@ -261,7 +261,7 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
         return None
     identity = run_identity(from_dict(files.read_yaml(file)))
     if not _is_named(path, identity.digest):
-        raise ValueError("config.yaml was edited after the run: it describes another run than the directory's name")
+        raise ValueError("config.yaml was edited after the run: the directory's name belongs to other settings")
     return Result(
         status=DONE,
         method=identity.method,

@@ -34,7 +34,7 @@ def stored_config(run: Path, identity: str | None = None) -> Config:
         raise CheckpointError(f"{file} is not valid: {why}") from None
     if found != (identity or (result.identity if result else found)):
         raise CheckpointError(
-            f"{file} was edited after the run: it describes another run than the stored weights and result\n"
+            f"{file} was edited after the run: the stored weights and result belong to other settings\n"
             "restore the file; to train the edited configuration, type its keys on a command line"
         )
     return config

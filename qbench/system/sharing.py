@@ -84,7 +84,7 @@ def _refuse_unlocked(shared: Path, others: list[Path]) -> None:
         for path in [path for path in before if _count(path) not in (None, before[path])]:
             if not is_locked(path):
                 raise ResourceError(
-                    f"{shared}: process {path.stem} works there too, but locks do not keep the two processes apart\n"
+                    f"{shared}: process {path.stem} uses this folder too, but file locks do not work between them\n"
                     "mount the folder with locks (NFS: without nolock and local_lock), or wait for the other process,\n"
                     "or type another folder: out=FOLDER"
                 )

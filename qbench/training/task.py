@@ -58,7 +58,8 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
         found += f" with {', '.join(map(str, output))}"
     raise ConfigError(
         f"the network returns {found} for {len(images)} images; allowed: a tensor of logits (images, classes)\n"
-        "return only the logits, also in training mode; if you cannot change the network, wrap it in one that does"
+        "return only the logits, also in training mode; if you cannot change the network, wrap it in a module that "
+        "returns only the logits"
     )
 
 
