@@ -22,7 +22,7 @@ from qbench.report.tables.table import Table, markdown
 from qbench.runs.reader import load_records
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ("digits", "methods", "others", "methods-glyphs", "unified")
+RECORDS = ("cifar10", "digits", "methods", "others", "methods-glyphs", "unified")
 CARD_WIDTH = 100
 """Maximum length of a line in a method card. A line that had room for the next word ends a paragraph."""
 
@@ -59,11 +59,18 @@ def page(name: str) -> str:
         if section != "Results":
             parts += [f"### {section}", *map(escaped, paragraphs(text))]
     parts += ["## Deviations in public code", DEVIATIONS, *known] if (known := deviations(name)) else []
-    parts += ["## Results", *(results(name) or ["There are no stored results of this method."])]
+    found = results(name)
+    parts += (
+        ["## Results", PROTOCOLS, *found] if found else ["## Results", "There are no stored results of this method."]
+    )
     parts += published(name)
     return "\n\n".join(parts) + "\n"
 
 
+PROTOCOLS = (
+    "All methods of a table are trained with the same recipe, in far fewer epochs than in the papers. "
+    "[Results](../results.md) states the recipes."
+)
 DEVIATIONS = "`method.deviation=NAME` trains with one of them. [Deviations](../deviations.md) has the measured cost."
 
 
