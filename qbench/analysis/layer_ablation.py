@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qbench.methods.ptq import reestimate_norms
-from qbench.quant.feeds import feeds
 from qbench.quant.layers import BypassedActivation, quantized_layers
 from qbench.quant.probe import Batch
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
@@ -94,9 +93,8 @@ def quantizers_disabled(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 def _preceding_activations(model: nn.Module) -> dict[str, nn.Module]:
     """Return a map from a layer to the activation function that the layer's input quantizer has replaced."""
-    readers, modules = feeds(model), dict(model.named_modules())
-    replaced = {name: module for name in readers if isinstance(module := modules.get(name), BypassedActivation)}
-    return {reader: module.act for name, module in replaced.items() for reader in readers[name]}
+    replaced = [module for module in model.modules() if isinstance(module, BypassedActivation)]
+    return {reader: module.act for module in replaced for reader in module.readers}
 
 
 def measure_accuracy(model: nn.Module, batches: Sequence[Batch], bn_batches: Sequence[Batch] = ()) -> Accuracy:

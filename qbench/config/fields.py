@@ -83,6 +83,12 @@ def layer_width(default: int | str) -> int | str:
     return marked(default, is_width, WIDTHS)
 
 
+def image_width(default: int | str) -> int | str:
+    """Return a field for the width of the image: `float`, `same` or a number of bits."""
+    allowed = f"float, same, or a number of bits from 1 to {FLOAT}"
+    return marked(default, lambda x: is_width(x) and weight_width(str(x)) is None, allowed)
+
+
 def is_width(x: object) -> bool:
     """Return whether x is a layer's width: `float`, `same`, a number of bits, or `w8` for 8-bit weights only."""
     if isinstance(x, str):

@@ -12,6 +12,7 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import DictConfig, OmegaConf
 
 from qbench.config.groups import group_names, option_file
+from qbench.config.registry import GROUPS
 from qbench.config.schema import Config, sweep_hint
 from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
@@ -36,6 +37,8 @@ def check_overrides(words: Iterable[Override]) -> None:
             raise _removed(word)
         if repeated := _repeated_in_braces(line):
             raise ConfigError(f"{line}: {repeated} must be typed once")
+        if key in {f"{group}.source" for group in (*GROUPS, "activation")}:
+            raise ConfigError(f"{line}: qbench computes {key} from the content of your file; leave it out")
         if key in typed:
             options = [text.partition("=")[2] for text in (typed[key], line)]
             raise ConfigError(f"{typed[key]} {line}: {key} must be typed once\n{sweep_hint(key, options)}")

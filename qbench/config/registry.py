@@ -19,6 +19,7 @@ from qbench.config.identity import ADDED
 from qbench.config.schema import Node, did_you_mean
 from qbench.config.signature import FILLED, Factory, arguments, check_missing, default_values, has_type, type_name
 from qbench.config.users_code import users_function
+from qbench.config.users_modules import search_working_directory
 from qbench.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ def checked(
     factory = find(group, str(node.get("family", name)))
     options = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
     known = arguments(group, name, factory)
-    for key, value in options.items():
+    _refuse_reserved(group, name, known)
+    for key, value in list(options.items()):
         if key not in known or key in fixed:
             allowed = [f"{group}.{k}" for k in known if k not in fixed]
             hint = did_you_mean(f"{group}.{key}", allowed)
@@ -186,7 +188,18 @@ def checked(
         if not has_type(value, known[key]):
             default = known[key].default
             raise ConfigError(f"{group}.{key}={value}: must be {type_name(default)}, such as {default}")
+        if isinstance(known[key].default, float) and isinstance(value, int):
+            options[key] = float(value)
     return factory, options, known
+
+
+def _refuse_reserved(group: str, name: str, known: Collection[str]) -> None:
+    """Raise `ConfigError` if an argument has the name of a key that is not passed to the function."""
+    if reserved := [key for key in NOT_ARGUMENTS if key in known]:
+        raise ConfigError(
+            f"{group}={name}: the argument `{reserved[0]}` has the name of a key that qbench uses itself\n"
+            f"rename the argument, for example `{reserved[0]}_`"
+        )
 
 
 def takes(group: str, node: Mapping[str, Any], key: str) -> bool:
@@ -199,6 +212,7 @@ def defaults(group: str, name: str) -> Node:
     """Return a node with the default values of a function's arguments, for a function without a YAML file."""
     factory = find(group, name)
     known = arguments(group, name, factory)
+    _refuse_reserved(group, name, known)
     node: Node = default_values(group, known)
     if group == "method":
         widths = {key: known[key].default for key in FILLED["method"] if key in known}
@@ -217,7 +231,10 @@ def defaults(group: str, name: str) -> Node:
 
 def users_file(name: str) -> Path | None:
     """Return the file of the user's function `package.module:function`, or None if there is none."""
-    spec = find_spec(name.partition(":")[0]) if ":" in name else None
+    if ":" not in name:
+        return None
+    search_working_directory()
+    spec = find_spec(name.partition(":")[0])
     file = None if spec is None or spec.origin is None else Path(spec.origin)
     return file if file is not None and file.is_file() else None
 

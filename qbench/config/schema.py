@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from qbench.bits import FLOAT, Bits
-from qbench.config.fields import layer_width, marked, one_of, printable, within
+from qbench.config.fields import image_width, layer_width, marked, one_of, printable, within
 
 SCHEMA = 2
 """Version of the run identity.
@@ -133,7 +133,7 @@ class Layers:
     first: int | str = layer_width("float")
     last: int | str = layer_width("float")
     downsample: int | str = layer_width("same")
-    input: int | str = layer_width("same")
+    input: int | str = image_width("same")
     rules: dict[str, Any] | None = None
 
 

@@ -232,7 +232,7 @@ def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
     layers = quantized_layers(model)
     stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
     codes = sum(s.codes for s in stored.values())
-    params = sum(p.numel() for n, p in model.named_parameters() if not is_quantizer_key(n))
+    params = sum(p.numel() for n, p in model.named_parameters() if not is_quantizer_key(n, model))
     float_bytes = 4 * (params - sum(layers[name].weight.numel() for name in stored))
     bits = {name: layers[name].bits if name in layers else Bits() for name in macs}
     return NetworkCost(

@@ -91,10 +91,19 @@ def _is_array(value: object) -> bool:
     return isinstance(value, Tensor | np.ndarray)
 
 
+CONVERSIONS = {
+    "images": "numpy.stack(images).astype('float32')",
+    "labels": "numpy.unique(labels, return_inverse=True)[1], with the labels of all parts together",
+}
+"""Maps what an array contains to an expression that converts it to numbers."""
+
+
 def _tensor(value: Tensor | np.ndarray, what: str) -> Tensor:
     """Return an array as a tensor. Float images become float32 and integer labels become int64."""
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{what} are a masked array; pass value.filled(NUMBER) or leave the masked values out")
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+        raise DataError(f"{what} have the type {value.dtype}: must be numbers\nto convert: {CONVERSIONS[what]}")
     if isinstance(value, np.ndarray):  # torch reads only the byte order of this machine
         value = torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
     tensor = value.detach()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from qbench.bits import FLOAT, Bits
 from qbench.config import registry
@@ -107,12 +108,12 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
         Unsupported: the method does not support the widths or options, or the methods cannot be combined.
     """
     if activation["name"] == "none":
-        return _create_method(method, bits, "method")
-    weight = _create_method(method, bits._replace(a=FLOAT), "method")
-    return combine(weight, _create_method(activation, bits._replace(w=FLOAT), "activation"))
+        return create_method(method, bits, "method")
+    weight = create_method(method, bits._replace(a=FLOAT), "method")
+    return combine(weight, create_method(activation, bits._replace(w=FLOAT), "activation"))
 
 
-def _create_method(node: Node, bits: Bits, key: str) -> Method:
+def create_method(node: Node, bits: Bits, key: str) -> Method:
     """Return the method that a node names. `key` is the name of the node in error messages."""
     try:
         method = registry.create("method", node, **bits._asdict())
@@ -165,6 +166,11 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
         if not isinstance(model, nn.Module):
             raise ConfigError(
                 f"model={node['name']}: the function returned a {type(model).__name__}, not a torch.nn.Module"
+            )
+        if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+            raise ConfigError(
+                f"model={node['name']}: the network has lazy layers, whose weights do not exist before the first call\n"
+                "use the ordinary layers, such as nn.Conv2d in place of nn.LazyConv2d"
             )
         if norm == "no_affine" and not takes_norm:
             remove_scale_and_shift(model)

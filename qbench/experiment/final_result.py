@@ -115,8 +115,8 @@ def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
     bits, supported = setup.method.bits, setup.method.supported_bits
     if setup.is_baseline:
         return [
-            "trained with pretrain.epochs and pretrain.optim; epochs and optim apply to runs that start from "
-            "this baseline"
+            "trained with pretrain.epochs and pretrain.optim; epochs, optim, layers and distill apply to runs that "
+            "start from this baseline"
         ]
     if not verified:
         return ["nothing quantized"]

@@ -8,10 +8,15 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from qbench.bits import FLOAT
+from qbench.config import registry
 from qbench.config.schema import Layers, Optim
+from qbench.experiment.builders import create_method
 from qbench.experiment.setup import ExperimentSetup
-from qbench.quant.layers import is_quantizer_key
+from qbench.quant.layers import is_quantizer_key, quantized_layers
 from qbench.training.optimizer import layer_biases, parameter_groups
+
+SLOT_NAMES = {"w": "weights", "a": "activations", "g": "gradients"}
 
 BN_MOMENTUM = 0.1
 """Default value of `model.bn_momentum`."""
@@ -26,7 +31,7 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
         setup: the setup of the run.
         model: the trained network, with its quantizers.
     """
-    found = [*_model_keys(setup, model), *_layer_keys(setup)]
+    found = [*_model_keys(setup, model), *_layer_keys(setup), *_method_keys(setup, model)]
     if setup.epochs:
         prefix = "pretrain.optim" if setup.is_baseline else "optim"
         found += [(f"{prefix}.{key}", why) for key, why in _optim_keys(setup, model)]
@@ -37,6 +42,24 @@ def _model_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str,
     momentum = setup.config.model.get("bn_momentum", BN_MOMENTUM)
     if momentum != BN_MOMENTUM and not any("BatchNorm" in type(module).__name__ for module in model.modules()):
         yield f"model.bn_momentum={momentum}", "the network has no batch normalization"
+
+
+def _method_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (key=value, reason) for options of the methods that concern only a slot that stays in float."""
+    config, bits = setup.config, setup.method.bits
+    weights = any(layer.bits.w < FLOAT for layer in quantized_layers(model).values())
+    quantized = {"w": weights, "a": bits.a < FLOAT, "g": bits.g < FLOAT}
+    methods = {"method": (config.method, bits, quantized)}
+    if config.activation["name"] != "none":
+        methods["method"] = (config.method, bits._replace(a=FLOAT), quantized | {"a": False})
+        methods["activation"] = (config.activation, bits._replace(w=FLOAT), quantized | {"w": False})
+    for group, (node, widths, used) in methods.items():
+        usual = registry.defaults("method", str(node["name"]))
+        for option, slot in create_method(node, widths, group).option_slots.items():
+            value = node.get(option)
+            if value != usual.get(option, value) and not used[slot]:
+                typed = str(value).lower() if isinstance(value, bool) else value
+                yield f"{group}.{option}={typed}", f"{node['name']} quantizes no {SLOT_NAMES[slot]} here"
 
 
 def _layer_keys(setup: ExperimentSetup) -> Iterator[tuple[str, str]]:
@@ -56,22 +79,26 @@ def _layer_keys(setup: ExperimentSetup) -> Iterator[tuple[str, str]]:
 
 
 def _optim_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (key=value, reason) for the keys of the optimizer.
-
-    The keys of one optimizer or schedule alone, such as `momentum`, are not included: they are no keys of the YAML
-    files of other optimizers, so Hydra refuses them there.
-    """
+    """Yield (key=value, reason) for the keys of the optimizer and its schedule."""
     optim, usual = setup.optim, Optim(lr=setup.optim.lr)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    learned = any(is_quantizer_key(name) for name in trained)
+    learned = any(is_quantizer_key(name, model) for name in trained)
     decays = any(group["weight_decay"] for group in parameter_groups(model, optim))
     own_loss = f"{setup.method_name} has its own loss"
+    not_sgd = optim.name != "sgd" and f"it is a key of sgd, and optim.name is {optim.name}"
+    not_step = optim.schedule != "step" and f"it is a key of the schedule step, and optim.schedule is {optim.schedule}"
     reasons = {
         "quantizer_lr": not learned and f"the quantizers of {setup.method_name} have no learned parameters",
         "quantizer_decay": not learned and f"the quantizers of {setup.method_name} have no learned parameters",
         "bias_lr": not _has_layer_biases(model) and "no layer has a bias that is trained",
-        "decay_norm_and_bias": _why_no_decay(optim, trained),
+        "decay_norm_and_bias": _why_no_decay(optim, model),
         "decay_until": not decays and "the weight decay is 0",
+        "momentum": not_sgd,
+        "nesterov": not_sgd,
+        "eps": optim.name == "sgd" and "sgd has no such key",
+        "milestones": not_step,
+        "factors": not_step,
+        "gamma": not_step or (optim.factors and "optim.factors replaces it"),
         "label_smoothing": setup.method.loss is not None and own_loss,
     }
     for key, why in reasons.items():
@@ -83,9 +110,10 @@ def _has_layer_biases(model: nn.Module) -> bool:
     return any(bias.requires_grad for module in model.modules() for bias in layer_biases(module))
 
 
-def _why_no_decay(optim: Optim, trained: dict[str, nn.Parameter]) -> str:
+def _why_no_decay(optim: Optim, model: nn.Module) -> str:
     """Return the reason why `decay_norm_and_bias` has no effect, or an empty text."""
     if not optim.weight_decay:
         return "the weight decay is 0"
-    small = any(p.dim() < 2 and not is_quantizer_key(name) for name, p in trained.items())
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    small = any(p.dim() < 2 and not is_quantizer_key(name, model) for name, p in trained)
     return "" if small else "the network has no biases and no batch normalization that are trained"

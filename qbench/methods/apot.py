@@ -176,7 +176,7 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
         inside = grad_within(grad, v, 0, 1)
         # the gradient of alpha: grad where v is clipped at the top, (project(v) - v) grad inside
         above = grad - grad_between(grad, v, -torch.inf, next_float(1, torch.inf, v.dtype))
-        return inside, project(v, bits).sub_(v).mul_(inside).sum() + above.sum()
+        return inside, project(v, bits).sub_(v).mul_(inside).add_(above).sum()
 
     return fused_quantizer(x, alpha, plain=plain, value=value, backward=backward)
 
@@ -260,6 +260,7 @@ def build(
         name="apot",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 7), EDGE_BITS, FLOAT), "a": (*range(2, 6), FLOAT)},
+        option_slots={"initial_weight": "w", "edge_scale": "w", "initial_input": "a"},
         requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "monotone_input", "idempotent_input", "clipped_input"}),
         weight=lambda name, layer, bits: (

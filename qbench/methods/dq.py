@@ -233,7 +233,7 @@ def allocate_and_freeze(model: nn.Module, probe: Probe, allocation: str) -> None
         for (layer, site), count in zip(same_width.values(), counts, strict=True):
             site.reset_points(layer.weight, count)
     for name, p in model.named_parameters():
-        if not is_quantizer_key(name):
+        if not is_quantizer_key(name, model):
             p.requires_grad_(False)
 
 

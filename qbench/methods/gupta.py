@@ -99,6 +99,7 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTUMS = ("float", "fixed")
+INTEGER_MOMENTUM = 2
 WIDTHS = (*range(8, 21), FLOAT)
 INTEGERS = range(-16, 17)
 MOMENTUM_STATE = ("momentum_buffer", "exp_avg")  # the names in SGD and in Adam
@@ -283,7 +284,7 @@ def build(
     integer_errors: int = -4,
     integer_updates: int = 2,
     momentum: str = "float",
-    integer_momentum: int = 2,
+    integer_momentum: int = INTEGER_MOMENTUM,
 ) -> Method:
     """Return the `Method` for fixed-point training. The method card (module docstring) explains the options."""
     integers = {"weights": integer_weights, "biases": integer_biases, "activations": integer_activations}
@@ -294,6 +295,8 @@ def build(
     for key, integer in integers.items():
         if integer not in INTEGERS:
             raise ValueError(f"integer_{key}={integer}: must be {INTEGERS[0]} to {INTEGERS[-1]}")
+    if momentum == "float" and integer_momentum != INTEGER_MOMENTUM:
+        raise Unsupported(f"integer_momentum={integer_momentum} has no effect; add method.momentum=fixed")
     if momentum == "fixed" and w == FLOAT:
         raise Unsupported(
             f"momentum=fixed has no effect at bits.w={FLOAT}, because momentum has the same width as the weights"
@@ -325,6 +328,13 @@ def build(
         name="gupta",
         bits=Bits(w, a, g),
         supported_bits=dict.fromkeys("wag", WIDTHS),
+        option_slots={
+            "integer_weights": "w",
+            "integer_biases": "w",
+            "integer_updates": "w",
+            "integer_activations": "a",
+            "integer_errors": "g",
+        },
         requires=Requires(norm="none", start="scratch", act="keep"),
         traits=frozenset({"monotone_input", "idempotent_input", "clipped_input", "no_master"}),
         weight=weight,

@@ -373,6 +373,7 @@ def build(
         name="hwgq",
         bits=Bits(w, a),
         supported_bits={"w": (1, FLOAT), "a": (*range(1, 9), FLOAT)},
+        option_slots={"levels": "a", "constants": "a", "threshold": "a", "backward": "a"},
         requires=Requires(norm="no_affine", act="either"),
         traits=TRAITS | BACKWARD_TRAITS[backward],
         weight=lambda name, layer, bits: HWGQWeight(),

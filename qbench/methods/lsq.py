@@ -29,7 +29,7 @@ Sites
 State
     step (scalar): the step. A layer has one step for its weights and another step for its input.
     With channel=true, the weights have one step per output channel, (O, 1, ...). signed (bool):
-    whether the levels of the input include negative values. ready (bool): whether the step of the
+    whether the levels of the input include negative values (never with 1 bit). ready (bool): whether the step of the
     input has been set from data.
 
 Bits
@@ -94,13 +94,10 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
 
     def backward(grad: Tensor, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         v = x / step
+        # the derivative by the step: round(v) - v where -Qn < v < Qp, and -Qn or Qp where v is clipped
+        slope = v.clamp(-low, high).round_().sub_(grad_between(v, v, -low, high))
         # gradient of x: passes where -Qn < v < Qp
-        inside = grad_between(grad, v, -low, high)
-        v.clamp_(-low, high)
-        # gradient of the step: -Qn or Qp times grad where clipped ...
-        at_ends = _sum_to(grad.sub(inside).mul_(v), step)
-        # ... and round(v) - v elsewhere, which is 0 at the ends
-        return inside, _sum_to(v.round().sub_(v).mul_(grad), step) + at_ends
+        return grad_between(grad, v, -low, high), _sum_to(slope.mul_(grad), step)
 
     return fused_quantizer(x, step, plain=plain, value=value, backward=backward)
 
@@ -238,6 +235,7 @@ def build(*, w: int = 2, a: int = 2, channel: bool = False) -> Method:
         name="lsq",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        option_slots={"channel": "w"},
         requires=Requires(act="keep"),
         traits=frozenset({"monotone", "idempotent", "monotone_input", "idempotent_input", "clipped_input"}),
         weight=lambda name, layer, bits: LSQWeight(layer, bits, channel),

@@ -143,6 +143,7 @@ def build(*, w: int = 2, a: int = 2, initial: float = 10.0, decay: float = 2e-4)
         name="pact",
         bits=Bits(w, a),
         supported_bits={"w": widths, "a": widths},
+        option_slots={"initial": "a", "decay": "a"},
         requires=Requires(act="either"),
         traits=frozenset({"monotone", "monotone_input", "idempotent_input", "clipped_input", "cells_input"}),
         weight=lambda name, layer, bits: DoReFaWeight(bits),

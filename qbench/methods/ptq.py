@@ -81,13 +81,14 @@ from qbench.bits import FLOAT, Bits
 from qbench.methods import uniform
 from qbench.quant.graph import eval_mode_keeping_rng, recorded_calls
 from qbench.quant.layers import float_mode, quantized_layers
-from qbench.quant.method import Method, Requires
+from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import in_float32, straight_through
 from qbench.quant.probe import Batch, Probe
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
 WEIGHTS, CALIBRATIONS = ("minmax", "mse"), ("minmax", "percentile", "mse")
 REESTIMATES = ("shift", "replace", "none")
+PERCENTILE = 99.99
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MAX_VALUES = 2**20
 """Largest number of values of a layer's input that calibration uses."""
@@ -287,7 +288,7 @@ def build(
     channel: bool = True,
     weights: str = "mse",
     calibration: str = "mse",
-    percentile: float = 99.99,
+    percentile: float = PERCENTILE,
     reestimate: str = "shift",
 ) -> Method:
     """Return the `Method` for post-training quantization. The method card (module docstring) explains the options."""
@@ -299,6 +300,10 @@ def build(
         raise ValueError(f"reestimate={reestimate}: must be one of {', '.join(REESTIMATES)}")
     if not 50 <= percentile <= 100:
         raise ValueError(f"percentile={percentile}: must be 50 to 100")
+    if percentile != PERCENTILE and calibration != "percentile":
+        raise Unsupported(
+            f"percentile={percentile} has no effect with calibration={calibration}; add method.calibration=percentile"
+        )
     ranges: dict[str, Callable[[Tensor, int], Range]] = {
         "minmax": lambda x, bits: minmax_range(x),
         "percentile": lambda x, bits: percentile_range(x, percentile),
@@ -318,6 +323,7 @@ def build(
         name="ptq",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        option_slots={"channel": "w", "weights": "w", "calibration": "a", "percentile": "a"},
         requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
         weight=lambda name, layer, bits: PTQWeight(layer.weight, bits, channel, weights),

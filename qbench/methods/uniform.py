@@ -12,9 +12,10 @@ Idea
 Forward
     Weights: s round(w / s), with one step s = max|w| / (2^(b-1) - 1) per output channel or per
     layer. There are 2^b - 1 levels, including zero.
-    Activations: l + s round((clip(x, l, h) - l) / s), s = (h - l) / (2^b - 1). l and h are moving
-    averages of each batch's minimum and maximum. The range [l, h] is widened to contain zero, and
-    zero is a level.
+    Activations: s (clip(round(x / s) + z, 0, 2^b - 1) - z), with the step s = (h - l) / (2^b - 1) and
+    the zero point z = round(-l / s). l and h are moving averages of each batch's minimum and maximum,
+    and the range [l, h] is widened to contain zero. The levels are multiples of s, so zero is a level,
+    and their range differs from [l, h] by up to s / 2.
 
 Backward
     Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat if x rounds to a level,
@@ -182,6 +183,7 @@ def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1
         name="uniform",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        option_slots={"channel": "w", "momentum": "a"},
         requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),
         weight=lambda name, layer, bits: UniformWeight(bits, channel),

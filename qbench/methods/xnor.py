@@ -287,6 +287,7 @@ def build(
         name="xnor",
         bits=Bits(w, a),
         supported_bits={"w": (1, FLOAT), "a": (1, FLOAT)},
+        option_slots={"gradient": "w", "center": "w", "clamp": "w", "scale": "a"},
         requires=Requires(act="fused"),
         traits=frozenset({"odd", "monotone", "idempotent"} | SIGN_TRAITS),
         weight=lambda name, layer, bits: weight_quantizer(layer, gradient, center),

@@ -46,9 +46,11 @@ class TracedFeeds(NamedTuple):
 
 
 def feeds(model: nn.Module) -> Feeds:
-    """Return the network's attribute `feeds`, or {} if the network has no such attribute."""
-    declared: Feeds = getattr(model, "feeds", {})
-    return declared
+    """Return the network's attribute `feeds`, or {} if the network has no attribute of this name and form."""
+    declared = getattr(model, "feeds", None)
+    if not isinstance(declared, Mapping) or not all(isinstance(names, tuple | list) for names in declared.values()):
+        return {}
+    return {str(name): tuple(names) for name, names in declared.items()}
 
 
 def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> TracedFeeds:
@@ -175,15 +177,15 @@ def bypass_activations(
     if method.bits.a == FLOAT or "keep" in (act, needs):
         return
     reasons: Mapping[str, str] = {}
-    if "fused" in (act, needs) and not feeds(model) and example is not None:
-        traced, reasons = trace_feeds(model, example, assigned)
-        model.feeds = traced  # type: ignore[assignment]  # nn.Module declares its attributes as tensors and modules
     readers_of = feeds(model)
+    if "fused" in (act, needs) and not readers_of and example is not None:
+        traced, reasons = trace_feeds(model, example, assigned)
+        readers_of = traced
     _check_feeds(method, model, readers_of, assigned, image, act, reasons)
     for name, readers in readers_of.items():
         quantized = [reader for reader in readers if assigned[reader].a < FLOAT]
         if len(quantized) == len(readers):
-            _bypass(model, model.get_submodule(name))
+            _bypass(model, model.get_submodule(name), readers)
         elif quantized and needs == "fused":
             float_readers = ", ".join(sorted(set(readers) - set(quantized)))
             raise Unsupported(
@@ -192,9 +194,9 @@ def bypass_activations(
             )
 
 
-def _bypass(model: nn.Module, activation: nn.Module) -> None:
+def _bypass(model: nn.Module, activation: nn.Module, readers: Sequence[str]) -> None:
     """Replace an activation module by a `BypassedActivation`, at every place where the network uses the module."""
-    bypassed = BypassedActivation(activation)
+    bypassed = BypassedActivation(activation, readers)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is activation:
             parent, _, leaf = name.rpartition(".")

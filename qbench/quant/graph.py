@@ -46,7 +46,8 @@ class Operation(NamedTuple):
         name: unique name of the operation. It is the name of the module in the network, or the name of the function.
             From the second call on, the number of the call is appended, as in `conv1:2`.
         module: name of the called module, or None for a function.
-        kind: class of the module, or name of the function.
+        kind: class of the module, or name of the function. If the class is not from a library, or code changed the
+            module's function `forward` or added hooks in front of it, the class is preceded by `own` or `modified`.
         reads: names of the operations whose results are arguments, in the order of the arguments. `IMAGE` means the
             network's input, and `UNKNOWN` means a tensor of unknown origin.
         parameters: names of the network's parameters and buffers that a function takes as arguments.
@@ -124,6 +125,15 @@ def operations(
     return recorder.operations
 
 
+def _kind(module: nn.Module) -> str:
+    """Return the kind of a module (see `Operation`). A user's class may have the name of a class of torch."""
+    name = type(module).__name__
+    if type(module).__module__.partition(".")[0] not in ("torch", "torchvision", "qbench"):
+        return f"own {name}"
+    changed = "forward" in vars(module) or module._forward_pre_hooks  # what forward hooks compute is recorded
+    return f"modified {name}" if changed else name
+
+
 class Recorder(TorchFunctionMode):
     """Records operations, and which operation computed each tensor.
 
@@ -140,6 +150,7 @@ class Recorder(TorchFunctionMode):
         self._parameters: dict[int, str] = {}
         for name, tensor in named:
             self._parameters.setdefault(id(tensor), name)
+        self._kinds = {name: _kind(module) for name, module in model.named_modules()}
         self._calls: Counter[str] = Counter()
         self._paused = False
 
@@ -161,7 +172,7 @@ class Recorder(TorchFunctionMode):
             return forward(*args, **kwargs)
         with self.unrecorded():
             result = forward(*args, **kwargs)
-        self.add(name, type(module).__name__, (args, kwargs), result)
+        self.add(name, self._kinds[name], (args, kwargs), result)
         return result
 
     @contextmanager
@@ -178,7 +189,8 @@ class Recorder(TorchFunctionMode):
 
         Args:
             module: name of the called module, or None for a function.
-            kind: class of the module, or name of the function.
+            kind: class of the module, or name of the function. If the class is not from a library, or code changed the
+            module's function `forward` or added hooks, the class is preceded by `own` or `modified`.
             arguments: the arguments and the keyword arguments.
             results: the result of the call. For a function, also the tensors that the function has written to.
         """

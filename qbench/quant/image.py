@@ -1,6 +1,6 @@
 """Quantizes the network's input image to evenly spaced levels, in the layers that read the image."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from qbench.bits import FLOAT, Bits
 from qbench.quant.graph import IMAGE, Operation, between, eval_mode_keeping_rng, operations, recorded_calls
 from qbench.quant.method import Unsupported
 from qbench.quant.ops import levels_k, quantize_k
-from qbench.quant.policy import Policy
+from qbench.quant.policy import Policy, image_width
 from qbench.quant.quantizer import Grid, Quantizer
 
 REARRANGING = frozenset(
@@ -70,35 +70,38 @@ class ImageQuantizer(Quantizer):
 
 
 def image_quantizers(
-    model: nn.Module, assigned: Mapping[str, Bits], policy: Policy, example: Tensor | None
+    model: nn.Module, assigned: dict[str, Bits], policy: Policy, example: Tensor | None
 ) -> dict[str, ImageQuantizer]:
     """Return the image quantizer of each layer that reads the image and has quantized activations.
 
     Args:
-        assigned: the widths of the layers, in execution order.
+        assigned: the widths of the layers, in execution order. For the layers that read the image, this function sets
+            the activation width to the width of the rule `input`.
         example: see `install`.
 
     Raises:
         Unsupported: the first layer does not read the image, or the range of the image is not
             known.
     """
-    first, narrow = next(iter(assigned)), [name for name, bits in assigned.items() if bits.a < FLOAT]
-    if example is None:
-        if first in narrow:
-            raise Unsupported(
-                f"{first}: the input of this layer is not known; call install with example=IMAGES, one batch of images"
-            )
-        return {}
-    if not narrow:
-        return {}
-    graph = operations(model, example, assigned)
-    readers = [name for name in narrow if _reads_image(graph, name)]
-    if first in narrow and first not in readers:
+    first = next(iter(assigned))
+    rounded = policy.input != "same" or any(bits.a < FLOAT for bits in assigned.values())
+    graph = operations(model, example, assigned) if rounded and example is not None else []
+    readers = [name for name in assigned if _reads_image(graph, name)]
+    if policy.input != "same":
+        for name in dict.fromkeys((first, *readers)):
+            assigned[name] = assigned[name]._replace(a=image_width(policy.input))
+    if assigned[first].a < FLOAT and first not in readers:
         raise Unsupported(
-            f"{first}, the first layer, does not read the image but {_computed(graph, first)}\n"
+            f"{first}: the input of this layer is not known; call install with example=IMAGES, one batch of images"
+            if example is None
+            else f"{first}, the first layer, does not read the image but {_computed(graph, first)}\n"
             "leave its input float: layers.input=float"
         )
-    return {name: _image_quantizer(model, graph, name, assigned[name].a, policy, example) for name in readers}
+    return {
+        name: _image_quantizer(model, graph, name, assigned[name].a, policy, example)
+        for name in readers
+        if assigned[name].a < FLOAT and example is not None
+    }
 
 
 def _image_like(graph: Sequence[Operation]) -> Collection[str]:

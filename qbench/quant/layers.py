@@ -13,6 +13,7 @@ from qbench.quant import elementwise
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.ops import named_transform, recompute_in_backward
 from qbench.quant.quantizer import Quantizer
+from qbench.quant.weights_first import weight_of
 
 # Shapes: N batch, C channels, H height, W width.
 
@@ -75,9 +76,14 @@ def _quantized_input(layer: "QLayer", input: Tensor) -> Tensor:
     return x
 
 
+def _quantized_weight(layer: "QLayer") -> Tensor:
+    """Return the quantized weights of a layer. Raise `NotFinite` if the weights contain inf or nan."""
+    return layer.weight_q(_check_finite(layer, "weights", layer.weight))
+
+
 def _quantized(layer: "QLayer", input: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Return the output of a layer, computed from its quantized input and quantized weights."""
-    x, w = _quantized_input(layer, input), layer.weight_q(_check_finite(layer, "weights", layer.weight))
+    x, w = _quantized_input(layer, input), weight_of(layer, _quantized_weight)
     with recompute_in_backward(x):
         y = compute(x, w)
     return layer.output_q(y, input)
@@ -244,9 +250,23 @@ def quantizers(layer: QLayer) -> dict[str, Quantizer]:
     return {"w": layer.weight_q, "a": layer.input_q, "g": layer.output_q}
 
 
-def is_quantizer_key(name: str) -> bool:
-    """Return whether a parameter or buffer of this name belongs to a quantizer."""
-    return any(part in ("weight_q", "input_q", "output_q") for part in name.split("."))
+def is_quantizer_key(name: str, model: nn.Module) -> bool:
+    """Return whether a parameter or buffer of this name belongs, or would belong, to a quantizer of a layer.
+
+    The network may be quantized or float. A submodule of a user's network with the name of a slot, such as `input_q`,
+    is not a quantizer.
+    """
+    parts = name.split(".")
+    slots = [i for i, part in enumerate(parts) if part in ("weight_q", "input_q", "output_q")]
+    return any(isinstance(_submodule(model, parts[:i]), FloatLayer) for i in slots)
+
+
+def _submodule(model: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    """Return the submodule at a path of names, or None if there is none."""
+    try:
+        return model.get_submodule(".".join(path))
+    except AttributeError:
+        return None
 
 
 def clamp_min_(model: nn.Module, kinds: Mapping[type[nn.Module], tuple[str, ...]], smallest: float) -> None:
@@ -316,16 +336,22 @@ def float_mode(model: nn.Module) -> Iterator[nn.Module]:
     After the block, also in case of an error, the layers are quantized again.
     """
     layers = [(m, type(m)) for m in model.modules() if type(m) in FLOAT_CLASS]
+    # layers whose class torch changed later, as `parametrize` does, keep their class and lose their widths
+    others = [(m, m.bits) for m in model.modules() if isinstance(m, QLayer) and type(m) not in FLOAT_CLASS]
     activations = [m for m in model.modules() if isinstance(m, BypassedActivation)]
     try:
         for layer, kind in layers:
             layer.__class__ = FLOAT_CLASS[kind]
+        for other, _ in others:
+            other.bits = Bits()
         for activation in activations:
             activation.active = True
         yield model
     finally:
         for layer, kind in layers:
             layer.__class__ = kind
+        for other, bits in others:
+            other.bits = bits
         for activation in activations:
             activation.active = False
 
@@ -334,11 +360,16 @@ class BypassedActivation(nn.Module):
     """Stands in for an activation function that the input quantizers of the next layers replace.
 
     The module returns its input unchanged. Inside `float_mode`, it applies the activation function.
+
+    Args:
+        act: the activation function.
+        readers: the names of these layers.
     """
 
-    def __init__(self, act: nn.Module) -> None:
+    def __init__(self, act: nn.Module, readers: Sequence[str]) -> None:
         super().__init__()
         self.act = act
+        self.readers = tuple(readers)
         self.active = False
 
     def forward(self, x: Tensor) -> Tensor:

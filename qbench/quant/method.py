@@ -110,6 +110,8 @@ class Method:
             trained.
         foreign_names: maps endings of tensor names in the authors' checkpoints to the endings in qbench. With this map,
             a run that starts from such a checkpoint also loads the parameters of quantizers.
+        option_slots: maps options of the method's function to the only slot that they concern: w, a or g. Options of
+            several slots are not included.
         teachers: teacher networks, which the training loop moves to the device and keeps in eval mode.
     """
 
@@ -128,6 +130,7 @@ class Method:
     step: Step | None = None
     needs_training: bool = True
     foreign_names: Mapping[str, str] = field(default_factory=dict)
+    option_slots: Mapping[str, str] = field(default_factory=dict)
     teachers: tuple[nn.Module, ...] = ()
 
     def allowed_widths(self, key: str) -> str:

@@ -35,9 +35,9 @@ class Policy:
     Args:
         first, last: width of the first and of the last layer in execution order.
         downsample: width of 1x1 convolutions with `downsample` or `shortcut` in their name.
-        input: width of the image. Allowed are `same` (the first layer's activation width), `float` and a number of
-            bits. The image is rounded to evenly spaced levels over `image_range`, because the method's activation
-            quantizer is not made for images.
+        input: width of the image in all layers that read it. Allowed are `same` (each layer's activation width),
+            `float` and a number of bits. The image is rounded to evenly spaced levels over `image_range`, because the
+            method's activation quantizer is not made for images.
         rules: maps patterns of layer names (fnmatch) to widths. The first matching pattern applies.
         order: the layers in the order of their first execution. If empty, the network is run to find this order.
         image_range: lowest and highest value of the network's input image. Each is one number for all channels, or one
@@ -75,7 +75,7 @@ def execution_order(model: nn.Module, example: Tensor | None) -> list[str]:
 
 
 def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None = None) -> dict[str, Bits]:
-    """Return the widths of every layer by name, in execution order.
+    """Return the widths of every layer by name, in execution order. The rule `input` is not applied.
 
     Raises:
         PolicyError: a rule matches no layer.
@@ -96,8 +96,6 @@ def assign(model: nn.Module, bits: Bits, policy: Policy, example: Tensor | None 
         if not names:
             raise PolicyError(key, f"matches no layer; the layers are {', '.join(order)}")
         assigned.update({name: _widths(key, width, bits) for name in names})
-    if policy.input != "same":
-        assigned[order[0]] = assigned[order[0]]._replace(a=_image_width(policy.input))
     return assigned
 
 
@@ -118,5 +116,8 @@ def _widths(key: str, width: Width, bits: Bits) -> Bits:
     raise PolicyError(key, f"got {width!r}; allowed: float, same, a number of bits from 1 to {FLOAT}, or w8")
 
 
-def _image_width(width: Width) -> int:
+def image_width(width: Width) -> int:
+    """Return the width of the image, for the value of `Policy.input` (not `same`)."""
+    if isinstance(width, str) and width != "float":
+        raise PolicyError("input", f"got {width!r}; allowed: float, same, or a number of bits from 1 to {FLOAT}")
     return _widths("input", width, Bits(a=1)).a

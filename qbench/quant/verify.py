@@ -78,8 +78,8 @@ def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
     Quantization sets negative inputs of such a layer to 0. If the quantizer replaces a ReLU, this is intended, and the
     layer is left out. Layers that read the image and layers without negative inputs are also left out.
     """
-    bypassed = {name for name, module in model.named_modules() if isinstance(module, BypassedActivation)}
-    intended = {layer for name, readers in getattr(model, "feeds", {}).items() if name in bypassed for layer in readers}
+    bypassed = [module for module in model.modules() if isinstance(module, BypassedActivation)]
+    intended = {layer for activation in bypassed for layer in activation.readers}
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.bits.a < FLOAT}
     slots = {
         f"{n}.input_q": n for n in layers if n not in intended and not isinstance(layers[n].input_q, ImageQuantizer)

@@ -218,7 +218,7 @@ def load_float_weights(model: nn.Module, state: Mapping[str, object], source: st
     """
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     current = model.state_dict()
-    skipped = [name for name in tensors if name not in current and is_quantizer_key(name)]
+    skipped = [name for name in tensors if name not in current and is_quantizer_key(name, model)]
     check_fit({name: t for name, t in tensors.items() if name not in skipped}, current, source)
     loaded = {name: tensors[name] for name in current if name in tensors}
     if bad := first_nonfinite(loaded):
@@ -263,4 +263,6 @@ def _same_type(tensor: Tensor, current: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         return False
     same_kind = tensor.is_floating_point() == current.is_floating_point()
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # 8-bit floats need scales that the file may not have
+        return False
     return same_kind and torch.can_cast(tensor.dtype, current.dtype)

@@ -20,7 +20,7 @@ def must_be_finite(model: nn.Module) -> dict[str, Tensor]:
     A buffer of a quantizer may be nan until the quantizer sets it.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n)}
+    return {n: t for n, t in model.state_dict().items() if n in parameters or not is_quantizer_key(n, model)}
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -53,7 +53,8 @@ def _forward_and_backward(task: Task, state: State, batch: Batch) -> tuple[Tenso
     """
     images, labels = batch
     try:
-        logits = task.logits(images)
+        with task.weights.forward():
+            logits = task.logits(images)
     except NotFinite as error:
         raise divergence_error(task, state, str(error), images) from None
     loss = task.loss(logits, batch)

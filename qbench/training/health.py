@@ -161,7 +161,7 @@ def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> Healt
 
 def to_train(model: nn.Module) -> list[str]:
     """Return the names of all parameters outside quantizers that require a gradient."""
-    return [name for name, p in model.named_parameters() if p.requires_grad and not is_quantizer_key(name)]
+    return [name for name, p in model.named_parameters() if p.requires_grad and not is_quantizer_key(name, model)]
 
 
 def still_without_gradient(model: nn.Module, names: Iterable[str]) -> list[str]:

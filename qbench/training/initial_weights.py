@@ -124,7 +124,7 @@ def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: 
     """
     current = model.state_dict()
     ends = {name.rpartition(".")[2] for name in quantizers}
-    expected = [n for n in current if is_quantizer_key(n) and n.rpartition(".")[2] in ends] if quantizers else []
+    expected = [n for n in current if is_quantizer_key(n, model) and n.rpartition(".")[2] in ends] if quantizers else []
     differing = sorted(set(expected) ^ set(quantizers))
     differing += [n for n in quantizers if n in current and quantizers[n].shape != current[n].shape]
     if differing:
@@ -157,7 +157,7 @@ def fits(model: nn.Module, path: Path) -> bool:
     weights, _ = find_state_dict(_read(path)[0], file)
     tensors = rename_weights(weights, model, file).tensors
     try:
-        check_fit({k: t for k, t in tensors.items() if not is_quantizer_key(k)}, model.state_dict(), file)
+        check_fit({k: t for k, t in tensors.items() if not is_quantizer_key(k, model)}, model.state_dict(), file)
     except DoesNotFit:
         return False
     return True

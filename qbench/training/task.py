@@ -12,6 +12,7 @@ from qbench.distributed.shards import Shards
 from qbench.errors import ConfigError
 from qbench.quant.method import Method
 from qbench.quant.probe import Batch, Probe
+from qbench.quant.weights_first import WeightsFirst
 from qbench.training.schedule import learning_rate, updates_per_epoch, warmup_steps
 
 
@@ -87,6 +88,7 @@ class Task:
             itself.
         classes: number of classes, or 0 if it is not known.
         shards: the division of each batch into shards.
+        weights: quantizes the weights of all layers together.
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class Task:
     forward: Callable[[Tensor], Tensor] | None = None
     classes: int = 0
     shards: Shards = field(default_factory=Shards)
+    weights: WeightsFirst = field(default_factory=WeightsFirst)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the network's output. If the function `forward` is given, it computes the output.

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qbench.models.resnet import build
 from qbench.quant.feeds import feeds
+from qbench.quant.weights_first import WeightsFirst
 
 Work = Callable[[], Tensor]
 Hook = Callable[[], object]
@@ -67,11 +68,14 @@ def training_step(
     optimizer = optimizer or sgd(net.parameters())
     images, labels = data(device, layout, batch)
     update = update or optimizer.step
+    weights = WeightsFirst()
 
     def work() -> Tensor:
         optimizer.zero_grad()
         before()
-        loss = F.cross_entropy(net(images), labels)
+        with weights.forward():
+            logits = net(images)
+        loss = F.cross_entropy(logits, labels)
         torch.autograd.backward(loss)
         between()
         update()

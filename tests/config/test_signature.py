@@ -1,5 +1,6 @@
 """The functions and classes of users: which arguments are filled in, and which become keys."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from conftest import Configure
 
 from qbench.config import registry
+from qbench.config.compose import configurations
 from qbench.config.identity import run_identity
 from qbench.config.signature import CLASS_COUNTS
 from qbench.errors import ConfigError
@@ -129,3 +131,46 @@ def test_a_name_that_python_cannot_import_is_refused_with_the_right_form(name: s
     with pytest.raises(ConfigError, match="not a valid name; for your own function, type model=") as raised:
         registry.find("model", name)
     assert str(raised.value).endswith("my_net:Net" if ".py:" in name else "package.module:function")
+
+
+@pytest.mark.parametrize("reserved", ["source", "deviation", "recipe", "family"])
+def test_an_argument_with_the_name_of_a_key_of_qbench_is_refused(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved: str
+) -> None:
+    (tmp_path / "reserved.py").write_text(f"def build(shape, classes, {reserved}='a'):\n    raise AssertionError\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = f"the argument `{reserved}` has the name of a key that qbench uses itself\nrename the argument"
+    with pytest.raises(ConfigError, match=message):
+        configure("model=reserved:build")
+    with pytest.raises(ConfigError, match=message):
+        registry.create("model", {"name": "reserved:build"}, shape=(1, 8, 8), classes=3)
+
+
+@pytest.mark.parametrize("word", ["model.source=abc", "+model.source=abc", "method.source=abc", "+dataset.source=a"])
+def test_the_digest_of_a_users_file_cannot_be_typed(configure: Configure, word: str) -> None:
+    with pytest.raises(ConfigError, match=r"source from the content of your file; leave it out"):
+        configure("model=signatures:Plain", word)
+
+
+def test_the_content_of_a_file_that_a_users_yaml_names_is_part_of_the_identity(
+    configure: Configure, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: signatures:Wide\nwidth: 12\n")
+    words = ("--config-dir", str(tmp_path), "model=mine")
+    before = configurations(["model=signatures:Wide", "model.width=12"])[0].model
+    (config,) = configurations([*words])
+    assert config.model["source"] == before["source"]
+    hashes = [run_identity(config).digest]
+    (tmp_path / "signatures.py").write_text(NETWORKS + "\n")
+    hashes += [run_identity(configurations([*words])[0]).digest]
+    assert hashes[0] != hashes[1]
+
+
+def test_a_users_file_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The console script `qbench` has another first entry of sys.path than `python -m qbench`."""
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place not in ("", ".", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "found_here.py").write_text("")
+    assert registry.users_file("found_here:Net") == tmp_path / "found_here.py"
+    assert registry.users_file("resnet20") is None

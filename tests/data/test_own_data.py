@@ -392,3 +392,12 @@ def test_a_masked_array_is_refused() -> None:
     masked = np.ma.masked_greater(IMAGES.numpy(), 250)
     with pytest.raises(DataError, match=r"train: images are a masked array; pass value\.filled"):
         as_dataset("mine:data", ((masked, LABELS), (IMAGES, LABELS)), 0.1)
+
+
+@pytest.mark.parametrize("labels", [np.array(["a", "b"] * 4), np.array([0, 1] * 4, dtype=object)])
+def test_arrays_without_numbers_are_refused_with_a_conversion(labels: np.ndarray[Any, Any]) -> None:
+    images = np.zeros((8, 1, 4, 4), np.float32)
+    with pytest.raises(DataError, match=r"train: labels have the type .*: must be numbers\nto convert: numpy.unique"):
+        as_dataset("mine:data", ((images, labels), (images, labels)), 0.1)
+    with pytest.raises(DataError, match=r"train: images have the type object: must be numbers\nto convert: numpy.st"):
+        as_dataset("mine:data", ((images.astype(object), labels), (images, labels)), 0.1)

@@ -8,10 +8,13 @@ import pytest
 from conftest import Configure
 from torch import nn
 
+from qbench.config import registry
+from qbench.config.groups import option_names
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
 from qbench.experiment.unused_keys import unused_keys
+from qbench.quant.method import Unsupported
 from qbench.runs.result import load_result
 
 BIASLESS = """
@@ -49,6 +52,54 @@ def notes(configure: Configure, words: Sequence[str]) -> list[str]:
 )  # fmt: skip
 def test_a_key_without_effect_is_named(configure: Configure, words: list[str], why: str) -> None:
     assert notes(configure, ["method=dorefa", "bits=w2", *words]) == [why]
+
+
+@pytest.mark.parametrize(
+    ("words", "whys"),
+    [
+        (["method=lsq", "bits=w32a4", "method.channel=true"],
+         ["method.channel=true has no effect, because lsq quantizes no weights here"]),
+        (["method=lsq", "bits=w4a4", "method.channel=true"], []),
+        (["method=lsq", "bits=w32a4", "method.channel=true", "layers.rules={fc: 8}"], []),
+        (["method=ttq", "activation=lsq", "bits.a=4", "activation.channel=true"],
+         ["activation.channel=true has no effect, because lsq quantizes no weights here"]),
+        (["method=pact", "bits=w2a32", "method.decay=0.1", "method.initial=3"],
+         [f"method.{key} has no effect, because pact quantizes no activations here"
+          for key in ("initial=3", "decay=0.1")]),
+        (["method=lsq", "activation=pact", "bits=w4a4", "activation.initial=3"], []),
+        (["method=dorefa", "bits=w2", "+optim.momentum=0.5", "+optim.nesterov=true", "+optim.milestones=[0.5]"],
+         [f"optim.{key} has no effect, because it is a key of sgd, and optim.name is adam"
+          for key in ("momentum=0.5", "nesterov=True")]
+         + ["optim.milestones=[0.5] has no effect, because it is a key of the schedule step, and optim.schedule is "
+            "exponential"]),
+        (["method=dorefa", "bits=w2", "optim=sgd", "+optim.eps=0.1"],
+         ["optim.eps=0.1 has no effect, because sgd has no such key"]),
+    ],
+)  # fmt: skip
+def test_options_of_another_slot_optimizer_or_schedule_are_named(
+    configure: Configure, words: list[str], whys: list[str]
+) -> None:
+    assert notes(configure, words) == whys
+
+
+@pytest.mark.parametrize(
+    ("method", "word", "why"),
+    [
+        ("ptq", "method.percentile=99", r"percentile=99\.0 has no effect with calibration=mse"),
+        ("gupta", "method.integer_momentum=3", "integer_momentum=3 has no effect; add method.momentum=fixed"),
+    ],
+)
+def test_options_that_need_another_option_are_refused(configure: Configure, method: str, word: str, why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        assemble(configure(f"method={method}", word))
+
+
+@pytest.mark.parametrize("name", option_names("method"))
+def test_slots_are_declared_for_options_that_exist(name: str) -> None:
+    options = registry.defaults("method", name)
+    slots = registry.create("method", {"name": name}).option_slots
+    assert slots.keys() <= options.keys()
+    assert set(slots.values()) <= {"w", "a", "g"}
 
 
 def test_biases_that_are_missing_are_named(

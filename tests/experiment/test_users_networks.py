@@ -597,3 +597,13 @@ def test_scale_and_shift_are_removed_from_a_network_for_a_method_that_requires_i
     assert "which is not possible for conv1 and 1 more: relu is called 3 times, and also feeds add, mean" in str(
         result.reason
     )
+
+
+def test_a_network_with_lazy_layers_is_refused(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = "nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))"
+    (tmp_path / "lazy.py").write_text(f"from torch import nn\ndef build(shape, classes):\n    return {network}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="model=lazy:build: the network has lazy layers"):
+        assemble(configure("model=lazy:build"))

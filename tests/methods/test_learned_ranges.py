@@ -5,7 +5,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from conftest import Configure
 
+from qbench.experiment.setup import assemble
 from qbench.methods import lsq, pact
 from qbench.models import mlp
 from qbench.quant.install import install
@@ -126,3 +128,9 @@ def test_half_precision_inputs_are_computed_in_float32(method: object) -> None:
         out, exact = lsq.quantize(x, scale / 100, 8, True), lsq.quantize(x.float(), scale / 100, 8, True)
     assert out.dtype == torch.half
     assert torch.equal(out, exact.half())
+
+
+def test_an_integer_is_a_valid_initial_clip(configure: Configure) -> None:
+    setup = assemble(configure("method=pact", "bits=w2a2", "method.initial=3", "init=scratch"))
+    model = setup.install(setup.float_model())
+    assert {layer.input_q.get_parameter("alpha").item() for layer in quantized_layers(model).values()} == {3.0}

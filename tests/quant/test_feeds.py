@@ -73,8 +73,8 @@ class Shared(nn.Module):
 def test_a_shared_activation_is_replaced_under_each_of_its_names() -> None:
     original = Shared().eval()
     model = install(xnor.build(), copy.deepcopy(original), example=X)
-    assert feeds(model) == {"act": ("conv2", "conv3"), "last": ("fc",)}
     assert isinstance(model.act, BypassedActivation)
+    assert model.act.readers == ("conv2", "conv3")
     assert model.tail[0] is model.act
     assert not isinstance(model.last, BypassedActivation), "the last layer is float"
     assert list(quantized_layers(model)) == ["conv2", "conv3"]
@@ -169,3 +169,50 @@ def test_networks_that_need_labels_for_training_are_replaced_with_a_warning(capl
     assert "does not run on images alone in training mode (TypeError: cross_entropy" in caplog.text
     assert "it was not checked whether training reads the activation functions that quantizers replace" in caplog.text
     assert "it was not checked whether training uses the weights of a quantized layer" in caplog.text
+
+
+class ReLU(nn.Module):
+    """A user's class with the name of torch's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.3)
+
+
+def own_class(act: nn.ReLU) -> nn.Module:
+    return ReLU()
+
+
+def own_function(act: nn.ReLU) -> nn.Module:
+    act.forward = lambda x: F.leaky_relu(x, 0.3)  # type: ignore[method-assign, assignment]
+    return act
+
+
+def changed_input(act: nn.ReLU) -> nn.Module:
+    act.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return act
+
+
+def changed_output(act: nn.ReLU) -> nn.Module:
+    act.register_forward_hook(lambda module, args, output: output + 1)
+    return act
+
+
+@pytest.mark.parametrize("change", [own_class, own_function, changed_input, changed_output])
+def test_only_an_unchanged_relu_of_torch_is_replaced(change: Callable[[nn.ReLU], nn.Module]) -> None:
+    model = Shared()
+    model.act = change(nn.ReLU())  # type: ignore[assignment]
+    model.tail[0] = model.act
+    with pytest.raises(
+        Unsupported,
+        match=r"the layer reads the result of (own ReLU|modified ReLU|add)",
+    ):
+        install(xnor.build(), model, example=X)
+
+
+@pytest.mark.parametrize("value", [["conv1"], {"conv1": 3}, 5])
+def test_a_users_attribute_named_feeds_is_left_alone(value: object) -> None:
+    model = Shared()
+    model.feeds = value  # type: ignore[assignment]
+    install(xnor.build(), model, example=X)
+    assert model.feeds == value
+    assert isinstance(model.act, BypassedActivation)

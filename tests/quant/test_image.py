@@ -13,7 +13,7 @@ from qbench.quant.image import ImageQuantizer
 from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
 from qbench.quant.method import Unsupported
-from qbench.quant.policy import Policy
+from qbench.quant.policy import Policy, PolicyError
 from qbench.quant.verify import verify
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).reshape(1, -1, 1, 1), torch.tensor([0.2, 0.3, 0.4]).reshape(1, -1, 1, 1)
@@ -171,3 +171,43 @@ def test_channels_in_several_orders_are_refused(name: str) -> None:
     model = install(dorefa.build(w=2, a=2), Reader(), POLICY, example=X)
     flipped = X.flip(1)
     torch.testing.assert_close(quantized_layers(model)["first"].input_q(flipped), flipped, rtol=0, atol=1e-5)
+
+
+class TwoReaders(nn.Module):
+    """A network with two convolutions that read the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.middle = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.last = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle((self.first(x) + self.other(x)).relu())
+        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("width", "first", "other"), [("float", 32, 32), (8, 8, 8), ("same", 32, 2)])
+def test_the_width_of_the_image_applies_to_every_layer_that_reads_it(width: int | str, first: int, other: int) -> None:
+    policy = Policy(input=width, image_range=POLICY.image_range)
+    model = install(dorefa.build(w=2, a=2), TwoReaders(), policy, example=X)
+    assert isinstance(model, TwoReaders)
+    layers = quantized_layers(model)
+    assert [layer.bits.a for layer in (model.first, model.other, model.middle)] == [first, other, 2]  # type: ignore[union-attr]
+    rounded = {name for name, layer in layers.items() if isinstance(layer.input_q, ImageQuantizer)}
+    assert rounded == {name for name, bits in (("first", first), ("other", other)) if bits < 32}
+    verify(model, X)
+
+
+def test_widths_of_weights_are_no_widths_of_the_image() -> None:
+    with pytest.raises(PolicyError, match="got 'w4'; allowed: float, same, or a number of bits from 1 to 32"):
+        install(dorefa.build(w=2, a=2), TwoReaders(), Policy(input="w4"), example=X)
+
+
+def test_a_users_class_with_the_name_of_a_rearranging_module_does_not_pass_the_image() -> None:
+    class Flatten(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) * 4
+
+    model = nn.Sequential(Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 10))
+    with pytest.raises(Unsupported, match="does not read the image but the result of own Flatten 0"):
+        install(dorefa.build(w=2, a=2), model, POLICY, example=X)

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qbench.bits import Bits, LevelCount
 from qbench.config import registry
 from qbench.cost.count import count_cost, count_macs
-from qbench.methods import dorefa, hwgq
+from qbench.methods import dorefa, hwgq, lsq
 from qbench.models import mlp, resnet
 from qbench.quant.install import install
-from qbench.quant.layers import BypassedActivation, NotFinite, float_mode, quantized_layers
+from qbench.quant.layers import BypassedActivation, NotFinite, float_mode, is_quantizer_key, quantized_layers
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.ops import levels_k, on_backward, round_ste, sign, straight_through
 from qbench.quant.policy import Policy
@@ -349,3 +349,43 @@ def test_the_scalars_of_a_grid_are_sorted_and_its_product_codes_are_not() -> Non
     assert torch.equal(Grid(scalars).points.nan_to_num(9), expected.nan_to_num(9))
     vectors = torch.tensor([[[3.0, 0.0], [1.0, 5.0]]])
     assert torch.equal(Grid(vectors).points, vectors)
+
+
+class Slots(nn.Module):
+    """A network whose submodules have the names of quantizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.input_q, self.weight_q = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+        self.last = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.weight_q(self.input_q(self.first(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_users_modules_with_the_name_of_a_slot_are_no_quantizers() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    model = install(lsq.build(w=2, a=2), Slots(), example=x)
+    keys = {name for name, _ in model.named_parameters() if is_quantizer_key(name, model)}
+    slots = ("input_q.weight_q", "input_q.input_q", "weight_q.weight_q", "weight_q.input_q")
+    assert keys == {f"{slot}.step" for slot in slots}
+    cost = count_cost(model, count_macs(Slots(), (3, 8, 8)))
+    assert cost.params == sum(p.numel() for p in Slots().parameters())
+    assert cost.bytes_float == 4 * cost.params
+    assert not any(is_quantizer_key(name, Slots()) for name, _ in Slots().named_parameters())
+    assert is_quantizer_key("first.weight_q.step", Slots())  # of a checkpoint of a quantized network
+
+
+def test_float_mode_of_a_layer_that_was_parametrized_later() -> None:
+    model = install(dorefa.build(w=2, a=2), Slots(), example=torch.rand(2, 3, 8, 8)).eval()
+    assert isinstance(model, Slots)
+    original = Slots().eval()
+    original.load_state_dict(model.state_dict())
+    nn.utils.parametrize.register_parametrization(model.input_q, "weight", nn.Identity())
+    x = torch.rand(2, 3, 8, 8)
+    quantized = model(x)
+    with float_mode(model):
+        assert torch.equal(model(x), original(x))
+    assert torch.equal(model(x), quantized)
+    assert not torch.equal(quantized, original(x))

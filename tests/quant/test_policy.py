@@ -55,8 +55,6 @@ def test_first_and_last_by_execution_order() -> None:
     [
         (Policy(), {"conv1": Bits(), "fc": Bits()}),
         (Policy(first="same", last=8), {"conv1": Bits(2, 2, 6), "fc": Bits(8, 8, 6)}),
-        (Policy(first=8, input="float"), {"conv1": Bits(8, 32, 6), "fc": Bits()}),
-        (Policy(first="float", input=8), {"conv1": Bits(32, 8, 32)}),
         (Policy(downsample=4), {"layer2.0.downsample.0": Bits(4, 4, 6), "layer2.0.conv1": Bits(2, 2, 6)}),
         (Policy(rules={"layer1.*": 4, "layer1.0.conv1": 8, "conv1": "same"}),
          {"layer1.0.conv1": Bits(4, 4, 6), "layer1.0.conv2": Bits(4, 4, 6), "conv1": Bits(2, 2, 6)}),

@@ -237,6 +237,13 @@ def test_a_new_last_layer_has_no_baseline_and_is_another_run(smoke: Configure, t
     assert run(planned_run(new)).baseline is None
 
 
+def test_8_bit_floats_are_refused(smoke: Configure, tmp_path: Path) -> None:
+    weights = {name: t.to(torch.float8_e4m3fn) if t.dim() else t for name, t in network(depth=20).state_dict().items()}
+    torch.save(weights, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit the network: other type: .*float8_e4m3fn"):
+        assemble(smoke("method=dorefa", f"init={tmp_path / 'file.pt'}", "model=resnet20"))
+
+
 def test_networks_that_would_fit_are_named(smoke: Configure, tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     torch.save(network(depth=20, width=16).state_dict(), file)
