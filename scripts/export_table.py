@@ -12,8 +12,8 @@ for forms whose package is not installed.
 Times are those of a batch of 64 images in one thread, relative to ONNX Runtime with the file `onnx` of the float run.
 They are processor times, and medians of rounds in which all runtimes take turns.
 
-`--record FILE` stores the results. `--from FILE` prints the tables of stored results and runs nothing. `--short` prints
-one table of some runs.
+`--run DIR` adds a row for a finished run with another network or data set. `--record FILE` stores the results.
+`--from FILE` prints the tables of stored results and runs nothing. `--short` prints one table of some runs.
 """
 
 import argparse
@@ -26,12 +26,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
 
 from qbench.config import compose, groups  # noqa: E402
+
+if TYPE_CHECKING:
+    from qbench.runs.result import Result
 
 FORMS = ("packed", "onnx", "int8", "qonnx", "integer")
 OUT = "outputs/readme/export"
@@ -62,7 +65,10 @@ class FormResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run: ideal bytes, bytes of the float network, number of test images, and the exported files by form."""
+    """One run: ideal bytes, bytes of the float network, number of test images, and the exported files by form.
+
+    `network` names the network and the data set, unless they are those of the table (resnet8 on digits).
+    """
 
     method: str
     bits: str
@@ -70,6 +76,7 @@ class Row:
     float_size: int
     images: int
     forms: Mapping[str, FormResult]
+    network: str = ""
 
 
 def measured_row(words: Sequence[str]) -> tuple[Path, Row]:
@@ -84,14 +91,28 @@ def measured_row(words: Sequence[str]) -> tuple[Path, Row]:
     (config,) = compose.configurations([*WORDS, *words])
     planned = planned_run(config)
     result = run(planned, RunContext())
+    return planned.path, exported_row(planned.path, result)
+
+
+def exported_row(directory: Path, result: "Result") -> Row:
+    """Export a finished run to every form."""
     if result.cost is None:
-        raise SystemExit(f"{planned.path}: {result.status}: {result.reason}")
-    found = {form: form_result(planned.path, form) for form in FORMS}
-    images = max(one.same_class or 0 for one in found.values())
-    return planned.path, Row(
-        method=result.method, bits=str(config.bits.resolved()), ideal=result.cost.bytes_ideal,
-        float_size=result.cost.bytes_float, images=images, forms=found,
+        raise SystemExit(f"{directory}: {result.status}: {result.reason}")
+    found = {form: form_result(directory, form) for form in FORMS}
+    return Row(
+        method=result.method, bits=str(result.bits), ideal=result.cost.bytes_ideal,
+        float_size=result.cost.bytes_float, images=max(one.same_class or 0 for one in found.values()), forms=found,
     )  # fmt: skip
+
+
+def other_row(directory: Path) -> Row:
+    """Export a finished run on other data than digits. Its row names the network and the data, and has no times."""
+    from qbench.runs.result import load_result
+
+    result = load_result(directory)
+    if result is None:
+        raise SystemExit(f"{directory}: not a finished run")
+    return replace(exported_row(directory, result), network=f"{result.model} on {result.dataset}")
 
 
 def form_result(directory: Path, form: str) -> FormResult:
@@ -148,7 +169,8 @@ def size_table(rows: Sequence[Row]) -> str:
         agreeing = {one.same_class for one in row.forms.values() if one.same_class is not None}
         same = f"{min(agreeing)} of {row.images}" if agreeing else "-"
         numbers = f"{row.float_size:,} | {row.ideal:,.0f}"
-        lines.append(f"| {row.method} | {_widths(row)} | {numbers} | {' | '.join(cells)} | {same} |")
+        name = f"{row.method}, {row.network}" if row.network else row.method
+        lines.append(f"| {name} | {_widths(row)} | {numbers} | {' | '.join(cells)} | {same} |")
     return "\n".join(lines)
 
 
@@ -158,7 +180,7 @@ def time_table(rows: Sequence[Row]) -> str:
         f"| method | W A | {' | '.join(f'{form}: {runtime}' for form, runtime in TIMED)} |",
         f"| --- | --- |{' ---: |' * len(TIMED)}",
     ]
-    for row in rows:
+    for row in (row for row in rows if not row.network):
         cells = [_time(row, form, runtime) for form, runtime in TIMED]
         lines.append(f"| {row.method} | {_widths(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -171,7 +193,7 @@ def short_table(rows: Sequence[Row]) -> str:
         f"| --- | --- |{' ---: |' * 9}",
     ]
     for row in rows:
-        if f"{row.method} {row.bits.partition('g')[0]}" in SHORT:
+        if not row.network and f"{row.method} {row.bits.partition('g')[0]}" in SHORT:
             agreeing = [one.same_class for one in row.forms.values() if one.same_class is not None]
             numbers = (
                 f"{row.float_size:,} | {row.ideal:,.0f} | {_size(row.forms['packed'])} | {_size(row.forms['int8'])}"
@@ -207,8 +229,8 @@ def note(rows: Sequence[Row]) -> str:
     from measure import processor, versions
 
     return (
-        f"`scripts/export_table.py`: {len(rows)} runs on digits with resnet8, in bytes. A dash is a refused form. "
-        "`same class`: test images for which the exported files predict the run's class, the fewest of all forms "
+        f"`scripts/export_table.py`: {sum(not row.network for row in rows)} runs on digits with resnet8, in bytes. A "
+        "dash is a refused form. `same class`: test images for which the exported files predict the run's class, the fewest of all forms "
         f"({platform.system()}, {platform.machine()}, torch {version('torch')}). Second table: processor time for "
         f"{BATCH} images in one thread, relative to ONNX Runtime with the file `onnx` of the float run, medians of "
         f"{ROUNDS} interleaved rounds ({processor()}, {versions('onnxruntime', 'openvino', 'numba')}). A dash is a "
@@ -224,6 +246,7 @@ def loaded_rows(values: Sequence[Mapping[str, Any]]) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="*", help="more overrides for all runs, such as model.width=4")
+    parser.add_argument("--run", type=Path, action="append", default=[], metavar="DIR", help="add this finished run")
     parser.add_argument("--record", type=Path, metavar="FILE", help="store the results in FILE")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the table of stored results")
     parser.add_argument("--short", action="store_true", help="print one table of some runs")
@@ -240,6 +263,7 @@ def main() -> int:
             measured.append(measured_row([f"method={method}", *([f"bits={bits}"] if bits else []), *options.keys]))
     (float_directory,) = (directory for directory, row in measured if row.method == "float")
     rows = [timed_row(row, directory, float_directory) for directory, row in measured]
+    rows += map(other_row, options.run)
     print(short_table(rows) if options.short else tables(rows, note(rows)))
     if options.record:
         record = {"rows": [asdict(row) for row in rows], "note": note(rows)}

@@ -25,6 +25,9 @@ def test_the_table_by_hand() -> None:
     assert head == "| method | W A | float | ideal | packed | onnx | int8 | qonnx | integer | same class |"
     assert line.count("|") == head.count("|")
     assert written == "| lsq | 2 2 | 76,328 | 4,000 | 5,123 | 7,000 | - | ? | 6,001 | 449 of 450 |"
+    other = replace(row, network="resnet20 on cifar10")
+    assert export_table.size_table([other]).splitlines()[-1].startswith("| lsq, resnet20 on cifar10 | 2 2 | 76,328 |")
+    assert len(export_table.time_table([row, other]).splitlines()) == 3, "only the networks of the table are timed"
 
 
 def test_times_by_hand() -> None:
