@@ -21,10 +21,9 @@ from qbench.config.groups import conf_directory
 from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
 from qbench.config.overrides import MOST_COMBINATIONS, check_overrides, refuse_deletions
-from qbench.config.registry import source_digest, users_file
 from qbench.config.schema import Config, Node, did_you_mean
 from qbench.config.typed_words import as_key_value
-from qbench.config.validate import from_node
+from qbench.config.validate import from_node, with_digests
 from qbench.errors import ConfigError, QbenchError
 
 FLAGS: dict[
@@ -70,18 +69,10 @@ def configurations(arguments: list[str]) -> list[Config]:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors, and a user's YAML file that cannot be read
         raise ConfigError(translate_hydra_error(error, arguments)) from None
-    configs = [run for node in nodes for run in lr_grid.runs(_with_digests(from_node(node)))]
+    configs = [run for node in nodes for run in lr_grid.runs(with_digests(from_node(node)))]
     if any(config.debug for config in configs) and (len(configs) > 1 or {*MULTIRUN} & {*flags}):
         raise ConfigError("debug=true is for a single run: leave out -m and lr_search=grid")
     return configs
-
-
-def _with_digests(config: Config) -> Config:
-    """Add the digests of users' files, which a user's YAML file that names a function does not contain."""
-    for node in (config.method, config.activation, config.model, config.dataset):
-        if file := users_file(str(node["name"])):
-            node["source"] = source_digest(file)
-    return config
 
 
 def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) -> list[DictConfig]:

@@ -16,6 +16,7 @@ from qbench.bits import FLOAT
 from qbench.config.fields import ACTS, HEADS, WIDTHS, is_width, parse_bits
 from qbench.config.identity import ADDED
 from qbench.config.recipe_checks import check_recipes, check_schedule
+from qbench.config.registry import source_digest, users_file
 from qbench.config.schema import (
     STARTS,
     BitWidths,
@@ -95,6 +96,14 @@ def from_node(node: DictConfig) -> Config:
     _check(config)
     _check_plain(config)
     return _filled(config)
+
+
+def with_digests(config: Config) -> Config:
+    """Add the digests of users' files, which a user's YAML file that names a function does not contain."""
+    for node in (config.method, config.activation, config.model, config.dataset):
+        if file := users_file(str(node["name"])):
+            node["source"] = source_digest(file)
+    return config
 
 
 def _check_plain(value: object, path: str = "") -> None:

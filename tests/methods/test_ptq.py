@@ -250,7 +250,8 @@ def test_the_statistics_stay_the_same_without_reestimation() -> None:
 def test_the_activations_are_calibrated_on_the_float_network(calibration: str) -> None:
     torch.manual_seed(2)
     model, batches = Net(), some_batches()
-    layers = prepared(model, batches, w=2, a=2, calibration=calibration, percentile=90.0, reestimate="none")
+    options = {"percentile": 90.0} if calibration == "percentile" else {}
+    layers = prepared(model, batches, w=2, a=2, calibration=calibration, reestimate="none", **options)
     with torch.no_grad(), float_mode(model.eval()):
         x = torch.cat([images for images, _ in batches])
         x = model.act(model.bn1(model.fc1(x)))
