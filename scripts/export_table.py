@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
 
+from qbench.bits import Bits  # noqa: E402
 from qbench.config import compose, groups  # noqa: E402
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ BITS = {
 """Method -> widths in the table, for methods that are not run at their default widths."""
 TIMED = (("packed", "numba"), ("onnx", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "openvino"))
 """Forms and the runtimes in which they are timed."""
-SHORT = ("dorefa w2a2", "lsq w8a8", "pact w4a4", "twn w2a32", "ttq w2a32", "xnor w1a1")
+SHORT = ("dorefa w2a2", "xnor w1a1")
 """Rows of the short table."""
 BATCH, ROUNDS, REPEAT = 64, 31, 5
 
@@ -100,7 +101,7 @@ def exported_row(directory: Path, result: "Result") -> Row:
         raise SystemExit(f"{directory}: {result.status}: {result.reason}")
     found = {form: form_result(directory, form) for form in FORMS}
     return Row(
-        method=result.method, bits=str(result.bits), ideal=result.cost.bytes_ideal,
+        method=result.method, bits=str(Bits(**result.bits)), ideal=result.cost.bytes_ideal,
         float_size=result.cost.bytes_float, images=max(one.same_class or 0 for one in found.values()), forms=found,
     )  # fmt: skip
 

@@ -60,3 +60,4 @@ def test_the_record_has_every_method_with_all_forms_verified() -> None:
         assert row.forms["packed"].bytes
     written = (ROOT / "docs" / "guides" / "export.md").read_text()
     assert f"{export_table.tables(rows, stored['note'])}\n" in written
+    assert export_table.short_table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
