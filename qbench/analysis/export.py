@@ -67,7 +67,7 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
         agreement, how = verify_export.verify_integers(finished, network, converted, data, path)
     else:
         data = to_onnx(network, about)
-        agreement, how = verify_export.verify_onnx(finished, about, data, path)
+        agreement, how = verify_export.verify_onnx(finished, about, network, data, path)
     files.write(path, data)
     cost = finished.result.cost
     sizes = f"; ideal {cost.bytes_ideal:,.0f}, float {cost.bytes_float:,}" if cost else ""

@@ -47,6 +47,45 @@ def compare(
     return Agreement(images, same, largest, magnitude, identical, correct)
 
 
+class RoundingErrors(NamedTuple):
+    """Numbers of images whose results differ from those of the run's network in float64.
+
+    A rounding error can move an activation that is close to a threshold to the other level. The levels of the next
+    layers then differ too, and so may the class. No network that computes in float32 or in integers of 32 bits avoids
+    this for every image.
+
+    Args:
+        exported: images for which the exported network differs.
+        run: images for which the run's network differs, which computes in float32.
+    """
+
+    exported: int
+    run: int
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the exported network is about as exact as the run: at most twice as many images differ."""
+        return self.exported <= 2 * self.run
+
+
+@torch.no_grad()
+def rounding_errors(
+    run: Callable[[Tensor], Tensor],
+    exported: Callable[[Tensor], Tensor],
+    in_float64: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    tolerance: float,
+) -> RoundingErrors:
+    """Count the images whose class differs in float64, or whose logits differ there by more than the tolerance."""
+    counts = [0, 0]
+    for batch, _ in batches:
+        exact = in_float64(batch.double())
+        for place, found in enumerate((exported(batch), run(batch))):
+            near = (found.double() - exact).abs().amax(1) <= tolerance  # false for nan
+            counts[place] += int((~near | (found.argmax(1) != exact.argmax(1))).sum())
+    return RoundingErrors(*counts)
+
+
 @torch.no_grad()
 def batch_noise(run: Callable[[Tensor], Tensor], images: Tensor) -> float:
     """Return the largest difference between logits of a batch and logits of its images one at a time.

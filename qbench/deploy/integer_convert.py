@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from qbench.deploy.about import About
 from qbench.deploy.integer_builder import Builder, NotInteger, QuantizerPlace
@@ -77,11 +79,20 @@ def _leading_to(steps: Sequence[Step], function: str) -> set[int]:
 
 
 class CodeAgreement(NamedTuple):
-    """Numbers of images, of compared activation codes, and of activation codes that differ."""
+    """A comparison of activation codes.
+
+    Args:
+        images, codes: numbers of compared images and codes.
+        differing: number of codes that differ.
+        exported, run: numbers of images with a code that differs in the integer network, and in the run's network in
+            float32.
+    """
 
     images: int
     codes: int
     differing: int
+    exported: int
+    run: int
 
 
 def compare_codes(
@@ -102,19 +113,29 @@ def compare_codes(
         integers, unit = integer_levels(traced.tensors[quantizer.levels])
         levels[quantizer.levels] = torch.tensor(unit, dtype=torch.float64) * integers
     simulation = replace(traced, tensors={**traced.tensors, **levels})
-    images = codes = differing = 0
+    images = codes = differing = exported = run = 0
     for batch, _ in batches:
-        expected: dict[int, Any] = {}
+        exact, in_float32 = _codes(simulation, converted, batch.double()), _codes(traced, converted, batch)
         found: dict[int, Any] = {}
-        simulation.function(_keeper(expected, {q.traced for q in converted.quantizers}), torch.float64)(batch.double())
         network.run(batch.numpy(), _keeper(found, {q.integer for q in converted.quantizers}))
+        wrong, wrong_in_float32 = np.zeros(len(batch), bool), np.zeros(len(batch), bool)
         for quantizer in converted.quantizers:
-            difference = (expected[quantizer.traced].numpy() / quantizer.unit).round() != found[quantizer.integer]
+            difference = exact[quantizer.traced] != found[quantizer.integer]
             codes, differing = codes + difference.size, differing + int(difference.sum())
-        images += len(batch)
+            wrong |= difference.reshape(len(batch), -1).any(1)
+            other = exact[quantizer.traced] != in_float32[quantizer.traced]
+            wrong_in_float32 |= other.reshape(len(batch), -1).any(1)
+        images, exported, run = images + len(batch), exported + int(wrong.sum()), run + int(wrong_in_float32.sum())
         if codes >= enough:
             break
-    return CodeAgreement(images, codes, differing)
+    return CodeAgreement(images, codes, differing, exported, run)
+
+
+def _codes(network: Network, converted: Converted, batch: Tensor) -> dict[int, np.ndarray]:
+    """Return the activation codes of a traced network, computed in the type of the batch, by the quantizer's step."""
+    results: dict[int, Any] = {}
+    network.function(_keeper(results, {q.traced for q in converted.quantizers}), batch.dtype)(batch)
+    return {q.traced: (results[q.traced].double().numpy() / q.unit).round() for q in converted.quantizers}
 
 
 def _keeper(results: dict[int, Any], wanted: set[int]) -> Callable[[int, Any], None]:

@@ -197,12 +197,13 @@ def _cat(g: OnnxGraph, tensors: Sequence[str], dim: int = 0) -> str:
 
 def _getitem(g: OnnxGraph, x: str, index: Any) -> str:
     parts = index if isinstance(index, tuple) else (index,)
-    if any(not isinstance(part, slice) or part.step not in (None, 1) for part in parts):
+    if any(not isinstance(part, slice) for part in parts):
         raise NoConverter("indexing with anything but slices")
     for axis, part in enumerate(parts):
-        if (part.start, part.stop) != (None, None):
+        if part != slice(None):
             start, stop = part.start or 0, 2**31 - 1 if part.stop is None else part.stop
-            x = g.node("Slice", x, g.integers(start), g.integers(stop), g.integers(axis))
+            ends = g.integers(start), g.integers(stop), g.integers(axis), g.integers(part.step or 1)
+            x = g.node("Slice", x, *ends)
     return x
 
 

@@ -383,7 +383,9 @@ def test_nothing_is_written_if_a_code_differs(
     monkeypatch.setattr(integer_functions, "integer_thresholds", shifted)
     assert cli(["export", str(finished), "--to", "integer", "--out", str(tmp_path / "n.qbench")]) == 2
     error = capsys.readouterr().err
-    assert "activation codes differ, allowed 0; the file predicts the run's class for" in error
+    assert (
+        "in 450 images; the run's own codes in float32 differ in 0 images\ntry: qbench export RUN --to packed" in error
+    )
     assert "try: qbench export RUN --to packed" in error
     assert not list(tmp_path.iterdir())
 
@@ -448,3 +450,31 @@ def test_an_integer_file_is_not_read_as_a_packed_file(finished: Path, tmp_path: 
     assert container.kind_of(file.read_bytes()) == "integer"
     assert container.kind_of(b"") == container.kind_of(b"x" * 100) == ""
     assert evaluate_file(file).rows
+
+
+class NearThresholds(nn.Module):
+    """A network that repeats its only channel, plus a small number, in front of a quantizer with a threshold at 0.5."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 4, 1)
+        self.last = nn.Linear(4 * 64, 10)
+        with torch.no_grad():
+            self.first.weight.fill_(1.0)
+            self.first.bias.fill_(offset)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(self.first(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_codes_of_values_next_to_a_threshold_are_compared_with_those_of_float32() -> None:
+    """The threshold is the smallest number of float32 above 0.5. Numbers just below it are rounded up to it."""
+    torch.manual_seed(0)
+    model = install(dorefa.build(w=1, a=1), NearThresholds(2.0**-24 - 2.0**-40), example=torch.rand(2, 1, 8, 8)).eval()
+    x = torch.rand(6, 1, 8, 8)
+    x[:2, 0, 0, 0] = 0.5
+    traced = trace(model, x)
+    converted = to_integers(traced, ABOUT)
+    content = unpack_integers(pack_integers(converted.network, ABOUT), "file")
+    found = compare_codes(traced, converted, content.network, [(x, torch.zeros(6))], 10**9)
+    assert found == (6, 6 * 64, 2, 2, 2)

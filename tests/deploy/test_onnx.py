@@ -61,6 +61,7 @@ def check_onnx(model: nn.Module, batches: list[Tensor], form: str, name: str, to
         (("method=dorefa", "bits=w3a3", "method.activation=tanh"), NARROW),
         (("method=pact", "bits=w4a4"), NARROW),
         (("method=lsq", "bits=w2a2"), NARROW),
+        (("method=dorefa", "bits=w2", "model.shortcut=A_stride", "model.form=post"), NARROW),
         (("method=uniform", "bits=w8a8", "layers.first=8", "layers.last=8"), WIDE),
         (("method=ptq", "bits=w4a4"), NARROW),
         (("method=bwn",), NARROW),
