@@ -1,6 +1,6 @@
 """Verifies on a run's test images that an exported file computes the same results as the run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from qbench.analysis.finished_run import FinishedRun, bf16_note
 from qbench.bits import FLOAT
 from qbench.deploy import packed
 from qbench.deploy.about import About
-from qbench.deploy.agreement import Agreement, RoundingErrors, batch_noise, compare, rounding_errors
+from qbench.deploy.agreement import Agreement, Logits, RoundingErrors, batch_noise, compare, rounding_errors
 from qbench.deploy.integer_convert import Converted, compare_codes
 from qbench.deploy.integer_file import unpack_integers
 from qbench.deploy.network import Network
@@ -76,7 +76,8 @@ def verify_onnx(
                 raise
             lines.append(f"not verified in {name}: {missing}".replace("\n", "; "))
             continue
-        found = compare(finished.model, function, run_images(finished))
+        logits: Logits = []
+        found = compare(finished.model, function, run_images(finished), logits)
         allowed = max(tolerance * max(1.0, found.magnitude), noise)
         where = f"{found.images:,} test images{_in_float32(finished)}"
         if found.same_class == found.images and found.largest <= allowed:
@@ -85,7 +86,7 @@ def verify_onnx(
                 f"(allowed {allowed:.2g}; torch's own logits differ by {noise:.2g} between batch sizes)"
             )
         else:
-            errors = _rounding_errors(finished, function, traced, allowed)
+            errors = _rounding_errors(finished, logits, traced, allowed)
             if not errors.comparable:
                 raise NotExportable(
                     f"{name} predicts the run's class for {found.same_class:,} of {where}; the largest difference of "
@@ -125,7 +126,8 @@ def verify_integers(
     content = unpack_integers(data, str(path))
     parts = finished.setup.loader().unaugmented("test", size=CODES_BATCH)
     codes = compare_codes(traced, converted, content.network, parts, COMPARED_CODES)
-    agreement = compare(finished.model, content.function(), run_images(finished))
+    logits: Logits = []
+    agreement = compare(finished.model, content.function(), run_images(finished), logits)
     allowed = int(codes.codes * (NARROW_CODES if _largest_width(finished) <= NARROW else WIDE_CODES))
     where = f"{agreement.images:,} test images{_in_float32(finished)}"
     differing = (
@@ -139,7 +141,7 @@ def verify_integers(
             raise NotExportable(f"{differing}\ntry: qbench export RUN --to packed")
     if agreement.same_class == agreement.images:
         return agreement, [f"verified on {where}: the classes are equal; {differing}"]
-    errors = _rounding_errors(finished, content.function(), traced, torch.inf)
+    errors = _rounding_errors(finished, logits, traced, torch.inf)
     if not errors.comparable:
         raise NotExportable(
             f"the file predicts the run's class for {agreement.same_class:,} of {where}; {_in_words(errors)}; "
@@ -148,12 +150,9 @@ def verify_integers(
     return agreement, [f"verified on {where}: {_mostly_equal(agreement)}; {_in_words(errors)}; {differing}"]
 
 
-def _rounding_errors(
-    finished: FinishedRun, exported: Callable[[Tensor], Tensor], traced: Network, tolerance: float
-) -> RoundingErrors:
+def _rounding_errors(finished: FinishedRun, logits: Logits, traced: Network, tolerance: float) -> RoundingErrors:
     """Compare a file and its run with the run's network in float64, on all test images."""
-    in_float64 = traced.function(dtype=torch.float64)
-    return rounding_errors(finished.model, exported, in_float64, run_images(finished), tolerance)
+    return rounding_errors(logits, traced.function(dtype=torch.float64), run_images(finished), tolerance)
 
 
 def _mostly_equal(agreement: Agreement) -> str:

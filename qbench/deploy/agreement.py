@@ -29,14 +29,23 @@ class Agreement(NamedTuple):
     correct: int
 
 
+Logits = list[tuple[Tensor, Tensor]]
+"""The logits of a run and of its exported network, by batch."""
+
+
 @torch.no_grad()
 def compare(
-    run: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], batches: Iterable[Batch]
+    run: Callable[[Tensor], Tensor],
+    exported: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    kept: Logits | None = None,
 ) -> Agreement:
-    """Return how far the logits of a run and of an exported network differ."""
+    """Return how far the logits of a run and of an exported network differ. If `kept` is a list, append them to it."""
     images, same, correct, largest, magnitude, identical = 0, 0, 0, 0.0, 0.0, True
     for batch, labels in batches:
         expected, found = run(batch), exported(batch)
+        if kept is not None:
+            kept.append((expected, found))
         images += len(batch)
         same += int((expected.argmax(1) == found.argmax(1)).sum())
         correct += int((found.argmax(1) == labels).sum())
@@ -70,17 +79,13 @@ class RoundingErrors(NamedTuple):
 
 @torch.no_grad()
 def rounding_errors(
-    run: Callable[[Tensor], Tensor],
-    exported: Callable[[Tensor], Tensor],
-    in_float64: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    tolerance: float,
+    logits: Logits, in_float64: Callable[[Tensor], Tensor], batches: Iterable[Batch], tolerance: float
 ) -> RoundingErrors:
     """Count the images whose class differs in float64, or whose logits differ there by more than the tolerance."""
     counts = [0, 0]
-    for batch, _ in batches:
+    for (run, exported), (batch, _) in zip(logits, batches, strict=True):
         exact = in_float64(batch.double())
-        for place, found in enumerate((exported(batch), run(batch))):
+        for place, found in enumerate((exported, run)):
             near = (found.double() - exact).abs().amax(1) <= tolerance  # false for nan
             counts[place] += int((~near | (found.argmax(1) != exact.argmax(1))).sum())
     return RoundingErrors(*counts)

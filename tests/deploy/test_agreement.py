@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qbench.deploy.agreement import RoundingErrors, rounding_errors
+from qbench.deploy.agreement import Logits, RoundingErrors, compare, rounding_errors
 
 IMAGES = torch.arange(8.0).reshape(8, 1)
 BATCHES = [(part, torch.zeros(len(part))) for part in IMAGES.split(3)]
@@ -41,12 +41,16 @@ def differing(count: int, by: float) -> Callable[[Tensor], Tensor]:
 def test_images_that_differ_are_counted(
     exported: Callable[[Tensor], Tensor], run: Callable[[Tensor], Tensor], expected: tuple[int, int]
 ) -> None:
-    assert rounding_errors(run, exported, logits, BATCHES, 0.1) == RoundingErrors(*expected)
+    kept: Logits = []
+    compare(run, exported, BATCHES, kept)
+    assert rounding_errors(kept, logits, BATCHES, 0.1) == RoundingErrors(*expected)
 
 
 def test_a_class_may_differ_within_a_wide_tolerance() -> None:
     """Images 1, 2, 4, 5 and 7 have other classes than 0, and the change makes logit 0 the largest."""
-    assert rounding_errors(logits, differing(8, 2.0), logits, BATCHES, torch.inf) == RoundingErrors(5, 0)
+    kept: Logits = []
+    compare(logits, differing(8, 2.0), BATCHES, kept)
+    assert rounding_errors(kept, logits, BATCHES, torch.inf) == RoundingErrors(5, 0)
 
 
 @pytest.mark.parametrize(("exported", "run", "comparable"), [(0, 0, True), (1, 0, False), (4, 2, True), (5, 2, False)])
