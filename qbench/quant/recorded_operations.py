@@ -5,7 +5,6 @@ the last bit, with the sign of zeros. Only the bits of nan may differ.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +16,20 @@ COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "
 
 
 def _arithmetic(name: str) -> Callable[..., int]:
-    def make(r: Builder, a: Any, b: Any) -> int:
+    def make(r: Builder, a: object, b: object) -> int:
         return _rounded(r, r.add(name, r.number(a), r.number(b)), a, b)
 
     return make
 
 
-def _rounded(r: Builder, index: int, *operands: Any) -> int:
+def _rounded(r: Builder, index: int, *operands: object) -> int:
     """Round a result to bfloat16 if an operand with a value for each element is of this type, as torch does."""
     types = {t.dtype for t in operands if isinstance(t, Tensor) and t.dim() and t.dtype != torch.bool}
     return r.converted(index, torch.bfloat16) if types == {torch.bfloat16} else index
 
 
 def _sum(name: str) -> Callable[..., int]:
-    def make(r: Builder, a: Any, b: Any, alpha: float = 1) -> int:
+    def make(r: Builder, a: object, b: object, alpha: float = 1) -> int:
         if alpha != 1:  # torch computes a + alpha b with one rounding on some processors
             raise NotRecordable(f"alpha={alpha}")
         return _arithmetic(name)(r, a, b)
@@ -46,14 +45,14 @@ def _function(name: str) -> Callable[..., int]:
 
 
 def _comparison(name: str) -> Callable[..., int]:
-    def make(r: Builder, a: Any, b: Any) -> int:
+    def make(r: Builder, a: object, b: object) -> int:
         return r.add(name, r.number(a), r.number(b), dtype=torch.bool)
 
     return make
 
 
 def _logical(name: str) -> Callable[..., int]:
-    def make(r: Builder, *operands: Any) -> int:
+    def make(r: Builder, *operands: object) -> int:
         if any(not isinstance(t, Tensor) or t.dtype != torch.bool for t in operands):
             raise NotRecordable(f"{name} of numbers")
         return r.add(name, *map(r.operand, operands), dtype=torch.bool)
@@ -65,7 +64,7 @@ def _select(r: Builder, condition: int, a: Operand, b: Operand) -> int:
     return r.add("select", condition, a, b)
 
 
-def _clamp(r: Builder, x: Tensor, min: Any = None, max: Any = None) -> int:
+def _clamp(r: Builder, x: Tensor, min: object = None, max: object = None) -> int:
     value = r.operand(x)
     if min is not None:  # the lower bound only where x is below it, so that -0 stays -0
         low = r.operand(min)
@@ -77,14 +76,14 @@ def _clamp(r: Builder, x: Tensor, min: Any = None, max: Any = None) -> int:
 
 
 def _extreme(comparison: str) -> Callable[..., int]:
-    def make(r: Builder, a: Any, b: Any) -> int:
+    def make(r: Builder, a: object, b: object) -> int:
         first, second = r.operand(a), r.operand(b)
         return _rounded(r, _select(r, r.add(comparison, first, second, dtype=torch.bool), first, second), a, b)
 
     return make
 
 
-def _where(r: Builder, condition: Tensor, a: Any, b: Any) -> int:
+def _where(r: Builder, condition: Tensor, a: object, b: object) -> int:
     chosen = r.operand(condition)
     if not isinstance(chosen, int):
         raise NotRecordable("where with one condition")
@@ -111,7 +110,7 @@ def _threshold_backward(r: Builder, grad: Tensor, x: Tensor, threshold: float) -
 
 
 def _constant(number: float | None = None) -> Callable[..., int]:
-    def make(r: Builder, like: Tensor, value: Any = number, **options: Any) -> int:
+    def make(r: Builder, like: Tensor, value: object = number, **options: object) -> int:
         return r.add("copy", r.operand(value))
 
     return make
@@ -122,7 +121,7 @@ def _copy(r: Builder, target: Tensor, source: Tensor, non_blocking: bool = False
     return value if isinstance(value, int) else r.add("copy", value)
 
 
-def _same(r: Builder, x: Tensor, **options: Any) -> int:
+def _same(r: Builder, x: Tensor, **options: object) -> int:
     """Record a copy, possibly of another type. The caller converts the type."""
     return _copy(r, x, x)
 
