@@ -1,5 +1,6 @@
 """The documents are correct: their commands and flags exist, their tables are those of the records, links work."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 from pages import GUIDES, PAGES, commands, text
 from torch import nn
 
+import qbench
 from qbench.cli import compare as asked
 from qbench.cli.commands import SUBCOMMANDS
 from qbench.cli.main import main as cli
@@ -197,3 +199,12 @@ def test_scripts_are_sound() -> None:
     for path in paths:
         compile(path.read_text(encoding="utf-8"), path.name, "exec")
     assert sys.version_info >= (3, 11)
+
+
+def test_the_signatures_in_the_table_of_the_python_page_are_those_of_the_functions() -> None:
+    rows = re.findall(r"^\| `qbench\.(\w+)\((.*?)\)` \|", (DOCS / "reference" / "python.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == {name for name in qbench.__all__ if inspect.isfunction(getattr(qbench, name))}
+    for name, arguments in rows:
+        parameters = inspect.signature(getattr(qbench, name)).parameters.values()
+        actual = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
+        assert f"({arguments})" == str(actual).replace("'", '"'), name
