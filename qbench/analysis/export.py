@@ -5,6 +5,7 @@ An export is verified against the run on all test images before the file is writ
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,7 +189,12 @@ def evaluate_file(
     with _threads(about.threads):
         batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")
         measured = measure(model, model, batches, predictions)
-    return table(file, about.title, about.weights, data, measured, other=bool(words), debug=about.debug)
+    made = table(file, about.title, about.weights, data, measured, other=bool(words), debug=about.debug)
+    verified = verify_export.VERIFIED_IN.get(about.form, ("torch",))
+    if runtime is None or runtime in verified:
+        return made
+    note = f"the export was verified in {' and '.join(verified)}, not in {runtime}, whose results may differ"
+    return replace(made, notes=[*made.notes, note])
 
 
 @contextmanager

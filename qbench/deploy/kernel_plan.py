@@ -89,7 +89,7 @@ class Planner:
     """Builds a plan from the steps of a traced network."""
 
     def __init__(self, network: Network, shape: tuple[int, int, int]) -> None:
-        self.network, self.shapes = network, network.shapes(shape)
+        self.network, self.shapes = network, [*network.shapes(shape), (2, *shape)]  # the image is step -1
         self._steps = [*network.steps, Step("output", (network.output,), {})]
         self._uses: dict[int, list[int]] = {}
         for i, step in enumerate(self._steps):
@@ -183,7 +183,10 @@ class Planner:
             ramp = ramp_of(chain, ramp, tensors, rank)
             if (total := self._only_use(last, "add")) is not None:
                 (other,) = (ref for ref in _refs(self._steps[total]) if ref.step != last)
-                if self._is_ready(other):
+                plain = (
+                    not self._steps[total].kwargs and self.shapes[other.step] == self.shapes[total] == self.shapes[last]
+                )
+                if plain and self._is_ready(other):
                     self._absorbed.add(total)
                     self.add_step(other.step)
                     residual, last = self.floats(other), total

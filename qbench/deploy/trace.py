@@ -146,6 +146,8 @@ class _Tracer(Recorder):
             return
         result, out, changed = results
         args, kwargs = arguments
+        if kind == "__getitem__":
+            args = args[0], _without_ellipsis(args[1], args[0].dim())
         if (
             kind in READS_VALUES
             and self._where[-1] not in self._checking
@@ -194,13 +196,13 @@ class _Tracer(Recorder):
         value = self._arguments(x)
         if not isinstance(value, Ref):
             raise NotExportable(f"{name}: the input is not computed from the images by torch functions")
-        if torch.equal(result, x):
-            self._values[id(result)] = value  # the identity, such as a quantizer of gradients
-            return
         quantizer = self._layers[name].get_submodule(slot)
         function: Callable[[Tensor], Tensor] = quantizer if slot == "input_q" else lambda y: quantizer(y, y)
         try:
             with self.unrecorded():
+                if torch.equal(result, x) and all(torch.equal(function(y), y) for y in (2 * x + 0.3, -x - 0.1, 99 * x)):
+                    self._values[id(result)] = value  # the identity, such as a quantizer of gradients
+                    return
                 thresholds, levels = step_function(function, x)
         except NotSteps as reason:
             raise NotExportable(f"{name}: {reason}\nexport needs an activation quantizer with thresholds") from None
@@ -221,6 +223,16 @@ class _Tracer(Recorder):
         if isinstance(value, tuple | list):
             return tuple(map(self._arguments, value))
         return value
+
+
+def _without_ellipsis(index: Any, axes: int) -> Any:
+    """Return an index of a tensor with slices in place of an Ellipsis."""
+    parts = index if isinstance(index, tuple) else (index,)
+    place = next((i for i, part in enumerate(parts) if part is Ellipsis), None)
+    if place is None:
+        return index
+    given = sum(part is not None for part in parts) - 1
+    return *parts[:place], *[slice(None)] * (axes - given), *parts[place + 1 :]
 
 
 def _record(model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> tuple[_Program, Ref]:

@@ -7,6 +7,7 @@ The backward pass has the same advantage: autograd begins with the latest operat
 quantizers of all layers together, near the end.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,13 +26,14 @@ class WeightsFirst:
 
     In the first forward pass, each layer quantizes its weights when it is called. Later, some layers still do so:
     layers that the last forward pass did not call, and layers whose weight quantizer draws random numbers or changes
-    during the forward pass. The second and later calls of a layer also do so.
+    its own parameters or buffers, or whose weights change during the forward pass. The second and later calls of a
+    layer also do so.
     """
 
     def __init__(self) -> None:
         self._last: dict[nn.Module, None] = {}  # layers that the last forward pass called, in this order
         self._called: dict[nn.Module, None] = {}
-        self._ready: dict[nn.Module, tuple[Tensor, object]] | None = None
+        self._ready: dict[nn.Module, tuple[Tensor, _State]] | None = None
         self._never: set[nn.Module] = set()
 
     @contextmanager
@@ -49,26 +51,78 @@ class WeightsFirst:
         """Return the quantized weights of a layer. `quantize` computes them."""
         if self._ready is None:
             self._ready = self._together(quantize)
-        if layer not in self._never:
+        if layer in self._never:
+            return quantize(layer)
+        made = self._ready.pop(layer, None)
+        if made is not None and made[1].holds(layer):
             self._called[layer] = None
-        weight, state = self._ready.pop(layer, (None, None))
-        if weight is not None and state == _state(layer):
-            return weight
+            return made[0]
+        before = _State(layer)
         result, draws = _draws_numbers(lambda: quantize(layer))
-        if draws or weight is not None:
+        if draws or made is not None or not before.holds(layer):
             self._never.add(layer)
-            self._called.pop(layer, None)
+        else:
+            self._called[layer] = None
         return result
 
-    def _together(self, quantize: Callable[[Any], Tensor]) -> dict[nn.Module, tuple[Tensor, object]]:
-        """Return the quantized weights of the layers that the last forward pass called, and what determines them."""
-        before = torch.get_rng_state()
-        ready, draws = _draws_numbers(lambda: {layer: (quantize(layer), _state(layer)) for layer in self._last})
-        if draws:  # for the first time, so the numbers are drawn again when the layers are called
-            torch.set_rng_state(before)
-            self._never |= self._last.keys()
-            return {}
-        return ready
+    def _together(self, quantize: Callable[[Any], Tensor]) -> dict[nn.Module, tuple[Tensor, "_State"]]:
+        """Return the quantized weights of the layers that the last forward pass called, and what determines them.
+
+        A quantizer that draws random numbers or changes for the first time is set back, and does so when its layer is
+        called.
+        """
+        generator, states = torch.get_rng_state(), {layer: _State(layer) for layer in self._last}
+        weights, draws = _draws_numbers(lambda: {layer: quantize(layer) for layer in states})
+        changed = [layer for layer, state in states.items() if draws or not state.holds(layer)]
+        if draws:
+            torch.set_rng_state(generator)
+        for layer in changed:
+            states[layer].restore()
+        self._never |= set(changed)
+        return {layer: (weight, states[layer]) for layer, weight in weights.items() if layer not in self._never}
+
+
+class _State:
+    """What determines the quantized weights of a layer: tensors with their values, and torch's modes.
+
+    Values are compared, because changes through `.data` do not change the version of a tensor.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._tensors = _tensors(layer)
+        self._values = [t.detach().clone() for t in self._tensors]
+        self._modes = _modes(layer)
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Return whether nothing has changed since this object was made."""
+        tensors = _tensors(layer)
+        same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        return same and self._modes == _modes(layer) and all(map(_equal, tensors, self._values))
+
+    def restore(self) -> None:
+        """Give the tensors the values that they had when this object was made."""
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors, self._values, strict=True):
+                if not _equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _tensors(layer: nn.Module) -> list[Tensor]:
+    quantizer = layer.weight_q
+    assert isinstance(quantizer, nn.Module)
+    found = (layer.weight, *quantizer.parameters(), *quantizer.buffers())
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def _modes(layer: nn.Module) -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), layer.training
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether two tensors have the same values. NaN counts as equal to NaN."""
+    if torch.equal(tensor, value):
+        return True
+    return tensor.shape == value.shape and bool(((tensor == value) | ((tensor != tensor) & (value != value))).all())
 
 
 def _draws_numbers(compute: Callable[[], Result]) -> tuple[Result, bool]:
@@ -76,15 +130,6 @@ def _draws_numbers(compute: Callable[[], Result]) -> tuple[Result, bool]:
     before = torch.get_rng_state()
     result = compute()
     return result, not torch.equal(before, torch.get_rng_state())
-
-
-def _state(layer: nn.Module) -> object:
-    """Return what determines the quantized weights of a layer, and whether they have gradients."""
-    quantizer = layer.weight_q
-    assert isinstance(quantizer, nn.Module)
-    tensors = (layer.weight, *quantizer.parameters(), *quantizer.buffers())
-    modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), layer.training
-    return *((id(t), t._version) for t in tensors if isinstance(t, Tensor)), *modes
 
 
 def weight_of(layer: nn.Module, quantize: Callable[[Any], Tensor]) -> Tensor:

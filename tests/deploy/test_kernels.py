@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from conftest import Configure, tiered
 from exported import about_digits, quantized
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qbench.analysis.export import export, load_exported
 from qbench.cli.main import main as cli
@@ -348,3 +350,40 @@ def test_networks_that_other_processes_compiled_do_not_mix(configure: Configure,
     alone = [logits for file in files for logits in run(file)]
     assert run(*files) == alone
     assert run(*reversed(files)) == alone[::-1]
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "alpha": lambda x, y: torch.add(x, y, alpha=-1),
+    "alpha of the shortcut": lambda x, y: torch.add(y, x, alpha=0.25),
+    "broadcast branch": lambda x, y: x + F.adaptive_avg_pool2d(y, 1),
+    "broadcast shortcut": lambda x, y: y + F.adaptive_avg_pool2d(x, 1),
+}
+
+
+class OtherSum(nn.Module):
+    """A network with a sum of a map and a branch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.stem, self.conv = kind, nn.Conv2d(1, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 1, 1)
+        self.next, self.last, self.bn = nn.Conv2d(16, 16, 3), nn.Linear(16 * 36, 10), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = SUMS[self.kind](x, self.bn(self.conv(x.relu())))
+        return self.last(self.next(y.relu()).relu().flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_other_sums_are_refused_or_computed(kind: str) -> None:
+    images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = install(dorefa.build(w=2, a=2), OtherSum(kind), example=images).eval()
+    about = about_digits("packed")
+    try:
+        runtime = in_numba(trace(model, images), about)
+    except ConfigError as refused:
+        assert "the numba kernels do not support" in str(refused)  # noqa: PT017
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(runtime(images), model(images), rtol=1e-4, atol=1e-4)

@@ -463,3 +463,37 @@ def test_a_file_is_not_evaluated_on_other_images_unless_they_are_typed(
 def test_load_exported_gives_a_module(finished: Path) -> None:
     model, about = load_exported(export(finished).path)
     assert model(torch.zeros(3, *about.shape)).shape == (3, about.classes)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(6, 1, 8, 8), torch.randint(2, (6, 1, 8, 8)).float()])
+def test_a_quantizer_that_changes_no_value_of_the_first_images_is_exported(images: Tensor) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10)
+    policy = Policy(first=8, image_range=((0.0,), (1.0,)), input=1)
+    model = install(dorefa.build(w=2, a=2), nn.Sequential(*layers), policy, example=images).eval()
+    for layer in (model[0], model[2]):
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    network = trace(model, images)
+    assert sum(step.function == "quantize" for step in network.steps) == 2
+    others = torch.randn(6, 1, 8, 8) * 3
+    assert torch.equal(network.function()(others), model(others))
+
+
+class Strided(nn.Module):
+    """A network that takes every second pixel by an index with an Ellipsis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.first(x).relu())[..., ::2, ::2]
+        return self.last(x[...].flatten(1))  # type: ignore[no-any-return]
+
+
+def test_an_ellipsis_is_exported_as_slices() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(6, 1, 8, 8)
+    model = install(dorefa.build(w=2, a=2), Strided(), example=images).eval()
+    data = pack_network(trace(model, images), about_digits("packed"))
+    assert torch.equal(unpack_network(data, "file").network.function()(images), model(images))

@@ -147,6 +147,61 @@ def test_weights_that_change_during_the_forward_pass() -> None:
     identical(build)
 
 
+def test_weights_that_change_without_a_new_version() -> None:
+    def build() -> Net:
+        model = network(dorefa.build(w=3, a=2))
+        model.between = lambda: model.third.weight.data.mul_(0.9)
+        return model
+
+    identical(build)
+
+
+class Counting(Quantizer):
+    """A quantizer that adds to a buffer in every call, and scales the weights by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, w: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return w * (1 + self.calls)
+
+
+def test_quantizers_that_change_their_buffers_change_them_only_when_their_layer_is_called() -> None:
+    method = Method(
+        name="counting", bits=Bits(2, 32), supported_bits={"w": (2, 32), "a": (32,), "g": (32,)},
+        weight=lambda name, layer, bits: Counting(),
+    )  # fmt: skip
+    identical(lambda: network(method), repeats=[1, 0, 2, 0])
+    first = WeightsFirst()
+    model = network(method)
+    train(model, first.forward, repeats=[1, 1, 0, 0])
+    assert isinstance(model.second.weight_q, Counting)
+    assert model.second.weight_q.calls == 2
+
+
+class CountingLater(Counting):
+    """A quantizer that adds to its buffer from the third call on."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        self.seen = getattr(self, "seen", 0) + 1
+        return super().forward(w) if self.seen > 2 else w * 1
+
+
+def test_a_quantizer_that_begins_to_change_is_set_back() -> None:
+    method = Method(
+        name="counting", bits=Bits(2, 32), supported_bits={"w": (2, 32), "a": (32,), "g": (32,)},
+        weight=lambda name, layer, bits: CountingLater(),
+    )  # fmt: skip
+    model = network(method)
+    train(model, WeightsFirst().forward, repeats=[1, 1, 0, 1])
+    assert isinstance(model.second.weight_q, Counting)
+    assert model.second.weight_q.calls == 1, "only the last step calls the layer after the second call"
+
+
 def test_a_part_with_gradient_after_a_part_without() -> None:
     class Part(Net):
         def forward(self, x: Tensor) -> Tensor:
