@@ -13,7 +13,7 @@ from qbench.config.foreign_code import foreign_code
 from qbench.config.groups import option_file, option_names
 from qbench.config.identity import ADDED, run_identity
 from qbench.config.schema import Node, to_dict
-from qbench.config.validate import from_dict, from_node
+from qbench.config.validate import from_dict, from_node, with_digests
 from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
@@ -64,7 +64,7 @@ def _counts(key: str, is_baseline: bool) -> bool:
 def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, dict[str, Any]]:
     """Return the configuration that Hydra composes from `words`, and the entries of `values` that differ from it."""
     (node,) = compose.compose_nodes(words, sweep=False)
-    found = dict(_leaves(to_dict(from_node(copy.deepcopy(node)))))
+    found = dict(_leaves(to_dict(with_digests(from_node(copy.deepcopy(node))))))
     differing = {
         key: value for key, value in _leaves(values) if found.get(key, "") != value and _counts(key, is_baseline)
     }

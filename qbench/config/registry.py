@@ -224,8 +224,6 @@ def defaults(group: str, name: str) -> Node:
     if group == "dataset":
         node["recipe"] = dict(RECIPE)
         node |= {} if "val" in node else {"val": VAL, ADDED: {"val": VAL}}
-    if file := users_file(name):  # the content of the user's file also affects the result
-        node["source"] = source_digest(file)
     return {"name": name} | node
 
 

@@ -61,7 +61,7 @@ class BitWidths:
 class Optim:
     """Optimizer, learning-rate schedule, batch size, and other values that define a training step.
 
-    Each update of the weights uses the sum of the gradients of `accumulate` batches of `batch_size` images.
+    Each update of the weights uses the mean of the gradients of `accumulate` batches of `batch_size` images.
     """
 
     name: str = one_of("adam", "adam", "adamw", "radam", "sgd")

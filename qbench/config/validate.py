@@ -99,7 +99,7 @@ def from_node(node: DictConfig) -> Config:
 
 
 def with_digests(config: Config) -> Config:
-    """Add the digests of users' files, which a user's YAML file that names a function does not contain."""
+    """Add the digest of a user's file to each node that names a function in it. The content affects the result."""
     for node in (config.method, config.activation, config.model, config.dataset):
         if file := users_file(str(node["name"])):
             node["source"] = source_digest(file)

@@ -81,7 +81,6 @@ def model(node: dict[str, Any]) -> Any:
 )
 def test_usual_forms_of_a_network_are_called_with_what_they_need(name: str, keys: Any, inputs: int) -> None:
     node = registry.defaults("model", f"signatures:{name}")
-    del node["source"]
     assert node == {"name": f"signatures:{name}", **keys, "act": "auto", "norm": "auto", "added": {"norm": "auto"}}
     network = model({key: value for key, value in node.items() if key not in ("act", "norm")})
     assert network.fc.weight.shape == (5, inputs)
