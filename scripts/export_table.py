@@ -190,7 +190,7 @@ def time_table(rows: Sequence[Row]) -> str:
 def short_table(rows: Sequence[Row]) -> str:
     """Return one table of sizes and times of the rows in `SHORT`."""
     lines = [
-        "| method | W A | float | ideal | packed | int8 | same class | numba | onnx | int8 | int8, OpenVINO |",
+        "| method | W A | float | ideal | packed | int8 | same class | time: numba | onnx | int8 | int8, OpenVINO |",
         f"| --- | --- |{' ---: |' * 9}",
     ]
     for row in rows:

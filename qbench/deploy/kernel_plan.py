@@ -1,8 +1,8 @@
 """Plans how kernels compute a network: layers, addresses, and the content of the memory.
 
 Pointwise functions between two layers, such as batch normalization, are not computed as steps of their own. If a
-quantizer follows, the functions become part of the quantizer's thresholds. Otherwise, the layer
-before them applies them to its output as a ramp (slope * x + offset, and bounds).
+quantizer follows, the functions become part of the quantizer's thresholds. Otherwise, the layer before them applies
+them to its output as a ramp (slope * x + offset, and bounds).
 """
 
 from collections.abc import Iterator, Sequence

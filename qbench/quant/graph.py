@@ -189,8 +189,7 @@ class Recorder(TorchFunctionMode):
 
         Args:
             module: name of the called module, or None for a function.
-            kind: class of the module, or name of the function. If the class is not from a library, or code changed the
-            module's function `forward` or added hooks, the class is preceded by `own` or `modified`.
+            kind: see `Operation`.
             arguments: the arguments and the keyword arguments.
             results: the result of the call. For a function, also the tensors that the function has written to.
         """
