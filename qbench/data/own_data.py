@@ -10,6 +10,7 @@ they are, because a transform usually has normalized them.
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -51,7 +52,9 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
         ValueError: `val` is out of range.
     """
     if isinstance(returned, Dataset):
-        return returned
+        # No key of the configuration determines these values. As facts about the data, they are part of its digest.
+        facts = f"classes {returned.classes}, mean {returned.mean}, std {returned.std}, {returned.augment}"
+        return replace(returned, files=dict(returned.files) | {"processing": facts})
     if not isinstance(returned, tuple | list) or len(returned) not in (2, 3) or any(map(_is_array, returned)):
         raise DataError(f"the function returned {_in_words(returned)}\n{FORMS}")
     names = ("train", "test") if len(returned) == 2 else ("train", "val", "test")

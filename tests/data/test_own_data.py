@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from qbench.analysis.evaluate import Expected, other_dataset
 from qbench.data import own_data
+from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Loader, Split, split_validation
 from qbench.data.dataset_check import check_dataset, repeated_images
 from qbench.data.drawn_split import DrawnSplit
 from qbench.data.own_data import as_dataset
 from qbench.errors import ConfigError, DataError
+from qbench.experiment.builders import images_sha256
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
@@ -401,3 +404,16 @@ def test_arrays_without_numbers_are_refused_with_a_conversion(labels: np.ndarray
         as_dataset("mine:data", ((images, labels), (images, labels)), 0.1)
     with pytest.raises(DataError, match=r"train: images have the type object: must be numbers\nto convert: numpy.st"):
         as_dataset("mine:data", ((images.astype(object), labels), (images, labels)), 0.1)
+
+
+CHANGES: list[dict[str, Any]] = [{"mean": (0.4,)}, {"std": (0.3,)}, {"augment": Augment(pad=1)}, {"classes": 4}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_what_a_data_set_of_a_user_says_about_its_images_is_part_of_its_digest(change: dict[str, Any]) -> None:
+    split = Split(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 3)
+    usual = Dataset(name="d", train=split, val=split, test=split, classes=3, mean=(0.5,), std=(0.5,))
+    first, again, other = (
+        images_sha256(as_dataset("d", one, 0)) for one in (usual, replace(usual), replace(usual, **change))
+    )
+    assert first == again != other
