@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 from torch import nn
 
+from qbench.data.spec import dataset_from_format
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.data_check import check_same_data
 from qbench.experiment.run import PROBE_IMAGES
 from qbench.experiment.setup import ExperimentSetup, assemble
-from qbench.experiment.trained_network import load_weights, stored_run
+from qbench.experiment.trained_network import LAYERS, load_weights, stored_run
 from qbench.quant.probe import Batch
 from qbench.runs.result import Result, load_result
 
@@ -23,13 +24,16 @@ class FinishedRun(NamedTuple):
     model: nn.Module
 
 
-def load_finished_run(run: str | Path, weights: str = "last", device: str = "auto") -> FinishedRun:
+def load_finished_run(
+    run: str | Path, weights: str = "last", device: str = "auto", *, images: bool = True
+) -> FinishedRun:
     """Load a finished run, with the weights of the last epoch or of the epoch with the best validation accuracy.
 
     Args:
         run: the directory of the run.
         weights: `last` or `best`.
         device: the device on which the network is placed, a value of `runtime.device`.
+        images: whether the setup needs the images of the data set. If not, the data set may be missing.
 
     Raises:
         CheckpointError: the run is not done, or a file is missing or damaged.
@@ -55,7 +59,7 @@ def load_finished_run(run: str | Path, weights: str = "last", device: str = "aut
         raise ConfigError(
             f'{run} has no best epoch, because {_why_no_best(result)}\ntype --weights last (in Python: weights="last")'
         )
-    setup, model = load_finished_network(run, weights=weights, device=device)
+    setup, model = load_finished_network(run, weights=weights, device=device, images=images)
     if result is None:  # `load_finished_network` has already raised an error if result.json is damaged
         raise CheckpointError(f"{run / 'result.json'} is missing")
     return FinishedRun(result, setup, model.to(setup.device).eval())
@@ -93,23 +97,27 @@ def bn_note(recompute: bool) -> str:
     return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
 
 
-def bf16_note(finished: FinishedRun, weights: str = "last") -> list[str]:
-    """Return a note that the run was evaluated in bfloat16, with its accuracy. Other runs have no such note.
+HALF_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def half_precision_note(finished: FinishedRun, weights: str = "last") -> list[str]:
+    """Return a note that the run was evaluated in half precision, with its accuracy. Other runs have no such note.
 
     `load_finished_run` returns a network that computes in float32. Figures that are measured with this network are not
     those of the run.
     """
     evaluation = finished.result.final if weights == "last" else finished.result.best
-    if finished.setup.runtime.precision != "bf16" or evaluation is None:
+    precision = finished.setup.runtime.precision
+    if precision not in HALF_NAMES or evaluation is None:
         return []
     return [
         f"measured in float32; the run's own test top-1 of {weights}.pt, {evaluation.test.top1:.2f} %, was measured in "
-        "bfloat16 (runtime.precision=bf16)"
+        f"{HALF_NAMES[precision]} (runtime.precision={precision})"
     ]
 
 
 def load_finished_network(
-    run: Path, *, weights: str = "best", device: str = "cpu"
+    run: Path, *, weights: str = "best", device: str = "cpu", images: bool = True
 ) -> tuple[ExperimentSetup, nn.Module]:
     """Return the setup of a finished run and its quantized network, on the CPU.
 
@@ -117,13 +125,18 @@ def load_finished_network(
         run: the directory of the run.
         weights: `best` for the weights with the best validation accuracy, `last` for the weights of the last epoch.
         device: the value of `runtime.device` in the returned setup's configuration.
+        images: whether the setup needs the images of the data set. If not, and if the checkpoint contains their format,
+            the setup has a data set of the same format with two images.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the images of the data set have changed since training.
         DataError: the run's data set is missing.
     """
     config, state = stored_run(run, str(run), weights, device)
-    setup = assemble(config)
-    check_same_data(run, images_sha256(setup.data), setup.data.name)
+    if not images and "input" in state.get(LAYERS, {}):
+        setup = assemble(config, stand_in=dataset_from_format(state[LAYERS]["input"]))
+    else:
+        setup = assemble(config)
+        check_same_data(run, images_sha256(setup.data), setup.data.name)
     setup.restore_layers(state)
     return setup, load_weights(setup.install(setup.float_model()), state, f"{run}: {weights}.pt")

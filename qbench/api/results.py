@@ -12,7 +12,7 @@ from qbench.api.host import exclusive_call, torch_settings_restored
 from qbench.api.words import Value, command_words
 from qbench.cli.compare import build_tables, parse, write_files
 from qbench.config.foreign_code import refuse_foreign_code
-from qbench.errors import ConfigError
+from qbench.errors import CheckpointError, ConfigError
 from qbench.report.comparison.filters import matching_runs
 from qbench.report.comparison.naming import run_keys
 from qbench.report.tables.table import Table, numeric_columns, text
@@ -154,8 +154,12 @@ def load_model(
     """Return the quantized network of a finished run in eval mode. `qbench evaluate` uses the same network.
 
     The network computes with quantized weights and activations. Its input is a batch of images with the shape of the
-    run's images. Pixel values are scaled to [0, 1] and then normalized with the constants of the run's data set.
-    `load_finished_run` returns these constants and batches of the run's data set.
+    run's images, whose pixel values are scaled to [0, 1] and then normalized:
+
+        (images / 255 - network.image_mean) / network.image_std
+
+    The attributes `image_mean` and `image_std`, of shape (C, 1, 1), are the constants of the run's data set. The data
+    set itself is not needed.
 
     Args:
         run: a run, its result or its directory.
@@ -165,9 +169,8 @@ def load_model(
 
     Raises:
         ConfigError: an argument is not valid, the run names code that is not trusted, or it has no best epoch.
-        CheckpointError: the run is not finished, a file is missing or damaged, or the images of the data set have
-            changed since training.
-        DataError: the run's data set is missing.
+        CheckpointError: the run is not finished, a file is missing or damaged, or the directory does not contain the
+            weights of the given result.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights}: must be {' or '.join(WEIGHTS)}")
@@ -175,12 +178,23 @@ def load_model(
     if not trust:
         refuse_foreign_code(path, str(path), "to run that code: load_model(..., trust=True)")
     with exclusive_call(), torch_settings_restored(training=False):
-        from qbench.analysis.finished_run import load_finished_run
-        from qbench.experiment.device import as_bf16_network
+        import torch
 
-        finished = load_finished_run(path, weights, device)
-        bf16 = finished.setup.runtime.precision == "bf16"
-        return as_bf16_network(finished.model) if bf16 else finished.model
+        from qbench.analysis.finished_run import load_finished_run
+        from qbench.experiment.device import HALF_TYPES, as_half_network
+
+        finished = load_finished_run(path, weights, device, images=False)
+        expected = run.result if isinstance(run, RunRecord) else run if isinstance(run, Result) else finished.result
+        if expected is not None and expected.weights_sha256 != finished.result.weights_sha256:
+            raise CheckpointError(
+                f"{path} contains other weights than the result that was passed, because the run was repeated or the "
+                "working directory was changed\npass the directory of the run, as an absolute path"
+            )
+        data, network = finished.setup.data, finished.model
+        constants = torch.tensor([data.mean, data.std], device=finished.setup.device)[:, :, None, None]
+        network.image_mean, network.image_std = constants
+        dtype = HALF_TYPES.get(finished.setup.runtime.precision)
+        return network if dtype is None else as_half_network(network, dtype)
 
 
 def _row(run: RunRecord) -> dict[str, Any]:

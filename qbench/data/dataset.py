@@ -159,7 +159,7 @@ class Dataset:
         pairs = list(zip(self.mean, self.std, strict=True))
         if self.white == 255:
             return tuple(-m / s for m, s in pairs), tuple((1 - m) / s for m, s in pairs)
-        low, high = (zip(ends, pairs, strict=True) for ends in _value_ends(self.train))
+        low, high = (zip(ends, pairs, strict=True) for ends in value_ends(self.train))
         return tuple((x - m) / s for x, (m, s) in low), tuple((x - m) / s for x, (m, s) in high)
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -177,7 +177,7 @@ class Dataset:
         return {f"{name}_sha256": _sha256(split) for name, split in splits.items()}
 
 
-def _value_ends(split: StoredSplit) -> Ends:
+def value_ends(split: StoredSplit) -> Ends:
     """Return the lowest and highest pixel value in a split, per channel."""
     if isinstance(split, FileSplit):
         return (0.0,) * 3, (255.0,) * 3

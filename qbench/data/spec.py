@@ -1,11 +1,15 @@
-"""Provides the shapes, classes and numbers of images of the data sets, so that `qbench plan` needs no image files."""
+"""Provides data sets without their images.
+
+`qbench plan` uses the published shapes, classes and numbers of images. A finished run's network is rebuilt from the
+input format that its checkpoint contains.
+"""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from qbench.data.dataset import Dataset, Split
+from qbench.data.dataset import Dataset, Split, value_ends
 
 SVHN_IMAGES = {"train": 73_257, "extra": 531_131, "both": 604_388}
 """Maps a value of `dataset.split` to the number of SVHN's training images."""
@@ -69,6 +73,43 @@ def _dataset_spec(node: Mapping[str, Any]) -> DatasetSpec | None:
         "svhn": DatasetSpec((3, side, side), 10, SVHN_IMAGES.get(str(node.get("split")), 0), 26_032),
     }
     return published.get(name)
+
+
+class InputFormat(TypedDict):
+    """What a network must know about the images of its data set. Checkpoints contain it.
+
+    `shape` is (C, H, W). `mean` and `std` normalize uint8 images divided by 255, or float images as they are. For float
+    images, `ends` contains the lowest and the highest pixel value per channel. For uint8 images, it is empty.
+    """
+
+    dataset: str
+    shape: list[int]
+    classes: int
+    mean: list[float]
+    std: list[float]
+    ends: list[list[float]]
+
+
+def input_format(data: Dataset) -> InputFormat:
+    """Return the input format of a data set."""
+    ends = [] if data.train.dtype == torch.uint8 else [list(end) for end in value_ends(data.train)]
+    return {
+        "dataset": data.name, "shape": list(data.shape), "classes": data.classes,
+        "mean": list(data.mean), "std": list(data.std), "ends": ends,
+    }  # fmt: skip
+
+
+def dataset_from_format(stored: InputFormat) -> Dataset:
+    """Return a data set with a given input format. Each split has only two images, of one colour each."""
+    channels, height, width = stored["shape"]
+    images = torch.zeros(2, channels, height, width, dtype=torch.float32 if stored["ends"] else torch.uint8)
+    for image, end in zip(images, stored["ends"], strict=False):
+        image += torch.tensor(end)[:, None, None]
+    split = Split(images, torch.zeros(2, dtype=torch.int64))
+    return Dataset(
+        name=stored["dataset"], train=split, val=split, test=split, classes=stored["classes"],
+        mean=tuple(stored["mean"]), std=tuple(stored["std"]),
+    )  # fmt: skip
 
 
 def _black_images(shape: tuple[int, int, int], count: int) -> Split:

@@ -22,6 +22,7 @@ from qbench.config.foreign_code import foreign_code, refuse_foreign_code
 from qbench.config.schema import Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset, Loader, few_images
+from qbench.data.spec import input_format
 from qbench.distributed.group import Group
 from qbench.distributed.shards import Shards
 from qbench.errors import CheckpointError, ConfigError
@@ -47,7 +48,7 @@ from qbench.experiment.checks import (
     check_updates,
 )
 from qbench.experiment.data_check import check_same_data
-from qbench.experiment.device import bf16_autocast, choose_device, configure_torch
+from qbench.experiment.device import HALF_TYPES, choose_device, configure_torch, with_autocast
 from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.trained_network import LAYERS, StoredLayers, load_weights, stored_run
 from qbench.quant.combine import distilled
@@ -219,7 +220,10 @@ class ExperimentSetup:
 
     def layers(self, model: nn.Module) -> StoredLayers:
         """Return the layers of a quantized network, as checkpoints store them."""
-        return {"order": self.order, "macs": self.macs, "quantized": quantized_parts(model)}
+        return {
+            "order": self.order, "macs": self.macs, "quantized": quantized_parts(model),
+            "input": input_format(self.data),
+        }  # fmt: skip
 
     def _set_macs(self, macs: Mapping[str, int]) -> None:
         self.macs.clear()
@@ -266,11 +270,12 @@ class ExperimentSetup:
     def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the function that computes the network's output in training and evaluation.
 
-        `runtime` determines whether this function is compiled and whether it runs in bfloat16. Measurements and
-        verification instead call the network itself, in float32.
+        `runtime` determines whether this function is compiled, and whether it runs in float32, bfloat16 or float16.
+        Measurements and verification instead call the network itself, in float32.
         """
         run: Callable[[Tensor], Tensor] = torch.compile(model) if self.runtime.compile else model
-        return bf16_autocast(run, self.device) if self.runtime.precision == "bf16" else run
+        dtype = HALF_TYPES.get(self.runtime.precision)
+        return run if dtype is None else with_autocast(run, self.device, dtype)
 
     def with_teacher(self, baseline: Path | None) -> Method:
         """Return the method, with a teacher if the configuration has one.
@@ -335,13 +340,17 @@ class ExperimentSetup:
         return load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
 
 
-def assemble(config: Config, group: Group | None = None, *, planned: bool = False) -> ExperimentSetup:
+def assemble(
+    config: Config, group: Group | None = None, *, planned: bool = False, stand_in: Dataset | None = None
+) -> ExperimentSetup:
     """Build every part once on the CPU, to find errors before any work.
 
     Args:
         group: the processes that share the run. None means that there is only one process.
         planned: whether to build published data sets without images, from their known shapes and counts. Such a setup
             cannot be used for training.
+        stand_in: a data set to use instead of the configuration's, to rebuild the network of a finished run. Its images
+            have the same format. Their number is not checked.
 
     Raises:
         ConfigError: keys or values are not valid, or contradict each other.
@@ -352,8 +361,8 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
         check_starts(config.init if config.starts_from_file else None, config.distill)
     configure_torch(runtime)
     device = choose_device(runtime.device)
-    data = (build_imageless_dataset(config.dataset) if planned else None) or build_dataset(config.dataset)
-    if config.debug:
+    data = stand_in or (build_imageless_dataset(config.dataset) if planned else None) or build_dataset(config.dataset)
+    if config.debug and not stand_in:
         data = few_images(data, optim.batch_size * optim.accumulate, DEBUG_IMAGES)
     bits = config.bits.resolved()
     method = build_method(config.method, config.activation, bits)
@@ -369,19 +378,26 @@ def assemble(config: Config, group: Group | None = None, *, planned: bool = Fals
     if distill.on and not distill.by_baseline:
         setup._load_teacher()
     check_distill(distill, method)
-    check_splits(data, optim, config.dataset["name"])
-    if setup.epochs:
-        key = "pretrain.optim" if setup.is_baseline else "optim"
-        check_updates(data, optim, key, [0, *method.phases(setup.epochs), setup.epochs])
-    if setup.needs_baseline:
-        check_updates(data, config.pretrain.optim, "pretrain.optim", [0, config.pretrain.epochs])
     check_quantizer_decay(optim, (config.method, config.activation))
-    check_shards(data, optim, config.batch_shards)
+    if not stand_in:
+        _check_counts(setup)
     if planned and not config.starts_from_file:
         with suppress(NotImplementedError, RuntimeError):  # a user's network or method may read values
             return _checked(setup, setup.float_model("meta"))
     model = setup.float_model()
     return _checked(setup, model, setup.load_file(model) if config.starts_from_file else None)
+
+
+def _check_counts(setup: ExperimentSetup) -> None:
+    """Check that the data set has enough images for the recipe."""
+    config, data, optim = setup.config, setup.data, setup.optim
+    check_splits(data, optim, config.dataset["name"])
+    if setup.epochs:
+        key = "pretrain.optim" if setup.is_baseline else "optim"
+        check_updates(data, optim, key, [0, *setup.method.phases(setup.epochs), setup.epochs])
+    if setup.needs_baseline:
+        check_updates(data, config.pretrain.optim, "pretrain.optim", [0, config.pretrain.epochs])
+    check_shards(data, optim, config.batch_shards)
 
 
 def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights | None = None) -> ExperimentSetup:

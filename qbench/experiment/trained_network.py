@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from torch import nn
 
 from qbench.config.foreign_code import refuse_edited_code
 from qbench.config.schema import Config, Distill, to_dict
+from qbench.data.spec import InputFormat
 from qbench.errors import CheckpointError
 from qbench.quant.layers import quantized_layers, quantized_parts
 from qbench.runs.result import load_result
@@ -26,12 +27,14 @@ class StoredLayers(TypedDict):
     """The layers of a run's network, in a checkpoint. They can depend on the weights from which the run started.
 
     `order` contains the layers in the order of their first execution, `macs` the multiply-accumulates of each layer,
-    and `quantized` the quantized parts (`quantized_parts`).
+    and `quantized` the quantized parts (`quantized_parts`). `input` is the format of the images. Checkpoints of earlier
+    versions do not contain `input`.
     """
 
     order: list[str]
     macs: dict[str, int]
     quantized: dict[str, str]
+    input: NotRequired[InputFormat]
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:

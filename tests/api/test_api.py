@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qbench.api.words import command_words
 from qbench.cli.compare import run_compare
 from qbench.cli.main import main as cli
 from qbench.config.compose import configurations
-from qbench.errors import CheckpointError, ConfigError, Diverged
+from qbench.errors import CheckpointError, ConfigError, DataError, Diverged
 from qbench.experiment import session
 from qbench.report.tables.table import Table
 from qbench.training.evaluation import evaluate
@@ -265,6 +266,56 @@ def test_a_loaded_network_has_the_accuracy_of_the_result(precision: str, tmp_pat
     with torch.autocast("cpu", torch.bfloat16):
         low = torch.cat([network(images).float() for images, _ in batches])
     assert torch.equal(low, logits) is (precision == "bf16")
+
+
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
+def test_a_network_is_loaded_without_its_data_set(
+    pixels: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randint(256, (200, 2, 8, 8), generator=torch.Generator().manual_seed(0))
+    content = {
+        "images": images.to(pixels) if pixels == torch.uint8 else images / 100 - 0.7,
+        "labels": images[:, 0, 0, 0] % 3,
+    }
+    torch.save(content, tmp_path / "content.pt")
+    (tmp_path / "vanishing.py").write_text(
+        "import torch\n\ndef build():\n"
+        f"    content = torch.load({str(tmp_path / 'content.pt')!r})\n"
+        "    return (content['images'], content['labels']), (content['images'][:50], content['labels'][:50])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ("experiment=smoke", "dataset=vanishing:build", "method=dorefa", "bits=w2a2", "layers.input=4")
+    result = qbench.run(*words, "model.form=post", out=tmp_path / "out")
+    _, setup, with_data = load_finished_run(Path(result.run))
+
+    def missing(*args: object) -> None:
+        raise DataError("the data set is missing")
+
+    monkeypatch.setattr("qbench.experiment.setup.build_dataset", missing)
+    with pytest.raises(DataError, match="the data set is missing"):
+        load_finished_run(Path(result.run))
+    network = qbench.load_model(result, trust=True)
+    assert isinstance(network.image_mean, torch.Tensor)
+    assert isinstance(network.image_std, torch.Tensor)
+    white = 255 if pixels == torch.uint8 else 1
+    normalized = (content["images"] / white - network.image_mean) / network.image_std
+    expected, _ = next(iter(setup.loader().unaugmented("test")))
+    torch.testing.assert_close(normalized[:50], expected[:50])
+    with torch.no_grad():
+        assert torch.equal(network(expected), with_data(expected))
+
+
+def test_a_result_does_not_load_the_weights_of_another_run(tmp_path: Path) -> None:
+    """A relative path names another directory after os.chdir, and a repeated run replaces the weights."""
+    first, second = (qbench.run(*WORDS, f"seed={seed}", out=tmp_path) for seed in (0, 1))
+    (record,) = qbench.load(first.run)
+    for own, other in (
+        (first, replace(first, run=second.run)),
+        (record, replace(record, path=Path(second.run))),
+    ):
+        assert not qbench.load_model(own).training
+        with pytest.raises(CheckpointError, match="contains other weights than the result that was passed"):
+            qbench.load_model(other)
 
 
 def test_what_can_be_loaded(out: Path) -> None:
