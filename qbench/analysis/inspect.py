@@ -9,7 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qbench.analysis.finished_run import bf16_note, bn_note, load_finished_run, probe_batches, validation_batches
+from qbench.analysis.finished_run import (
+    bn_note,
+    half_precision_note,
+    load_finished_run,
+    probe_batches,
+    validation_batches,
+)
 from qbench.analysis.layer_ablation import LayerAblation, ablate_layers
 from qbench.analysis.layer_signals import LayerSignal, layer_signals
 from qbench.bits import Bits, LevelCount
@@ -106,7 +112,7 @@ def inspect(
         )
     table.notes += [
         f"{images_note}; quantizers of all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
-        *bf16_note(finished, weights),
+        *half_precision_note(finished, weights),
         "off: loss or top-1 with only this layer in float (latent weights), minus the value with all layers quantized; "
         "only: loss or top-1 with only this layer quantized, minus the value with all layers in float",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.analysis.bit_allocation import sum_over_layers
-from qbench.analysis.finished_run import FinishedRun, bf16_note, load_finished_run, probe_batches, validation_batches
+from qbench.analysis.finished_run import (
+    FinishedRun,
+    half_precision_note,
+    load_finished_run,
+    probe_batches,
+    validation_batches,
+)
 from qbench.analysis.layer_ablation import measure_accuracy
 from qbench.analysis.overrides import override_method
 from qbench.bits import FLOAT
@@ -38,7 +44,7 @@ class FloatBaseline(NamedTuple):
     Args:
         batches: the validation images on which accuracy is measured.
         images_note: a note that states the number of images in `batches`, and the split of these images.
-        precision_note: a note if the run was evaluated in bfloat16, or nothing.
+        precision_note: a note if the run was evaluated in half precision, or nothing.
         probe: the training images on which methods measure statistics.
         bn_batches: the images on which batch normalization statistics are recomputed (see `measure_accuracy`).
     """
@@ -151,7 +157,7 @@ def load_float_baseline(
             probe=Probe(training, F.cross_entropy),
             bn_batches=training if recompute_bn else (),
             images_note=images_note,
-            precision_note=bf16_note(finished),
+            precision_note=half_precision_note(finished),
         )
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None

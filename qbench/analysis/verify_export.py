@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qbench.analysis.finished_run import FinishedRun, bf16_note
+from qbench.analysis.finished_run import HALF_NAMES, FinishedRun, half_precision_note
 from qbench.bits import FLOAT
 from qbench.deploy import packed
 from qbench.deploy.about import About
@@ -167,18 +167,18 @@ def _in_words(errors: RoundingErrors) -> str:
 
 
 def _in_float32(finished: FinishedRun) -> str:
-    """Return words for a line about a comparison with a run in bfloat16. For other runs, the words are empty."""
-    return ", with the run's network in float32" if finished.setup.runtime.precision == "bf16" else ""
+    """Return words for a line about a comparison with a run in half precision. For other runs, the words are empty."""
+    return ", with the run's network in float32" if finished.setup.runtime.precision in HALF_NAMES else ""
 
 
 def accuracy_lines(finished: FinishedRun, weights: str, agreement: Agreement) -> list[str]:
-    """Return a line with the accuracy of the file, if the run itself was evaluated in bfloat16, and otherwise nothing.
+    """Return a line with the accuracy of the file, or nothing if the run itself was evaluated in float32.
 
     Args:
         weights: `last` or `best`, the checkpoint that was exported.
     """
     top1 = 100 * agreement.correct / agreement.images
-    return [f"the file's test top-1 is {top1:.2f} %, {note}" for note in bf16_note(finished, weights)]
+    return [f"the file's test top-1 is {top1:.2f} %, {note}" for note in half_precision_note(finished, weights)]
 
 
 def _largest_width(finished: FinishedRun) -> int:

@@ -11,7 +11,7 @@ from typing import Literal
 from qbench.bits import Bits
 from qbench.check.backward import gradients_arrive, learned_parameters
 from qbench.check.forward import compressed_inputs, function_of_inputs, function_of_weights, levels, unbiased_rounding
-from qbench.check.robustness import degenerate_tensors, float_at_32, half_types, not_finite
+from qbench.check.robustness import degenerate_tensors, float_at_32, half_types, not_finite, scaled_loss
 from qbench.check.subject import MethodUnderTest
 from qbench.check.training import resume, round_trip
 
@@ -50,6 +50,7 @@ PROPERTIES = (
     Property("zero, constant and one-element weights give finite values", degenerate_tensors, "every"),
     Property("inf and nan raise an error", not_finite, "default and narrowest"),
     Property("float16 and bfloat16 autocast gives finite gradients", half_types, "default"),
+    Property("a scaled loss gives scaled gradients, unless declared otherwise", scaled_loss, "default and narrowest"),
     Property("a saved and loaded state_dict gives the same outputs", round_trip, "default and narrowest"),
     Property("resumed training gives the same weights", resume, "default and narrowest"),
 )

@@ -1,4 +1,4 @@
-"""Checks extreme cases: widths of 32 bits, degenerate weights, inf and nan, and 16-bit float types."""
+"""Checks special cases: 32 bits, degenerate weights, inf and nan, 16-bit float types, and a scaled loss."""
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from qbench.check.subject import (
 from qbench.quant.install import install
 from qbench.quant.layers import NotFinite, quantized_layers
 from qbench.quant.method import Unsupported
+from qbench.training.random_state import seed_everything
+
+SCALE = 2.0**10
+"""The factor of the loss in `scaled_loss`. It is a power of two, so that scaling is exact."""
 
 
 def float_at_32(subject: MethodUnderTest, bits: Bits) -> None:
@@ -110,3 +114,25 @@ def half_types(subject: MethodUnderTest, bits: Bits) -> None:
             raise PropertyViolation(f"{dtype}: loss or gradients are not finite")
         if any(g.dtype != torch.float32 for g in grads):
             raise PropertyViolation(f"{dtype}: a float32 parameter has a gradient of another type")
+
+
+def scaled_loss(subject: MethodUnderTest, bits: Bits) -> None:
+    """Check that the gradients of a scaled loss are the scaled gradients, bit for bit. The scale is a power of two.
+
+    Training in float16 scales the loss. Stochastic rounding draws the same random numbers for both losses.
+    """
+    if "fixed_point_gradients" in subject.make(bits).traits:
+        raise NotApplicable("the method rounds gradients to numbers with a fixed step")
+    images, labels = batches()[0]
+    found = []
+    for scale in (1.0, SCALE):
+        model = subject.network(bits).train()
+        seed_everything(0)
+        torch.autograd.backward(F.cross_entropy(model(images), labels) * scale)
+        found.append({name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        if not torch.equal(found[1][name], gradient):
+            raise PropertyViolation(
+                f"the gradient of {name} for a loss times {SCALE:g} is not {SCALE:g} times the gradient; "
+                'if the method rounds gradients with a fixed step, declare the trait "fixed_point_gradients"'
+            )

@@ -176,7 +176,7 @@ class Runtime:
     device: str = marked("auto", free=True)
     threads: int = within(1, 1, 1024)
     deterministic: bool = True
-    precision: str = one_of("fp32", "fp32", "bf16", added=True)
+    precision: str = one_of("fp32", "fp32", "bf16", "fp16", added=True)
     compile: bool = marked(False, added=True)
     tf32: bool = marked(False, added=True)
     activation_memory: str = one_of("recompute", "recompute", "keep", "codes", free=True)

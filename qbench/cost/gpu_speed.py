@@ -10,9 +10,10 @@ PEAKS = {
     "fp32": {"V100": 15.7e12, "A100": 19.5e12, "H100": 67e12},
     "tf32": {"A100": 156e12, "H100": 494e12},
     "bf16": {"A100": 312e12, "H100": 989e12},
+    "fp16": {"V100": 125e12, "A100": 312e12, "H100": 989e12},
 }
 """Precision -> GPU -> published floating-point operations per second."""
-SHARES = {"fp32": 0.5, "tf32": 0.2, "bf16": 0.2}
+SHARES = {"fp32": 0.5, "tf32": 0.2, "bf16": 0.2, "fp16": 0.2}
 """Precision -> assumed share of the peak speed that a network reaches."""
 PASSES = 3
 """Cost of a training step, in forward passes.
@@ -26,7 +27,7 @@ def training_seconds(macs: float, precision: str) -> dict[str, float]:
 
     Args:
         macs: multiply-accumulates of all forward passes of the training.
-        precision: `fp32`, `tf32` or `bf16`.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`.
     """
     share = SHARES[precision]
     return {name: 2 * PASSES * macs / (share * peak) for name, peak in PEAKS[precision].items()}

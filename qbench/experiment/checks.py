@@ -49,6 +49,12 @@ def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_
             else "the method's backward pass needs the float activations"
         )
         raise ConfigError(f"runtime.activation_memory=codes has no effect with {method.name} {method.bits}: {why}")
+    if runtime.precision == "fp16" and not is_baseline and "fixed_point_gradients" in method.traits:
+        raise ConfigError(
+            f"runtime.precision=fp16 scales the loss, but {method.name} {method.bits} rounds gradients with a fixed "
+            "step\n"
+            "use runtime.precision=bf16 or fp32, or bits.g=32"
+        )
     if runtime.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise ConfigError(
             f"runtime.compile=true needs a C++ compiler on the CPU; none of these was found: {', '.join(COMPILERS)}"

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +20,55 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
 """glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
 
 
-def bf16_autocast(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return a function that calls `run` under bfloat16 autocast, and returns the output of `run` in float32."""
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Value of `runtime.precision` -> the half-precision type in which convolutions and matrix products are computed."""
+
+
+def with_autocast(
+    run: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that calls `run` under autocast to `dtype`, and returns the output of `run` in float32."""
 
     def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, dtype):
             return run(images).float()
 
     return forward
 
 
-class _Bf16Network(nn.Module):
-    """Base class that adds bfloat16 autocast to the forward pass of a network's class."""
+def as_half_network(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Change a network in place so that its forward pass runs under autocast to `dtype`, and return the network."""
+    base = type(model)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return bf16_autocast(super().forward, images.device)(images)
+    def forward(self: nn.Module, images: Tensor) -> Tensor:
+        return with_autocast(partial(base.forward, self), images.device, dtype)(images)
 
-
-def as_bf16_network(model: nn.Module) -> nn.Module:
-    """Change a network in place so that its forward pass computes in bfloat16, and return the network."""
-    model.__class__ = type(type(model).__name__, (_Bf16Network, type(model)), {})
+    model.__class__ = type(base.__name__, (base,), {"forward": forward})
     return model
 
 
-def slow_bf16(runtime: Runtime, device: torch.device) -> bool:
-    """Return whether the processor lacks AVX-512, so that torch computes convolutions in bfloat16 slowly."""
-    return runtime.precision == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+def loss_scaler(runtime: Runtime, device: torch.device) -> torch.amp.GradScaler | None:
+    """Return the loss scaler of a run in float16. Other precisions need none.
+
+    Small gradients would be rounded to zero in float16, whose smallest positive number is 6e-8. The loss is therefore
+    multiplied by a power of two.
+    """
+    return torch.amp.GradScaler(device.type) if runtime.precision == "fp16" else None
+
+
+def slow_half(runtime: Runtime, device: torch.device) -> str | None:
+    """Return the reason why half precision is slow here, or None.
+
+    On the CPU, torch computes convolutions in float16 slowly. It computes them in bfloat16 slowly if the processor has
+    no AVX-512.
+    """
+    if device.type != "cpu":
+        return None
+    if runtime.precision == "fp16":
+        return "float16 is meant for GPUs"
+    if runtime.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return "this processor has no AVX-512"
+    return None
 
 
 def configure_torch(runtime: Runtime) -> None:

@@ -14,7 +14,7 @@ from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import has_other_data, other_data_error
-from qbench.experiment.device import slow_bf16
+from qbench.experiment.device import loss_scaler, slow_half
 from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
@@ -144,8 +144,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         )
     if setup.data.note:
         reporter.say(setup.data.note)
-    if slow_bf16(setup.runtime, setup.device):
-        reporter.say("warning: runtime.precision=bf16 is slower than fp32 here: this processor has no AVX-512")
+    if reason := slow_half(setup.runtime, setup.device):
+        reporter.say(f"warning: runtime.precision={setup.runtime.precision} is slower than fp32 here: {reason}")
     data_sha256 = images_sha256(setup.data)
     session = TrainingSession(
         directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256, setup.layers
@@ -165,7 +165,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
             train=loader.train, validate=lambda: context.evaluation_batches(loader, "val"), probe=probe,
             forward=setup.forward(model), classes=setup.data.classes, shards=setup.shards,
         )  # fmt: skip
-        state = _state(task, session.saved, setup.seed)
+        state = _state(task, loss_scaler(setup.runtime, setup.device), session.saved, setup.seed)
         anomalies = torch.is_anomaly_enabled() or setup.config.debug
         with activation_memory(setup.runtime.activation_memory), torch.autograd.set_detect_anomaly(anomalies):
             train(task, state, session.watch(task, state, loader.batch_size))
@@ -232,11 +232,11 @@ def _file_baseline(setup: ExperimentSetup, model: nn.Module, loader: Loader, con
     return BaselineResult(run=path, final=Evaluation(test=test, val=val), sha256=file_sha256("init", path))
 
 
-def _state(task: Task, saved: Saved | None, seed: int) -> State:
+def _state(task: Task, scaler: torch.amp.GradScaler | None, saved: Saved | None, seed: int) -> State:
     """Return the training state, which is new or restored from a checkpoint."""
     average = WeightAverage(task.model, task.optim.ema) if task.optim.ema is not None else None
     if not saved:
-        state = State(optimizer.build_optimizer(task.model, task.optim), average)
+        state = State(optimizer.build_optimizer(task.model, task.optim), average, scaler)
         seed_everything(seed)
         return state
     check_quantized(task.model, saved, "cannot continue")
@@ -244,7 +244,7 @@ def _state(task: Task, saved: Saved | None, seed: int) -> State:
         trainable = set(saved["state"]["trainable"])
         for name, parameter in task.model.named_parameters():
             parameter.requires_grad_(name in trainable)
-        state = State(optimizer.build_optimizer(task.model, task.optim), average)
+        state = State(optimizer.build_optimizer(task.model, task.optim), average, scaler)
         state.load(task.model, saved["state"])
     except Exception as error:  # the digest matches, so the file is not damaged; its content does not fit
         why = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -336,7 +336,10 @@ def build(
             "integer_errors": "g",
         },
         requires=Requires(norm="none", start="scratch", act="keep"),
-        traits=frozenset({"monotone_input", "idempotent_input", "clipped_input", "no_master"}),
+        traits=frozenset(
+            {"monotone_input", "idempotent_input", "clipped_input", "no_master"}
+            | ({"fixed_point_gradients"} if g != FLOAT else set())
+        ),
         weight=weight,
         input=lambda name, layer, bits: GuptaActivation(fixed_format("activations", bits)),
         output=output,

@@ -94,6 +94,8 @@ class Method:
             activation quantizer. "clipped_input" means that the gradient of the activation quantizer is 0 beyond the
             outermost levels and nonzero everywhere between them. "cells_input" means that, up to 8 bits, the backward
             pass of the activation quantizer needs only the level of each element (`ops.activation_memory`).
+            "fixed_point_gradients" means that the backward pass rounds gradients to numbers with a fixed step. The
+            loss must then not be scaled, so the method cannot train in float16.
             "no_master" means that the parameters themselves are on the levels. They must not be averaged, because the
             averages would be between the levels.
         weight, input, output: factories of quantizers, of the types `QuantizerFactory` and `OutputFactory`.

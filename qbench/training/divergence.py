@@ -40,7 +40,8 @@ def divergence_error(task: Task, state: State, what: str, images: Tensor | None 
     """
     cause = find_cause(task, images)
     where = f"in epoch {state.epoch}, step {state.step}{f' (likely cause: {cause})' if cause else ''}"
-    return Diverged(f"{what} {where}; try a lower optim.lr")
+    bf16 = " or runtime.precision=bf16" if state.scaler is not None else ""
+    return Diverged(f"{what} {where}; try a lower optim.lr{bf16}")
 
 
 def find_cause(task: Task, images: Tensor | None) -> str | None:

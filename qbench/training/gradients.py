@@ -67,6 +67,8 @@ def _forward_and_backward(task: Task, state: State, batch: Batch) -> tuple[Tenso
         loss = loss / task.shards.count
     batches = len(task.update(state.batch))
     share = loss if batches == 1 else loss / batches
+    if state.scaler is not None:
+        share = state.scaler.scale(share)
     try:
         share.backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
@@ -74,6 +76,20 @@ def _forward_and_backward(task: Task, state: State, batch: Batch) -> tuple[Tenso
             raise
         raise divergence_error(task, state, str(error).rstrip("."), images) from error
     return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
+def unscale_gradients(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Divide the gradients of an update by the scale of the loss, and set the scale of the next update.
+
+    The scale is a power of two, so the division is exact. If a gradient is not finite, the scale is halved. After 2,000
+    updates with finite gradients, the scale is doubled.
+
+    Return whether all gradients are finite.
+    """
+    before = scaler.get_scale()
+    scaler.unscale_(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before
 
 
 def images_of(shards: Sequence[Batch]) -> Tensor:

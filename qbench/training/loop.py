@@ -17,7 +17,7 @@ from qbench.training.checkpoint import cpu_copy
 from qbench.training.divergence import divergence_error, gradient_norm
 from qbench.training.epoch_record import EpochRecord
 from qbench.training.evaluation import evaluate
-from qbench.training.gradients import compute_gradients, images_of
+from qbench.training.gradients import compute_gradients, images_of, unscale_gradients
 from qbench.training.optimizer import set_learning_rate
 from qbench.training.random_state import seed_everything
 from qbench.training.state import BestWeights, State, evaluated_weights
@@ -100,13 +100,14 @@ def _train_step(task: Task, state: State, shards: Sequence[Batch]) -> tuple[Tens
     With `optim.accumulate`, several batches of equal size share one update of the weights. The network is updated after
     the last of these batches, with the gradient of the mean loss over all images of these batches. Batch normalization
     normalizes each batch (or each shard, if the batch is divided) separately.
+
+    In float16, an update is skipped if one of its gradients is not finite, because the loss scale was too large.
     """
     model, method = task.model, task.method
     set_learning_rate(state.optimizer, task.rate(state.epoch, state.batch), decay=task.decays(state.epoch, state.batch))
     loss, hits = compute_gradients(task, state, shards)
     state.in_update = state.batch != task.update(state.batch)[-1]
-    _check_and_clip_gradients(task, state, loss, shards)
-    if state.in_update:
+    if not _gradients_are_ready(task, state, loss, shards):
         return loss, hits
     _seed_shared_draws(task, state, "step")
     if method.step is None:
@@ -118,14 +119,35 @@ def _train_step(task: Task, state: State, shards: Sequence[Batch]) -> tuple[Tens
     return loss, hits
 
 
-def _check_and_clip_gradients(task: Task, state: State, loss: Tensor, shards: Sequence[Batch]) -> None:
+def _gradients_are_ready(task: Task, state: State, loss: Tensor, shards: Sequence[Batch]) -> bool:
+    """Check that the loss and the gradients are finite, and clip the gradients of a complete update.
+
+    Return whether the weights can be updated: the update has all its batches and, in float16, finite gradients.
+
+    Raises:
+        Diverged: the loss or a gradient is not finite. In float16, gradients that are not finite raise this error only
+            if the loss scale is 1 or less, since a smaller scale could no longer be the remedy.
+    """
+    scaler, on_cpu = state.scaler, loss.device.type == "cpu"
+    # On a GPU, the loss is not checked here, because reading its value would make training wait for the GPU.
+    if on_cpu and not math.isfinite(loss.item()):
+        raise divergence_error(task, state, "the loss is not finite", images_of(shards))
+    if scaler is not None:
+        if state.in_update:
+            return False
+        scale = scaler.get_scale()
+        if not unscale_gradients(scaler, state.optimizer):
+            if scale <= 1:
+                raise divergence_error(task, state, "the norm of the gradients is not finite", images_of(shards))
+            return False
     norm = gradient_norm(task.model)
-    # This check is done only on the CPU. On a GPU, reading the values would make training wait for the GPU.
-    if loss.device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):
-        what = "the norm of the gradients" if math.isfinite(loss.item()) else "the loss"
-        raise divergence_error(task, state, f"{what} is not finite", images_of(shards))
-    if task.optim.clip_norm is not None and not state.in_update:
+    if on_cpu and not math.isfinite(norm.item()):
+        raise divergence_error(task, state, "the norm of the gradients is not finite", images_of(shards))
+    if state.in_update:
+        return False
+    if task.optim.clip_norm is not None:
         nn.utils.clip_grads_with_norm_(task.model.parameters(), task.optim.clip_norm, norm)
+    return True
 
 
 def _seed_shared_draws(task: Task, state: State, purpose: str) -> None:

@@ -43,6 +43,7 @@ class State:
     Args:
         optimizer: the optimizer.
         average: the moving average of the weights, or None if `optim.ema` is not set.
+        scaler: the loss scaler of training in float16, or None in other precisions.
         epoch: number of the current epoch, counted from 0.
         batch: number of the next batch in this epoch, counted from 0.
         step: number of batches so far. Every batch is an update of the weights unless `optim.accumulate` is set.
@@ -58,6 +59,7 @@ class State:
 
     optimizer: torch.optim.Optimizer
     average: "WeightAverage | None" = None
+    scaler: torch.amp.GradScaler | None = None
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -79,6 +81,7 @@ class State:
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.parameters() if self.average else None,
+            **({"scaler": self.scaler.state_dict()} if self.scaler else {}),
             "counters": [
                 self.epoch,
                 self.batch,
@@ -124,6 +127,8 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average:
             self.average.load(saved["average"])
+        if self.scaler:
+            self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.batch, self.step, self.images, self.hits, self.stale, self.stopped = saved["counters"]
         self.losses = list(saved["losses"].unbind())
         self.seconds, best = saved["seconds"], saved["best"]

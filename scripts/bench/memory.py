@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from qbench.experiment.device import bf16_autocast
+from qbench.experiment.device import with_autocast
 from qbench.quant import ops
 
 
@@ -60,7 +60,7 @@ def peak(epochs: int) -> int:
 
 def in_bf16(model: nn.Module) -> nn.Module:
     """Change a network in place so that it computes as runtime.precision=bf16 does."""
-    model.forward = bf16_autocast(model.forward, torch.device("cpu"))
+    model.forward = with_autocast(model.forward, torch.device("cpu"), torch.bfloat16)
     return model
 
 

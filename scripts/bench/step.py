@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from qbench.config import registry
 from qbench.config.schema import Optim
-from qbench.experiment.device import COMPILERS, bf16_autocast, tune_malloc
+from qbench.experiment.device import COMPILERS, tune_malloc, with_autocast
 from qbench.methods import dorefa
 from qbench.quant import elementwise, ops
 from qbench.quant.install import install
@@ -151,7 +151,7 @@ def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
     def make_step(device: Device) -> Work:
         net = make().to(device)
         optimizer = optim.build_optimizer(net, SGD)
-        net.forward = bf16_autocast(net.forward, torch.device(device))
+        net.forward = with_autocast(net.forward, torch.device(device), torch.bfloat16)
         return training_step(net, device, optimizer, layout=NHWC)
 
     return make_step

@@ -39,7 +39,7 @@ SECTIONS = (
     "Results",
 )  # fmt: skip
 TRAITS = {
-    *("odd", "monotone", "idempotent", "no_master"),
+    *("odd", "monotone", "idempotent", "no_master", "fixed_point_gradients"),
     *("monotone_input", "idempotent_input", "clipped_input", "cells_input"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
