@@ -27,9 +27,9 @@ NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
 def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str | None:
     """Return the command line `qbench KEY=VALUE ...` that gives a configuration, or None if there is none.
 
-    The command line contains options of groups, and all keys whose values differ from the values in these options. No
-    command line gives a run of a learning-rate grid, or a run whose initial checkpoint was deleted. For a configuration
-    with functions outside qbench, the result is None too, because such functions are not imported here.
+    The command line names options of groups, and sets each key whose value differs from these options. There is no
+    command line for a run of a learning-rate grid, or for a run whose initial checkpoint was deleted. The result is
+    also None if the configuration names functions outside qbench, because such functions are not imported here.
 
     Args:
         recorded: see `run_identity`.
@@ -56,13 +56,13 @@ def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str
 def _counts(key: str, is_baseline: bool) -> bool:
     """Return whether a key that differs from its default must be typed.
 
-    The keys of the run's own recipe are not typed for a float baseline, whose recipe is under `pretrain`.
+    For a float baseline, the keys `optim`, `epochs`, `init` and `layers` are not typed. Its recipe is under `pretrain`.
     """
     return key not in NOT_TYPED and not (is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
 
 
 def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, dict[str, Any]]:
-    """Return the configuration that Hydra composes from `words`, and the entries of `values` that differ from it."""
+    """Return the configuration that Hydra composes from `words`, and the entries in which `values` differs from it."""
     (node,) = compose.compose_nodes(words, sweep=False)
     found = dict(_leaves(to_dict(with_digests(from_node(copy.deepcopy(node))))))
     differing = {

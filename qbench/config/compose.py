@@ -113,7 +113,7 @@ def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) 
 
 @contextmanager
 def _instead_of_users_hydra() -> Iterator[None]:
-    """Hide the Hydra state of the calling program within a `with` block. That program may itself use Hydra."""
+    """Hide Hydra's global state within a `with` block. The program that calls qbench may itself use Hydra."""
     users = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -123,7 +123,7 @@ def _instead_of_users_hydra() -> Iterator[None]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a user's configuration directory if one of its files has the name of a file in `conf/`.
+    """Refuse a user's configuration directory if a file in it differs from the file of the same name in `conf/`.
 
     Hydra would ignore the user's file.
     """
@@ -142,10 +142,10 @@ def launcher(arguments: Iterable[str]) -> str | None:
 
 
 def launcher_keys(arguments: Iterable[str], *defaults: str) -> Node:
-    """Return the keys of the launcher that a command line names, and their values.
+    """Return the keys and values of the launcher that a command line names.
 
     Args:
-        arguments: a command line with `hydra/launcher=NAME`. The name is known.
+        arguments: a command line with `hydra/launcher=NAME`. The launcher must exist.
         defaults: `hydra.launcher.KEY=VALUE` words that apply unless the command line has the same key.
 
     Raises:

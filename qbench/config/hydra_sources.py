@@ -55,7 +55,7 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         _refuse_ignored(file, values or {})
         try:
             return super().load_config(config_path)
-        except Exception as error:  # OmegaConf and Hydra's header add rules to those of YAML
+        except Exception as error:  # Hydra and OmegaConf refuse some files that are valid YAML
             why = error.problem if isinstance(error, MarkedYAMLError) else str(error).partition("\n")[0]
             raise ConfigError(f"{file}: {why}") from None
 

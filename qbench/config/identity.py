@@ -1,9 +1,9 @@
 """Defines the identity of a run, which is the set of configuration keys that determine its result.
 
 The identity contains every configuration key that can change the result. It also determines the run's folder. The
-protocol consists of those of its keys that must be equal in two runs that are compared. `qbench plan` and the search
+protocol is the part of the identity that must be equal in two runs that are compared. `qbench plan` and the search
 for stored results need the identity before any data is read. The identity therefore does not contain the fingerprint
-of the data, which the result records as `data_sha256`.
+of the data. The result records this fingerprint as `data_sha256`.
 
 Some keys were added after results had been stored. They are part of the identity and the protocol only if their value
 differs from the default. Stored results therefore keep their identity and stay comparable. On a dataclass field, the
@@ -67,8 +67,8 @@ def run_identity(config: Config, recorded: Mapping[str, str] | None = None) -> R
     """Return the identity of the run that a configuration describes.
 
     Args:
-        recorded: the keys `init` and `distill.teacher` -> sha256 of the checkpoint that the key named when the run was
-            trained. By default, the checkpoints are read to compute these digests.
+        recorded: maps the keys `init` and `distill.teacher` to the sha256 of the checkpoint that the key named when
+            the run was trained. By default, the checkpoints are read to compute these digests.
     """
     keys = _identity_keys(config, recorded or {})
     protocol = _protocol(config, keys)
@@ -127,7 +127,7 @@ def _ordered_if_decisive(rules: Node) -> Json:
 
 
 def decisive_keys(node: Any) -> Node:
-    """Return a dataclass as plain values. `free` keys are left out. `added` keys are left out at their defaults."""
+    """Return a dataclass as plain values, without `free` keys and without `added` keys that have default values."""
     keys: Node = {}
     for item in fields(node):
         value = getattr(node, item.name)
@@ -153,9 +153,9 @@ def without_added(node: Node) -> Node:
 def _protocol(config: Config, keys: Node) -> Node:
     """Return the keys whose values must be equal in two runs that are compared.
 
-    Initial weights or a teacher that the method requires are part of the method, not of the protocol. The network's
-    keys `norm` and `act` are not part of the protocol either. In a run of a learning-rate grid, the protocol contains
-    the recipe's learning rate and the grid, but not the run's own learning rate.
+    If the method requires random initial weights or a teacher, these are part of the method, not of the protocol. The
+    network's keys `norm` and `act` are not part of the protocol either. In a run of a learning-rate grid, the protocol
+    contains the recipe's learning rate and the grid, but not the run's own learning rate.
     """
     shared = copy.deepcopy(keys)
     for key in ("method", "activation", "bits", "seed", "runtime", "schema"):
@@ -177,9 +177,9 @@ def _protocol(config: Config, keys: Node) -> Node:
 def _options(config: Config) -> Node:
     """Return the options of the method. Options of a separate activation method are named `activation.KEY`.
 
-    Initial weights and a teacher are options too if the method requires them, because a run without them is a different
-    run. In a run of a learning-rate grid, the learning rate is also an option. Added keys at their defaults and
-    `deviation: none` are left out.
+    Random initial weights and a teacher are options too if the method requires them, because a run without them is a
+    different run. In a run of a learning-rate grid, the learning rate is also an option. Added keys with default values
+    and `deviation: none` are left out.
     """
     options = {key: value for key, value in without_added(config.method).items() if key != "name"}
     composed = without_added(config.activation)
@@ -199,7 +199,7 @@ def digest(values: Mapping[str, Json]) -> str:
 
 
 def text_digest(canonical: str) -> str:
-    """Return the digest of values whose text in the form of `canonical_json` is given."""
+    """Return the sha256 of a text that `canonical_json` returned."""
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -229,7 +229,11 @@ def _plain(value: Any) -> Any:
 
 @cached_for_command(256)
 def file_sha256(key: str, path: str) -> str:
-    """Return the sha256 of the content of the checkpoint that a key names.
+    """Return the sha256 of the checkpoint at `path`.
+
+    Args:
+        key: the configuration key that names the checkpoint, for the error message.
+        path: the path of a checkpoint file, or of a run's directory, whose checkpoint is best.pt.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -17,8 +17,8 @@ from qbench.errors import ConfigError
 def runs(config: Config) -> list[Config]:
     """Return the configurations of the grid, one per learning rate.
 
-    With lr_search=none, return only `config`. `optim.lr` and `optim.lr_end` are multiplied by the same factor. A float
-    baseline or a run without training remains a single run.
+    In each configuration, `optim.lr` and `optim.lr_end` are multiplied by one factor of the grid. With lr_search=none,
+    for a float baseline or for a run without training, the list contains only `config`.
 
     Raises:
         ConfigError: keys of the grid are set without lr_search=grid, or there is no validation split for the selection.
@@ -38,7 +38,7 @@ def runs(config: Config) -> list[Config]:
 
 
 def _at(config: Config, factor: float) -> Config:
-    """Return the configuration of the run whose learning rates are multiplied by `factor`."""
+    """Return the configuration with `optim.lr` and `optim.lr_end` multiplied by `factor`."""
     recipe = config.optim
     lr, lr_end = scaled(recipe.lr, factor), scaled(recipe.lr_end, factor)
     if not 0 < lr < math.inf:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 GROUPS = {"method": "methods", "model": "models", "dataset": "data"}
 ENTRY_POINTS = {"method": "qbench.methods", "model": "qbench.models", "dataset": "qbench.datasets"}
 VAL = 0.1
-"""If a user's data set returns no validation split, this share of the training images becomes the validation split."""
+"""Fraction of the training images that becomes the validation split if a user's data set returns no such split."""
 
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
 """Epochs and learning rates of Adam for a user's data set, if no YAML file states a recipe for this data set."""
@@ -53,7 +53,7 @@ def entry_names(group: str) -> list[str]:
 
 def _entry_points(group: str) -> "EntryPoints":
     """Return what other installed packages register for a group."""
-    from importlib.metadata import entry_points  # takes a tenth of the time to print a stored row
+    from importlib.metadata import entry_points  # late: it takes a tenth of the time of printing a stored row
 
     return entry_points(group=ENTRY_POINTS[group])
 
@@ -169,7 +169,7 @@ def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
 def checked(
     group: str, node: Mapping[str, Any], fixed: Collection[str] = ()
 ) -> tuple[Factory, Node, Mapping[str, inspect.Parameter]]:
-    """Return the function that a node names, the arguments in the node, and all arguments including `fixed`.
+    """Return the function that a node names, the arguments that the node gives, and all arguments of the function.
 
     Raises:
         ConfigError: the function does not accept a key, a key is in `fixed`, or a value has the wrong
@@ -228,7 +228,7 @@ def defaults(group: str, name: str) -> Node:
 
 
 def users_file(name: str) -> Path | None:
-    """Return the file of the user's function `package.module:function`, or None if there is none."""
+    """Return the file of a user's function `package.module:function`. Return None for other names or without a file."""
     if ":" not in name:
         return None
     search_working_directory()

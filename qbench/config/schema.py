@@ -2,8 +2,8 @@
 
 The values are in `conf/`.
 
-`qbench.config.identity` defines when two configurations are the same run. This module does not import torch, so that
-help texts and the rows of finished runs are printed at once.
+`qbench.config.identity` defines when two configurations are the same run. This module does not import torch, so
+commands that only print help texts or stored results start quickly.
 """
 
 import copy
@@ -29,13 +29,16 @@ identity.
 """
 
 BASELINE_MODEL = {"act": "auto", "head": "keep"}
-"""Key of the network that has no effect on a float baseline -> default value of the key."""
+"""Keys of `model` that have no effect on a float baseline, with their default values."""
 
 RATE = "optim.lr"
-"""Name of the method option that contains the learning rate, in runs of a learning-rate grid."""
+"""In runs of a learning-rate grid, the method option of this name contains the learning rate."""
 
 STARTS = ("float", "scratch", "method")
-"""Values of `init` that are not paths. `auto` becomes `method` if the method trains from scratch."""
+"""Values of `init` that are not paths. `auto` and `imagenet` are missing, because other values replace them.
+
+`auto` becomes `method` if the method trains from scratch, and otherwise `float`. `imagenet` becomes a path.
+"""
 
 Node = dict[str, Any]
 """A YAML node: the name of a function under `name`, its keyword arguments, and optionally `added`."""
@@ -163,7 +166,7 @@ class Distill:
 
 
 def _share_of_gpus(value: object) -> bool:
-    """Return whether a value is a whole number n above 0 or, to two digits, a fraction 1 / n."""
+    """Return whether a value is a whole number n from 1 to 64, or approximately 1 / n, such as 0.33."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= 64:
         return False
     return abs(value - round(value)) < 1e-9 if value >= 1 else abs(1 / round(1 / value) - value) < 0.005

@@ -75,7 +75,7 @@ def check_missing(group: str, name: str, known: Mapping[str, Parameter], given: 
 def has_type(value: object, parameter: Parameter) -> bool:
     """Return whether a value has the type of an argument's default value, or a type from the argument's annotation.
 
-    If the annotation is a union such as `str | float | list[float]`, only its numbers and lists are recognized.
+    In a union such as `str | float | list[float]`, only the members `float` and `list` are recognized.
     """
     others = {get_origin(kind) or kind for kind in get_args(parameter.annotation)}
     if isinstance(value, bool):
@@ -88,7 +88,7 @@ def has_type(value: object, parameter: Parameter) -> bool:
 
 
 def type_name(default: object) -> str:
-    """Return in words the type that a value must have."""
+    """Return the type of a default value in words, such as `a whole number`."""
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list"}
     return kinds.get(type(default), f"a {type(default).__name__}")
 

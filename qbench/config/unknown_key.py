@@ -18,7 +18,8 @@ from qbench.config.schema import Config
 TYPO, SIMILAR = 0.75, 0.6
 """Smallest similarities (difflib's ratio) at which a key of the same node is suggested.
 
-A key above `TYPO` is suggested before all other guesses. A key above `SIMILAR` is suggested if no other guess fits.
+With a similarity of at least `TYPO`, a key is suggested before all other guesses. With a similarity of at least
+`SIMILAR`, a key is suggested only if no other guess fits.
 """
 
 FIELD_WORDS = {

@@ -16,7 +16,7 @@ _executed: dict[str, str] = {}
 """Module -> sha256 of its file at the last import."""
 
 _searched: list[str] = []
-"""The working directory that was added to `sys.path`, or an empty text if `sys.path` contained it already."""
+"""Contains the working directory that was added to `sys.path`. Empty if `sys.path` already contained it."""
 
 
 def search_working_directory() -> None:

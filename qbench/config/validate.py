@@ -149,9 +149,10 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 def _filled(config: Config) -> Config:
     """Fill in the method's widths. Convert a float run from scratch to a float baseline.
 
-    If the method requires initial weights or a teacher, the value `auto` becomes `method`, and the run can be compared
-    with runs of other methods. If the user typed a value instead, this value is part of the protocol (the keys that
-    must be equal in compared runs), and other methods can run under this protocol too.
+    If the method requires random initial weights or a teacher, the value `auto` becomes `method`. The value `method` is
+    not part of the protocol, which contains the keys that must be equal in compared runs. The run can therefore be
+    compared with runs of other methods. A value that the user typed is part of the protocol, and runs of other methods
+    can use the same value.
     """
     if config.init == "imagenet":
         config.init = _imagenet_weights(config)
