@@ -25,7 +25,7 @@ BOX_ATTEMPTS = 10
 """Number of attempts to find a random box that fits into the image. Each attempt needs two random numbers."""
 
 ASPECT = (3 / 4, 4 / 3)
-"""Range of width / height of a random crop (Szegedy et al. 2014, arXiv 1409.4842, section 6)."""
+"""Smallest and largest width / height of a random crop (Szegedy et al. 2014, arXiv 1409.4842, section 6)."""
 
 GREY = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the luma (ITU-R BT.601)."""
@@ -33,9 +33,7 @@ GREY = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Augment:
-    """The augmentation of training images.
-
-    Evaluation images are not changed at random. They get a centre crop of the same size.
+    """The augmentation of training images. Evaluation images only get a centre crop of the same size.
 
     Args:
         pad: number of pixels that are added on each side before the random crop.
@@ -100,7 +98,7 @@ def crop_and_flip(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tenso
     top, left = (draws[:, 0] * (last_top + 1)).long(), (draws[:, 1] * (last_left + 1)).long()
     images = images_NCHW.movedim(1, 3)
     if augment.flip:
-        # Mirroring a crop is the same as cropping the mirrored image at the mirrored place.
+        # A mirrored crop equals a crop of the mirrored image at the mirrored position.
         mirrored = draws[:, 2] < 0.5
         images = torch.cat([images, images.flip(2)])
         image, left = image + count * mirrored, torch.where(mirrored, last_left - left, left)

@@ -98,7 +98,7 @@ def read_cifar(published: CifarFiles, root: str, download: bool) -> tuple[Split,
 def _read(folder: Path, part: Mapping[str, str], labels_key: bytes) -> Split:
     """Read the files of a part one after another, into one array of images."""
     channels, height, width = PIXELS
-    # Sizes of files give an upper bound of the number of images. Memory that is not written to takes no space.
+    # The file sizes give an upper bound on the number of images. Memory that is never written to takes no space.
     most = sum(os.path.getsize(folder / name) for name in part) // (channels * height * width)
     images_NHWC = np.empty((most, height, width, channels), np.uint8)
     labels: list[int] = []
@@ -116,7 +116,7 @@ def _read(folder: Path, part: Mapping[str, str], labels_key: bytes) -> Split:
 
 
 def _unpickle(path: Path, md5: str) -> dict[bytes, Any]:
-    """Return the dictionary in a file. Texts of Python 2 become bytes, so that the pixels are not decoded."""
+    """Return the dictionary in a file. Strings of Python 2 stay bytes, so that the pixels are not decoded as text."""
     with _intact(path, md5) as content, warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4 warns about pickles of this age
         entry: dict[bytes, Any] = pickle.loads(content, encoding="bytes")

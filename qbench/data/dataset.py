@@ -103,7 +103,7 @@ def _check_tensor(name: str, value: object, dtypes: Collection[torch.dtype], dim
 
 
 StoredSplit = Split | FileSplit | DrawnSplit
-"""A split of any kind."""
+"""A split in memory, in image files, or in a user's torch data set."""
 
 AnySplit = TypeVar("AnySplit", bound=StoredSplit)
 
@@ -121,8 +121,8 @@ class Dataset:
         mean, std: the mean and standard deviation for normalization, per channel. They refer to uint8 images divided by
             255, or to float images as they are.
         augment: the augmentation of training images.
-        synthetic: whether the images are rendered or random. Tables that compare runs with papers leave out such data
-            sets.
+        synthetic: whether the images are rendered or random. Tables that compare runs with papers leave out synthetic
+            data sets.
         files: facts about the image files. The manifest contains these facts.
         note: what a user should know before training. It is empty if there is nothing to report.
     """
@@ -227,7 +227,7 @@ def split_validation(split: AnySplit, val: float, *, in_place: bool = False) -> 
         ValueError: the training split would be empty, or `val` is above 0 and the validation split would be empty.
     """
     if not 0 <= val < 1:
-        raise ValueError(f"val={val}: must be a share of the training images, from 0 to below 1")
+        raise ValueError(f"val={val}: must be a fraction of the training images, from 0 to below 1")
     in_val = stratified_share(split.labels, val)
     train_index, val_index = torch.arange(len(split))[~in_val], torch.arange(len(split))[in_val]
     if not len(train_index) or (val and not len(val_index)):
@@ -239,7 +239,7 @@ def split_validation(split: AnySplit, val: float, *, in_place: bool = False) -> 
 
 
 def stratified_share(labels: Tensor, share: float) -> Tensor:
-    """Return a mask (N,) that selects a share of the images of each class. Equal arguments give equal results."""
+    """Return a mask (N,) that selects the fraction `share` of the images of each class, the same in every call."""
     order = torch.randperm(len(labels), generator=Generator().manual_seed(0))
     chosen, in_order = torch.zeros(len(labels), dtype=torch.bool), labels[order]
     for label in range(int(labels.max()) + 1 if len(labels) else 0):
@@ -256,8 +256,8 @@ class Loader:
     Args:
         data: the data set. The loader copies splits in memory to `device` and converts them to channels_last, if
             needed.
-        batch_size: number of images per training batch. Images after the last full batch of an epoch are not used in
-            that epoch.
+        batch_size: number of images per training batch. An epoch contains only full batches. The remaining images are
+            not used in that epoch.
         seed: seed of the order and of the augmentation. Each epoch combines this seed with the number of the epoch.
         device: the device of the batches.
         workers: number of processes that decode images from files. The batches do not depend on this number.
@@ -316,8 +316,8 @@ class Loader:
             name: "train", "val" or "test".
             limit: maximum number of images, or None for all images.
             size: number of images per batch. Batches are smaller if the images are large.
-            first, every: index of the first batch, and the step to the next index. Several processes can thus share the
-                batches of a split.
+            first, every: yield only the batches with the indices first, first + every, first + 2 every, .... Several
+                processes can thus divide the batches of a split among themselves.
         """
         split = self.splits[name]
         count = len(split) if limit is None else min(limit, len(split))

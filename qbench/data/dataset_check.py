@@ -1,4 +1,4 @@
-"""Checks the values of data sets, including those of users."""
+"""Checks the labels, images and normalization of data sets, including users' own data sets."""
 
 import math
 from collections.abc import Iterator
@@ -20,16 +20,17 @@ MAX_NAMED = 5
 EXPECTED = 10
 """A class without images in a split is reported if at least this many images were expected.
 
-The expected number follows from the share of the class in train.
+The expected number is the size of the split times the fraction of training images in this class.
 """
 
 SAMPLED, MIN_SAMPLED = 256, 8
 """Maximum and minimum number of images in the samples whose grey values are compared."""
 
 MAX_SHIFT, STANDARD_ERRORS = 0.25, 5.0
-"""Largest allowed differences of grey values between splits.
+"""Largest allowed difference of grey values between splits: the larger of these two limits.
 
-The first is in standard deviations of train, and the second is in standard errors.
+The first limit is in standard deviations of all training pixels. The second limit is in standard errors of the
+difference.
 """
 
 CHECKED = 1000
@@ -121,7 +122,7 @@ def _constant_problems(data: Dataset) -> Iterator[str]:
 
 @lru_cache(maxsize=2)
 def dataset_notes(data: Dataset) -> tuple[str, ...]:
-    """Return warnings about a data set on which accuracy would mislead a reader.
+    """Return warnings about problems of a data set that make its accuracies misleading.
 
     The function reads all images. Its result is therefore cached for later runs in the same process.
     """
@@ -135,7 +136,7 @@ def dataset_notes(data: Dataset) -> tuple[str, ...]:
 
 
 def unseen_classes(data: Dataset) -> list[str]:
-    """Return messages that count the validation and test images whose class has no training image."""
+    """Return one message for each of val and test in which some images belong to a class without training images."""
     trained = set(data.train.labels.tolist())
     notes = []
     for part, split in (("val", data.val), ("test", data.test)):
@@ -212,9 +213,9 @@ def _grey_values(split: StoredSplit, data: Dataset) -> Tensor:
 
 
 def repeated_images(data: Dataset) -> list[str]:
-    """Return messages with the number of images of a split that an earlier split also contains.
+    """Return one message for each of val and test that repeats images of an earlier split.
 
-    The order of the splits is train, val, test.
+    The order of the splits is train, val, test. Each message states the number of repeated images.
 
     Images in memory are equal if all their values are equal. Images in files are equal if the files have the same
     bytes. Splits with more than 4 GiB of files are not checked.

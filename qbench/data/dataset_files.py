@@ -57,7 +57,7 @@ ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 def dataset_from_splits(
     name: str, train: Split, test: Split, *, classes: int, val: float, augment: Augment, normalize: Normalize = "own"
 ) -> Dataset:
-    """Return a data set of images in memory. The share `val` of the training images becomes the validation split.
+    """Return a data set of images in memory. The fraction `val` of the training images becomes the validation split.
 
     The images of `train` are reordered in their memory. Both splits share this memory, so no image is copied.
 
@@ -75,7 +75,7 @@ def dataset_from_splits(
 
 
 def read_mnist(kind: str, root: str, download: bool) -> tuple[Split, Split]:
-    """Return (train, test) of the torchvision class `kind`, which is MNIST or FashionMNIST.
+    """Return (train, test) of MNIST or FashionMNIST. `kind` is the name of torchvision's class.
 
     This function reads the files itself, because torchvision needs unpacked files and prefers files of an old format.
     """

@@ -18,7 +18,7 @@ from qbench.data.dataset import Dataset, Split, split_validation
 from qbench.data.normalize import mean_and_std
 
 TEST_SHARE = 0.25
-"""Share of the images of each class that forms the test split."""
+"""Fraction of the images of each class that forms the test split."""
 
 
 def read() -> Split:
@@ -41,7 +41,7 @@ def build(*, val: float = 0.1, pad: int = 1) -> Dataset:
     """Return the data set `digits`.
 
     Args:
-        val: share of the training images that becomes the validation split.
+        val: fraction of the training images that becomes the validation split.
         pad: largest random shift in pixels.
     """
     if not 0 <= pad < 8:

@@ -159,8 +159,9 @@ def _image(image: object, place: int) -> Tensor:
 def seem_channels_last(shape: Sequence[int]) -> bool:
     """Return whether the last dimension of a three-dimensional image probably contains the channels.
 
-    The answer is yes in two cases. First, the last dimension is a usual number of channels and the first dimension is
-    not. Second, only the first two dimensions are equal, as height and width often are.
+    The result is true in two cases. First, the last dimension is a usual number of channels (1, 3 or 4), and the first
+    dimension is not. Second, the first dimension is above 4, and either the last dimension is 2, or only the first two
+    dimensions are equal, as height and width often are.
     """
     first, second, last = shape
     if last in (1, 3, 4) and first not in (1, 3, 4):
@@ -169,9 +170,10 @@ def seem_channels_last(shape: Sequence[int]) -> bool:
 
 
 def _tensor_of_pil(image: Any, place: int) -> Tensor:
-    """Return a PIL image as a tensor (C, H, W). Other 8-bit colour formats are converted to RGB.
+    """Return a PIL image as a tensor (C, H, W).
 
-    Palette images are also converted, because their pixels are indices into a list of colours.
+    8-bit images in other modes than L, LA, RGB and RGBA are converted to RGB. These include palette images, whose
+    pixels are indices into a list of colours.
     """
     array = np.array(image)
     if array.dtype == np.uint8 and image.mode not in ("L", "LA", "RGB", "RGBA"):

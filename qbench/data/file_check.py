@@ -12,8 +12,8 @@ A JPEG or PNG file passes if PIL recognizes its header and if the last bytes con
 that is read completely must also have correct checksums. Files of other formats are decoded. Damage in the middle of a
 JPEG or PNG file may remain undetected until a run decodes the file.
 
-Images with more than 8 bits per channel are also decoded. In these images, white must be 65535. Files that store 10-bit
-or 12-bit values would therefore become almost black images, and such a data set is refused.
+Images with more than 8 bits per channel are also decoded. In these images, white must be 65535. If a data set stores
+10-bit or 12-bit values, its white is much smaller. Its images would become almost black, so such a data set is refused.
 """
 
 import hashlib
@@ -72,8 +72,7 @@ class FileCheck:
 class _FileFacts(NamedTuple):
     """The result of checking one file: hash of the file, size in pixels and largest value of the image.
 
-    The largest value is known only for images with more than 8 bits, and counts only the upper 8 of 16 bits. For an
-    8-bit image, the largest value is None.
+    For images with more than 8 bits, the largest value is that of the upper 8 of 16 bits. For 8-bit images, it is None.
     """
 
     digest: bytes
@@ -141,7 +140,11 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
 
 
 def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
-    """Raise `DataError` if the images have more than 8 bits but use only the lower of their 16 bits."""
+    """Raise `DataError` if a part of the data set has 16-bit images whose largest value is below half of 65535.
+
+    Args:
+        brightest: maps each part of the data set to the largest value of the upper 8 bits of its 16-bit images.
+    """
     for part, value in brightest.items():
         if value < 128:
             raise DataError(
@@ -151,10 +154,7 @@ def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
 
 
 def _check_file(path: str, size: int, whole: bool) -> _FileFacts:
-    """Return the facts about one image file.
-
-    If the file is not a complete image, the function raises an exception, which may be of any type.
-    """
+    """Return the facts about one image file. If the file is not a complete image, raise an exception of any type."""
     if not size:
         raise ValueError("empty")
     with open(path, "rb") as file:

@@ -92,7 +92,7 @@ class FileSplit:
 class DecodeJob(NamedTuple):
     """The paths of the images of a batch, their rows in the cache, and one row of random numbers per image.
 
-    If the random numbers are None, the images get centre crops. Without a cache, the rows are None.
+    The rows are None if there is no cache. The random numbers are None if the images get centre crops.
     """
 
     paths: list[str]
@@ -223,8 +223,8 @@ def _identity(batch: DecodedBatch) -> DecodedBatch:
 def _ensure_fork_server() -> None:
     """Ensure that the fork server is running.
 
-    The fork server starts while signals are blocked. Blocked signals therefore never reach the fork server or the
-    workers.
+    Signals that stop a run are blocked while the fork server starts. The fork server and the workers inherit this
+    block, so these signals never reach them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

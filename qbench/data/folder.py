@@ -1,12 +1,12 @@
 """Your own images, with one folder per class.
 
-Training images are root/train/CLASS/IMAGE. Test images are root/val/CLASS/IMAGE or root/test/CLASS/IMAGE. The share
+Training images are root/train/CLASS/IMAGE. Test images are root/val/CLASS/IMAGE or root/test/CLASS/IMAGE. The fraction
 `val` of the training images becomes the validation split. Classes are the folders in train, sorted by name. Images may
-also be in subfolders of a class. A link to a folder that is already read is refused.
+also be in subfolders of a class. A link to a folder that was already read is an error.
 
 Files with the suffix of an image format (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP) are images. Other files are counted
-and ignored. Grey, CMYK, palette and 16-bit images are converted to RGB. In 16-bit images, white must be 65535, and data
-sets that use fewer bits are refused. The EXIF orientation is ignored, as in torchvision.
+and ignored. Grey, CMYK, palette and 16-bit images are converted to RGB. In 16-bit images, white must be 65535. Data
+sets that use fewer of the 16 bits are refused. The EXIF orientation is ignored, as in torchvision.
 
 With `test=0.2`, all images are root/CLASS/IMAGE, and a fifth of the images of each class form the test split. The test
 split is the same in every run.
@@ -55,10 +55,10 @@ def build(
     """Return the data set of a folder.
 
     Args:
-        cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
-        test: name of the folder of test images. If `root` contains the class folders, `test` is the share of the images
-            that becomes the test split.
-        val: share of the training images that becomes the validation split.
+        cache: folder in which decoded images are kept, or '' to keep none.
+        test: name of the folder of test images. If `root` contains the class folders, `test` is the fraction of the
+            images that becomes the test split.
+        val: fraction of the training images that becomes the validation split.
     """
     top = absolute_root(root)
     if isinstance(test, str):

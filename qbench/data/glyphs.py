@@ -10,8 +10,8 @@ cmex10, cmsy10, DejaVu*Display, LastResort) are not used. cmmi10 is not used bec
 validation images are taken from the training images, so they show the training fonts.
 
 The glyph is brighter than the background in every channel, and every image is shifted to mean 128. Both rules make the
-task easier to learn. In images without these rules, the glyph was randomly brighter or darker in each channel and the
-mean was random. On such images, a small network stayed at chance level for ten epochs.
+task easier to learn. We also tried images without these rules: the glyph was randomly brighter or darker in each
+channel, and the mean was random. On such images, a small network stayed at chance level for ten epochs.
 
 `difficulty` scales these random properties: rotation, shear, size, proportions, position, loss of contrast, uneven
 background, fragments of other glyphs at the border, and noise. It does not scale colour and font. At difficulty 0,
@@ -25,7 +25,7 @@ We measured top-1 in % on the 10,000 test images (sampling error +-0.5 points) f
 The network is a pre-activation ResNet-8. It was trained for 10 epochs of the 10,810 training images on one thread, with
 SGD, learning rate 0.1, a cosine schedule and batches of 64. With one seed, top-1 was 95.7 at D = 1, 93.1 at D = 1.1 and
 88.1 at D = 1.2. With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5 and 93.3 at D = 1 (mean of
-three seeds, whose top-1 was 92.9 to 93.6). At D = 1.5, top-1 was 52 and still rising. The default is D = 1.1, where
+three seeds from 92.9 to 93.6). At D = 1.5, top-1 was 52 and still rising. The default is D = 1.1, where
 float networks reach about 92 % and different bit widths give different accuracy.
 
 Rendering 22,000 images and computing their mean and standard deviation takes 1.8 to 2.5 s on one
@@ -58,8 +58,8 @@ TRAIN_FONTS = (
     *("cmb10", "cmr10", "cmti10", "cmtt10"),
 )
 
-# Number of images drawn at once, with each label eight times. The number is fixed, so image i depends on (seed, i) but
-# not on the number of images.
+# Number of images that are rendered at once, with each label eight times. This number is fixed, so that image i does
+# not depend on the total number of images.
 CHUNK = 8 * len(CLASSES)
 CAPITAL_HEIGHT = 0.5  # height of an H, as a fraction of the image's side
 CONTRAST = 0.5  # glyph minus background, as a fraction of the full scale
@@ -96,7 +96,7 @@ def build(
         size: height and width in pixels, 8 or more.
         difficulty: from 0 (clean) to 2. The module's docstring explains the default of 1.1.
         seed: seed of the images, 0 or more. Training and test images use separate sequences of random numbers.
-        val: share of the training images that becomes the validation split.
+        val: fraction of the training images that becomes the validation split.
         pad: number of pixels that are added on each side before the random crop. The added pixels repeat the border
             pixels, because the background is not black.
     """

@@ -6,7 +6,7 @@ size to which images are resized. Different data sets can therefore share DIR, a
 The pixels of all images, uint8 (H, W, 3), are stored one after the other in files of 1 GiB (shards), which are mapped
 into memory. `index.npy` has a row for each image: the shard, the first byte in the shard, the height and the width.
 `sealed.json` is written last. It contains the size, the modification time and the sha256 of each file of the cache. If
-the size or the time of a file has changed, the file is hashed again. A damaged cache is built again.
+the size or the time of a file has changed, the file is hashed again. If a hash differs, the cache is built again.
 """
 
 import hashlib

@@ -38,7 +38,7 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "eval",
 """Usual names of folders that contain a split, in lower case."""
 
 FolderId = tuple[int, int]
-"""Device and inode of a folder. Two paths to the same folder have the same device and inode."""
+"""Device and inode of a folder. All paths to one folder have the same device and inode."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def classes_of_one_folder(root: Path) -> list[str]:
 def find_images(root: Path, part: str, classes: Sequence[str], train: ImageFiles | None = None) -> ImageFiles:
     """Return the files below root/part/CLASS, at any depth, that have the suffix of an image format.
 
-    If `part` is `.`, the class folders are in `root` itself. `train` contains the training images that were found
-    before. Their folders must not be read again as folders of test images.
+    If `part` is `.`, the class folders are in `root` itself. In a search for test images, `train` contains the training
+    images that were found before. A folder of training images must not be read again as a folder of test images.
 
     Raises:
         DataError: no image was found, a class folder of train contains no image, a folder is not in `classes`, or a
@@ -150,13 +150,13 @@ def hold_out_test(files: ImageFiles, share: float) -> tuple[ImageFiles, ImageFil
     """Divide the images of one folder into (train, test), stratified by class. Equal arguments give equal results.
 
     Args:
-        share: share of the images that become test images, above 0 and below 1.
+        share: fraction of the images of each class that become test images, above 0 and below 1.
 
     Raises:
         ValueError: `share` is out of range, a class would have no training image, or there would be no test image.
     """
     if not 0 < share < 1:
-        raise ValueError(f"test={share}: must be a share of the images, above 0 and below 1")
+        raise ValueError(f"test={share}: must be a fraction of the images, above 0 and below 1")
     in_test = stratified_share(torch.tensor(files.labels), share)
     classes, trained = (
         set(files.labels),
@@ -185,8 +185,8 @@ def dataset_from_files(
     Args:
         side: size in pixels to which the shorter side of each image is resized.
         shape: (H, W) that all images must have, or None. If the shape is given, the images are always kept in memory.
-        cache: folder in which decoded images are kept (`qbench.data.image_cache`). If it is empty, decoded images are
-            not kept. If crops have a random area, the images in this folder keep their original size.
+        cache: folder in which decoded images are kept (`qbench.data.image_cache`), or '' to keep none. If crops have a
+            random area, the images in this folder keep their original size.
 
     Raises:
         DataError: some files are not complete images. The message names them.
@@ -321,7 +321,8 @@ def _walk(folder: Path, known: dict[FolderId, Path]) -> Iterator[tuple[str, list
 def _enter(folder: Path, known: dict[FolderId, Path]) -> None:
     """Add a folder to the known folders.
 
-    Raise `DataError` if the folder is already known, because a link led to it.
+    Raises:
+        DataError: the folder is already known under another path, because a link leads to it.
     """
     first = known.setdefault(_folder_id(folder), folder)
     if first != folder:
@@ -341,7 +342,7 @@ def _raise_resource_error(error: OSError) -> None:
 
 
 def _layout_error(root: Path, part: str, found: str) -> DataError:
-    """Return an error that names the layout that applies: classes in one folder if the part is `.`, else splits."""
+    """Return an error that describes the expected layout: class folders in `root` if `part` is `.`, else splits."""
     suffixes = f"one folder per class; IMAGE ends in {', '.join(SUFFIXES)}"
     if part == ".":
         expected, advice = "CLASS/IMAGE", "type dataset.root=DIR for the folder that contains the folders of classes"

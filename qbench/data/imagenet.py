@@ -42,8 +42,8 @@ def build(
     """Return ImageNet.
 
     Args:
-        cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
-        val: share of the training images that becomes the validation split.
+        cache: folder in which decoded images are kept, or '' to keep none.
+        val: fraction of the training images that becomes the validation split.
     """
     if download:
         raise ValueError("download=true: must be false, because image-net.org requires registration for ImageNet")

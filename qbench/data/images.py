@@ -27,7 +27,7 @@ MAX_DEEP = 2**16 - 1
 """Value of white in an image with more than 8 bits per channel."""
 
 SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Numbers of system errors that do not mean that a file is damaged: too many open files, no memory."""
+"""System error numbers for too many open files and for lack of memory. They do not mean that a file is damaged."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -59,7 +59,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def is_deep(image: ImageFile.ImageFile) -> bool:
     """Return whether an image has more than 8 bits per channel, before the image is decoded.
 
-    PPM and PGM files count as 8-bit images, because they state their value of white and PIL scales the pixels by it.
+    PPM and PGM files count as 8-bit images. Such a file states its value of white, and PIL scales the pixels by it.
     """
     raw_modes = " ".join(str(tile[3]) for tile in image.tile)
     return image.format != "PPM" and (image.mode.startswith("I") or bool(re.search(";16[BLNS]", raw_modes)))

@@ -6,8 +6,8 @@ that the digit's centre of mass is in the middle. Most networks reach more than 
 
 The images are read from `<root>/MNIST/raw/`: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte
 and t10k-labels-idx1-ubyte, or these names with .gz. By default, images are not augmented, as in most papers. `pad=2`
-shifts images at random by up to 2 pixels. This shift cuts hardly any digit. There is no `flip`, because mirrored digits
-are not digits.
+shifts images at random by up to 2 pixels. This shift rarely cuts off a part of a digit. There is no `flip`, because
+mirrored digits are not digits.
 """
 
 from qbench.data.augment import Augment

@@ -1,7 +1,7 @@
 """Makes a data set from what a user's function returns: tensors, NumPy arrays, or torch data sets.
 
 The function returns (train, test) or (train, val, test). Each part is (images, labels), or a map-style torch data set
-whose items are (image, label). If val is missing, a share of the training images becomes the validation split.
+whose items are (image, label). If val is missing, a fraction of the training images becomes the validation split.
 
 uint8 images are normalized with the mean and the standard deviation of the training images. Float images are used as
 they are, because a transform usually has normalized them.
@@ -25,7 +25,7 @@ MAX_MEMORY = 2**32
 """Maximum size in bytes of a torch data set that is kept in memory. A larger data set is read again in every epoch."""
 
 STATISTICS_IMAGES = 1000
-"""Number of images from which the mean and the standard deviation are computed if images are read in every epoch."""
+"""If images are read again in every epoch, the mean and standard deviation come from this number of images."""
 
 COMPARED = 256
 """Maximum number of images that are read twice with the same seed.
@@ -45,7 +45,7 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
     """Return a data set from the value that a user's function returned.
 
     Args:
-        val: share of the training images that becomes the validation split, if the value contains no validation split.
+        val: if the value contains no validation split, this fraction of the training images becomes that split.
 
     Raises:
         DataError: the value has none of the expected forms. The message lists these forms.
@@ -71,7 +71,7 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
 
 
 def _check_first_label(parts: Mapping[str, Split | DrawnSplit]) -> None:
-    """Raise `DataError` if no label is 0, because the network would have an output for a class that does not exist."""
+    """Raise `DataError` if no label is 0. The network would otherwise have outputs for classes that do not exist."""
     low = min((int(split.labels.min()) for split in parts.values() if len(split)), default=0)
     if low > 0:
         high = max(int(split.labels.max()) for split in parts.values() if len(split))
@@ -131,7 +131,7 @@ def _check_layout(images: Tensor) -> None:
 
 
 def _read(source: MapDataset) -> Split | DrawnSplit:
-    """Return a torch data set as a split. The images are kept in memory unless they change or are too large.
+    """Return a torch data set as a split. Images that never change and fit into memory are kept in memory.
 
     Images change if a transform takes random numbers from the generators of torch, NumPy or Python.
     """
@@ -178,10 +178,7 @@ def _items(source: MapDataset, first: Tensor, *, seeded: bool) -> Iterator[tuple
 
 
 def _check_repeatable(source: MapDataset) -> None:
-    """Raise `DataError` if a transform uses its own random generator.
-
-    A run could then not be repeated or continued.
-    """
+    """Raise `DataError` if a transform uses its own random generator. Such a run could not be repeated or continued."""
     count = min(len(source), COMPARED)
     for place in (i * len(source) // count for i in range(count)):  # evenly spaced
         images = [read_item(source, place, place)[0] for _ in range(2)]

@@ -43,7 +43,7 @@ def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
     if spec is None:
         return None
     if not 0 <= node["val"] < 1:
-        raise ValueError(f"val={node['val']}: must be a share of the training images, from 0 to below 1")
+        raise ValueError(f"val={node['val']}: must be a fraction of the training images, from 0 to below 1")
     val_images = round(node["val"] * spec.train)
     channels = spec.shape[0]
     return Dataset(

@@ -6,9 +6,9 @@ sides. There are 73,257 training images, 26,032 test images and 531,131 easier i
 different parts: DoReFa uses train and extra together, PACT uses train alone. `split` selects train, extra or both.
 `split=both` takes 1.9 GB of memory, or 2.9 GB with size=40. Reading the files takes twice as much memory.
 
-The files are train_32x32.mat, extra_32x32.mat and test_32x32.mat in `<root>/`; reading them needs scipy. The digit 0
-has the label 10 in the files and is class 0 here. As for CIFAR, the image is padded by 4 pixels and cropped at random
-to its original size. There is no `flip`, because mirrored digits are not digits.
+The files are train_32x32.mat, extra_32x32.mat and test_32x32.mat in `<root>/`. Reading them needs scipy. The digit 0
+has the label 10 in the files, but is class 0 in qbench. As for CIFAR, the image is padded by 4 pixels and cropped at
+random to its original size. There is no `flip`, because mirrored digits are not digits.
 
 DoReFa's training script (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py) resizes to 40x40, changes brightness by
 up to 30 grey values, multiplies the contrast by 0.5 to 1.5, divides by 256 and does not crop. To do the same, set

@@ -25,8 +25,8 @@ def build(
 
     Args:
         train, test: number of training images (including validation images), and number of test images.
-        signal: share of the pattern in each pixel value, 0 to 1. The rest is noise.
-        val: share of the training images that becomes the validation split.
+        signal: weight of the class pattern in each pixel value, 0 to 1. Noise has the weight 1 - signal.
+        val: fraction of the training images that becomes the validation split.
     """
     if min(train, test, classes, channels, size) < 1:
         raise ValueError("train, test, classes, channels and size: must be 1 or more")

@@ -35,8 +35,8 @@ def build(
     """Return Tiny ImageNet.
 
     Args:
-        cache: folder in which decoded images are kept. If it is empty, decoded images are not kept.
-        val: share of the training images that becomes the validation split.
+        cache: folder in which decoded images are kept, or '' to keep none.
+        val: fraction of the training images that becomes the validation split.
     """
     if download:
         raise ValueError(

@@ -344,8 +344,8 @@ def test_a_share_of_one_folder_is_the_test_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("test", "counts", "divided", "message"),
     [
-        (0.0, (5, 5, 5), False, "test=0.0: must be a share of the images, above 0 and below 1"),
-        (1, (5, 5, 5), False, "test=1: must be a share"),
+        (0.0, (5, 5, 5), False, "test=0.0: must be a fraction of the images, above 0 and below 1"),
+        (1, (5, 5, 5), False, "test=1: must be a fraction"),
         (0.9, (1, 5, 5), False, "test=0.9: leaves 1 classes without training images; there are 11 images in 3 classes"),
         (0.1, (1, 2, 3), False, "test=0.1: leaves no test images; there are 6 images in 3 classes"),
         (0.2, (5, 5, 5), True, "contains train/, val/, which are splits and not classes\ntype dataset.test=auto"),
