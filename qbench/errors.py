@@ -1,8 +1,8 @@
 """Defines the errors that qbench shows to users.
 
-Each class has an exit status. Any other exception is a bug (status 1).
+Each class defines the exit status of the process. An exception that is not a `QbenchError` is a bug (status 1).
 
-A message has at most three lines. They say what was found, what is allowed, and what to type instead.
+A message has at most three lines. The lines say what was found, what is allowed, and what to type instead.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class ConfigError(QbenchError):
 
 
 class DataError(QbenchError):
-    """A data set is missing or damaged, or its form is not as expected."""
+    """A data set is missing or damaged, or it does not have the expected format."""
 
     status = 3
 
@@ -45,17 +45,17 @@ class Diverged(QbenchError):
 
 
 class ProcessesDiffer(QbenchError):
-    """The processes of a run have different values where the values must be equal."""
+    """A value that must be equal in all processes of a run is not equal."""
 
 
 class Interrupted(QbenchError):
-    """A signal stopped the run, or a process of the run was lost. The same command continues the run."""
+    """A signal stopped the run, or one of its processes ended unexpectedly. The same command continues the run."""
 
     status = 75
 
 
 class Busy(Interrupted):
-    """Another process works on the run, or on its float baseline. A sweep then trains the run later.
+    """Another process is working on the run or on its float baseline. A sweep trains such a run later.
 
     Args:
         path: the directory that the other process has locked.

@@ -1,4 +1,4 @@
-"""The order in memory of a network's weights and feature maps."""
+"""Chooses the memory format of a network's weights and feature maps."""
 
 from itertools import chain
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 16
-"""Channels that oneDNN processes at once: 8 with AVX2, 16 with AVX-512."""
+"""Maximum number of channels that oneDNN processes at once: 8 with AVX2, 16 with AVX-512."""
 
 
 def use_channels_last(model: nn.Module) -> None:

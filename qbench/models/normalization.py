@@ -38,10 +38,13 @@ def remove_scale_and_shift(model: nn.Module) -> None:
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """Set the momentum of the running averages of all batch normalizations in a network.
+    """Set the momentum of all batch normalizations in a network, in place.
+
+    Args:
+        momentum: weight of the newest batch in the running averages.
 
     Raises:
-        ValueError: `momentum` is not above 0 and below 1. It is the weight of the newest batch.
+        ValueError: `momentum` is not above 0 and below 1.
     """
     if not 0 < momentum < 1:
         raise ValueError(f"bn_momentum={momentum}: must be above 0 and below 1")

@@ -35,7 +35,7 @@ class PadShortcut(nn.Module):
     Args:
         new_channels: number of channels that are added.
         stride: factor by which height and width are reduced.
-        average: true averages over 2x2 pixels (A). False takes every second pixel (A_stride).
+        average: whether to average over 2x2 pixels (A) instead of taking every second pixel (A_stride).
     """
 
     def __init__(self, new_channels: int, stride: int, *, average: bool) -> None:
@@ -84,7 +84,7 @@ class PreBlock(ResidualBlock):
 
     Args:
         convs: the convolutions of the branch.
-        first_bn: true if the block begins with a BN.
+        first_bn: whether the block begins with a BN.
         ending: kind of normalization after the branch's last convolution and after the shortcut's
             convolution. The papers that use pre-activation have no normalization after these
             convolutions (`none`).

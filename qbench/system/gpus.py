@@ -1,7 +1,7 @@
 """Gives each run of a sweep its own GPUs of this machine.
 
-A lock for each GPU keeps all processes of a user apart, including the processes of different sweeps. CUDA reads
-`CUDA_VISIBLE_DEVICES` when it starts, so a process must call `take` before it imports torch. This module does not
+A process locks the GPUs that it takes. The locks also work between different sweeps of the same user. CUDA reads
+`CUDA_VISIBLE_DEVICES` when it starts, so a process must take its GPUs before it imports torch. This module does not
 import torch.
 """
 
@@ -74,7 +74,7 @@ def take(gpus: Sequence[str], per_run: float, folder: Path | None = None) -> Tak
     folder = folder or Path(tempfile.gettempdir()) / f"qbench-gpus-{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
     wanted, taken = max(1, round(per_run)), TakenGpus((), ())
-    for place in range(_runs_per_gpu(per_run)):  # the first run of each GPU comes before the second one
+    for place in range(_runs_per_gpu(per_run)):  # no GPU gets a second run while another GPU has none
         for name in gpus:
             lock = FileLock(folder / f"{name}.{place}.lock", fallback_to_soft=False)
             try:
@@ -89,7 +89,7 @@ def take(gpus: Sequence[str], per_run: float, folder: Path | None = None) -> Tak
 
 
 def pin_process(gpus: Sequence[str], per_run: float, folder: Path | None = None) -> TakenGpus:
-    """Wait for free GPUs, and let this process see no others. Return the GPUs. The caller must keep their locks."""
+    """Wait for free GPUs, and make only these visible to this process. The caller must keep the returned locks."""
     while (taken := take(gpus, per_run, folder)) is None:
         time.sleep(POLL_SECONDS)
     os.environ[VISIBLE] = ",".join(taken.names)

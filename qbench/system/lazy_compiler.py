@@ -1,7 +1,7 @@
 """Delays torch's import of its compiler until something is compiled. The import takes over a second and 70 MiB.
 
-torch imports the compiler in every step of an optimizer, and in many functions for tensors on the meta device, only to
-leave these functions out of compilation. While nothing is compiled, this has no effect.
+torch imports the compiler in every step of an optimizer, and in many functions for tensors on the meta device. The only
+purpose is to leave these functions out of compilation. As long as nothing is compiled, the import has no effect.
 """
 
 import importlib
@@ -14,7 +14,7 @@ COMPILER = "torch._dynamo"
 
 
 class _Placeholder(ModuleType):
-    """Stands for the compiler until something else than the two functions below is needed. Then it is imported."""
+    """Stands for the compiler. The compiler is imported when anything but the two functions below is needed."""
 
     @staticmethod
     def disable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -34,5 +34,5 @@ class _Placeholder(ModuleType):
 
 
 def delay_import_of_compiler() -> None:
-    """Let torch import its compiler when it compiles something, unless the compiler is imported already."""
+    """Delay the import of torch's compiler until torch compiles something. A compiler that is imported stays."""
     sys.modules.setdefault(COMPILER, _Placeholder(COMPILER))

@@ -1,8 +1,8 @@
 """Tests whether processes that share a folder, perhaps on several hosts, exclude each other by locks.
 
 On some file systems, a lock holds only on the host that took it, for example on NFS mounted with `nolock`. Each process
-therefore announces itself in the folder: with a locked file, and with a counter that increases every second. If a
-process finds a counter that increases next to a file that it can lock, then locks do not exclude the two processes.
+therefore announces itself in the folder: with a locked file, and with a counter that increases every second. If another
+process can lock this file although the counter increases, then locks do not work between the two processes.
 """
 
 import os
@@ -32,7 +32,7 @@ def announced(folders: Iterable[str | Path]) -> Iterator[int]:
     Yield the time at which this process was announced, in nanoseconds, by the clock of the file system.
 
     Raises:
-        ResourceError: another process works in a folder, and locks do not exclude this other process.
+        ResourceError: another process works in a folder, and locks do not work between the two processes.
     """
     with ExitStack() as stack:
         yield max(stack.enter_context(_announced_in(Path(folder))) for folder in dict.fromkeys(folders))
@@ -70,12 +70,12 @@ def _announced_in(shared: Path) -> Iterator[int]:
 
 
 def _refuse_unlocked(shared: Path, others: list[Path]) -> None:
-    """Refuse a folder in which another process works, if locks do not exclude the two processes.
+    """Refuse a folder in which another process works, if locks do not work between the two processes.
 
     The files of ended processes are removed.
 
     Args:
-        others: the locked files of all other processes.
+        others: the lock files of all other processes.
     """
     before = {path: _count(path) for path in others if not is_locked(path)}
     deadline = time.monotonic() + BEATS * BEAT_SECONDS

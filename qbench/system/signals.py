@@ -12,7 +12,7 @@ from qbench.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that SLURM and submitit send before a job is preempted. They outrank the other signals."""
+"""Signals that SLURM and submitit send before a job is preempted. They have precedence over the other signals."""
 GRACE_SECONDS = 10.0
 """Default time limit in seconds. The process ends at the latest this long after a signal.
 
@@ -24,7 +24,7 @@ _step = threading.RLock()
 
 @contextmanager
 def step_in_progress() -> Iterator[None]:
-    """Start the time limit of a signal only when the `with` block ends."""
+    """Enclose a training step. If a signal arrives in the `with` block, its time limit starts when the block ends."""
     with _step:
         yield
 

@@ -38,7 +38,7 @@ def torchvision() -> ModuleType:
 
 
 def imagenet_weights(net: str, *, download: bool) -> Path:
-    """Return the path of a network's ImageNet weights in torch's download cache, in torchvision's first version.
+    """Return the path of a network's ImageNet weights in torch's download cache. The version is IMAGENET1K_V1.
 
     Args:
         download: whether to fetch the file if it is missing.
