@@ -34,7 +34,7 @@ from qbench.quant.quantizer import Storage
 from qbench.system.lazy_compiler import delay_import_of_compiler
 
 MOST_NUMBERS_ON_CPU = 2**20
-"""Maximum number of weights, and of numbers of an image, of a network whose MACs are counted on the CPU."""
+"""MACs are counted on the CPU if neither the network's weights nor an image's values are more than this number."""
 
 MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
@@ -78,8 +78,8 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     Layers with weights are all modules that have parameters with two or more dimensions, such as convolutions and
     linear layers. Modules that multiply matrices in their own forward function are included too. The network itself has
     the name "". The forward pass of a large network runs on the meta device, which needs no memory and no arithmetic.
-    Small networks, and networks that do not run on the meta device, run on the CPU. For them this is faster, because
-    torch imports many modules before it uses the meta device.
+    Networks that do not run on the meta device run on the CPU. Small networks also run on the CPU. For small networks,
+    the CPU is faster, because torch imports many modules before it uses the meta device.
 
     Args:
         model: the float network. It is not changed.
@@ -162,11 +162,12 @@ def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
 def idle_layers(model: nn.Module, macs: Mapping[str, int], images: Tensor | None = None) -> list[str]:
     """Return sentences that name the layers that do not run on an image of zeros.
 
-    The weights of such layers are float, and the network's size includes them. The number of operations does not.
+    The weights of such layers are float, and the network's size includes them. Their operations are not counted.
 
     Args:
-        images: images (N, C, H, W). They show which of the layers run on some images only, and which weights are used
-            without calling the layer. With None, all layers are in one sentence, which says that this is unknown.
+        images: images (N, C, H, W) on which the network is run. The sentences then also say which of the layers run on
+            some of these images, and which layers' weights are used without calling the layer. With None, these facts
+            are unknown, and one sentence names all layers.
     """
     modules = dict(model.named_modules())
     idle = [name for name, count in macs.items() if not count and type(modules[name]) in QUANTIZED_CLASS]

@@ -1,9 +1,9 @@
 """Estimates training times on GPUs from their published peak speeds. Nothing is measured.
 
 The peak speeds of dense operations come from NVIDIA's data sheets of the V100 (SXM2), the A100 (SXM) and the H100
-(SXM). A network reaches only a share of the peak speed. The shares here are assumptions: half of the float32 peak, and
-a fifth of the tensor-core peak, because memory limits the speed of tensor cores. Memory also limits the speed of
-quantizers. The estimates do not include quantizers.
+(SXM). A network reaches only a fraction of the peak speed. The fractions here are assumptions: half of the float32
+peak, and a fifth of the tensor-core peak, because memory limits the speed of tensor cores. The estimates do not include
+quantizers, whose speed is also limited by memory.
 """
 
 PEAKS = {

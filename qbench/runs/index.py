@@ -89,7 +89,7 @@ class RunIndex:
         return result
 
     def save(self) -> None:
-        """Write the index file if there are at least `MIN_RUNS` results, and some of them were added or are gone.
+        """Write the index file if there are at least `MIN_RUNS` results, and results were added, changed or removed.
 
         Errors in writing are ignored.
         """

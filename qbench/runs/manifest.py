@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 EQUAL_UNDER = ("commit", "torch build", "kind of device", "threads", "precision")
-"""Conditions for bit-identical results of two runs. All these values must be equal in both runs."""
+"""Two runs give bit-identical results only if all these values are equal in both runs."""
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn", "tensorboard")
 
 
@@ -72,7 +72,7 @@ def write(
 ) -> None:
     """Write manifest.json.
 
-    Two runs give equal results if they have the same commit, torch build, kind of device, thread count and precision.
+    The file lists the conditions for bit-identical results (`EQUAL_UNDER`) under the key `equal_under`.
 
     Args:
         path: the file to write.

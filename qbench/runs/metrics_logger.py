@@ -38,8 +38,8 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        size: length of metrics.jsonl in bytes when the checkpoint was written from which the run continues. All bytes
-            after this length are removed, and also corrupt lines.
+        size: length of metrics.jsonl in bytes, as stored in the checkpoint from which the run continues. All bytes
+            after this length are removed. Corrupt lines are removed too.
         step: training step at which the run continues. TensorBoard hides points of an earlier attempt after this step.
         tensorboard: whether to write event files.
 

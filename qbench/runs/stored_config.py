@@ -18,8 +18,8 @@ def stored_config(run: Path, identity: str | None = None) -> Config:
     only on their digests, which result.json contains.
 
     Args:
-        identity: digest of the run's identity, as stored with the weights. If this is None, the configuration must
-            match the identity in result.json. If there is also no result, any configuration is accepted.
+        identity: digest of the run's identity, as stored with the weights. If it is None, the configuration must
+            match the identity in result.json. If there is no result.json either, any configuration is accepted.
 
     Raises:
         OSError: config.yaml cannot be read.
