@@ -81,7 +81,7 @@ def compare() -> SubcommandParser:
         "places",
         metavar="PLACE",
         nargs="+",
-        help="a directory with runs at or below it, or a file that --format record has printed",
+        help="a run's directory, a folder that contains runs at any depth, or a file that --format record has printed",
     )
     parser.add_argument(
         "filters",

@@ -189,7 +189,8 @@ def next_commands(folders: Iterable[str], records: "Sequence[RunRecord]") -> str
     """Return the lines that end a sweep: the folders of the runs, and what to type to compare these runs again.
 
     Args:
-        records: the runs of the sweep. If the folders contain other runs too, filters leave out the other runs.
+        records: the runs of the sweep. If the folders also contain other runs, the commands have filters that leave
+            those runs out.
     """
     from qbench.report.comparison.filters import filter_words
     from qbench.runs.reader import read
