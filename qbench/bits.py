@@ -29,8 +29,8 @@ def weight_width(text: str) -> int | None:
 class LevelCount:
     """Number of levels found in a tensor, and number of levels that the tensor's grid allows.
 
-    If a tensor has several scale groups (values that share a scale), both numbers belong to the group with the most
-    levels.
+    A scale group is a set of values that share a scale. If a tensor has several scale groups, both numbers are those of
+    the group with the most levels.
     """
 
     found: int

@@ -1,4 +1,4 @@
-"""Finds a command line that gives a stored configuration."""
+"""Finds a command line that produces a stored configuration."""
 
 import copy
 import shlex
@@ -18,14 +18,14 @@ from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
 NODES = {"model": "resnet8", "dataset": "digits", "method": "float", "activation": "none"}
-"""Group -> default option. Only groups whose node stores the option under `name` are included."""
+"""Group -> default option. Only the groups that store the chosen option under `name` are included."""
 OPTIMIZERS = {"optim": "optim", "pretrain.optim": "optim@pretrain.optim"}
 """Key of a recipe in the configuration -> the text before `=OPTION` on the command line."""
 NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
 
 
 def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str | None:
-    """Return the command line `qbench KEY=VALUE ...` that gives a configuration, or None if there is none.
+    """Return the command line `qbench KEY=VALUE ...` that produces a configuration, or None if there is none.
 
     The command line names options of groups, and sets each key whose value differs from these options. There is no
     command line for a run of a learning-rate grid, or for a run whose initial checkpoint was deleted. The result is

@@ -48,7 +48,7 @@ def refuse_foreign_code(run: Path, named: str, fix: str, known: Collection[str] 
 def refuse_edited_code(run: Path, values: Mapping[str, object]) -> None:
     """Refuse a run whose configuration names a user's file that was edited after the run.
 
-    The edited code would compute something else from the same weights.
+    The edited code would compute different outputs from the same weights.
 
     Args:
         values: the run's configuration as plain values.

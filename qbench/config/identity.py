@@ -29,9 +29,9 @@ from qbench.system.files import Json, read
 ADDED = "added"
 """The key of a YAML node that maps added keys to their default values."""
 WHERE = {"root", "download"}
-"""Keys of the published data sets that set the location and the download of the files."""
+"""Keys of published data sets for the location and the download of the files. They do not affect the result."""
 CACHE = "cache"
-"""Key of a data set of image files that names the folder of decoded images. This folder does not affect the result."""
+"""Key that names the folder of decoded images, for data sets of image files. It does not affect the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
 
 
 def _ordered_if_decisive(rules: Node) -> Json:
-    """Return layer rules as they enter the identity: as a mapping, or as a list of pairs if their order matters.
+    """Return layer rules in the form for the identity: a mapping, or a list of pairs if the order of the rules matters.
 
     The first rule that matches a layer applies, but a mapping has no order in the identity. The order matters if two
     rules with different widths are not in alphabetical order and could match the same layer. Two patterns cannot match

@@ -101,7 +101,7 @@ def _instead(key: str) -> str:
 
 
 def _schema_field(key: str) -> dataclasses.Field[Any] | None:
-    """Return the field of the schema that a dotted key names, or None for an argument of a function."""
+    """Return the field of the schema that a dotted key names. Return None if the key is an argument of a function."""
     *groups, name = key.split(".")
     schema: Any = Config
     for group in groups:

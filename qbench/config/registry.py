@@ -52,8 +52,8 @@ def entry_names(group: str) -> list[str]:
 
 
 def _entry_points(group: str) -> "EntryPoints":
-    """Return what other installed packages register for a group."""
-    from importlib.metadata import entry_points  # late: it takes a tenth of the time of printing a stored row
+    """Return the entry points that other installed packages register for a group."""
+    from importlib.metadata import entry_points  # late, because the import would slow down printing a stored row
 
     return entry_points(group=ENTRY_POINTS[group])
 
@@ -72,7 +72,7 @@ def card(name: str) -> str:
 
 
 def widths(name: str) -> str:
-    """Return which of the widths w, a and g a method has, without importing the method's module.
+    """Return the letters of the widths that a method has, such as `wa`, without importing the method's module.
 
     A method outside qbench is assumed to have all three widths.
     """
@@ -194,7 +194,7 @@ def checked(
 
 
 def _refuse_reserved(group: str, name: str, known: Collection[str]) -> None:
-    """Raise `ConfigError` if an argument has the name of a key that is not passed to the function."""
+    """Raise `ConfigError` if an argument has a name in `NOT_ARGUMENTS`, because qbench never passes such a key."""
     if reserved := [key for key in NOT_ARGUMENTS if key in known]:
         raise ConfigError(
             f"{group}={name}: the argument `{reserved[0]}` has the name of a key that qbench uses itself\n"
@@ -228,7 +228,7 @@ def defaults(group: str, name: str) -> Node:
 
 
 def users_file(name: str) -> Path | None:
-    """Return the file of a user's function `package.module:function`. Return None for other names or without a file."""
+    """Return the file of a user's function `package.module:function`. Return None for other names or missing files."""
     if ":" not in name:
         return None
     search_working_directory()

@@ -32,7 +32,7 @@ BASELINE_MODEL = {"act": "auto", "head": "keep"}
 """Keys of `model` that have no effect on a float baseline, with their default values."""
 
 RATE = "optim.lr"
-"""In runs of a learning-rate grid, the method option of this name contains the learning rate."""
+"""Name of the option that contains the learning rate. Only runs of a learning-rate grid have this option."""
 
 STARTS = ("float", "scratch", "method")
 """Values of `init` that are not paths. `auto` and `imagenet` are missing, because other values replace them.
@@ -144,7 +144,8 @@ class Layers:
 class Distill:
     """Distillation from a teacher: the float baseline or a finished run.
 
-    `auto` becomes `method` if the method requires a teacher. `method` has the same effect as `kd`.
+    The name `auto` becomes `method` if the method requires a teacher, and otherwise `none`. The name `method` has the
+    same effect as `kd`.
     """
 
     name: str = one_of("auto", "auto", "none", "kd", "method")
@@ -174,7 +175,7 @@ def _share_of_gpus(value: object) -> bool:
 
 @dataclass
 class Runtime:
-    """Settings of how a run is executed, such as device and precision. Keys marked `free` cannot change the results."""
+    """Settings for the execution of a run, such as device and precision. Keys marked `free` cannot change results."""
 
     device: str = marked("auto", free=True)
     threads: int = within(1, 1, 1024)

@@ -1,8 +1,8 @@
 """Inspects the arguments of the functions and classes that build methods, models and data sets.
 
 qbench recognizes some arguments by name and fills them in: a method's widths, the shape of an image, and the number of
-classes. Every other argument must have a default value. The argument becomes a key of the configuration with the
-type of the default value.
+classes. Every other argument must have a default value, and becomes a key of the configuration. The values of this
+key must have the type of the default value.
 """
 
 import inspect

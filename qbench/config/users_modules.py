@@ -80,7 +80,7 @@ def _is_stale(name: str, module: ModuleType) -> bool:
 
 
 def _forget(name: str) -> None:
-    """Let Python import a module, or a package with all its modules, as if for the first time."""
+    """Remove a module, or a package with all its modules, from `sys.modules`. Python then imports it again."""
     for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
         del sys.modules[known]
         _executed.pop(known, None)

@@ -99,7 +99,7 @@ def from_node(node: DictConfig) -> Config:
 
 
 def with_digests(config: Config) -> Config:
-    """Add the digest of a user's file to each node that names a function in it. The content affects the result."""
+    """Add the file's digest to each node that names a function in a user's file. The file can change the result."""
     for node in (config.method, config.activation, config.model, config.dataset):
         if file := users_file(str(node["name"])):
             node["source"] = source_digest(file)
@@ -214,7 +214,7 @@ def _refuse_stored_values(config: Config) -> None:
     if "bits" not in config.method:
         return
     if config.init == "method":
-        raise ConfigError("init=method: must be one of auto, float, scratch, or the path of a run or a checkpoint")
+        raise ConfigError("init=method: must be auto, float, scratch, imagenet, or the path of a run or a checkpoint")
     if config.distill.name == "method":
         raise ConfigError("distill.name=method: must be one of auto, none, kd")
     if config.model.get("head") == "new" and config.init in ("auto", *STARTS):
@@ -329,6 +329,6 @@ def _wrong_type(error: ValidationError, node: DictConfig) -> str:
         "Integer": "a whole number", "Float": "a number", "bool": "true or false", "string": "text",
         "ListConfig": "a list",
     }  # fmt: skip
-    kind = words.get(expected.group(1), WIDTHS) if expected else "a value" if value is None else "another type"
+    kind = words.get(expected.group(1), WIDTHS) if expected else "a value" if value is None else "of another type"
     sweep = f"\n{sweep_hint(key, value)}" if isinstance(value, ListConfig) else ""
     return f"{key}={value}: must be {kind}{sweep}"
