@@ -159,7 +159,7 @@ def adjust_colours(images_NCHW: Tensor, draws: Tensor, augment: Augment) -> Tens
 
     2. `contrast` scales the differences between values and the mean of their channel.
 
-    3. `jitter` changes brightness, contrast about the mean grey value, and saturation.
+    3. `jitter` changes brightness, contrast (differences from the mean grey value) and saturation.
 
     DoReFa's training script for SVHN makes changes 1 and 2 (tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py). The
     ImageNet training code of He et al. (fb.resnet.torch) makes change 3, with its three parts in random order.

@@ -220,7 +220,7 @@ def split_validation(split: AnySplit, val: float, *, in_place: bool = False) -> 
 
     Args:
         split: the training split.
-        val: fraction of the images that form the validation split, 0 <= val < 1.
+        val: fraction of the images that becomes the validation split, 0 <= val < 1.
         in_place: whether images in memory are reordered instead of copied. The given split must not be used afterwards.
 
     Raises:

@@ -24,7 +24,7 @@ The expected number is the size of the split times the fraction of training imag
 """
 
 SAMPLED, MIN_SAMPLED = 256, 8
-"""Maximum and minimum number of images in the samples whose grey values are compared."""
+"""Grey values of two splits are compared on samples of at most 256 images. With fewer than 8, they are not compared."""
 
 MAX_SHIFT, STANDARD_ERRORS = 0.25, 5.0
 """Largest allowed difference of grey values between splits: the larger of these two limits.
@@ -190,8 +190,8 @@ def other_scale(data: Dataset) -> list[str]:
             digits = ".0f" if data.white == 255 else ".2f"
             mean, std, *of_train = (f"{value:{digits}}" for value in (*own.mean(0).tolist(), *train.mean(0).tolist()))
             notes.append(
-                f"{part} images have other grey values than train images: mean {mean} and standard deviation "
-                f"{std} of an image, but {' and '.join(of_train)} in train"
+                f"{part} images have other grey values than train images: on average, an image has mean {mean} and "
+                f"standard deviation {std}, but {' and '.join(of_train)} in train"
             )
     return notes
 

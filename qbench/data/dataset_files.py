@@ -132,9 +132,9 @@ def absolute_root(root: str) -> Path:
 
 
 def ensure_files(files: ExpectedFiles, root: Path, download: bool, fetch: Callable[[], object]) -> None:
-    """Raise an error if files are missing and cannot be downloaded.
+    """Ensure that all files exist. If `download` is true, download files that are missing or damaged.
 
-    If files are missing and `download` is true, the function calls `fetch`, which writes the files below `root`.
+    For a download, the function calls `fetch`, which writes the files below `root`.
 
     Raises:
         DataError: files are missing and `download` is false, or the download failed.

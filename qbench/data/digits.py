@@ -22,7 +22,7 @@ TEST_SHARE = 0.25
 
 
 def read() -> Split:
-    """Return all images (1797, 1, 8, 8), with grey values 0, 15, ..., 240, and their labels.
+    """Return all images (1797, 1, 8, 8) and their labels. The grey values of the file, 0 to 16, are multiplied by 15.
 
     The function reads the file from scikit-learn's folder. It does not import scikit-learn, because the import takes a
     second.

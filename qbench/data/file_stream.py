@@ -58,7 +58,7 @@ class FileSplit:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the smallest image that `augment` can crop."""
+        """Smallest possible shape (C, H, W) of an image after resizing."""
         return 3, self.side, self.side
 
     @property

@@ -2,19 +2,19 @@
 
 By default, the images have CIFAR's shape. The images are rendered on this machine, in any number. The same seed always
 gives the same images. There are 34 classes: 0-9 and A-Z without I and O. In many fonts, I looks like a 1 and O like a
-0. Small letters are left out, because the size is random and many small letters look like small capitals.
+0. Lowercase letters are left out, because many of them look like smaller capitals, and the size is random.
 
 21 of matplotlib's 40 fonts have ordinary digits and letters (DejaVu Sans, Sans Mono and Serif; STIXGeneral; cmb, cmr,
-cmss, cmti, cmtt). 16 of them draw the training images and 5 the test images. Symbol fonts (STIXSiz*, STIXNonUni*,
-cmex10, cmsy10, DejaVu*Display, LastResort) are not used. cmmi10 is not used because its digits are old-style. The
-validation images are taken from the training images, so they show the training fonts.
+cmss, cmti, cmtt). 16 of these fonts are used for training images and 5 for test images. Symbol fonts (STIXSiz*,
+STIXNonUni*, cmex10, cmsy10, DejaVu*Display, LastResort) are not used. cmmi10 is not used because its digits are
+old-style. The validation images are taken from the training images, so they show the training fonts.
 
 The glyph is brighter than the background in every channel, and every image is shifted to mean 128. Both rules make the
 task easier to learn. We also tried images without these rules: the glyph was randomly brighter or darker in each
 channel, and the mean was random. On such images, a small network stayed at chance level for ten epochs.
 
 `difficulty` scales these random properties: rotation, shear, size, proportions, position, loss of contrast, uneven
-background, fragments of other glyphs at the border, and noise. It does not scale colour and font. At difficulty 0,
+background, fragments of other glyphs at the border, and noise. It does not change colours and fonts. At difficulty 0,
 glyphs are upright, centred and clean. A seed gives the same glyphs, fonts and colours at every difficulty and image
 size.
 
@@ -25,7 +25,7 @@ We measured top-1 in % on the 10,000 test images (sampling error +-0.5 points) f
 The network is a pre-activation ResNet-8. It was trained for 10 epochs of the 10,810 training images on one thread, with
 SGD, learning rate 0.1, a cosine schedule and batches of 64. With one seed, top-1 was 95.7 at D = 1, 93.1 at D = 1.1 and
 88.1 at D = 1.2. With batches of 128, and therefore half the steps, top-1 was 99.9 at D = 0.5 and 93.3 at D = 1 (mean of
-three seeds from 92.9 to 93.6). At D = 1.5, top-1 was 52 and still rising. The default is D = 1.1, where
+three seeds, with values from 92.9 to 93.6). At D = 1.5, top-1 was 52 and still rising. The default is D = 1.1, where
 float networks reach about 92 % and different bit widths give different accuracy.
 
 Rendering 22,000 images and computing their mean and standard deviation takes 1.8 to 2.5 s on one
@@ -70,10 +70,10 @@ FRAGMENTS, DISTANCE, DISTANCE_SPREAD = 2, 0.95, 0.15
 # At difficulty 1:
 TURN = 0.45  # largest rotation to either side, in radians
 SHEAR = 0.3  # largest shear, in widths per height
-SHRINK = 0.35  # largest change of the log of the size
-STRETCH = 0.15  # largest change of the log of the width and of 1 / height
+SHRINK = 0.35  # largest change of log(size)
+STRETCH = 0.15  # largest change of log(width), with the opposite change of log(height)
 SHIFT = 0.2  # largest shift, in half sides
-FADE = 1.5  # contrast falls to 1 / (1 + FADE)
+FADE = 1.5  # the lowest contrast is CONTRAST / (1 + FADE)
 SHADE = 0.12  # unevenness of the background, as a fraction of the full scale
 CLUTTER = 0.85  # highest opacity of a fragment
 NOISE = 0.08  # highest standard deviation of a pixel, as a fraction of the full scale; the lowest is half as high

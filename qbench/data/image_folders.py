@@ -49,7 +49,7 @@ class ImageFiles:
         names: names of the files below the root, in order.
         labels: the labels of the images.
         ignored: number of files that are not images.
-        folders: device and inode of all folders that were read.
+        folders: maps the device and inode of each folder that was read to its path.
     """
 
     names: tuple[str, ...]
@@ -150,7 +150,7 @@ def hold_out_test(files: ImageFiles, share: float) -> tuple[ImageFiles, ImageFil
     """Divide the images of one folder into (train, test), stratified by class. Equal arguments give equal results.
 
     Args:
-        share: fraction of the images of each class that become test images, above 0 and below 1.
+        share: fraction of the images of each class that becomes the test split, above 0 and below 1.
 
     Raises:
         ValueError: `share` is out of range, a class would have no training image, or there would be no test image.

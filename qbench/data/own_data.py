@@ -28,7 +28,7 @@ STATISTICS_IMAGES = 1000
 """If images are read again in every epoch, the mean and standard deviation come from this number of images."""
 
 COMPARED = 256
-"""Maximum number of images that are read twice with the same seed.
+"""Maximum number of images that are read twice with the same seed, to check that both readings are equal.
 
 One image is not enough, because some transforms change only a few images.
 """

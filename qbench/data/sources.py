@@ -53,7 +53,10 @@ def are_gone(node: Mapping[str, object]) -> bool:
 
 
 def stamp(node: Mapping[str, object]) -> str | None:
-    """Return a digest of names, sizes, times and inodes of a data set's files, or None if the files are not known."""
+    """Return a digest of the names, sizes, times and inodes of a data set's files and of the code that reads them.
+
+    The result is None if the files are not known.
+    """
     paths = source_paths(node)
     if paths is None:
         return None
