@@ -34,19 +34,19 @@ from qbench.quant.quantizer import Storage
 from qbench.system.lazy_compiler import delay_import_of_compiler
 
 MOST_NUMBERS_ON_CPU = 2**20
-"""MACs are counted on the CPU if neither the network's weights nor an image's values are more than this number."""
+"""MACs are counted on the CPU if the network has at most this many weights and an image at most this many values."""
 
 MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
 NOT_USED = "layers that evaluation does not use, but that the size includes as float layers"
 NOT_REACHED = (
-    "layers that an image of zeros does not reach, so their operations are not counted, and the size includes them as "
+    "layers that an image of zeros does not reach; their operations are not counted, and the size includes them as "
     "float layers (a run says whether other images reach them)"
 )
 
 NOTED_SHARE = 0.01
-"""A note is given if the number of values outside the parameters is at least this fraction of the parameters."""
+"""A note is given if the number of values outside the parameters is at least this fraction of the parameter count."""
 
 
 def _matrix_vector_flops(matrix: torch.Size, *_: object, **__: object) -> int:

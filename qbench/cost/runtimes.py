@@ -45,7 +45,7 @@ def runs_on(layers: Sequence[LayerCost], refused: Mapping[str, str] | None = Non
         layers: the layers of a network. Only quantized layers are considered, because any runtime
             can run float layers.
         refused: form of `qbench export` (`int8`, `qonnx`) -> reason why the network cannot be exported to this form, or
-            an empty text if it can.
+            an empty text if this export is possible.
     """
     quantized = [layer for layer in layers if layer.bits.w < FLOAT or layer.bits.a < FLOAT]
     if not quantized:

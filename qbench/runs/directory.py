@@ -1,7 +1,7 @@
 """Manages the directory of a run: lock, config.yaml, checkpoints and result.
 
 The path is derived from the identity of the run (all keys that can change its result). The same command therefore finds
-the same run again, also in a sweep or with a launcher. `result.json` is written last. Before that, the directory
+the same run again, also in a sweep or with a launcher. `result.json` is written last. Until then, the directory
 contains checkpoints, so that an interrupted run can continue.
 """
 

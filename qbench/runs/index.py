@@ -1,4 +1,4 @@
-"""Keeps the results of many runs in one index file beside the runs, so that later reads are faster.
+"""Keeps the results of many runs in one index file next to the runs, so that later reads are faster.
 
 The index file is a copy that can be deleted at any time. A result is taken from the index file only if the size, times
 and inode of the run's `result.json` have not changed since the result was read. The index is ignored if its checksum is
@@ -31,7 +31,7 @@ MIN_RUNS = 1000
 """Smallest number of runs for which an index file is written. Fewer runs are read in less than a second."""
 
 MIN_AGE_SECONDS = 2
-"""A file that was written within this time is not indexed, because another change might not change its times."""
+"""A file that was written within this time is not indexed. A second change might leave its modification time equal."""
 
 SHARED = (
     "method", "options", "bits", "network", "dataset", "model", "protocol", "baseline", "verified", "quantizers",

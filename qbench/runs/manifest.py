@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 EQUAL_UNDER = ("commit", "torch build", "kind of device", "threads", "precision")
-"""Two runs give bit-identical results only if all these values are equal in both runs."""
+"""If all these values are equal, two runs of the same configuration give bit-identical results."""
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn", "tensorboard")
 
 

@@ -28,7 +28,7 @@ LEFT_OUT = ("run", "card", "quantizers", "verified", "speed", "best", "state_sha
 """Fields of a result that `dump_records` omits, because they are large or describe the machine."""
 
 NAMED = re.compile(r".*-([0-9a-f]{8})")
-"""The name of a run's directory, which ends with the first digits of the run's identity."""
+"""Pattern of the name of a run's directory. The name ends with the first digits of the run's identity."""
 
 RUN_FILES = frozenset({"result.json", "config.yaml", "metrics.jsonl"})
 EVENT_FILES = "events.out.tfevents."

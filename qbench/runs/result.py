@@ -90,9 +90,9 @@ class Result:
     """The content of `result.json`. docs/reference/run-directory.md describes each field.
 
     `final` is measured after the last epoch, and `best` after the epoch with the best validation accuracy. `verified`
-    maps a layer, and then w, a or g, to the number of used and allowed levels. `protocol_changes` describes how the
-    method changes the protocol that methods share. `run` is the directory of the run. This path is not stored in the
-    file.
+    contains the number of used and allowed levels, as `verified[layer][tensor]`, where `tensor` is w, a or g.
+    `protocol_changes` describes how the method changes the common protocol of all methods. `run` is the directory of
+    the run. This path is not stored in the file.
 
     `data_sha256` is the digest of the data set's fingerprint, which contains the number of images and the sha256 of the
     images and labels of each split. This digest is not part of `identity`, because the identity must be known before

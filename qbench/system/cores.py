@@ -1,4 +1,4 @@
-"""Counts the cores of this machine, and divides them among the processes that share it."""
+"""Counts the cores of this machine, and divides them among the processes of qbench that run on it."""
 
 import os
 
@@ -12,10 +12,10 @@ def cores() -> int:
 
 
 def own_cores() -> int:
-    """Return this process's share of the cores, at least 1.
+    """Return the number of cores that this process should use, at least 1.
 
-    The runs of a sweep share the cores. The processes of a run (`LOCAL_WORLD_SIZE`, set by torchrun) also share them.
-    SLURM itself gives each process its cores.
+    The cores are divided equally among the runs of a sweep, and among the processes of a run (`LOCAL_WORLD_SIZE`, set
+    by torchrun). Under SLURM, the cores are not divided, because SLURM itself gives each process its cores.
     """
     if os.environ.get("SLURM_PROCID"):
         given = os.environ.get("SLURM_CPUS_PER_TASK", "")

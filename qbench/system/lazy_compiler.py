@@ -1,7 +1,7 @@
 """Delays torch's import of its compiler until something is compiled. The import takes over a second and 70 MiB.
 
-torch imports the compiler in every step of an optimizer, and in many functions for tensors on the meta device. The only
-purpose is to leave these functions out of compilation. As long as nothing is compiled, the import has no effect.
+torch imports the compiler in every step of an optimizer, and in many functions for tensors on the meta device. torch
+does this only to leave these functions out of compilation. As long as nothing is compiled, the import has no effect.
 """
 
 import importlib
@@ -34,5 +34,5 @@ class _Placeholder(ModuleType):
 
 
 def delay_import_of_compiler() -> None:
-    """Delay the import of torch's compiler until torch compiles something. A compiler that is imported stays."""
+    """Delay the import of torch's compiler until torch compiles something. If it is already imported, do nothing."""
     sys.modules.setdefault(COMPILER, _Placeholder(COMPILER))

@@ -1,4 +1,4 @@
-"""Tests whether processes that share a folder, perhaps on several hosts, exclude each other by locks.
+"""Tests whether file locks work between processes that share a folder, perhaps on several hosts.
 
 On some file systems, a lock holds only on the host that took it, for example on NFS mounted with `nolock`. Each process
 therefore announces itself in the folder: with a locked file, and with a counter that increases every second. If another
@@ -84,7 +84,7 @@ def _refuse_unlocked(shared: Path, others: list[Path]) -> None:
         for path in [path for path in before if _count(path) not in (None, before[path])]:
             if not is_locked(path):
                 raise ResourceError(
-                    f"{shared}: process {path.stem} uses this folder too, but file locks do not work between them\n"
+                    f"{shared}: process {path.stem} also uses this folder, and file locks do not exclude it\n"
                     "mount the folder with locks (NFS: without nolock and local_lock), or wait for the other process,\n"
                     "or type another folder: out=FOLDER"
                 )

@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, s
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that SLURM and submitit send before a job is preempted. They have precedence over the other signals."""
 GRACE_SECONDS = 10.0
-"""Default time limit in seconds. The process ends at the latest this long after a signal.
+"""Default time limit in seconds. The process ends at most this long after a signal.
 
 If a training step is in progress, the time counts from the end of this step.
 """

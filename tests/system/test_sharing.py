@@ -50,7 +50,7 @@ def test_locks_that_exclude_are_accepted(tmp_path: Path) -> None:
 def test_locks_that_do_not_exclude_are_refused(tmp_path: Path) -> None:
     with another_process(tmp_path, "nolock"), pytest.raises(ResourceError) as raised, announced([tmp_path]):
         pass
-    assert "file locks do not work between them" in str(raised.value)
+    assert "file locks do not exclude it" in str(raised.value)
     assert "nolock" in str(raised.value)
     assert len(str(raised.value).splitlines()) == 3
 
