@@ -9,9 +9,9 @@ BN that has scale and shift. The shortcut is added to the output of this BN.
 If a block changes the shape, its shortcut is a 1x1 convolution that reads the output of the block's
 first Q. A BN with scale and shift follows this convolution. In the other blocks, the shortcut is
 the block's input, which is never quantized. The first block does not begin with a BN, because the
-stem ends with a BN. The identity shortcut of the first block therefore carries normalized values.
-In a bottleneck, the first 1x1 convolution has the block's stride. Max pooling rounds sizes up, as
-Caffe does.
+stem ends with a BN. If the first block has an identity shortcut, this shortcut therefore carries
+normalized values. In a bottleneck, the first 1x1 convolution has the block's stride. Max pooling
+rounds sizes up, as Caffe does.
 
 `norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine` (neither
 scale nor shift). In the running averages of the authors' BN, a new batch has weight 0.05

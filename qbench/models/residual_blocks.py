@@ -24,8 +24,8 @@ ConvSpec = tuple[int, int, int]
 SHORTCUTS = ("A", "A_stride", "B")
 """Kinds of shortcut in blocks that change the shape.
 
-A averages over 2x2 pixels, and A_stride takes every second pixel. Both of these shortcuts then
-add channels of zeros. B is a 1x1 convolution.
+A averages over 2x2 pixels, and A_stride takes every second pixel. Both A and A_stride then add
+channels of zeros. B is a 1x1 convolution.
 """
 
 

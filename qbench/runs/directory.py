@@ -171,7 +171,7 @@ class RunDirectory:
         return [path for _, path in sorted(by_step, reverse=True)]
 
     def has_result(self) -> bool:
-        """Whether result.json exists. The status does not matter."""
+        """Return whether result.json exists, with any status."""
         return (self.path / "result.json").exists()
 
     def reset(self, *, whole: bool) -> None:

@@ -37,10 +37,8 @@ def _epoch_records(run: Path) -> list[Record]:
 def baseline_directory(result: Result) -> Path | None:
     """Return the directory of a run's float baseline.
 
+    If a directory with the baseline's name is next to the run's directory, it is used instead of the recorded path.
     The result is None if there is no baseline, or if the directory belongs to a run on other images.
-
-    If a directory with the baseline's name is next to the run's directory, this directory is used instead of the
-    recorded path.
     """
     if not result.baseline:
         return None

@@ -204,7 +204,7 @@ def parse_result(values: dict[str, Any]) -> Result:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair."""
+    """Return whether a text can be encoded as UTF-8, which half of a surrogate pair would prevent."""
     try:
         text.encode()
     except UnicodeEncodeError:

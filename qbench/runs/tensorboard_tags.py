@@ -35,7 +35,7 @@ def scalar_tags(kind: str, values: Mapping[str, object]) -> dict[str, float]:
 
 
 def final_metrics(scalars: Mapping[str, float]) -> dict[str, float]:
-    """Return the final metrics in some scalars, by name.
+    """Return the final metrics by name. `scalars` contains them by TensorBoard tag.
 
     For final records, this function is the inverse of `scalar_tags`.
     """

@@ -1,4 +1,4 @@
-"""Caches the content of files. A cache is valid during one command or one call of the Python interface."""
+"""Caches values that depend on files. A cache is valid during one command or one call of the Python interface."""
 
 from collections.abc import Callable
 from functools import lru_cache
