@@ -24,7 +24,7 @@ from qbench.runs.reader import RunRecord, dump_records, read
 class CompareOptions:
     """A parsed command line of `qbench compare`.
 
-    `where` maps the key of a filter to the values that the filter keeps.
+    `where` contains the filters. It maps a key to the values that are kept.
     """
 
     directories: tuple[str, ...]

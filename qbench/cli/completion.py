@@ -3,10 +3,9 @@
 Hydra completes the keys inside groups.
 
 Packages that complete argparse parsers (argcomplete, shtab) are not used. The most frequent command line has no
-subcommand, and its arguments are overrides, which only Hydra can complete. Hydra and such a package would each need a
-shell function of their own, but the shell allows one function per command. Therefore, one shell function calls
-`qbench completion query`. This subcommand uses the parsers to complete other subcommands, and passes overrides to
-Hydra.
+subcommand, and its arguments are overrides, which only Hydra can complete. Hydra and such a package would need one
+shell function each, but the shell allows only one function per command. The shell function therefore calls `qbench
+completion query`. This subcommand completes other subcommands by their parsers, and passes overrides to Hydra.
 """
 
 import glob

@@ -154,7 +154,7 @@ def list_() -> SubcommandParser:
         "group", nargs="?", metavar="GROUP", choices=list(listed_groups()), help=", ".join(listed_groups())
     )
     parser.add_argument(
-        "directories", nargs="*", metavar="DIR", help="after `runs`: where the runs are (default: outputs)"
+        "directories", nargs="*", metavar="DIR", help="after `runs`: the folders of the runs (default: outputs)"
     )
     return parser
 

@@ -145,7 +145,7 @@ def _parse(
 
 
 def _advice(words: Sequence[str]) -> str:
-    """Return what to type in place of words that do not name exactly one run directory."""
+    """Return the line of an error message that says what to type. `words` do not name exactly one run directory."""
     found = [word for word in words if os.path.isdir(word)]
     if len(found) > 1:
         return f"type one of them, such as {found[0]}"

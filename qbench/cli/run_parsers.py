@@ -106,10 +106,10 @@ def export() -> SubcommandParser:
         parser,
         "--to",
         EXPORT_FORMS,
-        "form of the file (default: packed). packed: codes of the true width, and the same logits as the run, bit for "
-        "bit; onnx: ONNX with integer weights and standard operators; int8: ONNX that runtimes compute in 8-bit "
-        "integers; qonnx: ONNX with Quant nodes, for FINN and hls4ml; integer: integer arithmetic with thresholds, in "
-        "NumPy",
+        "form of the file (default: packed). packed: codes that take exactly their bit width, with logits that are "
+        "bit-identical to the run's; onnx: ONNX with integer weights and standard operators; int8: ONNX that runtimes "
+        "compute in 8-bit integers; qonnx: ONNX with Quant nodes, for FINN and hls4ml; integer: integer arithmetic "
+        "with thresholds, in NumPy",
     )
     parser.add_argument(
         "--out",
@@ -156,8 +156,8 @@ def sensitivity() -> SubcommandParser:
         parser,
         "--measure",
         ("loss", "mse"),
-        "what to minimize (default: loss). loss: the sum of the loss increases, each with only one layer quantized; "
-        "mse: the squared error of the weights",
+        "what to minimize (default: loss). loss: the sum over all layers of the loss increase when only this layer is "
+        "quantized; mse: the squared error of the weights",
     )
     parser.add_argument(
         "--widths", type=weight_widths, metavar="N,...", help="widths to choose from (default: 1,2,3,4,5,6,7,8)"
