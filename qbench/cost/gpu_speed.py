@@ -14,7 +14,7 @@ PEAKS = {
 }
 """Precision -> GPU -> published floating-point operations per second."""
 SHARES = {"fp32": 0.5, "tf32": 0.2, "bf16": 0.2, "fp16": 0.2}
-"""Precision -> assumed share of the peak speed that a network reaches."""
+"""Precision -> assumed fraction of the peak speed that a network reaches."""
 PASSES = 3
 """Cost of a training step, in forward passes.
 

@@ -13,14 +13,14 @@ Idea
     quantized, so that one clipping level suits the weights throughout training.
 
 Forward
-    B bits have 2^B levels. To compute a level, add one element of each set below, and divide by the
-    largest such sum. B = 2: {0, 1/2, 1/4, 1/8}. B = 3: {0, 1/2, 1/4, 1/16} + {0, 1/8}. B = 4: {0,
-    1/2, 1/8, 1/32} + {0, 1/4, 1/16, 1/64}. B = 5: {0, 1/2, 1/8, 1/64} + {0, 1/4, 1/16, 1/128} + {0,
-    1/32}. The function project(v) returns the level nearest to v.
+    With B bits, there are 2^B levels in [0, 1]. Each level is the sum of one element of each set
+    below, divided by the largest of these sums. B = 2: {0, 1/2, 1/4, 1/8}. B = 3: {0, 1/2, 1/4,
+    1/16} + {0, 1/8}. B = 4: {0, 1/2, 1/8, 1/32} + {0, 1/4, 1/16, 1/64}. B = 5: {0, 1/2, 1/8, 1/64}
+    + {0, 1/4, 1/16, 1/128} + {0, 1/32}. The function project(v) returns the level nearest to v.
     Weights of b bits: w = (W - mean(W)) / std(W), w_hat = alpha sign(w) project(clip(|w| / alpha,
-    0, 1)), with B = b - 1. Including the negative levels, there are 2^b - 1 levels. With 2 bits,
-    the levels are -alpha, 0, alpha. The layer does not multiply w_hat by std(W), because the
-    following batch normalization removes the scale.
+    0, 1)). Here B = b - 1, because the sign takes one bit. Including the negative levels, there are
+    2^b - 1 levels. With 2 bits, the levels are -alpha, 0, alpha. The layer does not multiply w_hat
+    by std(W), because the following batch normalization removes the scale.
     Activations of b bits: x_hat = alpha project(clip(x / alpha, 0, 1)), with B = b.
     Weights of the first and last layers, with 8 bits: w_hat = round(127 W / m) m / 127, with m =
     max|W|.
@@ -34,8 +34,8 @@ Backward
 
 Schedule
     Training has one phase and starts from a float network. The authors start each width from the
-    trained network of the next larger width. In qbench, type init=RUN, where RUN is the directory
-    of the wider run.
+    trained network of the next larger width. To do the same in qbench, type init=RUN, where RUN is
+    the directory of the run with the next larger width.
 
 Sites
     weight, input.
@@ -51,8 +51,8 @@ Protocol
     The authors train ResNet-20 with 1x1 convolutions as shortcuts on CIFAR-10. They train for 300
     epochs by SGD with momentum 0.9 and batch size 128. The learning rate is 0.04, and is divided by
     10 at epochs 150 and 225. Weight decay is 1e-4 (3e-5 with 2 bits). The weights of the first and
-    last layers have 8 bits, and the inputs of these layers are float. In qbench, type
-    layers.first=w8 layers.last=w8. The authors keep the weights with the best test accuracy.
+    last layers have 8 bits, and the inputs of these layers are float. To do the same in qbench,
+    type layers.first=w8 layers.last=w8. The authors keep the weights with the best test accuracy.
 
 Choices
     initial_weight, initial_input: initial alpha of the weights (3 by default) and of the input (8
@@ -62,15 +62,15 @@ Choices
     has separate learning rates for alpha. In qbench, alpha has the same learning rate as the
     weights.
     edge_scale: the scale m of 8-bit weights. `abs` (default) uses m = max|W|. `max` uses m =
-    max(W), as in the authors' code. The authors' checkpoints need `max`. With `max`, the lowest
-    code in these checkpoints is -145, which does not fit into 8 bits.
+    max(W), as in the authors' code. For the authors' checkpoints, type method.edge_scale=max. The
+    lowest code in these checkpoints is then -145, which does not fit into 8 bits.
     A value halfway between two levels is rounded to the lower level. In the authors' code, the
     rounding of such a value depends on the order of a Python set.
 
 Deviations
-    Inputs below 0 become 0 and get no gradient. The authors' code clips only large inputs, because
-    its networks have a ReLU in front of the quantizer. qbench keeps alpha at 1e-3 or more. If
-    std(W) is 0, qbench does not divide the weights by std(W).
+    Inputs below 0 become 0 and get no gradient. The authors' code clips only at the upper end,
+    because its networks have a ReLU in front of the quantizer. qbench keeps alpha at 1e-3 or more.
+    If std(W) is 0, qbench does not divide the weights by std(W).
 
 Results
     docs/results.md (CIFAR-10). docs/guides/checkpoints.md has the accuracy of the authors'
@@ -100,7 +100,10 @@ SETS: dict[int, tuple[tuple[float, ...], ...]] = {
     4: ((0, 1 / 2, 1 / 8, 1 / 32), (0, 1 / 4, 1 / 16, 1 / 64)),
     5: ((0, 1 / 2, 1 / 8, 1 / 64), (0, 1 / 4, 1 / 16, 1 / 128), (0, 1 / 32)),
 }
-"""Maps B to the sets for B bits. A level is a sum of one element from each set. Ternary weights use B = 1."""
+"""Maps B to the sets for B bits. A level is a sum of one element per set, divided by the largest such sum.
+
+Ternary weights use B = 1.
+"""
 
 
 @lru_cache

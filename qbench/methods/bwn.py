@@ -6,7 +6,7 @@ Paper
     allenai/XNOR-Net (Torch).
 
 Idea
-    BWN quantizes weights as XNOR-Net does, but the activations of BWN are float. Convolutions with
+    BWN quantizes weights in the same way as XNOR-Net. Activations stay float. Convolutions with
     binary weights need no multiplications. Binary weights take 32 times less memory than float32
     weights.
 

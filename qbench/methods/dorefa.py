@@ -7,8 +7,8 @@ Paper
 Idea
     DoReFa maps weights, activations and gradients to [0, 1], rounds them to k bits, and maps the
     result back. In the backward pass, the derivative of the rounding is replaced by 1
-    (straight-through). A dot product of two fixed-point vectors can be computed by counting bits.
-    This is possible in the forward pass and in the backward pass.
+    (straight-through). Bit counts can compute a dot product of two fixed-point vectors, in the
+    forward pass and in the backward pass.
 
 Forward
     Qk(x) = round(n x) / n, with n = 2^k - 1. Ties are rounded to even.
@@ -49,15 +49,15 @@ Protocol
     first and the last is followed by batch normalization.
 
 Choices
-    activation: the bounded function h. The paper does not say which function h is. The authors'
-    code has used three functions. `clip` (default) is the function in today's code. `abs` is min(1,
-    |x|). The authors' SVHN script used `abs` until October 2018, and the results that this script
-    states were measured with `abs`. `tanh` is tanh(x) / 2, rounded to levels in [-1/2, 1/2]. The
-    authors' first published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU in
-    front of the quantizer (`model.act=fused`). `clip` works with or without a ReLU, because `clip`
-    sets negative values to 0 as ReLU does.
-    qbench keeps the network's ReLU in front of the last layer, and in front of every layer that
-    stays float. In these places, the authors' code clips the activations instead.
+    activation: the bounded function h. The paper does not define h. The authors' code has used
+    three functions. `clip` (default) is the function in today's code. `abs` is min(1, |x|). The
+    authors' SVHN script used `abs` until October 2018, and the results that this script states were
+    measured with `abs`. `tanh` is tanh(x) / 2, rounded to levels in [-1/2, 1/2]. The authors' first
+    published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU in front of the
+    quantizer (`model.act=fused`). `clip` works with or without a ReLU, because `clip` itself sets
+    negative values to 0.
+    In front of the last layer and of every layer that stays float, qbench keeps the network's ReLU.
+    The authors' code clips the activations there.
     Values are rounded to nearest with ties to even, as in torch and in today's TensorFlow. The
     authors' first code rounded ties up.
 
@@ -125,7 +125,7 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
 
 def _largest(t: Tensor) -> float | Tensor:
     """Return max|t|, or 1 if all weights are zero, to avoid 0/0."""
-    top = scalar(t.detach().abs().amax())  # several times as fast as vector_norm and max
+    top = scalar(t.detach().abs().amax())  # amax is several times faster than vector_norm and max
     return torch.where(top == 0, 1.0, top) if isinstance(top, Tensor) else top or 1.0
 
 
@@ -182,9 +182,8 @@ def quantize_activation_tanh(x: Tensor, bits: int) -> Tensor:
 def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = None) -> Tensor:
     """Quantize a gradient (N, ...) with stochastic rounding. The scale of a sample is its max|x|. Eq. 12.
 
-    With 32 bits, return x itself. The noise of every element is drawn separately. It comes from
-    `generator`, or from torch's global generator if `generator` is None. If all elements of a
-    sample are zero, they stay zero.
+    With 32 bits, return x itself. Every element has its own noise from `generator`, by default
+    torch's global generator. A sample whose elements are all zero stays zero.
     """
     if bits == FLOAT:
         return x

@@ -23,9 +23,8 @@ Backward
     changes when a point moves. With few points and buckets of large range, a step can therefore
     increase the loss.
     L = 0.7 T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + 0.3 CE(labels), T = 2, where z_t are the
-    logits of the float network and z_s are the logits of the quantized network. The float network
-    is the teacher. By default the teacher is the float baseline, which is the same network before
-    quantization.
+    logits of the teacher and z_s are the logits of the quantized network. By default, the teacher
+    is the float baseline, which is the same network before quantization.
 
 Schedule
     Training has one phase and starts from a float network. Points are sorted after every step.
@@ -51,20 +50,20 @@ Choices
     initial: the initial points. `quantiles` takes the percentiles linspace(0, 100, m) of the scaled
     weights. `uniform` spaces the points evenly, as in the paper's ablation.
     allocation: `gradient` or `even`. `even` gives every layer 2^b points. `gradient` distributes
-    the same total number of points, 2^b times the number of layers. First, every layer gets half of
-    2^b points. Then the remaining points are distributed in proportion to the 2-norm of each
-    layer's dL/dw in the float network. The number of points of each layer is rounded to an integer.
-    If the sum of these integers is below the total, the missing points are added one at a time,
-    each to the layer with the fewest points at that moment. If the sum is above the total, points
-    are removed one at a time, each from the layer with the most points at that moment. (The
-    authors' code adds or removes all of these points in a single layer.) In qbench, a layer has at
-    most 4 * 2^b points. The authors set no such limit. Points are distributed only among layers
-    with the same bits.w.
+    the same total number of points, 2^b times the number of layers. First, every layer gets 2^b / 2
+    points. Then the remaining points are distributed in proportion to the 2-norm of each layer's
+    dL/dw in the float network. The number of points of each layer is rounded to an integer. If the
+    sum of these integers is below the total, the missing points are added one at a time, each to
+    the layer with the fewest points at that moment. If the sum is above the total, points are
+    removed one at a time, each from the layer with the most points at that moment. (The authors'
+    code adds or removes all of these points in a single layer.) In qbench, a layer has at most 4 *
+    2^b points. The authors set no such limit. Points are distributed only among layers with the
+    same bits.w.
     For the allocation, dL/dw is the gradient of the cross entropy on 256 training images (the
     probe), in evaluation mode. The authors average the gradients of five minibatches.
     As in the authors' code, the points are sorted after a step, and the optimizer's momentum is not
-    sorted. If two points swap places, each point therefore continues with the momentum of the other
-    point.
+    sorted. If two points swap places, each of them therefore continues with the other point's
+    momentum.
     Points are trained at the learning rate of the recipe. The authors use small learning rates with
     SGD, because the gradient of a point is a sum over thousands of weights. Adam rescales this sum
     and does not need such small learning rates. A trained point may be outside [0, 1].
@@ -118,7 +117,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
     v_BK = in_buckets(w.detach(), bucket_size)
     alpha, beta = bucket_scale(v_BK)
     points = points.to(v_BK.dtype)
-    # nearest point by the midpoints between neighbours; the index carries no gradient
+    # find the nearest point from the midpoints between neighbours; the index has no gradient
     edges = (points[1:] + points[:-1]).detach() / 2
     nearest = torch.bucketize((v_BK - beta) / alpha, edges, right=True)
     # indexing passes alpha times the gradient to the points, summed over each point's weights
@@ -155,7 +154,7 @@ def allocate_points(norms: Sequence[float], points: int, maximum: int | None = N
         return [points] * len(norms)
     shared = total - base * len(norms)
     counts = [min(base + round(norm / sum_of_norms * shared), maximum or total) for norm in norms]
-    # restore the total, which rounding and the bound changed, one point at a time
+    # rounding and the maximum may have changed the sum: restore the total, one point at a time
     while sum(counts) > total:
         counts[counts.index(max(counts))] -= 1
     while sum(counts) < total:
@@ -194,7 +193,7 @@ class DQWeight(Quantizer):
         return quantize_to_points(w, self._used_points(), self.bucket)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values of each bucket: the layer's points times the bucket's scale, plus its offset."""
+        """Return the allowed values: alpha times the layer's points, plus beta. Each bucket is one scale group."""
         return bucketed_grid(w, self.points.detach()[: int(self.count)].to(w.dtype), self.bucket)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -207,7 +206,10 @@ class DQWeight(Quantizer):
         return {"points": int(self.count)}
 
     def _used_points(self) -> Tensor:
-        """Return the points, with infinity in unused entries. The CPU does not wait for a GPU."""
+        """Return the points, with infinity in unused entries.
+
+        The value of `count` stays on the device, so the CPU does not wait for a GPU.
+        """
         rank = torch.arange(len(self.points), device=self.points.device)
         return torch.where(rank < self.count, self.points, torch.inf)
 

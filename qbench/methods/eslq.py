@@ -8,14 +8,14 @@ Paper
 
 Idea
     SLQ clusters the weights. INQ uses powers of two as levels, so that shifts replace
-    multiplications. ESLQ combines both ideas: all weights of a cluster become the power of two that
-    is nearest to the cluster's centroid.
+    multiplications. ESLQ combines both ideas: it sets all weights of a cluster to the power of two
+    nearest to the cluster's centroid.
 
 Forward
-    Clusters are found as in SLQ. The weights of a cluster become the level nearest to the cluster's
-    centroid c, not c itself. The levels are 0, +-2^n2, ..., +-2^n1. If c is halfway between two
-    levels, the level with the larger magnitude is taken. n1 = floor(log2(4 max|c| / 3)), n2 = n1 +
-    1 - 2^(b-1) / 2.
+    Clusters are found as in SLQ. The weights of a cluster are then set to the level nearest to the
+    cluster's centroid c. The levels are 0, +-2^n2, ..., +-2^n1. If c is halfway between two levels,
+    the level with the larger magnitude is taken. n1 = floor(log2(4 max|c| / 3)), n2 = n1 + 1 -
+    2^(b-1) / 2.
 
 Backward
     Free weights get their gradient dL/dw. Frozen weights get no gradient.
@@ -36,10 +36,10 @@ Protocol
     Only the protocol of SLQ is known.
 
 Choices
-    The sources do not state the range of exponents. qbench uses INQ's formula, but with the largest
-    centroid in place of the largest weight. A level is then always near the largest centroid. If
-    the range were computed from max|w|, 0 could be the nearest level of every centroid at 2 bits.
-    All weights of the layer would then become 0.
+    The sources do not state the range of exponents. qbench uses INQ's formula with max|c|, the
+    largest magnitude of the centroids, in place of max|w|. This ensures that some level is near the
+    largest centroid. With max|w| and 2 bits, 0 could be the nearest level of every centroid, and
+    all weights of the layer would become 0.
     If two clusters have the same nearest level, they become one cluster. A layer therefore usually
     has fewer levels than in INQ. Portions are fractions of the number of levels that the layer
     uses. If the nearest level of a cluster is already frozen, the cluster is frozen too. Losses and

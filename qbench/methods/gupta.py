@@ -14,11 +14,11 @@ Idea
 Forward
     A format <IL, FL> has WL = IL + FL bits: IL integer bits, including the sign, and FL fraction
     bits. The step is eps = 2^-FL. The range is [-2^(IL-1), 2^(IL-1) - eps].
-    Convert(x) sets values outside the range to the nearest end of the range, without wrap-around.
-    It rounds values inside the range. Let f = floor(x / eps) eps. Nearest rounding returns f if x
-    <= f + eps / 2, else f + eps. Stochastic rounding returns f + eps with probability (x - f) /
-    eps, else f. (The source for saturation and stochastic rounding is a restatement of the paper.
-    The ends of the range and the rounding of ties are from memory.)
+    Convert(x) saturates: it sets values outside the range to the nearest end of the range. It
+    rounds values inside the range. Let f = floor(x / eps) eps. Nearest rounding returns f if x <= f
+    + eps / 2, else f + eps. Stochastic rounding returns f + eps with probability (x - f) / eps,
+    else f. (Saturation and stochastic rounding are taken from a text that restates the paper. The
+    ends of the range and the rounding of ties are from memory.)
     A layer computes y = Convert(sum(w x) + bias). The products and the sum are computed in a wider
     format. Only the sum is rounded to the format <IL, FL>. Stored weights are on the grid already,
     so the layer does not round them.
@@ -197,7 +197,7 @@ class GuptaWeight(Quantizer):
         self.weights, self.biases, self.updates, self.momentum = weights, biases, updates, momentum
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return w itself, which is on the grid. If w were rounded here, w could be a float copy of the weights."""
+        """Return w unchanged. `prepare` and the training steps round w, so that no float copy of the weights exists."""
         return w
 
     def grid(self, w: Tensor) -> Grid:
@@ -265,7 +265,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     before = [(p, p.clone(), fixed_format, site) for p, fixed_format, site in fixed_point_parameters(model)]
     optimizer.step()
     for parameter, old, fixed_format, site in before:
-        # W <- Convert(W + Convert(dW)), dW recovered from the optimizer's float32 sum
+        # W <- Convert(W + Convert(dW)), where dW is the change that the optimizer made
         parameter.copy_(fixed_format.convert(old + site.updates.convert(parameter - old)))
         for key, state in optimizer.state.get(parameter, {}).items():
             if key in MOMENTUM_STATE and state is not None:
@@ -315,9 +315,9 @@ def build(
 
     def output(name: str, layer: nn.Module, bits: int) -> GuptaOutput | None:
         assert isinstance(layer, QLayer)
-        # The output has the width of the layer's activations, or the method's width if the layer's
-        # input is the image or float. If the method's width is float, the output is float, because
-        # another method then quantizes the activations.
+        # The output usually has the activation width of the layer. If the layer's input is float or
+        # is the image, the output has the method's activation width `a`. If `a` is 32, another
+        # method quantizes the activations, and the output is float.
         reads_image = isinstance(layer.input_q, ImageQuantizer)
         width = a if reads_image or FLOAT in (a, layer.bits.a) else layer.bits.a
         if layer.bits == Bits() or bits == width == FLOAT:

@@ -8,7 +8,7 @@ Idea
     In every layer, batch normalization without scale and shift brings the input of the nonlinearity
     close to N(0, 1). All layers can therefore use the same levels, which are optimal for the
     positive half of N(0, 1). The backward pass replaces the derivative of the step function by a
-    surrogate derivative. Whether deep networks can be trained depends on this surrogate.
+    surrogate derivative. Deep networks can be trained only with a suitable surrogate.
 
 Forward
     Activations: the positive levels are q_1 < ... < q_m, with m = 2^b - 1. Q(x) is 0 for x <= 0,
@@ -62,8 +62,8 @@ Choices
 Deviations
     In the authors' CIFAR-10 network, the last batch normalization has scale and shift. ReLU and the
     linear layer follow this batch normalization. The networks vgg_small and hwgq_resnet have scale
-    and shift in the same places as the authors' networks. With this method, no batch normalization
-    in any other network of qbench has scale and shift.
+    and shift in the same places as the authors' networks. In all other networks of qbench, this
+    method uses batch normalization without scale and shift.
 
 Results
     docs/results.md (digits, glyphs).
@@ -167,7 +167,7 @@ def _quantized(x: Tensor, thresholds: Tensor, levels: Tensor, backward: str) -> 
 
 
 def _cells(thresholds: Tensor, levels: Tensor) -> Cells:
-    """Return the cells of the quantizer, whose value or slope can change at the thresholds, 0 and the largest level."""
+    """Return the cells of the quantizer. Cells are separated by the thresholds, by 0 and by the largest level."""
     edges = torch.unique(torch.cat([levels.new_zeros(1), thresholds, levels[-1:]]))
     numbers = torch.arange(1, len(edges) + 1, device=edges.device).to(edges)
     middles = torch.cat([(edges[1:] + edges[:-1]) / 2, edges[-1:] + 1])
@@ -264,7 +264,7 @@ def _lloyd_max(m: int) -> list[float]:
         down = density[:-1] * (centroid - t[:-1]) / mass
         up = torch.cat([density[1:-1] * (t[1:-1] - centroid[:-1]), zero]) / mass
         down[0] = 0  # the first threshold, 0, is fixed
-        # a threshold is half the sum of two levels: the Jacobian of q - centroid(q) is tridiagonal
+        # each threshold depends on its two neighbouring levels, so the Jacobian of q - centroid(q) is tridiagonal
         jacobian = torch.diag(1 - (down + up) / 2) - torch.diag(down[1:], -1) / 2 - torch.diag(up[:-1], 1) / 2
         move = torch.linalg.solve(jacobian, centroid - q)
         q = (q + move).sort().values.clamp(min=1e-9)

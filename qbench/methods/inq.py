@@ -7,9 +7,9 @@ Paper
 
 Idea
     INQ quantizes and freezes the largest weights, and trains the other weights further. It repeats
-    these two steps until all weights are quantized. Training the free weights compensates the loss
-    of accuracy that the frozen weights cause. Because quantized weights are powers of two, shifts
-    replace multiplications.
+    these two steps until all weights are quantized. The training of the free weights compensates
+    the error of the frozen weights. Because quantized weights are powers of two, shifts replace
+    multiplications.
 
 Forward
     The levels of a layer are +-2^n1, ..., +-2^n2 and 0, with s = max|w|, n1 = floor(log2(4 s / 3)),
@@ -44,8 +44,8 @@ Bits
 Protocol
     The paper starts from published float networks for ImageNet. It trains by SGD with momentum 0.9
     and weight decay 5e-4 (2e-4 for GoogLeNet). The portions depend on the network. For ResNets with
-    5 bits, the portions are 0.5, 0.75, 0.875 and 1. With fewer bits, the paper uses more portions,
-    with smaller differences between them. All layers are quantized, but biases and batch
+    5 bits, the portions are 0.5, 0.75, 0.875 and 1. With fewer bits, the paper freezes fewer
+    weights at a time and uses more portions. All layers are quantized, but biases and batch
     normalization are not. The paper does not state the learning rate and the number of epochs of
     each phase.
 
@@ -93,7 +93,7 @@ def largest_exponent(w: Tensor) -> int:
     if s == 0:
         return 0
     n = floor(log2(4 * s / 3))
-    # n may be one too high next to a power of two, because log2 is rounded; 3 2^n <= 4 s is exact
+    # log2 is rounded, so n may be one too high if 4 s / 3 is near a power of two; this comparison is exact
     return n - 1 if 3 * 2.0**n > 4 * s else n
 
 
@@ -178,7 +178,7 @@ def check_portions(portions: Sequence[float]) -> list[float]:
 
 
 def rounded_up(portion: float, count: int) -> float:
-    """Return `portion`, increased so that portion times `count` is an integer number of weights.
+    """Return `portion`, increased so that the product of the result and `count` is an integer number of weights.
 
     The authors' code leaves int(rest * count) weights free, where rest is the decimal number
     1 - portion.

@@ -29,8 +29,8 @@ Sites
 State
     step (scalar): the step. A layer has one step for its weights and another step for its input.
     With channel=true, the weights have one step per output channel, (O, 1, ...). signed (bool):
-    whether the levels of the input include negative values (never with 1 bit). ready (bool): whether the step of the
-    input has been set from data.
+    whether the levels of the input include negative values (never with 1 bit). ready (bool):
+    whether the step of the input has been set from data.
 
 Bits
     w 2-16 or 32, a 1-16 or 32, g 32; by default w2a2g32.
@@ -94,7 +94,7 @@ def quantize(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
 
     def backward(grad: Tensor, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         v = x / step
-        # the derivative by the step: round(v) - v where -Qn < v < Qp, and -Qn or Qp where v is clipped
+        # derivative with respect to the step: round(v) - v where -Qn < v < Qp, and -Qn or Qp where v is clipped
         slope = v.clamp(-low, high).round_().sub_(grad_between(v, v, -low, high))
         # gradient of x: passes where -Qn < v < Qp
         return grad_between(grad, v, -low, high), _sum_to(slope.mul_(grad), step)
@@ -122,12 +122,12 @@ def scale_gradient(step: Tensor, count: int, bits: int, signed: bool) -> Tensor:
 
 
 def gradient_scale(count: int, bits: int, signed: bool) -> float:
-    """Return the factor on a step's gradient, 1 / sqrt(count Qp). Section 2.2."""
+    """Return 1 / sqrt(count Qp), the factor by which a step's gradient is multiplied. Section 2.2."""
     return float((count * max(limits(bits, signed)[1], 1)) ** -0.5)
 
 
 def _grid(step: Tensor, bits: int, signed: bool) -> Grid:
-    """Return the allowed values: each step times every integer from -Qn to Qp. Each step has one scale group."""
+    """Return the allowed values: each step times each integer from -Qn to Qp. There is one scale group per step."""
     low, high = limits(bits, signed)
     points = (torch.arange(-low, high + 1, device=step.device) * step.reshape(-1, 1)).unsqueeze(2)
     return Grid(points) if step.dim() == 0 else Grid(points, lambda t: t.reshape(len(t), -1, 1))
@@ -153,7 +153,7 @@ class LSQWeight(Quantizer):
         return gradient_scale(w.numel() // self.step.numel(), self.bits, signed=True)
 
     def grid(self, w: Tensor) -> Grid:
-        """Return the allowed values: each step times every integer from -Qn to Qp. Each step has one scale group."""
+        """Return the allowed values: each step times each integer from -Qn to Qp. There is one scale group per step."""
         return _grid(self.step, self.bits, signed=True)
 
     def bytes(self, w: Tensor) -> Storage:
@@ -175,8 +175,8 @@ class LSQActivation(Quantizer):
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("signed", torch.tensor(False))
         self.register_buffer("ready", torch.tensor(False))
-        # `signed` as a Python bool, or None if unknown. Reading the buffer in every step would
-        # synchronize with the GPU.
+        # `signed` as a Python bool, or None if unknown. Reading the buffer in every step would make
+        # the CPU wait for a GPU.
         self.is_signed: bool | None = None
         self.register_load_state_dict_post_hook(_reset_sign)  # type: ignore[no-untyped-call]
 
@@ -189,7 +189,7 @@ class LSQActivation(Quantizer):
         self.ready.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the quantized activations. If `prepare` did not set the step, the first batch does."""
+        """Return the quantized activations. If `prepare` has not set the step, the first batch sets it."""
         if not len(x):
             return x
         if self.is_signed is None:

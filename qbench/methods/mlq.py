@@ -3,8 +3,8 @@
 Paper
     Xu, Wang, Zhou, Lin, Xiong, "Deep Neural Network Compression with Single and Multiple Level
     Quantization", AAAI 2018, arXiv 1803.03289. Authors' code: yuhuixu1993/SLQ. In that repository,
-    the only code of MLQ is a backup file of a text editor. The order of the layers is a constant in
-    this file.
+    only a backup file of a text editor contains code of MLQ. This file contains the order of the
+    layers as a constant.
 
 Idea
     If a layer has only three clusters, few of its weights are still free after one cluster is
@@ -31,17 +31,17 @@ Schedule
     restarts and momentum is set to zero. A freezing step changes neither the schedule nor the
     momentum.
     Before each round of freezing steps, the loss of the network is measured once for each layer
-    that has not taken its step in this phase. During this measurement, the next clusters of this
-    one layer are replaced by their centroids. The loss is measured on 256 fixed training images
-    (the probe). The layers with the largest loss take their freezing step.
+    that has not taken its step in this phase. During the measurement for a layer, only the weights
+    in the next clusters of this layer are replaced by their centroids. The loss is measured on 256
+    fixed training images (the probe). The layers with the largest loss take their freezing step.
 
 Sites
     weight.
 
 State
     frozen, value, centroids, settled: see the method slq.
-    turn (int, one per group of clusters): the number of the group's freezing step. The number
-    counts the freezing steps of all layers. Before the group's step, the number is 0.
+    turn (int, one per group of clusters): the position of the group's freezing step among the
+    freezing steps of all layers, counted from 1. Before this step, turn is 0.
     loss (float64, one per group): the loss measured for the group's freezing step, or NaN if no
     loss was measured.
 

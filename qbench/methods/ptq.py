@@ -52,13 +52,13 @@ Protocol
     There is no protocol of a paper. qbench calibrates on the probe, which is 256 training images.
 
 Choices
-    By default, both weights and calibration are mse, and reestimate is shift. With few bits, the
-    options give different results. The defaults are chosen so that the control is as accurate as
-    possible. Statistics of 256 images are noisy. With reestimate=replace, this noise costs more
-    accuracy than rounding to 8 bits. With reestimate=shift, both measurements have the same noise,
-    so the noise cancels.
+    The defaults are weights=mse, calibration=mse and reestimate=shift. With few bits, other values
+    of these options give different results. The defaults are chosen so that the control is as
+    accurate as possible. Statistics of 256 images are noisy. With reestimate=replace, this noise
+    reduces accuracy more than rounding to 8 bits. With reestimate=shift, both measurements have the
+    same noise, so the noise cancels.
     qbench measures the ranges of all activations at once in the float network, as deployment tools
-    do. It does not measure one layer after another with the earlier layers quantized.
+    do. While a range is measured, the earlier layers are therefore not quantized.
     calibration=percentile and calibration=mse use at most 2^20 values of a layer's input, evenly
     sampled. calibration=mse multiplies both ends of the range by the same factor.
 
@@ -259,7 +259,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 @torch.no_grad()
 def shift_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Correct the running statistics by the change of mean and variance that quantization causes on `batches`."""
+    """Change the running statistics in the same way as quantization changes the mean and variance on `batches`."""
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     with float_mode(model):
         before = _measured_statistics(model, norms, batches)

@@ -41,16 +41,16 @@ State
 
 Bits
     w 1-8 or 32, a and g 32; by default w1a32g32. The width w is log2(K) / Cs', rounded up. A code
-    has at most 10 bits. By default, K = 16 and Cs' = 4. The column `levels` of a table counts
-    codewords.
+    has at most 10 bits. By default, K = 16 and Cs' = 4. In result tables, the column `levels` is
+    the number of codewords.
 
 Protocol
     The paper quantizes ImageNet networks. Convolutions have Cs' = 8 and K = 128 (VGG-16: Cs' = 6
     and K = 128). Linear layers have Cs' = 3 or 4 and K = 32. The last layer has Cs' = 1 and K = 16.
     Biases are float. Convolutions are quantized first. Then linear layers are fine-tuned and
-    quantized. According to an author, error correction uses 250 to 500 images for convolutions and
-    25,000 images for linear layers. The values for VGG-16 are from memory. They agree with the
-    reported speed-up.
+    quantized. According to one of the authors, error correction uses 250 to 500 images for
+    convolutions and 25,000 images for linear layers. The values for VGG-16 are from memory. They
+    agree with the reported speed-up.
 
 Choices
     The paper does not state the initial centroids of k-means or the number of iterations. qbench
@@ -65,10 +65,10 @@ Choices
 
 Deviations
     The error correction also penalizes |w_hat - w|^2. The factor of this penalty is 0.1 times the
-    mean square of the inputs. The paper uses 25,000 images. qbench uses 256 images, and without the
-    penalty these images would not determine all weights.
-    qbench quantizes all layers first, and trains the other parameters afterwards. By default, the
-    first and last layers stay float (`layers.first`, `layers.last`).
+    mean square of the inputs. The penalty is needed because qbench uses 256 images, which alone
+    would not determine all weights. The paper uses 25,000 images.
+    qbench first quantizes all layers, and then trains the other parameters. By default, the first
+    and last layers stay float (`layers.first`, `layers.last`).
 
 Results
     docs/results.md (digits).
@@ -177,11 +177,11 @@ def patches(layer: QLayer, x: Tensor, limit: int) -> Tensor:
     """Return (N, G, P, Cs), the patches of a layer's input x from which N responses are computed. N is about `limit`.
 
     G is the number of groups of the layer, and P is the number of positions of its kernel. The
-    responses are evenly sampled. The function `responses` returns the same responses.
+    responses are evenly sampled. The function `responses` samples the same positions.
     """
     if not isinstance(layer, nn.Conv2d):
         return _spread(x.flatten(0, -2), limit)[:, None, None]
-    # pad as the layer does. `reach` is the extent of the dilated kernel, less one
+    # pad as the layer does; `reach` is the extent of the dilated kernel minus one
     reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     if isinstance(layer.padding, str):
         vertical, horizontal = ((r // 2, r - r // 2) if layer.padding == "same" else (0, 0) for r in reach)

@@ -6,8 +6,8 @@ Paper
 
 Idea
     A small quantized network learns more from labels and the outputs of a float teacher than from
-    labels alone. Weights are scaled in short groups (buckets). An outlier then affects only the
-    levels of its own bucket.
+    labels alone. Weights are scaled in short groups (buckets). An outlier therefore affects only
+    the levels of its own bucket.
 
 Forward
     The flattened tensor is cut into buckets of k elements, across channels. The last bucket is
@@ -196,7 +196,7 @@ class QDWeight(Quantizer):
 
 
 def check_bucket(bucket: int) -> None:
-    """Raise `ValueError` if the bucket size is negative, 1 or 2. Sizes 1 and 2 would quantize nothing."""
+    """Raise `ValueError` if the bucket size is negative, 1 or 2. With sizes 1 and 2, no weight would change."""
     if bucket < 0 or bucket in (1, 2):
         raise ValueError(f"bucket={bucket}: must be 3 or more, or 0 for one bucket per tensor")
 

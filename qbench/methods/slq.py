@@ -46,25 +46,25 @@ Protocol
 
 Choices
     partition: the order in which clusters are frozen.
-    `probe` (default) follows the paper's text as quoted by second-hand sources. For each cluster,
-    the network's loss is measured on 256 fixed training images (the probe), while only the weights
-    of this cluster are replaced by its centroid. The cluster with the largest loss comes first.
-    Every phase needs one pass over the probe for each cluster of each layer.
-    `weight_error` follows the reviewers' understanding of the paper. The error of a cluster is the
-    sum of squared distances between its weights and its centroid. The cluster with the largest
-    error comes first.
+    `probe` (default) follows the text of the paper, as secondary sources quote it. For each
+    cluster, the network's loss is measured on 256 fixed training images (the probe), while only the
+    weights of this cluster are replaced by its centroid. The cluster with the largest loss comes
+    first. Every phase needs one pass over the probe for each cluster of each layer.
+    `weight_error` follows another interpretation of the paper. The error of a cluster is the sum of
+    squared distances between its weights and its centroid. The cluster with the largest error comes
+    first.
     `magnitude` is the order in the authors' released code. It needs no measurement. The zero
     cluster comes first. Then come pairs of clusters from the outermost inwards, and in each pair
     the positive cluster is first.
     `random` is an ablation.
     portions: the portion of each phase. The resulting number of clusters is rounded down, but is at
     least one. The default gives the authors' numbers of clusters. Portions with the same number of
-    clusters share one phase. Every phase freezes clusters in all layers. The order in which the
-    paper treats the layers is not known.
+    clusters share one phase. Every phase freezes clusters in all layers. The sources do not state
+    the order in which the paper quantizes the layers.
     clustering: `exact` (default) finds the optimal clusters. `lloyd` follows the authors' code: ten
     Lloyd iterations that start from the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|)
-    and j = 0, 1, and so on. A cluster without weights keeps its centroid. In later phases, the
-    iterations of free centroids start from these powers of two again.
+    and j = 0, 1, and so on. A cluster without weights keeps its centroid. In later phases, free
+    centroids start from these powers of two again.
     A layer with fewer than k distinct weights has fewer than k clusters. Every phase still freezes
     at least one cluster of the layer.
 
@@ -268,7 +268,7 @@ def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) 
 
 def _portion_count(portion: float, clusters: int) -> int:
     """Return `portion` times `clusters`, rounded down, but at least one cluster."""
-    return max(1, int(portion * clusters + 1e-9))  # in floats, 0.29 * 100 is 28.999...
+    return max(1, int(portion * clusters + 1e-9))  # with float rounding, 0.29 * 100 is 28.999...
 
 
 def build(

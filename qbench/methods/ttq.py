@@ -41,7 +41,7 @@ Protocol
     pre-activation ResNets with 20 to 56 layers. Their first layer is float.
 
 Choices
-    t: the number t of the threshold. The default 0.05 is the paper's value.
+    t: the number t in the formulas of delta. The default 0.05 is the paper's value.
     initial: the initial scales. With `mean` (default), Wp starts at the mean of |w| over w > delta,
     and Wn at the mean of |w| over w < -delta. With `one`, both scales start at 1, as in the
     authors' code. In networks without batch normalization, activations explode with `one`.
@@ -84,9 +84,9 @@ def ternarize_weight(w: Tensor, positive: Tensor, negative: Tensor, threshold: T
     one, zero = torch.ones_like(latent), torch.zeros_like(latent)
     # factor of the latent weights' gradient: Wp, Wn or 1, depending on the zone
     slope = torch.where(above, positive.detach(), torch.where(below, negative.detach(), one))
-    # autograd sums the gradients of Wp and Wn over their zones; -negative makes Wn's negative
+    # autograd sums the gradients of Wp and Wn over their zones; -negative gives Wn's gradient its minus sign
     values = torch.where(above, positive, torch.where(below, -negative, zero))
-    # adds 0 to the values and lets the gradient pass to w
+    # surrogate(...) has the value 0, and passes the gradient to w
     return values + surrogate(w, zero, slope)
 
 

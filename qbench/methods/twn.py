@@ -4,9 +4,9 @@ Paper
     Li, Zhang, Liu, "Ternary Weight Networks", arXiv 1605.04711 (2016).
 
 Idea
-    TWN approximates W by a tensor with the values -alpha, 0 and alpha, so that the mean squared
-    error is small. The optimal threshold has no closed form. For Gaussian weights and for uniformly
-    distributed weights, 0.7 mean|W| is close to the optimum.
+    TWN approximates W by a tensor with the values -alpha, 0 and alpha. The threshold and alpha are
+    chosen so that the mean squared error is small. The optimal threshold has no closed form. For
+    Gaussian weights and for uniformly distributed weights, 0.7 mean|W| is close to the optimum.
 
 Forward
     For each layer, delta = 0.7 mean|w|, and alpha is the mean of |w| over all weights with |w| >

@@ -12,10 +12,10 @@ Idea
 Forward
     Weights: s round(w / s), with one step s = max|w| / (2^(b-1) - 1) per output channel or per
     layer. There are 2^b - 1 levels, including zero.
-    Activations: s (clip(round(x / s) + z, 0, 2^b - 1) - z), with the step s = (h - l) / (2^b - 1) and
-    the zero point z = round(-l / s). l and h are moving averages of each batch's minimum and maximum,
-    and the range [l, h] is widened to contain zero. The levels are multiples of s, so zero is a level,
-    and their range differs from [l, h] by up to s / 2.
+    Activations: s (clip(round(x / s) + z, 0, 2^b - 1) - z), with the step s = (h - l) / (2^b - 1)
+    and the zero point z = round(-l / s). l and h are moving averages of each batch's minimum and
+    maximum. The range [l, h] is widened to contain zero. The levels are multiples of s, so zero is
+    a level. The ends of the range of levels can therefore differ from l and h by up to s / 2.
 
 Backward
     Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat if x rounds to a level,
@@ -98,7 +98,7 @@ def quantize_activation(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
 
 
 def step_and_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the step between levels and the code of zero."""
+    """Return the step between levels, and the code (0 to 2^bits - 1) of the value 0."""
     step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(low.dtype).tiny)
     return step, (-low / step).round()
 
@@ -127,7 +127,7 @@ class UniformWeight(Quantizer):
 
 
 class UniformActivation(Quantizer):
-    """Quantizer of one layer's input. The levels are equally spaced over a range that follows the batches."""
+    """Quantizer of one layer's input. The levels are equally spaced over a moving range of the inputs."""
 
     low: Tensor
     high: Tensor
@@ -164,7 +164,8 @@ class UniformActivation(Quantizer):
 def prepare(model: nn.Module, probe: Probe) -> None:
     """Set the range of every input quantizer from the layer's inputs in the float network, on the probe images.
 
-    The range is used only in evaluation without training. The first training batch replaces it.
+    This range is used only if the network is evaluated before it is trained. The first training
+    batch replaces the range.
     """
     for name, layer in quantized_layers(model).items():
         quantizer = layer.input_q
@@ -176,7 +177,7 @@ def prepare(model: nn.Module, probe: Probe) -> None:
 
 
 def build(*, w: int = 8, a: int = 8, channel: bool = True, momentum: float = 0.1) -> Method:
-    """Return the `Method` for min-max quantization. `momentum` is the weight of a new batch in the range."""
+    """Return the `Method` for min-max quantization. `momentum` is the weight of a new batch in the moving averages."""
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
     return Method(

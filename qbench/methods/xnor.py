@@ -50,8 +50,8 @@ Choices
     unchanged, as in the authors' code. The authors write that K improves accuracy by less than one
     point.
     gradient: the formula of the weights' gradient.
-    `paper` (default) is the paper's formula as it is commonly understood. The paper prints r 1{|r|
-    <= 1} as the derivative of sign. We assume that the factor r is a misprint.
+    `paper` (default) is the paper's formula without one factor. The paper prints r 1{|r| <= 1} as
+    the derivative of sign. We assume that the factor r is a misprint.
     `authors` is the formula of the authors' code. The factor 1e9 makes Adam's epsilon and weight
     decay negligible. `jiecaoyu` is the formula of the CIFAR-10 code in jiecaoyu/XNOR-Net-PyTorch.
     This formula includes the derivative of alpha with respect to every weight of the filter. The
@@ -104,7 +104,7 @@ def binarize_weight(w: Tensor, *, gradient: str = "paper") -> Tensor:
     """Binarize weights (O, ...) to mean|w| sign(w) for each output filter, with sign(0) = +1. Section 3.1.
 
     Args:
-        gradient: paper or authors; see the method card.
+        gradient: paper, authors or jiecaoyu; see the method card.
     """
     check_gradient(gradient)
     alpha, n = filter_scale(w), w[0].numel()  # n: weights of one filter
@@ -179,9 +179,8 @@ class InputScale(Quantizer):
     def __init__(self, layer: FloatLayer) -> None:
         super().__init__()
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        self.owner = (
-            layer,
-        )  # in a tuple: a plain attribute would register the layer as a submodule of its own submodule
+        # A tuple hides the layer from torch, which would otherwise register it as a submodule of its own submodule.
+        self.owner = (layer,)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return (y - bias) K + bias."""
@@ -216,9 +215,9 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
     """Return a layer's weight quantizer.
 
     Raises:
-        Unsupported: the filters have one input channel, and the options need more input channels.
-            The factor 1 - 1 / c of the gradients would be 0, and `center` would set all weights to
-            0.
+        Unsupported: the filters have one input channel (c = 1), and the options need more. With
+            gradient=authors or gradient=jiecaoyu, the factor 1 - 1 / c would be 0. With `center`,
+            all weights would be 0.
     """
     if layer.weight.shape[1] == 1 and (gradient != "paper" or center):
         what = "center=true" if gradient == "paper" else f"gradient={gradient}"
