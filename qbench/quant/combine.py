@@ -18,7 +18,8 @@ from qbench.quant.quantizer import Quantizer
 class _SteppedOptimizer(torch.optim.Optimizer):
     """Wraps an optimizer that has already made its step.
 
-    The `step` function of the second of two combined methods gets this wrapper, so that the optimizer steps only once.
+    If both of two combined methods have a `step` function, the second function gets this wrapper. The optimizer
+    therefore makes only one step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -36,11 +37,11 @@ def combine(weight: Method, activation: Method) -> Method:
 
     `weight` must have been built with 32-bit activations, and `activation` with 32-bit weights. Gradients are quantized
     by `weight` if this method supports quantized gradients, else by `activation`. The functions `prepare`, `on_epoch`
-    and `step` of both methods are called. They act only on the quantizers of their own method.
+    and `step` of both methods are called. Each of these functions acts only on the quantizers of its own method.
 
     Raises:
-        Unsupported: both methods replace the loss or the output of a layer, or they require
-            different networks.
+        Unsupported: both arguments are the same method, both methods replace the loss, or they require different
+            normalizations. If both methods change the output of a layer, `install` raises this error.
     """
     if weight.name == activation.name:
         raise Unsupported(
@@ -139,9 +140,9 @@ def _combined_requirements(weight: Method, activation: Method) -> Requires:
 
 
 def _combined_output(weight: Method, activation: Method, owner: Method) -> OutputFactory:
-    """Return the output-quantizer factory of two methods.
+    """Return the factory of output quantizers for two combined methods.
 
-    At most one of the two methods may have an output quantizer for a layer.
+    The factory raises `Unsupported` for a layer for which both methods have an output quantizer.
     """
 
     def output(name: str, layer: QLayer, bits: int) -> Quantizer | None:

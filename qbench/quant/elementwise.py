@@ -1,8 +1,9 @@
 """Executes elementwise functions in few passes over memory, if the package llvmlite is installed.
 
 On the CPU, a function that is called often is recorded (recording.py) and compiled (native_code.py). The first result
-of the compiled program is compared with the result of torch, bit for bit. Functions that cannot be recorded, and all
-functions without llvmlite, are executed by torch, with the same results.
+of the compiled program is compared with the result of torch, bit for bit. If they differ, or if a function cannot be
+recorded, torch continues to execute the function. Without llvmlite, torch executes all functions. The results are
+always the same.
 """
 
 from collections import Counter
@@ -26,23 +27,23 @@ MAX_CONSTANTS = 64
 """Largest number of elements of a tensor of constants, such as the levels of a quantizer."""
 
 MAX_VARIANTS = 256
-"""Largest number of programs of one function, each with other constants. Further variants are executed by torch."""
+"""Largest number of programs of one function, one for each set of constants. torch executes further variants."""
 
 COMPILE_AFTER = 2**25
 """Number of elements that torch computes with a function before the function is compiled.
 
-Compilation takes as much time as compiled code saves on a few times as many elements.
+The time of the compilation is saved again after compiled code has processed a few times this number of elements.
 """
 
 FEW_ELEMENTS = 2**17
-"""Programs of several stages are not used for fewer elements, because torch is faster then."""
+"""For fewer elements, torch is faster than a program of several stages, so torch executes the function."""
 
 Function = Callable[..., Any]
 
 
 @dataclass
 class _Key:
-    """What determines the program of a function."""
+    """The values that determine the program of a function."""
 
     parts: Any = None
     codes: list[CodeType] = field(default_factory=list)  #: the code of the function and of all functions that it uses
@@ -51,7 +52,7 @@ class _Key:
 
 @dataclass
 class _Entry:
-    """What is known about a function. The function is kept because the key contains addresses of its module."""
+    """The state of one function. The function is kept, so that no other object gets the addresses in its key."""
 
     function: Function
     elements: int = 0  #: number of elements that torch has computed
@@ -81,7 +82,7 @@ def available() -> bool:
 
 
 class FiniteInput:
-    """Remembers the last tensor whose elements a compiled function found to be finite."""
+    """Remembers the last tensor in which a compiled function found neither inf nor nan."""
 
     _tensor: Tensor | None = None
 
@@ -112,12 +113,13 @@ def finite_input() -> Iterator[FiniteInput]:
 def call(function: Function, *tensors: Tensor) -> Any:
     """Return `function(*tensors)`.
 
-    The result of a function with a compiled program is computed by the program.
+    If the function has a compiled program, this program computes the result.
 
     Args:
-        function: a function without side effects whose result is determined by its arguments, and by numbers, tensors
-            and functions in its closure.
-        tensors: the arguments. Those with axes are compiled if they have one shape and one memory format.
+        function: a function without side effects. Its result must depend only on its arguments, and on the numbers,
+            tensors and functions in its closure.
+        tensors: the arguments. A compiled program is used only if all tensors with at least one axis have the same
+            shape and the same strides.
     """
     first = tensors[0]
     ordinary = first.device.type == "cpu" and first.dim() and all(map(_plain, tensors))
@@ -170,7 +172,7 @@ def _plain(x: Tensor) -> bool:
 
 
 def _observed() -> bool:
-    """Return whether torch's operations are traced or counted. The observer would not see a compiled program."""
+    """Return whether torch's operations are traced or counted. A compiled program would not be traced or counted."""
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     return modes > 0 or torch._C._get_tracing_state() is not None
 
@@ -196,7 +198,7 @@ def _program(
         found, _ = program(full, numbers)
     except (
         Exception
-    ):  # not recordable, a version of llvmlite with other functions, or a processor that it does not support
+    ):  # not recordable, a version of llvmlite with other functions, or a processor that llvmlite does not support
         return None
     return program if _identical(found, expected) else None
 
@@ -214,9 +216,10 @@ def _identical(a: Any, b: Any) -> bool:
 
 
 def _described(value: Any, key: _Key) -> Any:
-    """Return a description that is equal for functions that compute the same, apart from the values of `key.numbers`.
+    """Return a description of a function or of a value in its closure.
 
-    Code objects and numbers are appended to `key`.
+    Functions with equal descriptions differ at most in the values of `key.numbers`. The function appends code objects
+    and one-element tensors to `key`.
     """
     if isinstance(value, float):
         return "float", value.hex()

@@ -1,8 +1,8 @@
 """Finds activation functions that input quantizers replace, and bypasses them.
 
-The mapping `feeds` contains, for the name of an activation module, the layers that read its output. `feeds` contains
-only activations whose output is read by these layers alone. A network can declare `feeds` as an attribute. If the
-attribute is missing and the method needs it, qbench runs the network to find these layers.
+`feeds` maps the name of an activation module to the layers that read its output. It contains an activation only if
+nothing except these layers reads the output. A network can declare `feeds` as an attribute. If the attribute is missing
+and the method needs it, qbench runs the network to find these layers.
 """
 
 import logging
@@ -37,7 +37,7 @@ FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "rel
 class TracedFeeds(NamedTuple):
     """The activations that quantizers can replace.
 
-    For each layer that reads none of these activations, `reasons` says why no activation in front of it can be
+    For each layer that reads none of these activations, `reasons` says why no activation in front of the layer can be
     replaced.
     """
 
@@ -57,8 +57,8 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
     """Run a network to find the layers that each activation feeds.
 
     Here, an activation is a module of the class `nn.ReLU`. The network may call the module several times. Operations
-    that commute with ReLU, such as max pooling, may be between an activation and a layer. An activation that something
-    else reads in evaluation or in training cannot be replaced.
+    that commute with ReLU, such as max pooling, may be between an activation and a layer. If something else reads an
+    activation in evaluation or in training, the activation cannot be replaced.
 
     Args:
         example: one batch of images (N, C, H, W). The meta device is allowed.
@@ -101,7 +101,11 @@ def _operations_in_training(model: nn.Module, example: Tensor, layers: Collectio
 def _readers_of_activations(
     graph: Sequence[Operation], layers: Collection[str]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Return the layers that read each activation, if nothing else reads it, and else the reason, as text."""
+    """Return two dictionaries whose keys are names of activations.
+
+    If only layers read an activation, the first dictionary contains the names of these layers. Otherwise, the second
+    dictionary contains a text that says what else reads the activation.
+    """
     activations = [operation for operation in graph if operation.module and operation.kind == "ReLU"]
     readers = {operation.name: list(_readers(graph, operation.name)) for operation in activations}
     found: dict[str, tuple[str, ...]] = {}
@@ -158,7 +162,8 @@ def bypass_activations(
     """Bypass the activation functions that quantizers replace.
 
     An activation function is replaced if every layer that reads its output has an input quantizer. If activation
-    functions must be replaced and the network has no attribute `feeds`, the attribute is added.
+    functions must be replaced and the network has no attribute `feeds`, the network runs on `example` to find the
+    layers.
 
     Args:
         assigned: the widths of the layers, by name.

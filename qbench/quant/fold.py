@@ -17,8 +17,8 @@ def fold_quantized_weights(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the weights of a layer are computed in every forward pass, or some weights are not on the levels of
-            their quantizer. The second case occurs if your training loop does not call the functions `prepare`,
-            `on_epoch` and `step` of `Method`, in which some methods quantize weights.
+            their quantizer. Some methods quantize weights in the functions `prepare`, `on_epoch` or `step` of `Method`.
+            The second error then occurs if your training loop does not call these functions.
     """
     layers = quantized_layers(model)
     for name, layer in layers.items():

@@ -33,8 +33,8 @@ MAX_EDGES = 31
 def scalar(x: Tensor) -> float | Tensor:
     """Return a one-element tensor as a number if it is on the CPU, else as a detached tensor.
 
-    Reading a number from another device would make the CPU wait for that device. While a function is recorded, the
-    result is a tensor of the type of Python's numbers.
+    Reading a number from another device would make the CPU wait for that device. While a function is recorded
+    (recording.py), the result is a float64 tensor, because Python's floats have this precision.
     """
     if recording.get():
         return x.detach().double()
@@ -44,7 +44,7 @@ def scalar(x: Tensor) -> float | Tensor:
 def next_float(value: float | Tensor, towards: float, dtype: torch.dtype) -> float | Tensor:
     """Return the first number of type `dtype` beyond `value` in the direction of `towards`.
 
-    With the returned number as a bound, an open interval includes `value`.
+    An open interval that ends at the returned number includes `value`.
     """
     if isinstance(value, Tensor):
         number = value.to(dtype)
@@ -105,7 +105,7 @@ def lookup(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
 
 
 def step_function(x: Tensor, edges: Tensor, heights: Tensor) -> Tensor:
-    """Return the same result as `lookup`, but faster on a CPU if there are at most about 30 edges.
+    """Return the same result as `lookup`, but faster on a CPU if there are at most `MAX_EDGES` edges.
 
     In this case, x is compared with every edge, which is faster than a search.
     """
@@ -149,7 +149,7 @@ def _shared_bits(like: Tensor, generator: Generator | None) -> Tensor:
 def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
     """Return uniform random numbers in [0, 1) that are multiples of 2^-24.
 
-    The result has `like`'s floating-point type, shape and strides.
+    The result has the floating-point type, shape and strides of `like`.
 
     The numbers are meant for stochastic rounding. Each number has 24 random bits. The upper 16 bits are drawn for each
     number, and the lower 8 bits are drawn once for the whole tensor. A single number has the same distribution as a

@@ -1,8 +1,8 @@
 """Records what a network computes: the calls of its layers, and its graph of operations.
 
 The calls are recorded while the network runs on example images, so the network may contain any Python code. Recording
-does not change the results of training. Calls are intercepted without hooks, because hooks make torch compute some
-modules by other code than usual.
+does not change the results of training. Calls are intercepted without hooks, because torch executes different code for
+some modules that have hooks.
 """
 
 import copy
@@ -46,8 +46,9 @@ class Operation(NamedTuple):
         name: unique name of the operation. It is the name of the module in the network, or the name of the function.
             From the second call on, the number of the call is appended, as in `conv1:2`.
         module: name of the called module, or None for a function.
-        kind: class of the module, or name of the function. If the class is not from a library, or code changed the
-            module's function `forward` or added hooks in front of it, the class is preceded by `own` or `modified`.
+        kind: class of the module, or name of the function. `own` precedes a class that is not from torch, torchvision
+            or qbench. `modified` precedes the class of a module whose function `forward` was replaced, or that has
+            forward pre-hooks.
         reads: names of the operations whose results are arguments, in the order of the arguments. `IMAGE` means the
             network's input, and `UNKNOWN` means a tensor of unknown origin.
         parameters: names of the network's parameters and buffers that a function takes as arguments.
@@ -126,7 +127,7 @@ def operations(
 
 
 def _kind(module: nn.Module) -> str:
-    """Return the kind of a module (see `Operation`). A user's class may have the name of a class of torch."""
+    """Return the kind of a module (see `Operation`). A user's class may have the same name as a class of torch."""
     name = type(module).__name__
     if type(module).__module__.partition(".")[0] not in ("torch", "torchvision", "qbench"):
         return f"own {name}"
@@ -206,7 +207,7 @@ class Recorder(TorchFunctionMode):
         self.operations.append(Operation(name, module, kind, reads, parameters))
         self._kept += [*read, *made]
         self._made_by |= {id(t): name for t in made}
-        # If the operation wrote into a tensor that it read, the tensor's base and its other views have changed too.
+        # If the operation wrote into a tensor that it read, all tensors that share memory with it have changed too.
         if written := {_storage(t) for t in made if any(t is other for other in read)}:
             self._made_by |= {id(t): name for t in self._kept if _storage(t) in written}
 
@@ -228,7 +229,7 @@ def tensors(value: object) -> Iterator[Tensor]:
 
 
 def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]:
-    """Return the operations between `start` and `end`: they depend on `start`, and `end` depends on them.
+    """Return the operations that depend on `start` and on which `end` depends.
 
     The result is in execution order.
 
@@ -250,10 +251,10 @@ def between(graph: Sequence[Operation], start: str, end: str) -> list[Operation]
 def read_without_call(model: nn.Module, images: Tensor, names: Collection[str], *, training: bool = False) -> list[str]:
     """Return the layers whose weights the network uses without calling the layer.
 
-    Such weights would not be quantized. To find them, the function runs the network with weights that are NaN except
-    while their own layer runs. If the output is then NaN or infinite in other elements than in a normal run, some
-    weights are used without a call. Any other change of the output is a sign of such weights only if two normal runs
-    have the same output.
+    Such weights would not be quantized. To find them, the function sets all weights to NaN and runs the network. A
+    layer gets its true weights only while the layer itself runs. If other elements of the output are NaN or infinite
+    than in a normal run, some weights are used without a call. Any other change of the output counts only if two normal
+    runs have the same output.
 
     Args:
         images: a few images (N, C, H, W), not on the meta device.
@@ -342,8 +343,8 @@ def _keep_output(module: nn.Module, args: object, output: object) -> None:
 def state_restored(model: nn.Module) -> Iterator[None]:
     """Restore the parameters, buffers and attributes of all modules at the end of a `with` block.
 
-    A copy of the network would not do, because attributes that share memory with a weight would be copied too. Objects
-    in attributes are not copied, except for lists, dictionaries and sets.
+    A copy of the network cannot be used instead, because attributes that share memory with a weight would be copied
+    too. Objects in attributes are not copied, except for lists, dictionaries and sets.
     """
     attributes = [(module, _shallow(vars(module))) for module in model.modules()]
     values = [(t, t.data, t.detach().clone()) for t in chain(model.parameters(), model.buffers())]

@@ -27,13 +27,14 @@ REARRANGING = frozenset(
 class ImageQuantizer(Quantizer):
     """Rounds the network's input to 2^bits evenly spaced levels over each channel's range.
 
-    If images come from 8-bit files and `bits` is 8, values change only by float rounding errors.
+    With images from 8-bit files and `bits` = 8, values change only by float rounding errors.
 
     Args:
         bits: width of the rounded values in bits.
         low, high: smallest and largest possible value of each channel.
-        channel: index of the image channel from which each value of the layer's input comes. It has a shape (1, ...)
-            that can be expanded to the shape of the input. None means that the input has the shape (N, C, H, W).
+        channel: for each value of the layer's input, the index of the image channel from which the value comes. The
+            shape (1, ...) must be expandable to the shape of the input. None means that the input has the shape (N, C,
+            H, W).
     """
 
     low: Tensor
@@ -61,7 +62,7 @@ class ImageQuantizer(Quantizer):
         places = [(channel == one).nonzero().flatten() for one in torch.unique(channel)]
         first = torch.stack([place[0] for place in places])
         points = levels_k(self.bits, x) * span[first].unsqueeze(1) + low[first].unsqueeze(1)
-        # Channels with fewer values are filled up with values that they have already.
+        # All channels must have equally many values: repeat values of the channels that have fewer.
         most = torch.arange(max(map(len, places)), device=x.device)
         index = torch.stack([place[most % len(place)] for place in places])
         return Grid(

@@ -40,7 +40,8 @@ def install(
     identity, so optimizers, hooks and float checkpoints still work.
 
     Args:
-        policy: selects the layers that are quantized. The default is all layers except the first and the last.
+        policy: selects the layers that are quantized. By default, all layers except the first and the last are
+            quantized.
         example: one batch of images (N, C, H, W). `install` runs the network on these images. The run shows the
             execution order, the layers that read the image, the activation functions in front of layers, and weights
             that are used without calling their layer. Layers that do not run on these images stay in float. With None,
@@ -133,7 +134,7 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
 def _check_shared(model: nn.Module, quantized: Iterable[str]) -> None:
     """Raise `Unsupported` if a quantized layer and another module have the same weights.
 
-    The other module would use the weights in float, or quantize them by its own quantizer.
+    The other module would use the weights in float, or would quantize them with its own quantizer.
     """
     owners: dict[object, dict[int, str]] = {}  # memory of a parameter -> its modules, by identity
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -32,7 +32,7 @@ RANGE = (2_000, 100_000)
 """Minimum and maximum of the total number of bins."""
 
 ZOOMS, REACH, PARTS = 3, 8, 4
-"""Refinement rounds, bins that are searched on either side of a split, and parts into which each bin is divided."""
+"""Numbers of refinement rounds, of bins to search on each side of a split, and of parts into which a bin is divided."""
 
 CHUNK = 1 << 16
 """Number of elements that are processed at a time. These elements fit into the processor's cache."""
@@ -54,17 +54,17 @@ def kmeans(values: Tensor, k: int, pinned: Sequence[float] | Tensor = ()) -> Clu
     The inertia is the sum of squared distances between values and their centroids.
 
     If the number of distinct values is at most `EXACT` or at most the number of bins, the inertia is the global minimum
-    up to rounding errors. Sums in float64 have an error of 1e-15 times the inertia that k = 1 would give. Centroids are
-    rounded to the type of `values`.
+    up to rounding errors. These errors of float64 sums are 1e-15 times the inertia with k = 1. Centroids are rounded to
+    the type of `values`.
 
     If there are more distinct values, the inertia is minimal among all splits within a few bins of the best splits
     between bins. The inertia then usually exceeds the global minimum by a fraction of at most 1e-7. If splits that are
     far apart are almost equally good, the fraction is at most about (k / bins)². This bound is 6e-5 for k up to 781.
 
     The computation runs on the CPU. For n values, the time is proportional to n log n. In addition to the result, the
-    computation needs 16 bytes of memory per value and 4 (k + 100) bytes per bin. In the exact case, it needs 4 (k +
-    100) bytes per distinct value instead of per bin. If `values` has half precision, is not contiguous or is not on the
-    CPU, another 4 bytes per value are needed.
+    computation needs 16 bytes of memory per value and 4 (k + 100) bytes per bin. If all distinct values are used, it
+    needs 4 (k + 100) bytes per distinct value instead of per bin. If `values` has half precision, is not contiguous or
+    is not on the CPU, another 4 bytes per value are needed.
 
     Args:
         values: finite floating-point values of any shape.
@@ -169,12 +169,12 @@ def _centroids(x: Floats, k: int, pins: Floats) -> Floats:
     bins = min(max(RANGE[0], BINS * k), RANGE[1])
     new = x[1:] != x[:-1]
     if np.count_nonzero(new) < max(EXACT, bins):
-        # If there are few distinct values, each of them is used, with its count as weight.
+        # Few distinct values: use each of them, with its count as weight.
         first = np.append(0, np.flatnonzero(new) + 1)
         return optimal_centroids(x[first], np.diff(first, append=len(x)).astype(np.float64), k, pins)
     del new  # frees its memory
-    # If there are many distinct values, the mean of each bin is used. For precision, the means are computed relative to
-    # the median, and they are clipped to the range of the bin.
+    # Many distinct values: use the mean of each bin. For precision, compute the means relative to the median, and clip
+    # them to the range of the bin.
     centre = x[len(x) // 2]
     y = x - centre
     cut = _bins(x, bins)
@@ -232,9 +232,9 @@ def _best_of(options: Ints, y: Floats, c: Floats, fixed: NDArray[np.bool_]) -> F
 
     The cost of a cluster is the sum of squared distances between its values and their mean. This cost equals the sum of
     squared distances from the centroid in c, minus size x (mean - centroid)². If the centroid of a cluster is pinned,
-    the cost of the cluster is the sum of squared distances from the centroid. If a value moves to the cluster of the
-    next lower centroid, the sum of squared distances from the centroids grows by 2 d m. Here, d is the distance between
-    the two centroids, and m is the distance between the value and the midpoint of the centroids.
+    the cost of the cluster is the sum of squared distances from the centroid. Let d be the distance between two
+    neighbouring centroids, and let m be the amount by which a value exceeds their midpoint. If this value moves to the
+    lower centroid's cluster, the sum of squared distances from the centroids grows by 2 d m.
 
     Args:
         options: possible bounds of the k clusters, of shape (number of options, k + 1). The first row contains the

@@ -1,10 +1,10 @@
 """Computes exact k-means of few distinct scalars by dynamic programming. Fixed centroids are called pins.
 
-In one dimension, clusters are intervals of the sorted values. A row of the dynamic program's table describes one number
-of clusters. For longer prefixes of the values, the best start of the last cluster never decreases, so a row takes time
-n log n (Grønlund et al. 2017, arXiv 1701.07204, section 2). Pins divide the line into gaps. Each gap is a separate
-problem, whose first and last intervals belong to the pins at the ends of the gap. A second dynamic program distributes
-the free centroids over the gaps.
+In one dimension, clusters are intervals of the sorted values. Each row of the dynamic program's table is for one number
+of clusters. If more of the sorted values are included, the best start of the last cluster never decreases. A row
+therefore takes time n log n (Grønlund et al. 2017, arXiv 1701.07204, section 2). Pins divide the line into gaps. Each
+gap is a separate problem, whose first and last intervals belong to the pins at the ends of the gap. A second dynamic
+program distributes the free centroids over the gaps.
 """
 
 from itertools import pairwise
@@ -35,7 +35,7 @@ def optimal_centroids(v: Floats, w: Floats, k: int, pins: Floats) -> Floats:
         k: number of centroids, including the pins.
         pins: fixed centroids, ascending and distinct.
     """
-    # A value equal to a pin costs nothing: leave it out.
+    # Leave out values that are equal to a pin, because they cost nothing.
     loose, free = ~np.isin(v, pins), k - len(pins)
     v, w = v[loose], w[loose]
     if len(v) <= free:
@@ -74,8 +74,8 @@ def _gap(v: Floats, w: Floats, left: float | None, right: float | None, most: in
     n = len(v)
     y = v - v[n // 2] if n else v  # relative to the middle value, for precision
     weight, first, second = (prefix_sums(w * part) for part in (np.ones(n), y, y * y))
-    # cost[i]: the cost of the first i values, at first all with the left pin. rest[i]: the cost of
-    # the other values with the right pin.
+    # cost[i]: the cost of the first i values; before the loop, all of them belong to the left pin.
+    # rest[i]: the cost of the other values if they belong to the right pin.
     cost = np.full(n + 1, np.inf) if left is None else np.append(0, np.cumsum(w * (v - left) ** 2))
     rest = np.full(n + 1, np.inf) if right is None else np.append(np.cumsum((w * (v - right) ** 2)[::-1])[::-1], 0)
     cost[0] = rest[n] = 0
@@ -113,8 +113,8 @@ def _layer(
     """Return the minimal costs with one more cluster, and the best start of this cluster, for the first i values.
 
     For the first i values, the best start of the cluster is one of m - 1, ..., i - 1. The best start never decreases
-    with i. If the best starts for two values of i are known, only starts between these two starts are searched for
-    every i between the two values. One pass handles many values of i at once, and reads every start only a few times.
+    with i. If the best starts for i1 and i2 are known, only starts between these two are searched for every i between
+    i1 and i2. One pass handles many values of i at once, and reads every start only a few times.
 
     Args:
         before: (n + 1,) minimal costs with m - 1 clusters.
@@ -127,7 +127,8 @@ def _layer(
     known = before - second
     cost, begin = np.full(n + 1, np.inf), np.zeros(n + 1, np.int32)
     single = np.isinf(before[m])  # only the first start is possible
-    # at[r]: the best start of row i = r + m - 1; the first and last entries are the extremes.
+    # at[r]: the best start of row i = r + m - 1; the first and the last entry are the smallest and the largest possible
+    # start.
     at = np.full(rows + 2, m - 1 if single else n - 1)
     at[0] = m - 1
     # Steps between the rows of a pass, from wide to narrow. Fewer passes need more reads, which
@@ -136,7 +137,7 @@ def _layer(
     steps = [1 << s for s in range((rows.bit_length() - 1) // bits * bits, -1, -bits)]
     wide = rows + 1
     for step in [rows] if last else [1] if single else steps:
-        # The rows of this pass, without those of wider passes, and the range of starts for each.
+        # The rows of this pass, without the rows of wider passes, and the range of starts for each row.
         r = np.arange(step, rows + 1, step)
         r = r[r % wide > 0]
         i, lower = r + m - 1, r - r % wide

@@ -32,7 +32,7 @@ In all other layers, outputs are the first axis.
 class NotFinite(ValueError):
     """Raised if the input of a quantizer contains inf or nan.
 
-    Most quantizers would silently turn inf and nan into an ordinary level.
+    Most quantizers would silently map inf and nan to an ordinary level.
     """
 
 
@@ -65,7 +65,8 @@ def _finite(layer: "QLayer", input: Tensor) -> Tensor:
 def _quantized_input(layer: "QLayer", input: Tensor) -> Tensor:
     """Return the quantized input of a layer. Raise `NotFinite` if the input contains inf or nan.
 
-    Compiled quantizers look for inf and nan while they read the input. After all others, the input is read again.
+    Compiled quantizers look for inf and nan while they read the input. For all other quantizers, the input is read
+    a second time.
     """
     if torch.compiler.is_compiling():
         return layer.input_q(input)
@@ -237,7 +238,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QLayer]:
 
 
 def quantized_parts(model: nn.Module) -> dict[str, str]:
-    """Return the widths of the quantized layers as text by name, and `bypassed` for each bypassed activation.
+    """Return, by name, the widths of each quantized layer as text, and `bypassed` for each bypassed activation.
 
     Two networks with equal parts have quantizers at the same places.
     """
@@ -251,10 +252,10 @@ def quantizers(layer: QLayer) -> dict[str, Quantizer]:
 
 
 def is_quantizer_key(name: str, model: nn.Module) -> bool:
-    """Return whether a parameter or buffer of this name belongs, or would belong, to a quantizer of a layer.
+    """Return whether a parameter or buffer of this name belongs to a quantizer of a layer.
 
-    The network may be quantized or float. A submodule of a user's network with the name of a slot, such as `input_q`,
-    is not a quantizer.
+    In a float network, the result says whether the name would belong to a quantizer after quantization. A submodule of
+    a user's network with the name of a slot, such as `input_q`, is not a quantizer.
     """
     parts = name.split(".")
     slots = [i for i, part in enumerate(parts) if part in ("weight_q", "input_q", "output_q")]
@@ -333,10 +334,10 @@ def computed_weight(layer: nn.Module) -> str | None:
 def float_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Make a quantized network compute like the float network with the latent weights, within a `with` block.
 
-    After the block, also in case of an error, the layers are quantized again.
+    After the block, the layers are quantized again, also if an error was raised.
     """
     layers = [(m, type(m)) for m in model.modules() if type(m) in FLOAT_CLASS]
-    # layers whose class torch changed later, as `parametrize` does, keep their class and lose their widths
+    # torch may change the class of a layer (`parametrize`): such a layer keeps its class, and its widths become 32
     others = [(m, m.bits) for m in model.modules() if isinstance(m, QLayer) and type(m) not in FLOAT_CLASS]
     activations = [m for m in model.modules() if isinstance(m, BypassedActivation)]
     try:
@@ -357,13 +358,13 @@ def float_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class BypassedActivation(nn.Module):
-    """Stands in for an activation function that the input quantizers of the next layers replace.
+    """Takes the place of an activation function that the input quantizers of the next layers replace.
 
     The module returns its input unchanged. Inside `float_mode`, it applies the activation function.
 
     Args:
         act: the activation function.
-        readers: the names of these layers.
+        readers: the names of the next layers.
     """
 
     def __init__(self, act: nn.Module, readers: Sequence[str]) -> None:

@@ -14,15 +14,14 @@ from qbench.quant.quantizer import Quantizer
 
 
 def extend_mask(frozen: Tensor, score: Tensor, portion: float) -> Tensor:
-    """Return a copy of `frozen` that also contains the free weights with the highest scores.
+    """Return a copy of the mask `frozen`, extended by the free weights with the highest scores.
 
-    `portion` determines how many weights the returned mask contains.
 
     Args:
         frozen: the current mask (bool). The returned mask contains all weights of the current mask.
         score: one number per weight, of the shape of `frozen`. In a tie, the lower index is chosen.
-        portion: fraction of all weights that are frozen in the returned mask, 0 to 1. If `frozen` already contains a
-            larger fraction, `frozen` is returned unchanged.
+        portion: fraction of all weights that the returned mask contains, 0 to 1. If `frozen` already contains a larger
+            fraction, a copy of `frozen` is returned.
     """
     missing = round(portion * frozen.numel()) - int(frozen.sum())
     extended = frozen.flatten().clone()

@@ -31,7 +31,7 @@ class Unsupported(Exception):
 
 
 def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
-    """Raise `Unsupported` unless the layer is a `Conv2d` or a `Linear`.
+    """Raise `Unsupported` if the layer is neither a `Conv2d` nor a `Linear`.
 
     Some methods have formulas only for these two classes.
     """
@@ -43,7 +43,7 @@ def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
 
 
 def float_rule(layer_name: str) -> str:
-    """Return the last line of a message. The line says what to type to leave a layer in float."""
+    """Return a line for an error message that says what to type to leave a layer in float."""
     return f"leave it float: 'layers.rules={{{layer_name}: float}}'"
 
 
@@ -52,8 +52,9 @@ class Requires:
     """The requirements of a method on the network around its quantizers.
 
     Args:
-        norm: the batch normalization that the network must have in front of the input quantizer. "no_affine" has no
-            scale and shift. None means that any normalization is accepted.
+        norm: the batch normalization that the network must have in front of the input quantizer: with scale and shift
+            ("affine"), without them ("no_affine"), or no batch normalization ("none"). None means that the method has
+            no requirement.
         act: what happens to the activation function in front of the input quantizer. "keep" keeps the activation
             function. "fused" removes it, because the quantizer takes its place. "either" means that the quantizer
             includes the activation function, so that the values are the same with and without a separate activation
@@ -62,7 +63,7 @@ class Requires:
         start: the initial weights. "float" means the weights of the float baseline. "scratch" means random weights. The
             float baseline is then trained only for comparison.
         teacher: whether the default loss is a distillation loss with the float baseline as the teacher. The
-            configuration key `distill` can change this.
+            configuration key `distill` overrides this default.
     """
 
     norm: Literal["affine", "no_affine", "none"] | None = None
@@ -101,7 +102,7 @@ class Method:
         weight, input, output: factories of quantizers, of the types `QuantizerFactory` and `OutputFactory`.
         prepare: function of (model, probe) that is called once, after the quantizers are installed and before the
             optimizer is made. A resumed run does not call it again.
-        phases: function that takes the number of epochs, and returns the first epoch of the second and each later
+        phases: function that takes the number of epochs, and returns the first epoch of each phase except the first
             phase. At the start of a phase, the learning-rate schedule restarts and momentum is cleared.
         on_epoch: function of (model, epoch, epochs, probe) that is called before the first batch of an epoch. A run
             that resumes within an epoch does not call it again.
@@ -110,10 +111,10 @@ class Method:
             and parameters.
         needs_training: False for post-training quantization, in which `prepare` does all the work and no epoch is
             trained.
-        foreign_names: maps endings of tensor names in the authors' checkpoints to the endings in qbench. With this map,
-            a run that starts from such a checkpoint also loads the parameters of quantizers.
-        option_slots: maps options of the method's function to the only slot that they concern: w, a or g. Options of
-            several slots are not included.
+        foreign_names: maps endings of tensor names in the authors' checkpoints to the endings of the same names in
+            qbench. With this map, a run that starts from such a checkpoint also loads the parameters of quantizers.
+        option_slots: maps an option of the method's function to the slot that it concerns: w, a or g. Options that
+            concern several slots are not included.
         teachers: teacher networks, which the training loop moves to the device and keeps in eval mode.
     """
 

@@ -1,8 +1,8 @@
 """Compiles programs (program.py) to machine code with LLVM, through the package llvmlite.
 
 llvmlite is installed with numba, which the extra `fast` contains. A program is compiled once in a process, which takes
-tens of milliseconds. LLVM may not reorder or contract operations on floats here, so the results are those of torch to
-the last bit.
+tens of milliseconds. LLVM is not allowed to reorder or contract operations on floats, so the results are bit-identical
+to those of torch.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ In registers, elements are float32 numbers if the tensor has a floating-point ty
 FLOATS = (torch.float32, torch.bfloat16)
 MATH = {"round": "rint", "abs": "fabs", "floor": "floor", "ceil": "ceil", "trunc": "trunc"}
 EXPONENT = 0x7F800000
-"""The bits of the exponent of a float32 number. All of them are 1 only for inf and nan."""
+"""The bits of the exponent of a float32 number. Only in inf and nan, all of these bits are 1."""
 
 
 class Loop:
@@ -69,7 +69,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _needed(operations: Sequence[Operation], outputs: Iterable[int]) -> list[int]:
-    """Return the indices of all operations on which some outputs depend, in ascending order."""
+    """Return the indices of the outputs and of all operations on which they depend, in ascending order."""
     found: set[int] = set()
     waiting = list(outputs)
     while waiting:
@@ -96,10 +96,11 @@ def _assembly(
     numbers: Sequence[int],
     outputs: Sequence[int],
 ) -> tuple[str, list[Any]]:
-    """Return the LLVM assembly of a loop, and the ctypes of its arguments.
+    """Return the LLVM assembly of a loop function, and the ctypes of its arguments.
 
-    The arguments are the first element, the end, the addresses of inputs and outputs, and the numbers. The result is 1
-    if an element of the first input is not finite, else 0.
+    The arguments of the loop function are the index of the first element, the index after the last element, the
+    addresses of inputs and outputs, and the numbers. The loop function returns 1 if an element of the first input is
+    not finite, else 0.
     """
     module = Module("elementwise")
     memory = [MEMORY[operations[i].dtype] for i in (*inputs, *outputs)]
@@ -203,16 +204,17 @@ def _converted(builder: Any, value: Any, source: torch.dtype, dtype: torch.dtype
 def _rounded_to_bfloat16(builder: Any, value: Any) -> Any:
     """Round a float32 number to the nearest bfloat16 number, halves to even. The result is a float32 number."""
     bits = builder.bitcast(value, I32)
-    # Add just below half of the last place that is kept, or half if this place is odd. The carry rounds up.
+    # Let the unit be the lowest bit that is kept. Add half a unit if this bit is 1, else slightly less. The carry then
+    # rounds up.
     odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
     rounded = builder.and_(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(0xFFFF0000))
-    # For nan, the carry could reach the sign. torch returns this nan.
+    # For nan, the carry could change the sign bit, so return the nan that torch returns.
     is_nan = builder.fcmp_unordered("uno", value, value)
     return builder.bitcast(builder.select(is_nan, I32(0x7FC00000), rounded), F32)
 
 
 def _processor() -> Any:
-    """Return what LLVM needs to know about this machine. An engine owns it, so every engine gets its own."""
+    """Return LLVM's description of this machine. An engine owns its description, so every engine needs a new one."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     features = binding.get_host_cpu_features().flatten()
@@ -222,7 +224,7 @@ def _processor() -> Any:
 
 
 def _compiled(assembly: tuple[str, list[Any]]) -> tuple[Callable[..., int], Any]:
-    """Return a function of assembly, and the engine that owns its machine code."""
+    """Compile assembly. Return the compiled function, and the engine that owns the machine code."""
     text, types = assembly
     module = binding.parse_assembly(text)
     module.verify()
@@ -239,7 +241,8 @@ def _compiled(assembly: tuple[str, list[Any]]) -> tuple[Callable[..., int], Any]
 class Compiled:
     """A compiled program. It is called like the function from which the program was recorded.
 
-    The loops and calls run in stages. The loop of a stage needs only numbers that the calls of earlier stages returned.
+    The loops and calls run in stages. In each stage, the calls run before the loop. The loop needs only numbers from
+    calls of its own stage and earlier stages.
     """
 
     def __init__(self, program: Program) -> None:
@@ -261,7 +264,7 @@ class Compiled:
         self.count = len(calls)
 
     def __call__(self, full: Sequence[Tensor], numbers: Sequence[Tensor]) -> tuple[Any, bool]:
-        """Return what the function returns, and whether the first tensor is known to have only finite elements.
+        """Return the result of the function, and whether the first tensor is known to have only finite elements.
 
         Args:
             full: arguments with the same shape and memory format.
@@ -283,7 +286,7 @@ class Compiled:
 
 
 def _actual(value: Any, full: dict[int, Tensor], slots: Sequence[Tensor | None]) -> Any:
-    """Return the tensor that a `Number` or `Full` stands for, or another value as it is."""
+    """Return the tensor that a `Number` or `Full` stands for. Return any other value unchanged."""
     if isinstance(value, Number):
         return slots[value.slot]
     return full[value.operation] if isinstance(value, Full) else value

@@ -36,7 +36,7 @@ Context = Any
 MAX_CELLS = 2**8 + 3
 """Maximum number of cells of a step function (see `Cells`).
 
-It allows one cell for each level of an 8-bit quantizer, and the cells beyond both ends.
+This number is enough for one cell per level of an 8-bit quantizer, and for the cells beyond both ends.
 """
 
 TRANSFORMS = (
@@ -108,9 +108,10 @@ def activation_memory(mode: str) -> Iterator[None]:
     """Select what quantized layers keep for the backward pass within a `with` block. Results are bit-identical.
 
     Args:
-        mode: `recompute`: quantizers keep their input, and their output is recomputed when the next layer needs it;
-            `keep`: both are kept, which is faster; `codes`: quantizers keep the index of the level of each element in
-            one or two bytes, if this is enough to compute the gradients, and else do the same as with `recompute`.
+        mode: `recompute` keeps the input of each quantizer. The quantizer's output is computed again when the next
+            layer needs it. `keep` keeps both, which is faster. `codes` keeps the index of each element's level in one
+            or two bytes if this index is enough to compute the gradients. Otherwise, `codes` is the same as
+            `recompute`.
     """
     with _switched(_memory, mode):
         yield
@@ -233,7 +234,7 @@ class _Forms(NamedTuple):
     backward: Gradients
 
     def in_float32(self, dtype: torch.dtype, masks: bool) -> "_Forms":
-        """Return the forms for x of a half-precision type. They compute in float32, and results have the type `dtype`.
+        """Return the forms for half-precision x. They compute in float32, and their results have the type `dtype`.
 
         If the backward pass is only a mask of the gradient, it computes in half precision, with the same result.
         """
@@ -320,8 +321,8 @@ def fused_quantizer(
         backward: function of `(grad, x, *learned)` that returns the gradient of x, or the gradients of x and all
             `learned`.
         cells: the cells of the step function, or None. More than `MAX_CELLS` cells are ignored.
-        masks: whether `backward` only keeps or drops each element of grad, by comparisons of x. If so, `backward` gets
-            half-precision tensors without conversion.
+        masks: whether `backward` only keeps each element of grad or sets it to 0, depending on comparisons of x. If
+            true, `backward` gets half-precision tensors without conversion.
         repeatable: whether `value` returns the same result when it is called again. Pass False if `value` uses random
             numbers. The result is then saved and never recomputed.
     """
@@ -392,8 +393,9 @@ def _with_codes(
         dtype: type in which the quantizer computes.
 
     Returns:
-        a function of x and the learned parameters that returns the result and the cell numbers; the function `value`
-        and the function `backward` of `fused_quantizer`, both with the cell numbers instead of x.
+        Three functions. The first is a function of x and the learned parameters that returns the result and the cell
+        numbers. The second and the third are `value` and `backward` of `fused_quantizer`, but take the cell numbers
+        instead of x.
     """
     value, backward, inside = forms.value, forms.backward, cells.inside
     number, kind = cells.number, torch.uint8 if cells.size <= 256 else torch.int16
@@ -414,7 +416,7 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
         yield
         return
     recompute: Callable[[], Tensor] = x.recompute
-    storage = _storage(x)  # the hook exists as long as the saved tensors, so it must not refer to x
+    storage = _storage(x)  # the hook lives as long as the saved tensors, so a reference to x would keep x in memory
 
     def pack(saved: Tensor) -> Callable[[], Tensor]:
         if _storage(saved) == storage:
@@ -432,7 +434,7 @@ def recompute_in_backward(x: Tensor) -> Iterator[None]:
 
 
 def _storage(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Return the address, the shape and the strides of a tensor. Together, they identify the tensor's memory."""
+    """Return the address, the shape and the strides of a tensor. Together, they identify its memory."""
     return x.data_ptr(), x.shape, x.stride()
 
 

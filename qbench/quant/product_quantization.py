@@ -1,6 +1,6 @@
 """Implements product quantization, which represents each sub-vector of weights by a codeword.
 
-The codewords are found by k-means on the weights, or they are fitted to the responses of the layer. A response is the
+k-means on the weights finds the codewords. They can then be fitted to the responses of the layer. A response is the
 vector of a layer's outputs at one position of one image.
 
 k-means is initialized by k-means++ with a fixed seed, and computes in float64. The codes therefore depend only on the

@@ -1,4 +1,4 @@
-"""Programs of elementwise operations, and the builder that `recording.py` uses to make them."""
+"""Defines programs of elementwise operations, and the builder with which `recording.py` makes them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ FULL_TYPES = (torch.float32, torch.bfloat16, torch.bool, torch.uint8, torch.int1
 
 
 class NotRecordable(Exception):
-    """Raised if a function is not a program of the supported operations."""
+    """Raised if a function cannot be expressed as a program of the supported operations."""
 
 
 class Number(NamedTuple):
@@ -39,11 +39,11 @@ class Operation(NamedTuple):
     name: str
     operands: tuple[Operand, ...]
     dtype: torch.dtype
-    stage: int  #: number of reductions, one after another, that must be known before
+    stage: int  #: number of successive reductions whose results must be known first
 
 
 class Call(NamedTuple):
-    """A torch operation with a result of one element. Among its arguments may be `Number` and `Full`."""
+    """A torch operation with a result of one element. Its arguments may contain `Number` and `Full` objects."""
 
     function: Callable[..., Tensor]
     args: tuple[Any, ...]
@@ -60,8 +60,8 @@ class Call(NamedTuple):
 class Program(NamedTuple):
     """A recorded function of tensors.
 
-    Slots contain the tensors with one element: first those among the arguments and constants of the function, in their
-    order, then the results of the calls.
+    Each slot contains a tensor with one element. The first slots contain the one-element arguments and constants of the
+    function, in order. The other slots contain the results of the calls.
     """
 
     operations: list[Operation]
@@ -102,18 +102,18 @@ class Builder:
         return len(self.operations) - 1
 
     def new_slot(self, stage: int = 0) -> Number:
-        """Return a new place for a tensor with one element."""
+        """Return a new slot for a tensor with one element."""
         self.slots.append(stage)
         return Number(len(self.slots) - 1)
 
     def set(self, tensor: Tensor, value: Full | Number) -> None:
-        """Remember what computes the content of a tensor."""
+        """Remember the operation or slot that contains the values of a tensor."""
         self.seen.append(tensor)
         self.values[tensor.data_ptr()] = value
         self.memory.add(memory_of(tensor))
 
     def get(self, tensor: Tensor) -> Full | Number | None:
-        """Return what is known about a tensor, or None if it does not depend on the arguments."""
+        """Return the operation or slot of a tensor, or None if the tensor does not depend on the arguments."""
         if not tensor.numel() or memory_of(tensor) not in self.memory:
             return None
         value = self.values.get(tensor.data_ptr())
@@ -138,14 +138,14 @@ class Builder:
         raise NotRecordable(f"an operand {value!r}")
 
     def number(self, value: Any) -> Operand:
-        """Return the operand of an arithmetic operation. A condition becomes 1 or 0."""
+        """Return the operand of an arithmetic operation. A bool becomes 1 or 0."""
         operand = self.operand(value)
         if type(operand) is int and self.operations[operand].dtype == torch.bool:
             return self.converted(operand, torch.float32)
         return operand
 
     def converted(self, index: int, dtype: torch.dtype) -> int:
-        """Return the operation `index`, converted to a type. bfloat16 is rounded to nearest."""
+        """Return the index of the result of operation `index`, converted to a type. bfloat16 is rounded to nearest."""
         kind = self.operations[index].dtype
         if kind == dtype:
             return index

@@ -53,7 +53,7 @@ class Grid:
     arrange: Callable[[Tensor], Tensor] = one_group
 
     def __post_init__(self) -> None:
-        # the search for the nearest point bisects sorted scalars; NaN is sorted to the end
+        # the search for the nearest point needs sorted scalars; sorting puts NaN at the end
         if self.points.shape[2] == 1:
             object.__setattr__(self, "points", self.points.sort(1).values)
 
@@ -65,8 +65,8 @@ class Quantizer(nn.Module):
     quantizer of outputs has `forward(y, x) -> y`, where x is the layer's input, and its backward pass may quantize
     dL/dy.
 
-    A subclass overrides the declarations below if the defaults do not fit. Verification, costs, training and reports
-    use these declarations and never test the class of a quantizer.
+    A subclass overrides the declarations below if the defaults do not fit. Verification, cost counts, training and
+    reports use only these declarations, not the class of a quantizer.
     """
 
     __call__: Callable[..., Tensor]
@@ -93,7 +93,7 @@ class Quantizer(nn.Module):
         return type(self).grid is not Quantizer.grid
 
     def bytes(self, w: Tensor) -> Storage:
-        """Return the storage that the quantized weights need as codes.
+        """Return the storage that the quantized weights need: codes, scales and codebooks.
 
         Weight quantizers must override this method.
 

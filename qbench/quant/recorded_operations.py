@@ -1,7 +1,7 @@
 """The operations of torch that recorded programs may contain (see recording.py).
 
-Each function records one torch operation and returns the index of its result. A program returns the results of torch to
-the last bit, with the sign of zeros. Only the bits of nan may differ.
+Each function records one torch operation and returns the index of its result. The results of a program are
+bit-identical to those of torch, including the signs of zeros. Only the bits of nan may differ.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from qbench.quant.program import Builder, NotRecordable, Operand
 
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
-"""Maps the names of comparisons to their symbols. With nan, all are false except `ne`."""
+"""Maps the names of comparisons to their symbols. If an operand is nan, all comparisons except `ne` are false."""
 
 
 def _arithmetic(name: str) -> Callable[..., int]:
@@ -66,7 +66,7 @@ def _select(r: Builder, condition: int, a: Operand, b: Operand) -> int:
 
 def _clamp(r: Builder, x: Tensor, min: object = None, max: object = None) -> int:
     value = r.operand(x)
-    if min is not None:  # the lower bound only where x is below it, so that -0 stays -0
+    if min is not None:  # replace x only where it is below the lower bound, so that -0 stays -0
         low = r.operand(min)
         value = _select(r, r.add("lt", value, low, dtype=torch.bool), low, value)
     if max is not None:

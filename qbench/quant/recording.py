@@ -3,7 +3,7 @@
 A function such as the forward pass of a quantizer applies several torch operations one after another, and each
 operation reads and writes the whole tensor. Here, the function runs once on a few numbers, and a dispatch mode of torch
 records its operations. The record is a program that computes one element at a time, so that a compiled loop reads and
-writes each tensor once. Methods need no code for this: their torch functions remain the only definition.
+writes each tensor once. Methods need no additional code, because their torch functions are recorded as they are.
 
 A program has three kinds of steps:
 
@@ -11,7 +11,7 @@ A program has three kinds of steps:
 - reductions of whole tensors to one number, such as a sum, which torch computes (`Call`)
 - operations on tensors of one element, such as a learned step divided by a number, which torch computes too (`Call`)
 
-Functions that do anything else are not recorded, and torch executes them as they are.
+A function with any other step is not recorded. torch executes such a function.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ VIEWS = frozenset({"detach", "alias", "view", "as_strided", "_unsafe_view", "spl
 """Operations whose results share the memory of their argument."""
 
 FACTORIES = frozenset({"new_empty"})
-"""Operations that only make memory. What is written into it later is recorded then."""
+"""Operations that only allocate memory. Later operations that write to this memory are recorded."""
 
 OVERWRITING = frozenset({"zero", "fill", "copy"})
 """Operations that write a tensor without reading it."""
@@ -93,7 +93,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotRecordable(f"{name} to {target.dtype}")
         try:
             index = make(self.builder, *args, **kwargs)
-        except TypeError as error:  # an argument that the table below does not expect
+        except TypeError as error:  # an argument that the function in ELEMENTWISE does not accept
             raise NotRecordable(f"{name}: {error}") from None
         self.builder.set(target, Full(self.builder.converted(index, target.dtype)))
 
@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among values, also those in lists and tuples."""
+    """Return the tensors among `values`, including tensors in nested lists and tuples."""
     found = []
     for value in values:
         if isinstance(value, Tensor):
@@ -134,8 +134,8 @@ def record(function: Callable[..., Any], arguments: Sequence[Tensor], constants:
 
     Args:
         function: a function of `arguments` that returns a tensor or a tuple of tensors.
-        arguments: tensors of the types that the function will get. Tensors with one element have no axes, and all
-            others are elementwise operands of one shape. Their values do not matter.
+        arguments: tensors of the types that the function will get. Tensors with one element have no axes. All other
+            tensors have the same shape. The values do not matter.
         constants: other tensors with one element, without axes, that the function reads.
 
     Raises:

@@ -73,7 +73,7 @@ def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
 
 
 def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Return the fraction of negative inputs of each layer whose input levels are all at least 0.
+    """Return, for each layer whose input levels are all at least 0, the fraction of its inputs that is negative.
 
     Quantization sets negative inputs of such a layer to 0. If the quantizer replaces a ReLU, this is intended, and the
     layer is left out. Layers that read the image and layers without negative inputs are also left out.
@@ -161,8 +161,8 @@ def nearest_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_vectors(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    exact = "donot_use_mm_for_euclid_dist"  # a matrix product loses half of the digits
-    groups = zip(values, points.nan_to_num(nan=float("inf")), strict=True)  # one at a time: all together take gigabytes
+    exact = "donot_use_mm_for_euclid_dist"  # with a matrix product, half of the significant digits would be lost
+    groups = zip(values, points.nan_to_num(nan=float("inf")), strict=True)  # one group at a time, to save memory
     nearest = [torch.cdist(value, point, compute_mode=exact).min(-1) for value, point in groups]
     distance, index = (torch.stack(each) for each in zip(*nearest, strict=True))
     return index, distance

@@ -2,9 +2,9 @@
 
 The results are bit-identical to those of a network that quantizes the weights of each layer when the layer is called.
 Only the order of the work differs. On a CPU this order is faster, because the code and data of the weight quantizers
-are then in the processor's caches. Between two large convolutions, they would have to be loaded from memory again.
-The backward pass has the same advantage: autograd begins with the latest operations, so it reaches the weight
-quantizers of all layers together, near the end.
+stay in the processor's caches. If quantizers ran between large convolutions, their code and data would have to be
+loaded from memory each time. The backward pass has the same advantage: autograd begins with the latest operations, so
+it reaches the weight quantizers of all layers together, near the end.
 """
 
 import operator
@@ -24,10 +24,13 @@ _current: ContextVar["WeightsFirst | None"] = ContextVar("weights_first", defaul
 class WeightsFirst:
     """Remembers which layers the last forward pass called, and quantizes their weights when the next one begins.
 
-    In the first forward pass, each layer quantizes its weights when it is called. Later, some layers still do so:
-    layers that the last forward pass did not call, and layers whose weight quantizer draws random numbers or changes
-    its own parameters or buffers, or whose weights change during the forward pass. The second and later calls of a
-    layer also do so.
+    In the first forward pass, each layer quantizes its weights when it is called. In later passes, this happens only in
+    the following cases:
+
+    - The last forward pass did not call the layer.
+    - The weight quantizer draws random numbers, or changes its own parameters or buffers.
+    - The weights change during the forward pass.
+    - The same forward pass has called the layer before.
     """
 
     def __init__(self) -> None:
@@ -66,10 +69,10 @@ class WeightsFirst:
         return result
 
     def _together(self, quantize: Callable[[Any], Tensor]) -> dict[nn.Module, tuple[Tensor, "_State"]]:
-        """Return the quantized weights of the layers that the last forward pass called, and what determines them.
+        """Return the quantized weights of the layers that the last forward pass called, and the state of each layer.
 
-        A quantizer that draws random numbers or changes for the first time is set back, and does so when its layer is
-        called.
+        If a quantizer changes its state for the first time, the change is undone, and its layer is left out from then
+        on. If random numbers are drawn for the first time, all these layers are left out from then on.
         """
         generator, states = torch.get_rng_state(), {layer: _State(layer) for layer in self._last}
         weights, draws = _draws_numbers(lambda: {layer: quantize(layer) for layer in states})
@@ -83,7 +86,7 @@ class WeightsFirst:
 
 
 class _State:
-    """What determines the quantized weights of a layer: tensors with their values, and torch's modes.
+    """The values that determine the quantized weights of a layer: tensors, and torch's modes.
 
     Values are compared, because changes through `.data` do not change the version of a tensor.
     """
@@ -133,7 +136,7 @@ def _draws_numbers(compute: Callable[[], Result]) -> tuple[Result, bool]:
 
 
 def weight_of(layer: nn.Module, quantize: Callable[[Any], Tensor]) -> Tensor:
-    """Return `quantize(layer)`, the quantized weights of a layer, which `WeightsFirst` may have computed before."""
+    """Return `quantize(layer)`, the quantized weights of a layer. `WeightsFirst` may have computed them already."""
     if torch.compiler.is_compiling():
         return quantize(layer)
     current = _current.get()
