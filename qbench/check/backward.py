@@ -17,7 +17,7 @@ from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 FLOOR = 1e-4
 """Largest gradient that counts as zero, if upstream gradients are about 1.
 
-A sum whose terms cancel has a rounding error of this size.
+If the terms of a sum cancel, the sum has a rounding error of this size.
 """
 
 TOLERANCE = 1e-4
@@ -37,8 +37,8 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
     A gradient is useful if it is finite and not zero everywhere.
 
-    Each quantizer is checked separately. If one quantizer stops the gradient, the check therefore does not also fail
-    for earlier layers. The check skips post-training methods, weights that require no gradient, and layers whose
+    Each quantizer is checked separately, so that a quantizer that stops the gradient does not make the check fail for
+    earlier layers too. The check skips post-training methods, weights that require no gradient, and layers whose
     weights are all frozen.
     """
     if not subject.make(bits).needs_training:
@@ -58,13 +58,13 @@ def gradients_arrive(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _gradients(layer: QLayer, x: Tensor, y: Tensor) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """For each quantizer of a layer, yield a kind of tensors (such as weights) and the gradients of these tensors."""
+    """For each quantizer of a layer, yield (kind, gradients). The kind names the tensors, such as `weights`."""
     all_frozen = isinstance(layer.weight_q, FrozenWeight) and layer.weight_q.complete
     fixed = not layer.weight.requires_grad or all_frozen
     cases: list[tuple[str, Quantizer, Callable[[Tensor], Tensor], Tensor]] = [
         ("outputs", layer.output_q, lambda value: layer.output_q(value, x), y),
         ("weights", layer.weight_q, layer.weight_q, layer.weight),
-        ("inputs", layer.input_q, layer.input_q, torch.cat([x, torch.randn_like(x)])),  # x may be zero everywhere
+        ("inputs", layer.input_q, layer.input_q, torch.cat([x, torch.randn_like(x)])),  # x may be all zeros
     ]
     for what, quantizer, function, value in cases:
         if isinstance(quantizer, IdentityQuantizer):
@@ -93,7 +93,7 @@ def _balanced_over_levels(result: Tensor) -> Tensor:
 
     A change of the scale changes equal values by equal amounts. For these upstream gradients, the gradient through the
     scale is therefore 0, and a nonzero gradient has passed through the rounding. If most values occur only once, the
-    tensor has no levels or too many levels. In that case, return unbalanced random gradients.
+    tensor has no levels or too many levels. The returned random gradients are then not balanced.
     """
     upstream = torch.randn_like(result)
     _, level, count = torch.unique(result, return_inverse=True, return_counts=True)

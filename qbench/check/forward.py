@@ -21,7 +21,7 @@ DRAWS = 400
 """Number of times that each tensor is stochastically rounded."""
 
 CHANCE = 1e-9
-"""Probability that unbiased rounding exceeds Hoeffding's bound on the mean error by chance (Hoeffding 1963)."""
+"""Probability that the mean error of unbiased rounding exceeds Hoeffding's bound by chance (Hoeffding 1963)."""
 
 
 def levels(subject: MethodUnderTest, bits: Bits) -> None:
@@ -48,7 +48,7 @@ def levels(subject: MethodUnderTest, bits: Bits) -> None:
 
 
 def _codes_hold_levels(subject: MethodUnderTest, bits: Bits) -> None:
-    """Check that the declared codes have enough bits for the declared levels. The size of a network depends on them."""
+    """Check that the declared codes have enough bits for the declared levels. Codes determine the size of a network."""
     for name, layer in subject.layers(bits):
         count = int((~declared_grid(layer.weight_q, layer.weight).points.isnan().any(2)).sum(1).max())
         code_bits = storage(layer).code_bits
@@ -69,7 +69,7 @@ def _has_vector_levels(subject: MethodUnderTest, bits: Bits, key: str) -> bool:
 
 
 def declared_grid(quantizer: Quantizer, x: Tensor) -> Grid:
-    """Return the grid that a quantizer declares for the values x. Without a grid, raise `PropertyViolation`."""
+    """Return the grid that a quantizer declares for the values x. If there is no grid, raise `PropertyViolation`."""
     if (grid := quantizer.grid(x)) is None:
         raise PropertyViolation(f"{type(quantizer).__name__} declares no grid")
     return grid
@@ -129,7 +129,7 @@ def _clipped(name: str, quantize: Quantizer, x: Tensor) -> None:
     points = declared_grid(quantize, x).points.detach().flatten().nan_to_num(0)
     low, high = float(points.min()), float(points.max())
     _, slope = gradient_of(quantize, x)
-    margin = 1e-3 * (high - low)  # exactly at the lowest or highest level, any gradient is right
+    margin = 1e-3 * (high - low)  # at the lowest and at the highest level, any gradient is correct
     beyond, inside = (x < low - margin) | (x > high + margin), (x > low + margin) & (x < high - margin)
     if (slope[beyond] != 0).any():
         raise PropertyViolation(
@@ -198,12 +198,12 @@ def _gradient_behind(layer: QLayer, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _unbiased(name: str, draw: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Return whether the rounding by `draw` is random, and raise `PropertyViolation` if it is biased.
+    """Return whether `draw` rounds stochastically. If this rounding is biased, raise `PropertyViolation`.
 
     Args:
         name: the tensor's name in messages.
         draw: function that rounds the tensor and returns the result.
-        expected: the tensor before rounding, which is the mean of unbiased rounding.
+        expected: the tensor before rounding. If rounding is unbiased, the expectation of the result is this tensor.
     """
     torch.manual_seed(7)
     first = draw().detach()

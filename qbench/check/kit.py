@@ -25,7 +25,7 @@ class Finding:
     Args:
         name: the name of the property.
         widths: number of combinations of widths at which the property was checked.
-        reason: why the property does not apply, if it was not checked at any width.
+        reason: if the property was not checked at any width, the reason why it does not apply.
         failures: one line for each combination of widths at which the property does not hold.
         seconds: duration of the check in seconds.
     """
@@ -83,7 +83,7 @@ def _check_width(one: Property, subject: MethodUnderTest, bits: Bits, finding: F
         return
     except Unsupported as error:
         finding.reason = finding.reason or str(error)
-        if bits == subject.default:  # options may exclude any width except the default
+        if bits == subject.default:  # the method's options may exclude any width except the default
             finding.failures.append(f"{bits}: {error}")
         return
     except Exception as error:

@@ -22,8 +22,8 @@ Where = Literal["weights", "inputs", "every", "default and narrowest", "default"
 - `inputs`: all widths at which inputs are quantized.
 - `every`: all widths.
 - `default`: the method's default widths.
-- `default and narrowest`: the default widths, and the combination of the smallest supported widths of weights, inputs
-  and gradients.
+- `default and narrowest`: the default widths, and the smallest supported widths of weights, inputs and gradients
+  together.
 """
 
 

@@ -37,7 +37,7 @@ class MethodUnderTest:
 
     Args:
         name: the name of the method.
-        make: function that receives widths, and returns the method at these widths.
+        make: function that takes widths, and returns the method at these widths.
         default: the default widths of the method.
     """
 
@@ -62,7 +62,7 @@ class MethodUnderTest:
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))
 
     def float_network(self) -> nn.Module:
-        """Return a small float convolutional network that the method supports. All calls return equal weights."""
+        """Return a small float convolutional network that the method supports. Every call returns the same weights."""
         torch.manual_seed(1)
         norm = self.make(self.default).requires.norm or "affine"
         return resnet.build(SHAPE, CLASSES, depth=8, width=4, norm=norm)
@@ -95,7 +95,7 @@ def advance(method: Method, model: nn.Module, data: Probe | None = None, last: i
 
 
 def batches(shape: tuple[int, int, int] = SHAPE) -> list[Batch]:
-    """Return batches of noise whose mean depends on the class, so that a network can learn."""
+    """Return batches of noise. The mean of an image depends on its class, so that a network can learn the classes."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(IMAGES) % CLASSES
     images = torch.rand(IMAGES, *shape, generator=generator) + labels.reshape(-1, 1, 1, 1) / CLASSES
@@ -103,7 +103,7 @@ def batches(shape: tuple[int, int, int] = SHAPE) -> list[Batch]:
 
 
 def probe(shape: tuple[int, int, int] = SHAPE) -> Probe:
-    """Return a probe, which gives a method the first batch of `batches` for the method's measurements."""
+    """Return a probe that contains the first batch of `batches`."""
     return Probe(batches(shape)[:1], F.cross_entropy)
 
 

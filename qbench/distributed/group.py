@@ -1,6 +1,6 @@
 """Defines the group of processes that share a run, and how they exchange values.
 
-The class `Group` is the group of a single process. Each of its functions returns the value of this process.
+The class `Group` is the group of a single process. Its functions return only values of this process.
 `qbench.distributed.torch_group` defines the group of several processes. This module does not import torch.
 """
 

@@ -20,7 +20,7 @@ class Launch:
     """The rank of this process among the processes of a run.
 
     Args:
-        rank, size: index of this process, from 0, and number of processes.
+        rank, size: index of this process, counted from 0, and number of processes.
         local_rank, local_size: the same numbers, counted among the processes on this machine.
     """
 
@@ -57,8 +57,8 @@ def refuse_processes(size: int, shards: int) -> None:
 def passed_on(status: int) -> int:
     """Pass this process's exit status on to `qbench.distributed.torchrun`, if that program started the process.
 
-    The status is written to a file, and the function returns 0. If another program started the process, the function
-    returns the status.
+    In this case, the status is written to a file, and the function returns 0. If another program started the process,
+    the function returns the status.
 
     A process must end with status 0, because torchrun otherwise stops all processes and prints its own messages.
     """

@@ -1,8 +1,8 @@
 """Divides a global batch into shards, and adds up the results of the shards in a fixed order.
 
 The result of float addition depends on the order. The shards are therefore the leaves of a binary tree, and sums are
-always computed along this tree. A process computes the shards of one subtree. The result is therefore bit-identical for
-any number of processes.
+always computed along this tree. Each process computes the shards of one subtree. The results are therefore
+bit-identical for every allowed number of processes.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class Shards:
         return range(self.group.rank * each, (self.group.rank + 1) * each)
 
     def draw_seed(self, purpose: str, step: int, shard: int = 0) -> int:
-        """Return a 63-bit seed for the random numbers of one shard, or for random numbers that all processes share."""
+        """Return a 63-bit seed for random numbers of one shard, or for random numbers that all processes share."""
         name = f"{purpose} {self.seed} {step} {shard}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
@@ -78,7 +78,7 @@ class ShardedStep:
         self._before = [buffer.clone() for buffer in model.buffers()]
 
     def compute(self, passes: Iterable[Pass]) -> tuple[Tensor, Tensor]:
-        """Add the gradients of the global batch to the parameters, and set the buffers.
+        """Add the gradients of the global batch to the parameters' `.grad`, and set the buffers.
 
         Return the loss and the number of correct predictions of the global batch, as scalar tensors.
 
@@ -92,7 +92,7 @@ class ShardedStep:
         group = self._shards.group
         total = sum_in_pairs(map(self._tensors, passes), self._add)
         distance = 1
-        while distance < group.size:  # the upper levels of the tree
+        while distance < group.size:  # the levels of the tree above the subtrees of single processes
             partner = group.rank ^ distance
             other = group.exchange(partner, total, self._like(total))
             total = self._add(total, other) if group.rank < partner else self._add(other, total)

@@ -27,7 +27,7 @@ SECONDS_FOR_ERROR = 2.0
 """Maximum time in seconds to wait for the error of a process that closed its connection."""
 
 SECONDS_FOR_OTHERS = 10.0
-"""Maximum time in seconds for which process 0 and the other processes wait for each other at the end."""
+"""Maximum time in seconds for which processes wait for each other at the end of a run."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def joined_group() -> Iterator[Group]:
 
     If there is only one process, its group has size 1.
 
-    If one process raises an error inside the context, the other processes raise the same error. Otherwise, the other
+    If one process raises an error inside the context, the other processes raise the same error. Without this, the other
     processes would only report a closed connection.
     """
     place = launch()

@@ -23,10 +23,9 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 def main(arguments: list[str]) -> int:
     """Run torchrun with the given arguments. Return the exit status.
 
-    Processes write statuses. If several processes did, the result is the status of the one with the lowest rank.
-
-    If no process wrote a status, because all were killed or had not begun, the result is the status of an interrupted
-    run.
+    Each process writes its status to a file. The result is the status of the process with the lowest rank that wrote
+    one. If no process wrote a status, the result is the largest exit status of a failed process or, if signals ended
+    the processes, the status of an interrupted run.
     """
     for name in SIGNALS.split(","):  # torchrun replaces these handlers before it starts processes
         signal.signal(getattr(signal, name), _stop)

@@ -85,7 +85,7 @@ def images_sha256(data: Dataset) -> str:
 
 
 def build_imageless_dataset(node: Node) -> Dataset | None:
-    """Return a data set without images, or None if the shape and the number of images are not known.
+    """Return a data set without images, or None if the shape or the number of images is unknown.
 
     Raises:
         ConfigError: a key or value of the node is not valid.
@@ -180,7 +180,7 @@ def build_model(node: Node, data: Dataset, method: Method, seed: int, device: st
 
 
 def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
-    """Return words such as `model=resnet20` for the networks of `conf/model` that fit the weights in a checkpoint."""
+    """Return the networks of `conf/model` that fit the weights in a checkpoint, as words such as `model=resnet20`."""
     method = build_method({"name": "float"}, {"name": "none"}, Bits())
     found = []
     for words, node in _networks():
@@ -191,7 +191,7 @@ def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
 
 
 def _networks() -> Iterator[tuple[str, Node]]:
-    """Yield (words to type, node) for each network of `conf/model`, and for each `model.form` if it has two forms."""
+    """Yield (words to type, node) for each network of `conf/model`. Of a network with the key `form`, yield both."""
     for name in option_names("model"):
         if not option_file("model", name).is_file():  # the option comes from another package
             continue

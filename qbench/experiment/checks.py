@@ -73,7 +73,7 @@ def check_starts(init: str | None, distill: Distill) -> None:
     """Refuse initial weights and teachers from debug runs, unless the run itself is a debug run.
 
     Args:
-        init: the file or directory of the initial weights, or None if the key `init` names neither.
+        init: the file or directory of the initial weights. None means that `init` names no file or directory.
         distill: the node that names the teacher.
     """
     teacher = distill.teacher if distill.on and not distill.by_baseline else None
@@ -155,7 +155,7 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
 
 
 def check_shards(data: Dataset, optim: Optim, shards: int) -> None:
-    """Refuse shards that do not divide the batch. A batch is at most as large as the training set."""
+    """Refuse a number of shards that does not divide the batch size. The training set limits the batch size."""
     size, _ = batch_size_and_steps(data, optim.batch_size)
     if size % shards:
         raise ConfigError(

@@ -22,7 +22,7 @@ POLL_SECONDS = 1.0
 def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Callable[[], int]) -> None:
     """Execute the runs in jobs of SLURM.
 
-    Each missing float baseline has a job. The jobs of runs that need this baseline wait for it.
+    Each missing float baseline gets its own job. The jobs of runs that need this baseline wait for it.
 
     A job that ends without a result is submitted once more, unless it was cancelled. After a signal to this process,
     the jobs stay in the queue.
@@ -58,7 +58,7 @@ def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Call
 
 
 def _missing_baseline(planned: PlannedRun) -> PlannedRun | None:
-    """Return the float baseline that a run needs, if this baseline has no result yet."""
+    """Return the float baseline that a run needs, or None if the baseline has a result or is not needed."""
     config = planned.config
     if not config.needs_baseline:
         return None
@@ -77,7 +77,7 @@ class _ClusterJobs:
     jobs: dict[Path, Any] = field(default_factory=dict)
 
     def find(self, runs: Sequence[PlannedRun]) -> None:
-        """Take over the jobs that still are in the queue."""
+        """Use jobs of an earlier command that are still in the queue."""
         import submitit
 
         for planned in runs:

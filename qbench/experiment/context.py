@@ -27,7 +27,7 @@ class RunContext:
         reporter: shows progress and messages.
         stop: function that returns the number of the signal that asks this process to stop, or 0.
         group: the processes of the run. All processes call the methods of their contexts in the same order.
-        waits: whether to wait for a run that another process works on. Otherwise `Busy` is raised.
+        waits: whether to wait for a run that another process works on. If false, `Busy` is raised instead.
     """
 
     reporter: ProgressReporter = field(default_factory=ProgressReporter)
@@ -41,7 +41,7 @@ class RunContext:
         return self.group.rank == 0
 
     def agree(self, save: bool) -> tuple[int, bool]:
-        """Return the signal that asks any process to stop (or 0), and whether any process wants to save."""
+        """Return the number of a signal that asks a process to stop (or 0), and whether a process wants to save."""
         number, saves = self.group.largest(self.stop(), int(save))
         return number, bool(saves)
 
@@ -70,7 +70,7 @@ class RunContext:
         batches = loader.unaugmented(split, first=group.rank, every=group.size)
         for _ in range(0, loader.batch_count(split), group.size):
             self.check()
-            yield from islice(batches, 1)  # in the last turn, there may be no batch left for this process
+            yield from islice(batches, 1)  # in the last iteration, there may be no batch left for this process
 
     @contextmanager
     def lock(self, directory: RunDirectory) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 Images are not part of a run's identity, because the identity must be known before any data is read.
 Instead, results and checkpoints contain a digest of the images. Whenever a result or a checkpoint
-is used, this digest is compared with the digest of the current images. This module does not import
-torch unless images must be read.
+is used, this digest is compared with the digest of the current images. This module imports torch only if images must be
+read.
 """
 
 import json
@@ -87,7 +87,7 @@ def check_same_data(run: Path, sha256: str, dataset: str) -> None:
 
 
 def other_data_error(paths: Sequence[Path], dataset: str) -> CheckpointError:
-    """Return the error about a data set that has changed since some runs were trained."""
+    """Return the error that says that a data set has changed since some runs were trained."""
     were = f" and {len(paths) - 1} other runs were" if len(paths) > 1 else " was"
     return CheckpointError(
         f"the images of dataset={dataset} have changed since {paths[0]}{were} trained\n"

@@ -1,4 +1,4 @@
-"""Warns if a run means little: too few test images, training steps or epochs, or a weak float baseline."""
+"""Warns if the accuracy of a run means little: few test images, training steps or epochs, or a weak float baseline."""
 
 from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
@@ -12,18 +12,18 @@ FEW_STEPS = 500
 COARSE_POINTS = 0.5
 """A test split has a warning if one image changes top-1 by more than this many points.
 
-With 0.5 points, these are the test splits with fewer than 200 images.
+A limit of 0.5 points corresponds to 200 images.
 """
 
 MOST_PHASES = 500
-"""Largest number of phases of which `skipped_phases` knows whether a run has all of them."""
+"""Number of epochs with which `skipped_phases` counts a method's phases. Methods with more phases are not checked."""
 
 QUANTILE = 1.645
 """Number of standard errors of a one-sided 95 % bound."""
 
 
 def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps: int) -> list[str]:
-    """Return warnings about accuracies that mean little. A debug run has none, because `final_result` warns about it.
+    """Return warnings about accuracies that mean little. For a debug run, return none: `final_result` warns about it.
 
     Args:
         setup: the setup of the run.
@@ -45,7 +45,7 @@ def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
     """Yield a warning if a float baseline is not clearly better than a constant answer.
 
     Chance is the share of the most frequent class in the test split. The limit is chance + min(chance, 1 - chance) / 5.
-    The baseline must exceed this limit by the one-sided 95 % error of the test sample.
+    The baseline must exceed this limit by `QUANTILE` standard errors of the accuracy on the test images.
 
     Args:
         top1: test top-1 of the baseline in percent.
@@ -64,7 +64,7 @@ def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
 
 
 def few_steps(steps: int, prefix: str) -> Iterator[str]:
-    """Yield a warning if a run has few training steps. `prefix` begins the run's keys: `pretrain.` for a baseline."""
+    """Yield a warning if a run has few training steps. `prefix` is `pretrain.` for a baseline, else empty."""
     if 0 < steps < FEW_STEPS:
         yield (
             f"the run has {steps} training steps, fewer than {FEW_STEPS}; raise {prefix}epochs, or lower "
@@ -75,8 +75,9 @@ def few_steps(steps: int, prefix: str) -> Iterator[str]:
 def skipped_phases(phases: Callable[[int], Sequence[int]], epochs: int) -> Iterator[str]:
     """Yield a warning if a run has too few epochs for all phases of its method.
 
-    Incremental methods freeze a portion of the weights at the start of each phase. A phase without an epoch freezes its
-    portion together with that of the next phase, so no training adapts the other weights in between.
+    Incremental methods freeze a portion of the weights at the start of each phase. If a phase has no epoch, its portion
+    is frozen together with the portion of the next phase. The other weights are then not trained between these two
+    portions.
 
     Args:
         phases: `Method.phases`.

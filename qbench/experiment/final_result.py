@@ -32,7 +32,7 @@ from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
 
 NOTED_SHARE = 0.01
-"""If at least this share of a layer's inputs is negative and is quantized to 0, the run has a warning."""
+"""If at least this share of a layer's inputs is negative and therefore becomes 0, the run has a warning."""
 
 VERIFIED_IMAGES = 64
 """Number of training images on which the levels of activations and gradients are verified."""
@@ -86,9 +86,9 @@ def final_result(
 
 
 def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], width: int) -> int | None:
-    """Return the largest number of levels that any layer allows for its weights.
+    """Return the largest number of weight levels that a layer allows, or None if no weights are quantized.
 
-    If some layers have the method's width, only these layers count.
+    If some layers have the method's width, only these layers are considered.
     """
     layers = quantized_layers(model)
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
@@ -132,7 +132,7 @@ def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
 
 
 def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
-    """Return warnings about data and networks whose accuracy or size could mislead a reader."""
+    """Return warnings about properties of data and network that make the accuracy or the size misleading."""
     warnings = [*dataset_notes(setup.data)]
     untrained = setup.float_model()
     same_for_every_seed = _have_equal_weights(untrained, setup.float_model(seed=setup.seed + 1))

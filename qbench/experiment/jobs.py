@@ -43,7 +43,8 @@ def run_catching(
 def work(planned: PlannedRun) -> Path | None:
     """Execute a run in a worker process. The outcome is written to the run's directory.
 
-    Return None or, if another process works on the run or on its float baseline, the directory of that run or baseline.
+    Return None. If another process works on the run or on its float baseline, return the directory of that run or
+    baseline.
     """
     with stop_on_signals() as stop:
         try:
@@ -61,7 +62,7 @@ def outcome(planned: PlannedRun) -> RunRecord:
 
 
 CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
-"""Parts of a configuration that determine whether two runs are of the same kind. Each kind is checked once."""
+"""Parts of a configuration that define the kind of a run. Of each kind, only one run is checked."""
 
 
 def check(runs: Sequence[PlannedRun]) -> None:

@@ -48,7 +48,7 @@ def run(
     """Return a run's result. If no result is stored, execute the run, or continue it from its newest checkpoint.
 
     Args:
-        intact: whether to accept a stored result only if best.pt is intact too. This is needed if another run will load
+        intact: whether to accept a stored result only if best.pt is intact too. Pass True if another run will load
             best.pt.
         replace_other_data: whether to train again, instead of raising an error, if the images of the data set have
             changed since the result was stored.
@@ -69,7 +69,7 @@ def run(
     if stored := stored_result():
         directory.remove_checkpoints()
         return stored
-    manifest.changed()  # call git before locking: git would inherit the lock and might outlive this process
+    manifest.changed()  # call git before locking, because git would inherit the lock and might outlive this process
     try:
         setup = assemble(planned.config, context.group)
     except Unsupported as reason:
@@ -109,7 +109,7 @@ def _baseline_result(setup: ExperimentSetup, context: RunContext) -> Result:
 
 
 def _stored(planned: PlannedRun, intact: bool, replace_other_data: bool, context: RunContext) -> Result | None:
-    """Return the stored result, or None. With `intact`, best.pt must be intact too. Damaged files are reported.
+    """Return a usable stored result, or None. With `intact`, best.pt must be intact too. Damaged files are reported.
 
     Raises:
         CheckpointError: the images have changed since the result was stored, and `replace_other_data` is false.

@@ -1,7 +1,7 @@
-"""Holds the runs of a sweep that have not begun. A run that another process works on is put off.
+"""Holds the runs of a sweep that have not begun. A run that another process works on is postponed.
 
 Several processes, also on several hosts, can therefore execute the same sweep in one folder. They share the runs of the
-sweep, and no process waits while there is a run that no process works on.
+sweep. A process waits only if other processes work on all remaining runs.
 """
 
 import time
@@ -16,7 +16,7 @@ from qbench.runs.result import load_result
 from qbench.system.locks import is_locked
 
 POLL_SECONDS = 0.5
-"""Seconds between two tests whether another process still works on a run."""
+"""Seconds between two checks of whether another process still works on a run."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class RunQueue:
         return None
 
     def put_off(self, planned: PlannedRun, busy: Path) -> None:
-        """Return a run to the end of the queue, until no other process works on the directory `busy`.
+        """Put a run at the end of the queue. It waits there until no other process works on the directory `busy`.
 
         If `busy` is the directory of a float baseline, the other runs with this baseline wait for this directory too.
         """
@@ -72,7 +72,7 @@ class RunQueue:
         self._entries.append(_Entry(planned, busy))
 
     def put_back(self, planned: PlannedRun) -> None:
-        """Return a run that has not begun to the head of the queue."""
+        """Put a run that has not begun back at the head of the queue."""
         self._entries.insert(0, _Entry(planned, planned.path))
 
     def next_run(self, stop: Callable[[], int]) -> PlannedRun | None:
@@ -106,8 +106,8 @@ def baselines_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _baseline_digest(planned: PlannedRun) -> str:
-    """Return the identity of a run's float baseline. A normalization that the method requires is not considered.
+    """Return the identity of a run's float baseline, or "" if the run needs no baseline.
 
-    The identity is empty if the run needs no baseline.
+    The identity does not take into account which normalization the method requires.
     """
     return run_identity(baseline_config(planned.config)).digest if planned.config.needs_baseline else ""

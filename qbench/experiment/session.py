@@ -32,8 +32,6 @@ from qbench.training.monitor import TrainingMonitor
 from qbench.training.state import State
 from qbench.training.task import Task
 
-"""The content of a checkpoint: `identity` of the run, `data` digest, `state` of training, and `session` counters."""
-
 
 class TrainingSession:
     """Connects the training of a run to the run's directory, and resumes from the newest checkpoint.
@@ -44,9 +42,9 @@ class TrainingSession:
         runtime: settings of the execution.
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
-        texts: title -> text to show in TensorBoard.
+        texts: maps titles to texts to show in TensorBoard.
         data_sha256: digest of the images. Every checkpoint contains this digest.
-        layers: returns the layers of a quantized network. Every checkpoint contains them.
+        layers: function that returns the layers of a quantized network. Every checkpoint contains these layers.
 
     Attributes:
         saved: the checkpoint to continue from, or None for a new run.
@@ -158,7 +156,7 @@ class TrainingSession:
         self.directory.write_artifact("predictions.npy", buffer.getvalue())
 
     def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:
-        """Return the training speed and the peak memory. The speed is a mean over all `epochs`, without evaluation."""
+        """Return the training speed and the peak memory. The speed is the mean over all epochs, without evaluation."""
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
         return TrainingSpeed(

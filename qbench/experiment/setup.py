@@ -1,7 +1,7 @@
 """Builds the parts of an experiment from a configuration.
 
-Only this file reads a whole configuration. Each builder receives one node of the configuration. Later stages use the
-parts that the builders return.
+Only this file reads a whole configuration. Each builder receives one node (group of keys) of the configuration. Later
+stages use the parts that the builders return.
 """
 
 import shlex
@@ -74,7 +74,7 @@ class ExperimentSetup:
         data: the data set.
         method: the quantization method.
         policy: the rules that determine the width of each layer.
-        macs: layer -> multiply-accumulates for one image.
+        macs: maps a layer's name to its multiply-accumulates for one image.
         order: the layers in the order of their first execution. Which layers a network executes can depend on its
             weights; see `find_layers`.
         device: the device on which the network is trained.
@@ -166,7 +166,7 @@ class ExperimentSetup:
 
     @property
     def protocol_changes(self) -> list[str]:
-        """Descriptions of the changes to the shared protocol that the method requires."""
+        """Descriptions of how the method's requirements change the protocol that all methods share."""
         teacher = "the float baseline" if self.config.distill.teacher == "baseline" else "another run"
         return [
             *(["trained from scratch, as the method requires"] if self.config.init == "method" else []),
@@ -186,7 +186,7 @@ class ExperimentSetup:
         return Shards(self.config.batch_shards, self.seed, self.group)
 
     def loader(self, data: Dataset | None = None) -> Loader:
-        """Return a loader of batches of the run's data, or of other given data. Batches are on the run's device."""
+        """Return a loader of batches of `data`, by default the run's data. The batches are on the run's device."""
         workers, shards = self.runtime.num_workers, self.shards
         return Loader(
             data or self.data, self.optim.batch_size, self.seed, self.device, workers, shards.count, shards.own
@@ -202,9 +202,9 @@ class ExperimentSetup:
         return build_model(self.config.model, self.data, self.method, self.seed if seed is None else seed, device)
 
     def find_layers(self, model: nn.Module) -> None:
-        """Set `order` and `macs` to those of a float network with its current weights.
+        """Set `order` and `macs` to the values for a float network with its current weights.
 
-        The weights from which a run starts determine the layers that the run quantizes.
+        Which layers are executed, and therefore quantized, can depend on the weights from which a run starts.
         """
         call_inner_layers(model)
         order = execution_order(model, self._example(model))
@@ -213,7 +213,7 @@ class ExperimentSetup:
             self._set_macs(count_macs(model, self.data.shape))
 
     def restore_layers(self, state: Mapping[str, Any]) -> None:
-        """Set `order` and `macs` to those in a checkpoint. If the checkpoint has none, they are not changed."""
+        """Set `order` and `macs` to the values in a checkpoint. If the checkpoint has none, change nothing."""
         if LAYERS in state:
             self.order[:] = state[LAYERS]["order"]
             self._set_macs(state[LAYERS]["macs"])
@@ -401,7 +401,7 @@ def _check_counts(setup: ExperimentSetup) -> None:
 
 
 def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights | None = None) -> ExperimentSetup:
-    """Count the operations of a float network. Check that the method can be installed."""
+    """Count the operations of a float network, check that the method can be installed, and return the setup."""
     name = str(setup.config.model["name"])
     if ":" in name:
         check_outputs(model, setup.data, name)

@@ -36,7 +36,7 @@ class JobSettings:
 
     Args:
         cluster: `local` or `slurm`.
-        keys: the keys of Hydra's launcher, without the keys of the next two arguments.
+        keys: the keys of Hydra's launcher, except the keys for `folder` and `timeouts`.
         folder: the folder of the jobs' files.
         timeouts: how often a job is queued again after it has reached its time limit.
     """
@@ -52,7 +52,7 @@ class JobSettings:
         return int(self.keys["nodes"]) * int(self.keys["tasks_per_node"])
 
     def executor(self, **more: Any) -> Any:
-        """Return submitit's executor with these settings. `more` contains the settings that only this executor has.
+        """Return submitit's executor with these settings. `more` contains additional settings.
 
         Raises:
             ConfigError: a key or value is not valid, or this machine cannot submit jobs.
@@ -78,7 +78,7 @@ class JobSettings:
 def job_settings(cluster: str, keys: Mapping[str, Any], runs: Sequence[PlannedRun]) -> JobSettings:
     """Return the settings of jobs from the keys of Hydra's launcher.
 
-    On this machine, a run with several GPUs gets a process for each GPU.
+    If jobs run on this machine, a run with several GPUs gets one process per GPU.
 
     Raises:
         ConfigError: the number of processes does not divide the number of shards of a run.
@@ -141,7 +141,7 @@ def run_in_local_jobs(
 
 
 def _start(planned: PlannedRun, settings: JobSettings, folder: Path, gpus: TakenGpus | None) -> Any:
-    """Start a run in a job. Ctrl-C in the terminal reaches all processes, so submitit's process ignores it."""
+    """Start a run in a job. submitit's process ignores Ctrl-C, which reaches all processes of the terminal."""
     job = SubmittedRun(waits=False, gpus=gpus.names if gpus else ())
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

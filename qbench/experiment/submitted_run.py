@@ -17,7 +17,7 @@ from qbench.system.gpus import VISIBLE
 from qbench.system.signals import STOP_SIGNALS, stop_on_signals
 
 GRACE_SECONDS = 90.0
-"""Maximum seconds from a signal to the end of the process. SLURM signals `signal_delay_s` before the time limit."""
+"""Maximum seconds from a signal to the end of the process. SLURM sends it `signal_delay_s` before the time limit."""
 PREEMPTION_SECONDS = 600.0
 """Maximum seconds for which a stopped job waits for SLURM to end it. A job that ends by itself is not queued again."""
 
@@ -37,10 +37,10 @@ class SubmittedRun:
     def __call__(self, planned: PlannedRun) -> Path | None:
         """Execute the run. The outcome is written to the run's directory.
 
-        Return None or, if another process works on the run or on its float baseline, the directory of that run or
-        baseline. If a signal stops the run, submitit's own handler of the signal is called after the checkpoint is
-        written. The handler queues the job again if the signal announces the end of the job. This function then does
-        not return.
+        Return None. If another process works on the run or on its float baseline, return the directory of that run or
+        baseline. If a signal stops the run, this function does not return. It writes the checkpoint, and then calls
+        submitit's own handler of the signal. If the signal announces the end of the job, the handler queues the job
+        again.
         """
         import submitit
 
@@ -83,8 +83,8 @@ def _leave(job: Any, number: int, handler: Any) -> NoReturn:
     Args:
         job: submitit's description of the job.
         number: number of the signal, or 0 without one.
-        handler: submitit's handler of the signal. On process 0, the handler of the signal before the end of a job
-            queues the job again, and ends the process. On other processes, the handler does nothing.
+        handler: submitit's handler of the signal. If the signal announces the end of the job, the handler on process 0
+            queues the job again and ends the process. On other processes, the handler does nothing.
     """
     if number and callable(handler):
         handler(number, None)
@@ -92,5 +92,5 @@ def _leave(job: Any, number: int, handler: Any) -> NoReturn:
         sys.exit(0)  # another status could end process 0 before it has queued the job again
     if number == signal.SIGTERM and job.cluster == "slurm":
         print("qbench: the checkpoint is written; waiting for SLURM to end the job", file=sys.stderr)
-        time.sleep(PREEMPTION_SECONDS)  # meanwhile, the signal that queues the job again may come
+        time.sleep(PREEMPTION_SECONDS)  # meanwhile, the signal whose handler queues the job again may come
     sys.exit(Interrupted.status)

@@ -53,8 +53,7 @@ def launch_all(
 ) -> list[RunRecord]:
     """Let a launcher execute the runs in several processes. Return the current record of each run.
 
-    The number of workers times the threads of a worker is at most the number of cores, but there is
-    at least one worker.
+    The threads of all workers together are at most as many as the cores, but there is at least one worker.
 
     Raises:
         ConfigError: the launcher does not exist or does not accept a key.

@@ -1,4 +1,4 @@
-"""Reads the state of a sweep from the directories of its runs, whichever launcher has started the runs."""
+"""Reads the state of a sweep from the directories of its runs. This works with every launcher."""
 
 import json
 import os

@@ -83,10 +83,10 @@ def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Modu
 def check_quantized(model: nn.Module, state: Mapping[str, Any], named: str) -> None:
     """Check that a rebuilt network has quantizers at the same places as the network of the checkpoint.
 
-    Which layers a network executes can depend on data, or on random numbers that the seed does not determine.
+    The places can differ, because the layers that a network executes can depend on data or on unseeded random numbers.
 
     Args:
-        state: the content of a checkpoint. If it does not say which layers are quantized, nothing is checked.
+        state: the content of a checkpoint. Without information on the quantized layers, nothing is checked.
         named: name of the checkpoint in the error message.
 
     Raises:

@@ -1,6 +1,6 @@
 """Names configuration keys that a run has ignored, because its method, network or optimizer does not use them.
 
-Such keys are no errors, because the runs of a sweep over methods or networks share their keys.
+Such keys are not errors, because all runs of a sweep over methods or networks have the same keys.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def _model_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str,
 
 
 def _method_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (key=value, reason) for options of the methods that concern only a slot that stays in float."""
+    """Yield (key=value, reason) for each option that concerns only a slot (weights, ...) that stays in float."""
     config, bits = setup.config, setup.method.bits
     weights = any(layer.bits.w < FLOAT for layer in quantized_layers(model).values())
     quantized = {"w": weights, "a": bits.a < FLOAT, "g": bits.g < FLOAT}
@@ -63,7 +63,7 @@ def _method_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str
 
 
 def _layer_keys(setup: ExperimentSetup) -> Iterator[tuple[str, str]]:
-    """Yield the rules of the layer policy whose layers all have an earlier rule."""
+    """Yield (key=value, reason) for each rule of the layer policy if earlier rules match all of its layers."""
     order = setup.order
     ruled: dict[str, str] = {}  # layer -> the first rule that matches it
     for pattern, width in setup.policy.rules.items():

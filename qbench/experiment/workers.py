@@ -23,7 +23,7 @@ from qbench.system.signals import STOP_SIGNALS, end_with_parent, step_in_progres
 from qbench.system.streams import keep_running_without_reader
 
 _taken: TakenGpus | None = None
-"""The GPUs of this worker process. It keeps the locks of these GPUs until it ends."""
+"""The GPUs of this worker process. The process keeps the locks of these GPUs until it ends."""
 CHECKS = 3
 """Number of times that the check of a sweep is repeated if its process is killed."""
 
@@ -31,11 +31,11 @@ CHECKS = 3
 def worker_count(
     runs: Sequence[PlannedRun], limit: Sequence[str] = (), *, gpus: Sequence[str] = (), processes: int = 1
 ) -> int:
-    """Return the number of runs at a time, so that the cores suffice for all threads and the GPUs for all runs.
+    """Return how many runs can be executed at a time with the available cores and GPUs.
 
     Args:
         runs: the runs. Their configurations state how many threads and GPUs a run needs.
-        limit: the typed maximum number of runs at a time, or nothing. 0 or a text that is not a number means no limit.
+        limit: the typed maximum number of runs at a time, or nothing. 0 and text that is not a number mean no limit.
         gpus: names of the GPUs that the runs share, or nothing if the runs use no GPU.
         processes: number of processes per run.
     """
@@ -53,8 +53,8 @@ def run_in_processes(
 ) -> None:  # fmt: skip
     """Execute the runs in joblib's processes.
 
-    If a process is killed, the runs in progress are repeated at the end, each in its own process and one after the
-    other. If a run then kills its process again, no other run is affected.
+    If a process is killed, the runs in progress are repeated at the end, one after another, each in its own process. If
+    the process of a run is then killed again, no other run is affected.
 
     Args:
         began: when the sweep began; see `RunQueue`.

@@ -91,7 +91,7 @@ def _operations_in_training(model: nn.Module, example: Tensor, layers: Collectio
         return operations(model, images, layers, training=True)
     except Exception as error:
         logger.warning(
-            "the network does not run on images alone in training mode (%s: %s); therefore it was not checked "
+            "the network does not run on images alone in training mode (%s: %s); qbench therefore did not check "
             "whether training reads the activation functions that quantizers replace",
             type(error).__name__, str(error).partition("\n")[0],
         )  # fmt: skip

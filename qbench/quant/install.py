@@ -162,7 +162,7 @@ def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) 
             read = read_without_call(model, torch.cat([images, 1 - images]), quantized, training=True)
         except Exception as error:  # such as a network that needs labels for training
             logger.warning(
-                "the network does not run on images alone in training mode (%s: %s); therefore it was not checked "
+                "the network does not run on images alone in training mode (%s: %s); qbench therefore did not check "
                 "whether training uses the weights of a quantized layer without calling the layer",
                 type(error).__name__, str(error).partition("\n")[0],
             )  # fmt: skip

@@ -27,14 +27,18 @@ _MARK = b"\nqbench sha256 "
 _FOOTER_BYTES = len(_MARK) + 64
 
 EXTRA_BYTES = 2**29
-"""Number of bytes that reading a checkpoint may allocate in addition to 8 times the file's size."""
+"""Maximum number of bytes that reading a checkpoint may allocate, in addition to 8 times the file's size."""
 
 MAX_NAME_BYTES = 2**24
 """Maximum number of bytes of the names and shapes in a checkpoint, enough for several hundred thousand tensors."""
 
 
 Saved = dict[str, Any]
-"""The content of a checkpoint: `identity` of the run, `state` of training, and `session` counters."""
+"""The content of a checkpoint.
+
+The keys are `identity` (digest of the run's identity), `data` (digest of the images), `state` (of training), `session`
+(counters), and `layers` (of the network).
+"""
 
 
 def pack(state: Mapping[str, object]) -> bytes:
@@ -63,7 +67,7 @@ def unpack(data: bytes, source: str) -> dict[str, Any]:
 def load_newest(paths: Iterable[Path], identity: str, report: Callable[[str], None]) -> Saved | None:
     """Return the newest intact checkpoint of a run. The run can continue from this checkpoint.
 
-    If newer checkpoints are damaged, the function removes them.
+    The function removes damaged checkpoints that are newer.
 
     Args:
         paths: `state-<step>.pt` files, newest first.
@@ -133,7 +137,7 @@ def is_zip(data: bytes) -> bool:
 
 
 def _check_zip(data: bytes, source: str) -> None:
-    """Raise `CheckpointError` if an archive is damaged or compressed, or if it has too many names."""
+    """Raise `CheckpointError` if an archive is damaged or compressed, or if its names take too many bytes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
@@ -199,7 +203,7 @@ class DoesNotFit(CheckpointError):
 class LoadedWeights(NamedTuple):
     """Names of the tensors that a file and a network do not share.
 
-    Skipped tensors are tensors of quantizers in the file. New tensors are tensors of the network that the file lacks.
+    `skipped` names the tensors of quantizers in the file. `new` names the tensors of the network that the file lacks.
     """
 
     skipped: list[str]
@@ -232,7 +236,8 @@ def load_float_weights(model: nn.Module, state: Mapping[str, object], source: st
 def _negative_variance(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first running variance that gives nan in evaluation, or None.
 
-    Batch normalization computes 1 / sqrt(variance + eps). A value between -eps and 0 can come from rounding.
+    Batch normalization computes 1 / sqrt(variance + eps). Values between -eps and 0 are allowed, because they can come
+    from rounding.
     """
     eps = {f"{name}.running_var".lstrip("."): getattr(m, "eps", 0.0) for name, m in model.named_modules()}
     return next((name for name, t in tensors.items() if name in eps and (t <= -eps[name]).any() and t.min() < 0), None)

@@ -1,4 +1,4 @@
-"""Computes digests of weights and of whole training states, to compare runs bit for bit."""
+"""Computes digests of weights and of whole training states. With digests, runs can be compared bit for bit."""
 
 import hashlib
 from collections.abc import Mapping

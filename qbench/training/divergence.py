@@ -73,8 +73,8 @@ def find_cause(task: Task, images: Tensor | None) -> str | None:
 def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
     """Return the name of the first module whose output is not finite.
 
-    If a quantized layer raises an error about its input first, return the message of this error. If all outputs are
-    finite, return None.
+    If a quantized layer first raises an error about its input, return the error's message. If all outputs are finite,
+    return None.
     """
     names: list[str] = []
     with _nonfinite_outputs(model, names), torch.no_grad():

@@ -12,6 +12,7 @@ class EpochRecord:
     Args:
         epoch: number of the epoch, from 0.
         lr: learning rate of the last step.
+        train_loss: mean loss over the training batches.
         train_top1: top-1 accuracy on the training batches in percent.
         seconds: training time, without evaluation.
         images: number of training images.

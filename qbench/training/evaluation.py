@@ -16,7 +16,7 @@ from qbench.runs.result import Accuracy
 RELOAD_TOLERANCE = 1e-3
 """Maximum relative difference between the outputs of a network and of its reloaded copy.
 
-On a CPU, the difference must be 0.
+The tolerance allows for rounding errors, for example on a GPU.
 """
 
 
@@ -28,7 +28,7 @@ def evaluate(
     predictions: list[Tensor] | None = None,
     group: Group | None = None,
 ) -> Accuracy | None:
-    """Evaluate a network, and return its accuracy or, if there are no images, None. The network is left in eval mode.
+    """Evaluate a network, and return its accuracy, or None if there are no images. The network stays in eval mode.
 
     Several processes can share the batches. Sums are computed in the order of the batches, so the results do not depend
     on the number of processes.
@@ -38,7 +38,7 @@ def evaluate(
         batches: the batches of images and labels for this process. With W processes, process r has batches r, r + W,
             and so on.
         forward: function that computes the network's output. None means the network itself.
-        predictions: a list to which one tensor is added per batch. The tensor has shape (N, 2) for N images and
+        predictions: a list to which one tensor is added per batch. The tensor has the shape (N, 2) for N images, and
             contains labels and predicted classes.
         group: the processes that share the batches. None means that there is only one process.
     """
@@ -79,20 +79,20 @@ def _measure(logits: Tensor, labels: Tensor, keep_predictions: bool) -> _Measure
 
 
 def _in_order(parts: list[list[_Measured]]) -> Iterator[_Measured]:
-    """Exchange measurements between processes. Yield the measurements of all batches, in the order of the batches."""
+    """Yield the measurements of all batches in the order of the batches. `parts` has one list for each process."""
     for turn in zip_longest(*parts):
         yield from (measured for measured in turn if measured is not None)
 
 
 @torch.no_grad()
 def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
-    """Return a text that says why a network's accuracy depends on more than its weights.
+    """Return a text that says why a network's accuracy depends on more than its weights, or None if it does not.
 
-    Return None if the accuracy depends only on the weights.
+
 
     The output for an image must not depend on when the image is evaluated, or on the other images of
-    its batch. Only batches of the same shape are compared, because outputs are compared bit for bit, and other shapes
-    cause other rounding errors. The buffers of the network are restored afterwards.
+    its batch. Outputs are compared bit for bit. All compared batches therefore have the same shape, because other
+    shapes cause other rounding errors. The buffers of the network are restored afterwards.
 
     Args:
         images: the images to evaluate, of shape (N, C, H, W). If N < 2, batches are not compared.

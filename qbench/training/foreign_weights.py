@@ -1,8 +1,8 @@
 """Reads weights from other programs: finds the state_dict in a file, and renames its tensors for qbench's network.
 
 A file contains the state_dict itself, or a dictionary with the state_dict under one of the keys `WRAPPERS`. Names of
-tensors may begin with prefixes that DataParallel, torch.compile and training frameworks add. The last layer may have a
-different name than in qbench. Notes list everything that is renamed or left out.
+tensors may begin with prefixes that DataParallel, torch.compile and training frameworks add. The last layer may have
+another name than in qbench's network. Notes list everything that is renamed or left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,7 +51,7 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[st
 def rename_weights(
     weights: Mapping[str, Any], model: nn.Module, source: str, last: str | None = None
 ) -> RenamedWeights:
-    """Rename a file's tensors: remove prefixes, and give the last layer the name that the network uses.
+    """Rename a file's tensors: remove prefixes, and give the last layer its name in the network.
 
     Args:
         last: the name of the network's last layer; by default, of the linear layer that was registered last.
@@ -101,7 +101,7 @@ def last_linear(model: nn.Module) -> str | None:
 def _head_names(tensors: Mapping[str, Tensor], model: nn.Module, last: str | None) -> tuple[str, str] | None:
     """Return the name of the last layer in the file, and its name in the network.
 
-    Return None if both names are equal, or if not exactly one layer of the file fits.
+    Return None if both names are equal, if no layer of the file fits, or if several layers fit.
     """
     known = model.state_dict()
     if last is None or f"{last}.weight" in tensors or f"{last}.weight" not in known:

@@ -93,5 +93,5 @@ def unscale_gradients(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optim
 
 
 def images_of(shards: Sequence[Batch]) -> Tensor:
-    """Return the images of all shards. They are needed to search for the cause of divergence."""
+    """Return the images of all shards. The search for the cause of divergence needs these images."""
     return shards[0][0] if len(shards) == 1 else torch.cat([images for images, _ in shards])

@@ -2,8 +2,8 @@
 
 `qbench.training.loop` and `qbench.quant.layers` stop a run if inf or nan appears in images, losses, gradients, weights
 or scales. The step in which this happens is not saved. The checks in this module also stop a run if weights explode, or
-if a scale is not above zero, because the levels are then not in ascending order. All other findings may be intended, so
-each finding only causes a warning, which is printed once.
+if a scale is not above zero, because the levels are then not in ascending order. All other findings may be intended.
+Each of them only causes a warning, which is printed once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,12 +25,12 @@ A step of Adam is about as large as the learning rate. With a learning rate of 0
 """
 
 WITHOUT_TRAINING = "without training"
-"""The text in messages that says when a check was made, if the run trains nothing."""
+"""The text that stands for the time of a check in messages of a run that trains nothing."""
 
 MAX_GROWTH = 1e4
 """If the largest weight of a layer grows by more than this factor since the start, the run stops.
 
-At this magnitude, neighbouring float32 numbers differ by a thousandth of the initial weights, so rounding removes
+At this magnitude, neighbouring float32 numbers differ by a thousandth of the initial weights. Rounding then removes
 updates of the usual size.
 """
 
@@ -41,7 +41,7 @@ MOST_NAMES = 4
 """Maximum number of parameters that a warning names."""
 
 FIRST_STEPS = 100
-"""Number of steps at the start within which every parameter should get a gradient. Single steps may skip layers."""
+"""Number of first steps in which every parameter should get a gradient at least once. A step may skip some layers."""
 
 STANDARD_ERRORS = 3.0
 """Minimum number of standard errors by which an accuracy must exceed chance to count as better than chance.
@@ -91,7 +91,7 @@ def remedy(trained: bool) -> str:
     """Return what to do about a value that is not finite.
 
     Args:
-        trained: whether a training step came before. If none did, the learning rate cannot be the cause.
+        trained: whether there was a training step before. If not, the learning rate cannot be the cause.
     """
     if trained:
         return "try a lower optim.lr"
@@ -120,8 +120,8 @@ def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where:
     """Return warnings about layers whose weights or outputs carry no information.
 
     A layer gets a warning if all its weights are on the same level although several levels are allowed. A layer also
-    gets a warning if its output is the same for all images. If even the layer's input is the same for all images, this
-    second warning is left out after the first layer that has it.
+    gets a warning if its output is the same for all images. If an earlier layer has this second warning, and the input
+    of the layer is also the same for all images, the second warning is left out.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False

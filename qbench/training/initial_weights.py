@@ -31,8 +31,8 @@ class InitialWeights(NamedTuple):
     Args:
         message: one line that states the file, the number of tensors, and everything that was
             renamed or left out.
-        is_float: whether all weights of the network come from a float network in the file, so that the accuracy of that
-            network can be used as a float baseline. False if the file contains quantizers, or if the last layer is new.
+        is_float: whether all weights come from a float network in the file. The accuracy of this network can then be
+            used as a float baseline. False if the file contains quantizers, or if the last layer is new.
         quantizers: the tensors of quantizers in the file. The run also starts from these tensors.
     """
 
@@ -188,7 +188,7 @@ def _tensors_of(model: nn.Module, layer: str | None) -> dict[str, Tensor]:
 
 
 def _check_classes(tensors: Mapping[str, Tensor], head: Mapping[str, Tensor], source: str) -> None:
-    """Raise `CheckpointError` if the file's last layer fits the network except for the number of classes."""
+    """Raise `CheckpointError` if the file's last layer differs from the network's only in the number of classes."""
     for name, current in head.items():
         if name in tensors and name.endswith("weight") and tensors[name].ndim == current.ndim:
             (theirs, *inputs), (ours, *expected) = tensors[name].shape, current.shape

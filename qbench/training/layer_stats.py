@@ -17,10 +17,10 @@ following statistics:
     w.NAME, a.NAME        a quantizer's parameter or buffer that is one number: step, alpha, n1, ...
     w.NAME.grad           norm of the gradient of a quantizer's parameter
 
-The float output is the layer's output in the float network with the same latent weights. If a tensor has several scale
-groups, their levels are counted together. For example, level 3 of one channel and level 3 of another channel count as
-the same level. With an incremental method, a weight that is not frozen yet is counted at its nearest level. A statistic
-that is not finite or not known is omitted.
+The float output is the layer's output in the float network that has the same latent weights. If a tensor has several
+scale groups, their levels are counted together. For example, level 3 of one channel and level 3 of another channel
+count as the same level. With an incremental method, a weight that is not frozen yet is counted at its nearest level. A
+statistic that is not finite or not known is omitted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,8 +44,8 @@ MIN_IMAGES, MAX_IMAGES, EPOCH_SHARE, MAX_PIXELS = 8, 64, 64, 2**17
 """Limits for the number of observed images, and for the total number of pixels of these images.
 
 An observation uses 1/64 of the images of an epoch, but at least 8 and at most 64. If the images are large, it uses
-fewer images. An epoch costs about as much as three forward passes over all images. The two forward passes of an
-observation therefore cost about 1 % of an epoch.
+fewer images. Training for one epoch costs about as much as three forward passes over all images. The two forward passes
+of an observation therefore cost about 1 % of an epoch.
 """
 
 
@@ -97,7 +97,7 @@ class LayerTrace(NamedTuple):
 def observed_images(images: Tensor, epoch_images: int) -> Tensor:
     """Return the images that an observation uses: the first images of `images` (N, C, H, W).
 
-    The number of these images depends on `epoch_images`, the number of images in an epoch.
+    Their number depends on `epoch_images`, the number of images in an epoch.
     """
     count = min(max(epoch_images // EPOCH_SHARE, MIN_IMAGES), MAX_IMAGES, MAX_PIXELS // prod(images.shape[2:]))
     return images[: max(count, 2)]

@@ -34,7 +34,7 @@ class Callbacks:
         on_step: function of (state, loss) that is called after every batch.
         on_epoch: function of (state, record, losses) that is called after every epoch. At this call, `state.epoch` is
             already the number of the next epoch.
-        on_interrupt: function of (state) that is called if validation after an epoch is interrupted.
+        on_interrupt: function of (state) that is called if the validation after an epoch is interrupted.
     """
 
     on_step: Callable[[State, Tensor], None] = lambda state, loss: None
@@ -43,7 +43,7 @@ class Callbacks:
 
 
 def train(task: Task, state: State, callbacks: Callbacks = Callbacks()) -> None:
-    """Train from `state` until the last epoch ends or early stopping ends training.
+    """Continue training from `state` until the last epoch, or until early stopping.
 
     Raises:
         Diverged: a loss, a gradient or the input of a layer is not finite.
@@ -151,7 +151,7 @@ def _gradients_are_ready(task: Task, state: State, loss: Tensor, shards: Sequenc
 
 
 def _seed_shared_draws(task: Task, state: State, purpose: str) -> None:
-    """If batches are divided into shards, seed the random numbers for work that all processes do in the same way."""
+    """If batches are divided into shards, seed the random numbers for work that must be equal in all processes."""
     if task.shards.count > 1:
         seed_everything(task.shards.draw_seed(purpose, state.step))
 
@@ -174,7 +174,7 @@ def _training_metrics(state: State) -> tuple[float, float]:
 
 
 def _validate(task: Task, state: State) -> Accuracy | None:
-    """Evaluate the network on the validation split. If the result is the best so far, keep the network's weights.
+    """Evaluate the network on the validation split. Keep its weights if the result is the best so far.
 
     Return the accuracy, or None if there is no validation split.
     """

@@ -73,7 +73,7 @@ class TrainingMonitor:
         warned: the warnings that were printed so far, as a map from topic to text.
         codes: the level index of each weight at the previous observation, by layer.
         gradients: the norms of the gradients after the last step.
-        without_gradient: the parameters that had no gradient so far, or None before the first step.
+        without_gradient: the parameters that have had no gradient so far, or None before the first step.
     """
 
     level: str
@@ -86,13 +86,13 @@ class TrainingMonitor:
     without_gradient: list[str] | None = None
 
     def begin(self, model: nn.Module, step: int) -> None:
-        """Initialize the state of the monitor from the network, unless a checkpoint has restored the state."""
+        """Initialize the state of the monitor from the network. If a checkpoint has restored the state, keep it."""
         self.start = self.start or initial_magnitudes(model)
         if self.without_gradient is None:
             self.without_gradient = [] if step else to_train(model)
 
     def step(self, model: nn.Module, step: int) -> None:
-        """Remove the parameters that now have a gradient from `without_gradient`. After the first steps, do nothing."""
+        """Remove parameters that have a gradient now from `without_gradient`. After `FIRST_STEPS`, do nothing."""
         if self.without_gradient and step <= FIRST_STEPS:
             self.without_gradient = still_without_gradient(model, self.without_gradient)
 

@@ -28,7 +28,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
-    """Return the parameters in groups of equal learning-rate factor and weight decay.
+    """Return groups of parameters. All parameters of a group have the same learning-rate factor and weight decay.
 
     Weight decay applies to weights with two or more dimensions. With `decay_norm_and_bias` it also applies to biases
     and batch normalization. `bias_lr` is the learning-rate factor for the biases of all layers that have weights with
@@ -61,7 +61,7 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
 
 
 def layer_biases(module: nn.Module) -> list[nn.Parameter]:
-    """Return the biases of a module if it has weights with two or more dimensions, and otherwise nothing.
+    """Return the biases of a module if it has weights with two or more dimensions, else an empty list.
 
     A module may have several biases, such as `bias_ih_l0` of a recurrent layer and `in_proj_bias` of attention. Its
     parameters may be parametrized, as by `nn.utils.parametrizations.weight_norm`.
@@ -78,7 +78,7 @@ def layer_biases(module: nn.Module) -> list[nn.Parameter]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, decay: bool = True) -> None:
     """Set every group's learning rate to `rate` times the group's own factor.
 
-    `decay` says whether this step has weight decay. This argument has an effect only if `optim.decay_until` is below 1.
+    `decay` says whether this step has weight decay. If `optim.decay_until` is 1, this argument has no effect.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

@@ -1,7 +1,7 @@
 """Computes the learning rate of each step. A step is an update of the weights.
 
-The learning rate depends only on the number of the step, so a resumed run needs no stored scheduler state. If
-`torch.optim` has the same schedule, tests compare the learning rates.
+The learning rate depends only on the number of the step, so a resumed run needs no stored scheduler state. For
+schedules that `torch.optim` also has, tests compare the learning rates.
 """
 
 import math
@@ -21,8 +21,8 @@ def learning_rate(optim: Optim, step: int, steps: int, warmup: int = 0) -> float
     During the first `warmup` steps, the rate rises linearly, and it reaches `lr` in the last of these steps. The
     schedule covers the remaining steps.
 
-    A decreasing schedule does not quite reach its final value in the last step. It would reach this value one step
-    later, at step number `steps`. Only `one_cycle` reaches its final value in the last step, as in torch.
+    A decreasing schedule would reach its final value at step number `steps`, one step after the last step. Only
+    `one_cycle` reaches its final value in the last step, as in torch.
     """
     if step < warmup:
         return optim.lr * (step + 1) / warmup

@@ -54,7 +54,7 @@ class State:
         best: the weights with the best validation accuracy so far, or None.
         stale: number of epochs since the best epoch.
         stopped: whether early stopping has ended training.
-        in_update: whether an update is incomplete, because gradients of only some of its batches have been accumulated.
+        in_update: whether an update is incomplete, because the gradients of some of its batches are still missing.
     """
 
     optimizer: torch.optim.Optimizer
@@ -143,8 +143,9 @@ class State:
 class WeightAverage:
     """Exponential moving average of a network's parameters, computed by torch's `AveragedModel`.
 
-    Buffers are never averaged, so the object stores only the averaged parameters. A copy of the whole network would be
-    larger. With INQ, for example, the copy would also contain masks, which are 1.2 times as large as the parameters.
+    Buffers are never averaged, so the object stores only the averaged parameters. This takes less memory than a copy of
+    the whole network. With INQ, for example, a copy would also contain masks, which are 1.2 times as large as the
+    parameters.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -65,7 +65,7 @@ def compute_logits(network: Callable[[Tensor], object], images: Tensor, classes:
 
 
 def _version(images: Tensor) -> int:
-    """Return how often a tensor was changed in place, or 0 for an inference tensor, which does not count changes."""
+    """Return how often a tensor was changed in place. For an inference tensor, which has no such count, return 0."""
     return 0 if images.is_inference() else images._version
 
 
@@ -80,7 +80,8 @@ class Task:
         epochs: number of epochs.
         steps: number of training batches per epoch.
         train: function of (epoch, start) that returns the training batches of an epoch, beginning with batch number
-            `start`. If batches are divided, it returns the shards that this process computes, one after the other.
+            `start`. If batches are divided into shards, it instead returns the shards that this process computes, in
+            order.
         validate: function without arguments that returns the validation batches for this process. Without a validation
             split, the function returns no batches.
         probe: training images on which the method measures statistics.
@@ -105,7 +106,7 @@ class Task:
     weights: WeightsFirst = field(default_factory=WeightsFirst)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the network's output. If the function `forward` is given, it computes the output.
+        """Return the network's output, computed by `forward` if this function is given.
 
         Raises:
             ConfigError: the network does not return logits, or cannot train on a single image.
