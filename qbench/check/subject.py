@@ -55,8 +55,8 @@ class MethodUnderTest:
     def supported_bits(self) -> list[Bits]:
         """The combinations of widths to check.
 
-        The combinations are the default widths, and each supported width of w, a or g with 32 bits for the other two
-        kinds of tensors.
+        The combinations are the default widths and, for each supported width of w, a or g, this width with 32 bits for
+        the other two kinds of tensors.
         """
         single = [Bits(**{key: width}) for key in "wag" for width in self.widths(key)]
         return list(dict.fromkeys([*single, *([self.default] if self.default != Bits() else [])]))

@@ -113,7 +113,7 @@ class TorchGroup(Group):
         ]
 
     def publish(self, error: BaseException) -> None:
-        """Pass an error on to the other processes, unless another process has already passed on an error."""
+        """Pass an error on to the other processes. If another process has already passed on an error, do nothing."""
         error.add_note(f"on process {self.rank} of {self.size}:\n{''.join(traceback.format_exception(error))}")
         with suppress(Exception):  # the store may have ended with its process
             if self._store.add("qbench errors", 1) == 1:

@@ -70,7 +70,7 @@ def check_distill(distill: Distill, method: Method) -> None:
 
 
 def check_starts(init: str | None, distill: Distill) -> None:
-    """Refuse initial weights and teachers from debug runs, unless the run itself is a debug run.
+    """Refuse initial weights and teachers from debug runs. For a debug run, this function is not called.
 
     Args:
         init: the file or directory of the initial weights. None means that `init` names no file or directory.

@@ -24,8 +24,8 @@ def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Call
 
     Each missing float baseline gets its own job. The jobs of runs that need this baseline wait for it.
 
-    A job that ends without a result is submitted once more, unless it was cancelled. After a signal to this process,
-    the jobs stay in the queue.
+    If a job ends without a result and was not cancelled, it is submitted once more. After a signal to this process, the
+    jobs stay in the queue.
     """
     jobs, missing = _ClusterJobs(settings), [planned for planned in runs if not planned.directory.stored()]
     dependents: dict[Path, list[PlannedRun]] = {}

@@ -88,7 +88,7 @@ def skipped_phases(phases: Callable[[int], Sequence[int]], epochs: int) -> Itera
         return
     enough = next(count for count in range(epochs, MOST_PHASES + 1) if len(phases(count)) >= most)
     count = "1 epoch leaves" if epochs == 1 else f"{epochs} epochs leave"
-    effect = "all weights are frozen before the first step" if epochs == 1 else "some of them are frozen together"
+    effect = "all weights are frozen before the first step" if epochs == 1 else "some portions are frozen together"
     yield (
         f"{count} out {most - len(phases(epochs))} of the {most + 1} phases of the method, in which portions of the "
         f"weights are frozen one after another; {effect}; type epochs={enough} or more"

@@ -246,7 +246,7 @@ def _state(task: Task, scaler: torch.amp.GradScaler | None, saved: Saved | None,
             parameter.requires_grad_(name in trainable)
         state = State(optimizer.build_optimizer(task.model, task.optim), average, scaler)
         state.load(task.model, saved["state"])
-    except Exception as error:  # the digest matches, so the file is not damaged; its content does not fit
+    except Exception as error:  # the digest matches, so the file is intact, but its content does not fit
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
             f"cannot continue, because the checkpoint does not fit this run: {why}\nto start over, add rerun=true"

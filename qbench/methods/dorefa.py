@@ -225,7 +225,7 @@ class DoReFaWeight(Quantizer):
 
 
 class DoReFaActivation(Quantizer):
-    """Quantizer of one layer's input. It applies `function`, whose levels are in the interval [`low`, `low` + 1]."""
+    """Quantizer of one layer's input. It applies `function`. The levels are in the interval [`low`, `low` + 1]."""
 
     def __init__(self, function: Callable[[Tensor, int], Tensor], low: float, bits: int) -> None:
         super().__init__()

@@ -220,7 +220,7 @@ def _sites(model: nn.Module) -> dict[str, tuple[QLayer, DQWeight]]:
 
 
 def allocate_and_freeze(model: nn.Module, probe: Probe, allocation: str) -> None:
-    """Set the initial points of every layer, and freeze all parameters except those of the quantizers."""
+    """Set the initial points of every layer, and freeze all parameters outside quantizers."""
     sites = _sites(model)
     if not sites:
         return

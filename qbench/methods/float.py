@@ -4,11 +4,11 @@ Paper
     None. The float network is the baseline with which papers compare their methods.
 
 Idea
-    A quantized network is judged by the difference between two accuracies: the accuracy of the
-    quantized network, and the accuracy of the float baseline from which its training started.
-    `method=float` trains this float baseline with the recipe under `pretrain`. `method=float
-    init=float` trains the float baseline further, with the recipe of the quantized runs. This
-    control shows how much accuracy fine-tuning gains without quantization.
+    A quantized network is judged by the difference between its accuracy and the accuracy of the
+    float baseline from which its training started. `method=float` trains this float baseline with
+    the recipe under `pretrain`. `method=float init=float` trains the float baseline further, with
+    the recipe of the quantized runs. This control shows how much accuracy fine-tuning gains without
+    quantization.
 
 Forward
     The forward pass of the network is not changed.

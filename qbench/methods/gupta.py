@@ -226,7 +226,7 @@ class GuptaActivation(Quantizer):
 
 
 class GuptaOutput(Quantizer):
-    """Quantizer of one layer's output (in the format of activations) and of its gradient (in the format of errors)."""
+    """Quantizer of one layer's output y, in the format of activations, and of dL/dy, in the format of errors."""
 
     def __init__(self, activations: FixedPointFormat, errors: FixedPointFormat) -> None:
         super().__init__()

@@ -218,7 +218,7 @@ def _tail_probability(x: Tensor) -> Tensor:
 
 @lru_cache
 def _step(m: int, first: float) -> float:
-    """Return the optimal step of m equally spaced levels whose thresholds are `first`, 1.5, 2.5, ... steps.
+    """Return the optimal step of m equally spaced levels. The thresholds are `first`, 1.5, 2.5, ... steps.
 
     Bisection finds the step at which the derivative of the mean squared error is 0.
     """

@@ -58,8 +58,8 @@ Choices
     weights in a portion is rounded up. After the last portion is frozen, nothing is trained,
     because the last solver file of the authors has max_iter: 1.
     n1 is computed for the first portion only. The authors' code computes n1 again for every
-    portion. The largest weight is frozen in the first portion. Both computations therefore give the
-    same n1, unless a free weight later becomes larger than this frozen weight.
+    portion. The largest weight is frozen in the first portion. The two values of n1 therefore
+    differ only if a free weight later becomes larger than this frozen weight.
 
 Deviations
     By default, the first and last layers stay float (`layers.first`, `layers.last`). The paper
@@ -170,7 +170,7 @@ class INQWeight(FrozenWeight):
 
 
 def check_portions(portions: Sequence[float]) -> list[float]:
-    """Return the portions as floats. Raise `ValueError` unless they are ascending, above 0, and end with 1."""
+    """Return the portions as floats. Raise `ValueError` if they are not ascending numbers above 0 that end with 1."""
     checked = [float(p) for p in portions]
     if not checked or checked != sorted(set(checked)) or checked[0] <= 0 or checked[-1] != 1:
         raise ValueError(f"portions={checked}: must be ascending numbers above 0 that end with 1")
@@ -187,7 +187,7 @@ def rounded_up(portion: float, count: int) -> float:
 
 
 def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step the optimizer, unless every weight is frozen."""
+    """Step the optimizer if some weights are not frozen. Otherwise, do nothing."""
     sites = [q for layer in quantized_layers(model).values() if isinstance(q := layer.weight_q, INQWeight)]
     if not all(site.complete for site in sites):
         optimizer.step()

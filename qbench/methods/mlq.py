@@ -8,9 +8,9 @@ Paper
 
 Idea
     If a layer has only three clusters, few of its weights are still free after one cluster is
-    frozen. MLQ therefore does not quantize all layers at once. It starts with the layers whose
-    quantization raises the loss most. The layers that are still free are trained to compensate this
-    loss.
+    frozen. MLQ therefore does not quantize all layers at once. It starts with the layers that raise
+    the loss most if they are quantized. The layers that are still free are trained to compensate
+    this loss.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer. The boundary clusters are the

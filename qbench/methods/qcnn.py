@@ -60,8 +60,8 @@ Choices
     training images (the probe). For convolutions, it uses about 4,096 output positions, spread over
     these images.
     We derived the formulas for operations and bytes ourselves. The formulas give 4.16 for a
-    speed-up that the authors' README states as 4.15. The formulas agree with the other speed-ups of
-    the paper that we remember.
+    speed-up that the authors' README states as 4.15. They also agree with the paper's other
+    speed-ups, as far as we remember them.
 
 Deviations
     The error correction also penalizes |w_hat - w|^2. The factor of this penalty is 0.1 times the
@@ -152,7 +152,7 @@ class QCNNWeight(Quantizer):
         return decode(self.codebooks, self.codes, w.shape[1]).to(w.dtype)
 
     def encode(self, w: Tensor) -> None:
-        """Set the codebooks and codes to those that k-means finds for the weights w. K-means may take minutes."""
+        """Compute the codebooks and codes by k-means on the weights w. This may take minutes."""
         self._set_codes(*product_codes(w, self.subspace, self.codewords))
 
     def correct(self, w: Tensor, inputs: Tensor, targets: Tensor) -> None:
@@ -279,7 +279,7 @@ def build(
         subspace, codewords: for convolutions, the number of input channels per subspace (Cs') and
             of codewords per codebook (K). If `codewords` is 0, K is the largest number that the
             width allows.
-        fc_subspace, fc_codewords: the same for linear layers.
+        fc_subspace, fc_codewords: the same numbers for linear layers.
         error_correction: true fits the codes to the responses. False keeps the codes of k-means.
     """
     options = {"subspace": subspace, "fc_subspace": fc_subspace, "codewords": codewords, "fc_codewords": fc_codewords}

@@ -6,10 +6,9 @@ Paper
     contains only the first iteration for AlexNet.
 
 Idea
-    K-means on the weights finds the levels. The clusters whose quantization raises the loss most
-    are quantized first, because many free weights can then be trained to compensate the error. The
-    clusters whose quantization raises the loss least are quantized last, because no free weights
-    are left then.
+    K-means on the weights finds the levels. SLQ first quantizes the clusters that raise the loss
+    most, because many free weights can then be trained to compensate the error. It quantizes the
+    clusters that raise the loss least at the end, when no free weights are left.
 
 Forward
     One-dimensional k-means finds k = 2^(b-1) + 1 clusters per layer, with one centroid pinned at 0.

@@ -24,7 +24,7 @@ from qbench.quant.program import NotRecordable
 from qbench.quant.recording import record
 
 MAX_CONSTANTS = 64
-"""Largest number of elements of a tensor of constants, such as the levels of a quantizer."""
+"""Largest number of elements of a constant tensor in a function's closure, such as the levels of a quantizer."""
 
 MAX_VARIANTS = 256
 """Largest number of programs of one function, one for each set of constants. torch executes further variants."""

@@ -131,7 +131,7 @@ def _kind(module: nn.Module) -> str:
     name = type(module).__name__
     if type(module).__module__.partition(".")[0] not in ("torch", "torchvision", "qbench"):
         return f"own {name}"
-    changed = "forward" in vars(module) or module._forward_pre_hooks  # what forward hooks compute is recorded
+    changed = "forward" in vars(module) or module._forward_pre_hooks  # operations in forward hooks are recorded
     return f"modified {name}" if changed else name
 
 
@@ -327,8 +327,8 @@ def _hidden_weights(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 def call_inner_layers(model: nn.Module) -> None:
     """Make transformer encoder layers call their linear layers in evaluation as well as in training.
 
-    In evaluation, torch computes an encoder layer by one fused function that reads all weights, unless the layer has a
-    hook. `call_inner_layers` therefore adds a hook that does nothing.
+    In evaluation, torch computes an encoder layer without hooks by one fused function that reads all weights.
+    `call_inner_layers` therefore adds a hook that does nothing.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _keep_output not in module._forward_hooks.values():

@@ -3,7 +3,7 @@
 In one dimension, clusters are intervals of the sorted values. Each row of the dynamic program's table is for one number
 of clusters. If more of the sorted values are included, the best start of the last cluster never decreases. A row
 therefore takes time n log n (Grønlund et al. 2017, arXiv 1701.07204, section 2). Pins divide the line into gaps. Each
-gap is a separate problem, whose first and last intervals belong to the pins at the ends of the gap. A second dynamic
+gap is a separate problem. The first and last intervals of a gap belong to the pins at its ends. A second dynamic
 program distributes the free centroids over the gaps.
 """
 

@@ -1,4 +1,4 @@
-"""Defines the interface of a quantization method. A method is an object whose functions make and train quantizers.
+"""Defines the interface of a quantization method. A method is an object with functions that make and train quantizers.
 
 `qbench.quant.install.install` adds the quantizers of a method to a network. The training loop calls the other functions
 of the method. This module does not depend on a configuration.
@@ -57,9 +57,8 @@ class Requires:
             no requirement.
         act: what happens to the activation function in front of the input quantizer. "keep" keeps the activation
             function. "fused" removes it, because the quantizer takes its place. "either" means that the quantizer
-            includes the activation function, so that the values are the same with and without a separate activation
-            function. With "either", the separate activation function is removed if the network declares which layers
-            the function feeds.
+            itself includes the activation function, so a separate activation function in front of it changes no value.
+            With "either", the separate activation function is removed if the network declares which layers it feeds.
         start: the initial weights. "float" means the weights of the float baseline. "scratch" means random weights. The
             float baseline is then trained only for comparison.
         teacher: whether the default loss is a distillation loss with the float baseline as the teacher. The

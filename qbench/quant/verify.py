@@ -73,7 +73,7 @@ def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
 
 
 def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Return, for each layer whose input levels are all at least 0, the fraction of its inputs that is negative.
+    """Return the fraction of negative inputs, for each layer whose input levels are all at least 0.
 
     Quantization sets negative inputs of such a layer to 0. If the quantizer replaces a ReLU, this is intended, and the
     layer is left out. Layers that read the image and layers without negative inputs are also left out.

@@ -88,7 +88,7 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) 
 
 
 def remedy(trained: bool) -> str:
-    """Return what to do about a value that is not finite.
+    """Return advice on what to do about a value that is not finite.
 
     Args:
         trained: whether there was a training step before. If not, the learning rate cannot be the cause.

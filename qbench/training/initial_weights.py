@@ -143,7 +143,7 @@ def _ending(name: str, foreign_names: Mapping[str, str]) -> str | None:
 
 
 def _renamed_quantizers(tensors: Mapping[str, Tensor], foreign_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors whose names have foreign endings, under the names that qbench uses."""
+    """Return the tensors of quantizers, renamed from foreign names to the names that qbench uses."""
     return {
         f"{name.removesuffix(ending)}{foreign_names[ending]}": tensor
         for name, tensor in tensors.items()

@@ -46,7 +46,7 @@ class State:
         scaler: the loss scaler of training in float16, or None in other precisions.
         epoch: number of the current epoch, counted from 0.
         batch: number of the next batch in this epoch, counted from 0.
-        step: number of batches so far. Every batch is an update of the weights unless `optim.accumulate` is set.
+        step: number of batches so far. Without `optim.accumulate`, every batch is one update of the weights.
         losses: the losses of the current epoch's batches.
         images: number of images in the current epoch's batches.
         hits: number of correct predictions in the current epoch's batches.

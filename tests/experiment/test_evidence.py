@@ -65,7 +65,7 @@ def test_epochs_that_leave_out_portions_are_named() -> None:
         "another; all weights are frozen before the first step; type epochs=4 or more"
     ]
     assert lines(3)[0].startswith("3 epochs leave out 1 of the 4 phases of the method")
-    assert lines(3)[0].endswith("; some of them are frozen together; type epochs=4 or more")
+    assert lines(3)[0].endswith("; some portions are frozen together; type epochs=4 or more")
     assert not lines(4)
     assert not lines(4, short_end=True)
     assert not lines(0), "a method that trains nothing"
