@@ -260,7 +260,7 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
         )
     if codewords and bits != (width := -(-(codewords - 1).bit_length() // subspace)):
         fix = f"type bits.w={width}, or method.{prefix}codewords=0 for the number that bits.w allows"
-        raise Unsupported(f"bits.w={bits}: {codewords} codewords for {subspace} weights need {width} bits; {fix}")
+        raise Unsupported(f"bits.w={bits}: {codewords} codewords for {subspace} weights have bits.w={width}; {fix}")
     return codewords or 2 ** (bits * subspace)
 
 

@@ -226,7 +226,7 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
 
 
 def center_and_clamp(model: nn.Module, *, center: bool, clamp: bool) -> None:
-    """As the authors' code does, center latent weights over input channels and clamp them to [-1, 1], in place."""
+    """Center latent weights over input channels and clamp them to [-1, 1], in place, as the authors' code does."""
     with torch.no_grad():
         for layer in quantized_layers(model).values():
             if isinstance(layer.weight_q, BinaryWeight):
@@ -244,7 +244,7 @@ def multiply_gradients(model: nn.Module, factor: float) -> None:
 
 
 def scale_as_authors(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """As the authors' code does, multiply all gradients by 1e9 (Adam), or gradients of binary weights by n (SGD)."""
+    """Multiply all gradients by 1e9 (Adam), or gradients of binary weights by n (SGD), as the authors' code does."""
     if isinstance(optimizer, torch.optim.Adam):
         multiply_gradients(model, ADAM_FACTOR)
         return
