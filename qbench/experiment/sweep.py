@@ -53,7 +53,7 @@ def launch_all(
 ) -> list[RunRecord]:
     """Let a launcher execute the runs in several processes. Return the current record of each run.
 
-    The threads of all workers together are at most as many as the cores, but there is at least one worker.
+    Together, the workers have at most as many threads as there are cores. There is always at least one worker.
 
     Raises:
         ConfigError: the launcher does not exist or does not accept a key.

@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Modu
     """Load a run's checkpoint into the network, and return the network.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another network, or other layers of the network are quantized.
+        CheckpointError: the checkpoint belongs to another network, or to a network with other quantized layers.
     """
     check_quantized(model, state, named)
     try:

@@ -25,7 +25,7 @@ from qbench.system.streams import keep_running_without_reader
 _taken: TakenGpus | None = None
 """The GPUs of this worker process. The process keeps the locks of these GPUs until it ends."""
 CHECKS = 3
-"""Number of times that the check of a sweep is repeated if its process is killed."""
+"""Maximum number of attempts to check a sweep, if the process that checks it is killed."""
 
 
 def worker_count(

@@ -181,7 +181,7 @@ class FixedPointFormat(NamedTuple):
 
 
 class GuptaWeight(Quantizer):
-    """Quantizer of one layer's weights. `prepare` and each training step leave the weights on the grid.
+    """Quantizer of one layer's weights. `prepare` and each training step round the weights to the grid.
 
     The quantizer also stores the fixed-point formats of biases, updates and momentum.
     """

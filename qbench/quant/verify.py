@@ -51,7 +51,7 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
             raise NotQuantized(f"{missing[0]}: evaluation does not call the layer")
         gradient_slots = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]
         if gradient_slots:
-            # Any wrong label gives gradients that are not zero.
+            # Wrong labels ensure that the gradients are not zero.
             loss = F.cross_entropy(logits, (logits.detach().argmax(1) + 1) % logits.shape[1])
             # The gradient that arrives at a quantizer is the gradient of the quantizer's output;
             # the gradient that leaves is the gradient of the quantizer's input.

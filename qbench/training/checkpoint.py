@@ -203,7 +203,7 @@ class DoesNotFit(CheckpointError):
 class LoadedWeights(NamedTuple):
     """Names of the tensors that a file and a network do not share.
 
-    `skipped` names the tensors of quantizers in the file. `new` names the tensors of the network that the file lacks.
+    `skipped` names tensors of quantizers in the file. `new` names tensors that the network has and the file lacks.
     """
 
     skipped: list[str]

@@ -87,7 +87,7 @@ def _first_nonfinite_output(model: nn.Module, images: Tensor) -> str | None:
 
 @contextmanager
 def _nonfinite_outputs(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Within a `with` block, append to `names` each executed module whose output is not finite."""
+    """Within a `with` block, append the name of each executed module with a non-finite output to `names`."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:

@@ -2,8 +2,8 @@
 
 `qbench.training.loop` and `qbench.quant.layers` stop a run if inf or nan appears in images, losses, gradients, weights
 or scales. The step in which this happens is not saved. The checks in this module also stop a run if weights explode, or
-if a scale is not above zero, because the levels are then not in ascending order. All other findings may be intended.
-Each of them only causes a warning, which is printed once.
+if a scale is not above zero. With such a scale, the levels would not be in ascending order. All other findings may be
+intended. Each of them only causes a warning, which is printed once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ A step of Adam is about as large as the learning rate. With a learning rate of 0
 """
 
 WITHOUT_TRAINING = "without training"
-"""The text that stands for the time of a check in messages of a run that trains nothing."""
+"""In messages of a run that trains nothing, this text takes the place of the epoch and the step."""
 
 MAX_GROWTH = 1e4
 """If the largest weight of a layer grows by more than this factor since the start, the run stops.

@@ -138,7 +138,7 @@ def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: 
 
 
 def _ending(name: str, foreign_names: Mapping[str, str]) -> str | None:
-    """Return the foreign name with which a tensor's name ends, or None."""
+    """Return the key of `foreign_names` with which a tensor's name ends, or None."""
     return next((ending for ending in foreign_names if name.endswith(f".{ending}")), None)
 
 
