@@ -32,7 +32,7 @@ MAX_VARIANTS = 256
 COMPILE_AFTER = 2**25
 """Number of elements that torch computes with a function before the function is compiled.
 
-The time of the compilation is saved again after compiled code has processed a few times this number of elements.
+After a few times this number of elements, the compiled code has saved as much time as its compilation took.
 """
 
 FEW_ELEMENTS = 2**17
@@ -101,7 +101,7 @@ _finite: ContextVar[FiniteInput | None] = ContextVar("finite", default=None)
 
 @contextmanager
 def finite_input() -> Iterator[FiniteInput]:
-    """Look for inf and nan in the first arguments of compiled functions within a `with` block."""
+    """Check the first argument of each compiled function for inf and nan within a `with` block."""
     found = FiniteInput()
     token = _finite.set(found)
     try:
@@ -204,7 +204,7 @@ def _program(
 
 
 def _identical(a: Any, b: Any) -> bool:
-    """Return whether tensors, or tuples of tensors, have the same elements, also in the sign of zeros."""
+    """Return whether tensors, or tuples of tensors, have the same elements, including the signs of zeros."""
     if isinstance(a, tuple) or isinstance(b, tuple):
         return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_identical, a, b))
     if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():

@@ -85,7 +85,7 @@ def trace_feeds(model: nn.Module, example: Tensor, layers: Collection[str]) -> T
 
 
 def _operations_in_training(model: nn.Module, example: Tensor, layers: Collection[str]) -> list[Operation]:
-    """Return the operations of a network in training mode, or [] if it does not run on images alone in this mode."""
+    """Return the operations of a network in training mode, or [] if it needs more than images in this mode."""
     images = torch.cat([example, example]) if len(example) == 1 else example  # batch normalization needs two values
     try:
         return operations(model, images, layers, training=True)

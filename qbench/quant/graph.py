@@ -146,7 +146,7 @@ class Recorder(TorchFunctionMode):
         self.operations = [Operation(IMAGE, None, IMAGE, ())]
         self.foreign: dict[int, Tensor] = {}
         self._made_by: dict[int, str] = {id(images): IMAGE}
-        self._kept: list[Any] = [images]  # keeps the tensors, because an id is unique among living objects only
+        self._kept: list[Any] = [images]  # keeps the tensors alive, so that no other object gets their ids
         named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
         self._parameters: dict[int, str] = {}
         for name, tensor in named:

@@ -312,7 +312,7 @@ def reports(model: nn.Module) -> dict[str, dict[str, Mapping[str, float]]]:
 
 
 def computed_weight(layer: nn.Module) -> str | None:
-    """Return advice on how to make a weight a parameter if every forward pass computes the weight.
+    """If every forward pass computes a layer's weight, return advice on how to make the weight a parameter.
 
     The result is None if the weight is already a parameter.
     """
