@@ -33,9 +33,9 @@ Backward
     sign(v) where v is clipped, else project(v) - v.
 
 Schedule
-    Training has one phase and starts from a float network. The authors start each width from the
-    trained network of the next larger width. To do the same in qbench, type init=RUN, where RUN is
-    the directory of the run with the next larger width.
+    Training has one phase and starts from a float network. The authors start the training of each
+    width from the trained network of the next larger width. To do the same in qbench, type
+    init=RUN, where RUN is the directory of the run with the next larger width.
 
 Sites
     weight, input.

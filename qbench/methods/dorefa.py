@@ -51,7 +51,7 @@ Protocol
 Choices
     activation: the bounded function h. The paper does not define h. The authors' code has used
     three functions. `clip` (default) is the function in today's code. `abs` is min(1, |x|). The
-    authors' SVHN script used `abs` until October 2018, and the results that this script states were
+    authors' SVHN script used `abs` until October 2018. The results that the script states were
     measured with `abs`. `tanh` is tanh(x) / 2, rounded to levels in [-1/2, 1/2]. The authors' first
     published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU in front of the
     quantizer (`model.act=fused`). `clip` works with or without a ReLU, because `clip` itself sets

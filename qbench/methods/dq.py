@@ -120,7 +120,7 @@ def quantize_to_points(w: Tensor, points: Tensor, bucket_size: int | None = 256)
     # find the nearest point from the midpoints between neighbours; the index has no gradient
     edges = (points[1:] + points[:-1]).detach() / 2
     nearest = torch.bucketize((v_BK - beta) / alpha, edges, right=True)
-    # indexing passes alpha times the gradient to the points, summed over each point's weights
+    # the backward pass of indexing sums alpha times the gradient over the weights of each point
     return from_buckets(points[nearest] * alpha + beta, w)
 
 

@@ -23,8 +23,8 @@ Forward
 
 Backward
     The backward pass is used only if the network is trained further. As in the method uniform, the
-    derivative of a quantized weight is 1. The derivative of a quantized activation is 1 where x is
-    in range, else 0.
+    derivative of a quantized weight with respect to the weight is 1. The derivative of a quantized
+    activation with respect to the activation x is 1 where x is in range, else 0.
 
 Schedule
     There are no epochs. `prepare` works in three steps. First it fits the steps of the weights.
