@@ -47,7 +47,7 @@ KINDS = {"w": "weights", "a": "activations", "g": "gradients"}
 
 
 class RunAccuracy(NamedTuple):
-    """What the table needs of a run: method, keys of the network, widths, and test top-1 in percent."""
+    """The values of a run in the table: method, keys of the network, widths, and test top-1 in percent."""
 
     method: str
     network: dict[str, str]

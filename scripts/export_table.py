@@ -53,9 +53,10 @@ BATCH, ROUNDS, REPEAT = 64, 31, 5
 
 @dataclass(frozen=True, kw_only=True)
 class FormResult:
-    """An exported file: its bytes and on how many test images it predicts the run's class, or why there is no file.
+    """The result of an export: a file, or the reason why there is no file.
 
-    `times` has the relative time in each runtime; see the module's docstring.
+    `same_class` is the number of test images for which the file predicts the run's class. `times` has the relative time
+    in each runtime; see the module's docstring.
     """
 
     bytes: int | None = None
@@ -68,7 +69,7 @@ class FormResult:
 class Row:
     """One run: ideal bytes, bytes of the float network, number of test images, and the exported files by form.
 
-    `network` names the network and the data set, unless they are those of the table (resnet8 on digits).
+    `network` names the network and the data set. It is empty for resnet8 on digits.
     """
 
     method: str

@@ -1,6 +1,6 @@
 """Evaluates a finished run on the test split of its data set or of another data set.
 
-The results are accuracy, calibration error and predictions.
+The module computes accuracy, calibration error and predictions.
 """
 
 import csv
@@ -107,7 +107,7 @@ def evaluate(
 class Expected(NamedTuple):
     """The properties that a data set must have to fit a network; see `Dataset`.
 
-    `owner` is the word for the source of the network in messages: `run` or `file`.
+    `owner` says where the network comes from, for messages: `run` or `file`.
     """
 
     shape: tuple[int, int, int]

@@ -47,7 +47,7 @@ def refused_forms(setup: ExperimentSetup, params: int) -> dict[str, str] | None:
 
 
 def _prepared_model(setup: ExperimentSetup) -> tuple[nn.Module, Tensor]:
-    """Return the quantized network and random images. The method has prepared the network, but has not trained it."""
+    """Return the quantized network after the method's `prepare` and without training, and random images."""
     model, method = setup.install(setup.float_model()), setup.method
     images, labels = torch.rand(IMAGES, *setup.data.shape), torch.randint(setup.data.classes, (IMAGES,))
     probe = Probe([(images, labels)], F.cross_entropy)

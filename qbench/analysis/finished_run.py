@@ -103,8 +103,8 @@ HALF_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 def half_precision_note(finished: FinishedRun, weights: str = "last") -> list[str]:
     """Return a note that the run was evaluated in half precision, with its accuracy. Other runs have no such note.
 
-    `load_finished_run` returns a network that computes in float32. Figures that are measured with this network are not
-    those of the run.
+    `load_finished_run` returns a network that computes in float32. Its accuracy can therefore differ from the accuracy
+    that the run measured in bfloat16.
     """
     evaluation = finished.result.final if weights == "last" else finished.result.best
     precision = finished.setup.runtime.precision

@@ -128,7 +128,7 @@ class CostEstimator:
 
 
 def network_key(planned: PlannedRun) -> str:
-    """Return a digest that is equal for runs whose costs are equal: runs that differ only in their seed."""
+    """Return a digest that is the same for runs that differ only in their seed, and therefore have the same costs."""
     return digest(planned.identity.keys | {"seed": 0})
 
 

@@ -28,7 +28,7 @@ NARROW_TOLERANCE, WIDE_TOLERANCE = 2e-5, 2e-2
 """Tolerances of logits in ONNX files, relative to the largest logit."""
 
 NARROW_CODES, WIDE_CODES = 0.0, 5e-4
-"""Largest allowed share of an integer file's activation codes that differ from a simulation in float64."""
+"""Largest allowed share of activation codes of an integer file that differ from a simulation in float64."""
 
 COMPARED_CODES, CODES_BATCH = 1_000_000, 50
 """Number of codes after which the comparison of codes stops, and number of images in one batch of this comparison."""

@@ -1,4 +1,4 @@
-"""Quantizes networks of one's own from Python."""
+"""Quantizes a user's own networks from Python."""
 
 import logging
 from typing import TYPE_CHECKING

@@ -40,7 +40,7 @@ def compare(
     batches: Iterable[Batch],
     kept: Logits | None = None,
 ) -> Agreement:
-    """Return how far the logits of a run and of an exported network differ. If `kept` is a list, append them to it."""
+    """Return how far the logits of a run and of an exported network differ. Append both logits to `kept`, if given."""
     images, same, correct, largest, magnitude, identical = 0, 0, 0, 0.0, 0.0, True
     for batch, labels in batches:
         expected, found = run(batch), exported(batch)
@@ -57,15 +57,15 @@ def compare(
 
 
 class RoundingErrors(NamedTuple):
-    """Numbers of images whose results differ from those of the run's network in float64.
+    """Numbers of images for which results differ from those of the run's network in float64.
 
     A rounding error can move an activation that is close to a threshold to the other level. The levels of the next
     layers then differ too, and so may the class. No network that computes in float32 or in integers of 32 bits avoids
     this for every image.
 
     Args:
-        exported: images for which the exported network differs.
-        run: images for which the run's network differs, which computes in float32.
+        exported: number of images for which the exported network differs from the float64 network.
+        run: number of images for which the run's network in float32 differs from the float64 network.
     """
 
     exported: int
@@ -81,7 +81,7 @@ class RoundingErrors(NamedTuple):
 def rounding_errors(
     logits: Logits, in_float64: Callable[[Tensor], Tensor], batches: Iterable[Batch], tolerance: float
 ) -> RoundingErrors:
-    """Count the images whose class differs in float64, or whose logits differ there by more than the tolerance."""
+    """Count the images for which the class, or the logits by more than the tolerance, differ from those in float64."""
     counts = [0, 0]
     for (run, exported), (batch, _) in zip(logits, batches, strict=True):
         exact = in_float64(batch.double())

@@ -72,7 +72,7 @@ class Levels:
         return (points * self.scale[:, None] + self.low[:, None]).unsqueeze(-1)
 
     def to(self, dtype: torch.dtype) -> "Levels":
-        """Return the levels with tensors of another type."""
+        """Return the levels with all tensors converted to another type."""
         return replace(self, scale=self.scale.to(dtype), low=self.low.to(dtype), book=self.book.to(dtype))
 
     @property
@@ -219,7 +219,8 @@ def encode(quantizer: Quantizer, latent: Tensor, weights: Tensor) -> Encoded:
 def _layout(found: Tensor, shape: tuple[int, ...]) -> str:
     """Return the name of the layout of a grid.
 
-    `found` contains the numbers 1, 2, ... of the weights as the grid arranges them. 0 means padding.
+    The weights are numbered 1, 2, ... `found` contains these numbers in the order in which the grid arranges the
+    weights. 0 means padding.
     """
     groups, per_group, dimension = found.shape
     candidates = ["tensor"] if groups == 1 else ["channel", f"bucket:{per_group}"]

@@ -1,11 +1,11 @@
 """Writes and reads the container format of packed files and integer files.
 
-A container is a safetensors file of one-dimensional tensors. Two of them are in every container:
+A container is a safetensors file of one-dimensional tensors. Every container has these two tensors:
 
     header   uint8: JSON, compressed by zlib
     sha256   uint8 (32,): the digest of all other tensors
 
-A reader never runs content of the file as code.
+A reader never executes content of the file as code.
 """
 
 import hashlib
@@ -135,12 +135,12 @@ def natural(value: Any) -> int:
 
 
 def check_image(shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` if an image of this shape is too large for the test run of a network that was read."""
+    """Raise `ValueError` if an image of this shape is too large. Readers run every network once on an image."""
     if prod(shape) > MAX_IMAGE_VALUES:
         raise ValueError(f"images of {shape}")
 
 
 def check_logits(shape: tuple[int, ...], classes: int) -> None:
-    """Raise `ValueError` unless a shape is that of the logits of one image, (1, classes)."""
+    """Raise `ValueError` if a shape is not (1, classes), which is the shape of the logits of one image."""
     if shape != (1, classes):
         raise ValueError(f"the network returns the shape {shape}; expected: (1, {classes})")

@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 class NotInteger(Exception):
-    """Raised if a step cannot be computed in integers. The message is the rest of a sentence: `integer export ...`."""
+    """Raised if a step cannot be computed in integers. The message continues the text `LAYER: integer export`."""
 
 
 class QuantizerPlace(NamedTuple):
@@ -52,7 +52,7 @@ class Builder:
         self._here, self._step = -1, network.steps[0]
 
     def begin(self, place: int, step: Step) -> tuple[list[Any], dict[str, Any]]:
-        """Start to convert a step of the traced network, and return the arguments of the step."""
+        """Make a step of the traced network the current step, and return the arguments of this step."""
         self._here, self._step = place, step
         return list(map(self._argument, step.args)), {k: self._argument(v) for k, v in step.kwargs.items()}
 

@@ -132,7 +132,10 @@ def compare_codes(
 
 
 def _codes(network: Network, converted: Converted, batch: Tensor) -> dict[int, np.ndarray]:
-    """Return the activation codes of a traced network, computed in the type of the batch, by the quantizer's step."""
+    """Return the activation codes of a traced network, by the index of the quantizer's step.
+
+    The network computes in the type of `batch`.
+    """
     results: dict[int, Any] = {}
     network.function(_keeper(results, {q.traced for q in converted.quantizers}), batch.dtype)(batch)
     return {q.traced: (results[q.traced].double().numpy() / q.unit).round() for q in converted.quantizers}

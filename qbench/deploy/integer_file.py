@@ -36,7 +36,7 @@ IMAGES_AT_ONCE = 50
 
 DTYPES = ("<i1", "<i2", "<i4", "<i8", "<f4", "<f8")
 THRESHOLDS = "thresholds"
-"""Type of rows of int32: the first two numbers of each row, and all second differences as int8.
+"""Storage of rows of int32: the first two numbers of each row are stored, and all second differences as int8.
 
 If a quantizer has equal steps, its thresholds are equally spaced up to rounding, so their second differences are small.
 """

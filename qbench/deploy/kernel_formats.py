@@ -1,4 +1,4 @@
-"""The two formats of maps of codes: planes of bits, and tables of products."""
+"""Defines the two formats in which a map of codes can be stored: planes of bits, and tables of products."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol

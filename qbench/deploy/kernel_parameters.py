@@ -50,7 +50,7 @@ def integer_levels(levels: Tensor) -> IntegerLevels:
     The levels are multiples of their spacing, or odd multiples of half the spacing.
 
     Raises:
-        NoKernel: there are fewer than 2 or more than 4 levels, or the levels have another form.
+        NoKernel: there are fewer than 2 or more than 4 levels, or the levels are not such multiples.
     """
     count = levels.shape[1]
     if not 2 <= count <= 4:

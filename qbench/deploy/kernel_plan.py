@@ -1,8 +1,8 @@
 """Plans how kernels compute a network: layers, addresses, and the content of the memory.
 
-Pointwise functions between two layers, such as batch normalization, are not computed as steps of their own. If a
-quantizer follows, the functions become part of the quantizer's thresholds. Otherwise, the layer before them applies
-them to its output as a ramp (slope * x + offset, and bounds).
+Pointwise functions between two layers, such as batch normalization, are not computed separately. If a quantizer
+follows, the functions become part of the quantizer's thresholds. Otherwise, the layer before them applies them to its
+output as a ramp (slope * x + offset, and bounds).
 """
 
 from collections.abc import Iterator, Sequence
@@ -303,7 +303,7 @@ class Planner:
         return step.function in ("avg_pool2d", "getitem", "pad") and all(map(self._is_ready, _refs(step)))
 
     def _chain(self, i: int) -> tuple[list[Step], int]:
-        """Return the chain of pointwise steps after a result, and the index of the last step, and mark them as planned.
+        """Mark the pointwise steps after a result as planned. Return their chain, and the index of the last step.
 
         Each step of the chain is the only reader of the result before it.
         """

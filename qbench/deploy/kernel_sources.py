@@ -1,4 +1,4 @@
-"""Plans the sources of kernels: convolutions, linear layers and pooling."""
+"""Plans the sources of kernels (`qbench.deploy.kernel_layers`): convolutions, linear layers and pooling."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol

@@ -12,7 +12,7 @@ from qbench.deploy.onnx_functions import NoConverter
 from qbench.deploy.onnx_graph import OnnxGraph
 
 MAX_COMPARISONS = 30
-"""Largest number of thresholds that become comparisons: twice the number of a 4-bit quantizer, for both sides of 0."""
+"""Largest number of thresholds that become comparisons. A 4-bit quantizer has up to 15 on each side of 0."""
 
 HALF_STEP = 1e-4
 """Largest allowed distance between a threshold and the midpoint of two levels, as a fraction of the step."""

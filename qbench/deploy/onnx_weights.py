@@ -82,7 +82,7 @@ def _int8_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:
         )
     array = integers.to(torch.int8).numpy()
     scales = graph.constant(name, (scale if weight.layout == "channel" else scale[0]).numpy())
-    # the zero point 0 is written out, because runtimes look for it
+    # the zero point 0 is stored explicitly, because runtimes look for it
     zeros = graph.constant(name, np.zeros(graph.shape(scales), np.int8))
     stored = graph.constant(f"{name}.codes", array)
     result = graph.node("DequantizeLinear", stored, scales, zeros, axis=0)

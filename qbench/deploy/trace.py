@@ -1,7 +1,7 @@
 """Converts a quantized network to a traced network, by recording the torch functions that it calls.
 
-Quantized weights become codes, and input quantizers become thresholds and levels. Of all other Python code of the model
-and the method, the trace keeps only the torch functions that the code called.
+Quantized weights become codes, and input quantizers become thresholds and levels. All other Python code of the model
+and the method is replaced by the torch functions that it calls.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,7 +189,7 @@ class _Tracer(Recorder):
         if slot == "weight_q" and self._layers[name].bits.w == FLOAT:
             return  # the quantizer returns the float weights themselves
         if slot == "weight_q":
-            weight = module  # not the name of the latent weights
+            weight = module  # the name of the quantizer, not of the latent weights
             self.program.weights[weight] = name, result
             self._values[id(result)] = Stored(weight)
             return

@@ -1,4 +1,4 @@
-"""Deviations from the usual implementation of XNOR-Net. Public code or the paper's printed formulas contain them."""
+"""Deviations from the usual implementation of XNOR-Net, found in public code or in the paper's printed formulas."""
 
 from dataclasses import replace
 

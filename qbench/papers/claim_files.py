@@ -16,7 +16,7 @@ from qbench.errors import ConfigError
 from qbench.report.statistics.hypothesis_tests import TESTS
 
 BASELINE = "baseline"
-"""If the key `second` of a comparison has this value, the second arm is the float baselines of the first arm's runs."""
+"""Value of the key `second` of a comparison whose second arm consists of the float baselines of the first arm."""
 MEASURES = ("top1", "drop", "gradient_mismatch")
 CLAIM_KEYS = ("says", "source", "note", "measure", "net", "comparisons")
 COMPARISON_KEYS = ("name", "first", "second", "test", "margin")

@@ -249,7 +249,7 @@ def _second_arm(c: Comparison) -> str:
 
 
 def _border(c: Comparison) -> str:
-    """Return, as text, the range of differences that supports the claim. `> 0.5` is the text for a margin of 0.5."""
+    """Return the range of differences that supports the claim as text, such as `> 0.5` for a margin of 0.5."""
     return {"better": f"> {c.margin:g}", "at_least": f"> -{c.margin:g}", "equal": f"within {c.margin:g}"}[c.test]
 
 

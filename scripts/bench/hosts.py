@@ -4,8 +4,8 @@
 
 The two processes stand for two hosts on one file system: both execute the same command line, without
 a launcher. The sweep has 8 runs with 4 float baselines. The script checks that no run is done twice,
-and that all weights are equal. The time of a sweep is that from the first configuration to the last
-result, so it does not include the start of processes.
+and that all weights are equal. The time of a sweep is measured from the first configuration to the last result. It does
+not include the start of processes.
 """
 
 import argparse

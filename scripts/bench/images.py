@@ -4,8 +4,8 @@
 
 The files are random JPEG images of about 77 kB (quality 90). The uint8 batches of one epoch are made
 in two ways: from the files, and from `dataset.cache`. Every round times both ways in this process,
-with one thread. Times are processor times. The speed `decoded only` is that of PIL, without a crop. Normalization to
-float32 takes place on the device of the run, and has a row of its own.
+with one thread. Times are processor times. The row `decoded only` has the speed of PIL without a crop. Normalization to
+float32 takes place on the run's device, and has a separate row.
 """
 
 import argparse

@@ -105,7 +105,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, terminal():
             bare, ours, stop = works([*words, *options.words], str(Path(folder)))
             ratios = interleaved({"bare": bare, "ours": ours}, options.rounds, repeat=3)
-            stop()  # the progress bar would capture what is printed
+            stop()  # otherwise, the progress bar would capture the printed text
             rows.append((name, str(ratios["ours"]), "1.03", f"{1000 * ratios['bare'].seconds:.0f} ms"))
     print(f"{machine()}, 1 thread, {options.rounds} rounds of 3 epochs\n")
     print(markdown(("an epoch of the training loop", "time / bare loop", "target", "bare loop"), rows))

@@ -43,8 +43,7 @@ def interleaved(
     """Return the ratio of each contender's time to the time of the baseline, which is the first contender.
 
     Other programs may use the machine, so only times of the same round are compared. Every contender runs once before
-    it is timed, so that the caches contain its data. This is so in training too, where each step follows a similar
-    step.
+    it is timed, so that the caches contain its data. In training, too, each step follows a similar step.
 
     Args:
         contenders: maps a name to a function.

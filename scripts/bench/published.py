@@ -295,7 +295,7 @@ class MaskedSGD(torch.optim.Optimizer):
 def inq_optimizer(device: Device, layout: Layout = NCHW) -> Work:
     """Return a step of INQ W5A32 with half of the weights frozen, as in INQ-pytorch.
 
-    The frozen weights are set once. Masks then prevent updates from changing them.
+    The frozen weights are set once. Masks then keep updates from changing these weights.
     """
     net = placed(plain(), device, layout)
     kernels = {id(layer.weight) for layer in hidden(net)}

@@ -14,7 +14,7 @@ from qbench.report.tables.units import si_format
 from qbench.runs.result import Result, TrainingSpeed
 
 NOT_FINE_TUNED = ("trained from scratch", "not trained")
-"""First words of the entries in `protocol_changes` of runs that were not fine-tuned from a float baseline."""
+"""Text with which an entry of `protocol_changes` begins if a run was not fine-tuned from a float baseline."""
 
 
 def aggregate(
@@ -73,10 +73,7 @@ def with_control(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def control_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return notes on settings that have no difference from a float control.
-
-    The reason is that no float control has the normalization of the setting's network.
-    """
+    """Return notes on settings for which no float control has a network with the same normalization."""
     controls = [setting for setting in settings if _is_control(setting)]
     missing: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
@@ -102,7 +99,7 @@ def _can_have_control(setting: Setting) -> bool:
 def _over_control(setting: Setting, settings: Sequence[Setting]) -> Estimate | None:
     """Return the difference of a setting from its float control.
 
-    The result is None if there is not exactly one control whose network has the same normalization.
+    The result is None if no control, or more than one control, has a network with the same normalization.
     """
     controls = [s for s in settings if _is_control(s) and s.network == setting.network]
     if len(controls) != 1 or not _can_have_control(setting):
@@ -125,7 +122,7 @@ def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[floa
     grouped: dict[int, list[float]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         grouped[run.seed].append(value)
-    return [mean(values) if len(values) > 1 else values[0] for values in grouped.values()]  # `mean` is slow
+    return [mean(values) if len(values) > 1 else values[0] for values in grouped.values()]  # `statistics.mean` is slow
 
 
 def _mean_cost(results: Sequence[Result]) -> NetworkCost | None:

@@ -16,7 +16,7 @@ KEYS_LISTED = 4
 
 
 class Compared(NamedTuple):
-    """The values of a run that determine with which other runs this run can be ranked."""
+    """The values of a run that decide with which other runs it can be ranked."""
 
     method: str
     bits: Bits
@@ -27,7 +27,7 @@ class Compared(NamedTuple):
 
 
 def compared_result(result: Result) -> Compared:
-    """Return the values of a run's result that determine with which other runs this run can be ranked."""
+    """Return the values of a run's result that decide with which other runs it can be ranked."""
     protocol = result.protocol
     return Compared(result.method, Bits(**result.bits), result.dataset, result.model, protocol.hash, protocol.keys)
 
@@ -131,6 +131,6 @@ def _unlike(by_group: Mapping[tuple[str, ...], Sequence[Bits]]) -> Unlike:
 def _takes(method: str, bits: Bits) -> bool:
     """Return whether a method can quantize the activations and gradients that `bits` quantizes."""
     parts = [registry.widths(name) for name in method.split("+")]
-    if len(parts) > 1 and bits.a == FLOAT:  # the method of the activations would have no effect
+    if len(parts) > 1 and bits.a == FLOAT:  # the second method would have no effect
         return False
     return all(bits._asdict()[key] == FLOAT or any(key in part for part in parts) for key in "ag")

@@ -100,8 +100,8 @@ def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
 
     The results of a block share data set, network and protocol.
 
-    If other runs only loaded a baseline's weights as a pretrained checkpoint, the baseline is not left out, because no
-    other row shows its accuracy.
+    A baseline is kept if other runs only loaded its weights as a pretrained checkpoint, because no other row shows the
+    baseline's accuracy.
     """
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {_directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}
@@ -275,7 +275,8 @@ def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
     """Return the result of a float baseline, as recorded by a run that starts from this baseline.
 
     With `other_run`, the metrics and the manifest in the baseline's directory belong to other weights or images. The
-    result then names the weights file instead of the directory, so that these files are not read as the baseline's.
+    result then names the weights file instead of the directory, so that this wrong metrics file and this wrong manifest
+    are not read.
     """
     assert result.baseline is not None
     run = Path(result.baseline.run)
@@ -296,7 +297,7 @@ def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
     )
 
 
-@lru_cache(2**17)  # a comparison asks several times for the name of each run
+@lru_cache(2**17)  # a comparison needs each name several times
 def _directory_name(run: str) -> str:
     """Return the name of a run's directory, which stays the same when a parent folder is moved."""
     return Path(run).name

@@ -13,7 +13,7 @@ KEY = "data"
 
 
 def separate_data_versions(results: Sequence[Result]) -> list[Result]:
-    """Return the results. If runs used different images, a key for the images is added to their protocols.
+    """Return the results. If runs used different images, their protocols get a key that identifies the images.
 
     Two runs with the same keys of `dataset` use the same images unless the files were changed between the runs. If the
     files were changed, the runs get different protocols. They are then in different tables and are not compared.

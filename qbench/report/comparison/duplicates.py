@@ -28,7 +28,7 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 def _same_images(run: RunRecord, other: RunRecord) -> bool:
     """Return whether two runs with the same identity used the same images.
 
-    If the digest of the images of a run is not known, the images count as the same.
+    If the digest of a run's images is not known, the images count as the same.
     """
     digests = {r.result.data_sha256 for r in (run, other) if r.result and r.result.data_sha256}
     return len(digests) < 2

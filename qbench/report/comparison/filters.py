@@ -24,7 +24,7 @@ def select_runs(
 ) -> tuple[list[RunRecord], list[str]]:
     """Return the runs that match `where`, their float baselines, and notes on values that no run has.
 
-    The baselines are kept even if they do not match, because differences are measured from them.
+    Float baselines are returned even if they do not match, because differences are computed from their accuracies.
 
     Args:
         where: maps keys to the allowed values, as typed. A run matches if it has an allowed value for every key.
@@ -58,7 +58,8 @@ def matching_runs(
 def filter_words(own: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
     """Return words KEY=VALUE,... for `qbench compare`. If possible, these words select the runs `own` and no others.
 
-    The list is empty if there are no other runs. Float baselines do not count, because `select_runs` adds them.
+    The list is empty if there are no other runs. Float baselines do not count as other runs, because `select_runs`
+    returns them in any case.
     """
     kept = [_keys_of(run) for run in own if not (run.result and naming.is_baseline(run.result))]
     paths = {run.path for run in own}

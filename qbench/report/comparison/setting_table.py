@@ -18,7 +18,7 @@ The difference is a fraction of the bytes of the smallest setting.
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRuns:
-    """A row of the table of missing results. The row contains all runs without a result that have the same reason."""
+    """A row of the table of missing results. The row contains all runs that have no result for the same reason."""
 
     status: str
     runs: tuple[str, ...]

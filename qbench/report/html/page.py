@@ -44,8 +44,8 @@ Cards = dict[str, dict[str, str]]
 class Head(NamedTuple):
     """The head of a column.
 
-    `numbers` says whether the column contains numbers. `descending` says whether the first sorting puts the largest
-    value first.
+    `numbers` says whether the column contains numbers. `descending` says whether the first click on the head puts the
+    largest value first.
     """
 
     title: str

@@ -123,9 +123,9 @@ def _forward(quantizer: Quantizer, x: Tensor, like: Tensor, tensor: Tensor) -> t
 
 
 def _update_curves(method: Method, probe: ProbeLayer, x: Tensor) -> QuantizerCurves:
-    """Measure the optimizer step of a method that keeps no float weights.
+    """Measure how a method without float weights quantizes the updates of weights.
 
-    The step applies the update x to weights that are zero.
+    The optimizer step applies the update x to weights that are zero.
     """
 
     def updated(model: nn.Module) -> Tensor:
@@ -236,7 +236,7 @@ def _first_scale_group(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tens
 
 
 def _evaluations(module: nn.Module, evaluate: Evaluate) -> Tensor:
-    """Evaluate a module on fresh copies, and stack the results along a new first dimension.
+    """Evaluate copies of a module, and stack the results along a new first dimension.
 
     A stochastic module is evaluated `DRAWS` times in training mode. A deterministic module is evaluated
     once in evaluation mode.

@@ -34,8 +34,9 @@ def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
 
     The test uses only images that exactly one of the two networks classifies correctly. If the networks are equally
     good, each network is correct on such an image with probability 1/2. The number of images that only the first
-    network classifies correctly then follows a binomial distribution. p is twice the lower tail at the smaller of the
-    two networks' numbers. The result applies to these two networks, not to other seeds of the same methods.
+    network classifies correctly then follows a binomial distribution. p is twice the lower tail of this distribution,
+    taken at the smaller of the two networks' numbers of such images. The result applies to these two networks, not to
+    other seeds of the same methods.
     """
     import numpy as np
     from scipy import special
@@ -71,8 +72,8 @@ def outlying(values: Sequence[float]) -> list[int]:
     """Return the indices of values, in points, that are far from all other values.
 
     A value is far if its distance from the median is more than 5 robust standard deviations and more than a point. A
-    robust standard deviation is 1.4826 times the median of all distances from the median (Hampel 1974). It is 0 if most
-    values are equal, as differences of a few test images can be.
+    robust standard deviation is 1.4826 times the median of all distances from the median (Hampel 1974). It is 0 if more
+    than half of the values are equal, which can happen if accuracies differ by only a few test images.
     """
     import numpy as np
 
