@@ -58,7 +58,7 @@ ArmRuns = dict[Arm, dict[int, RunRecord]]
 PREFACE = """\
 # Claims
 
-On this page, claims of the papers are tested by training. `{command}` trained the runs
+This page tests claims of the papers by training networks. `{command}` trained the runs
 and wrote this page. Each row of the table is one comparison from a file in `conf/experiment/claims/`. A comparison has
 two arms, which are the two settings that it compares.
 
@@ -87,8 +87,8 @@ fonts, with separate fonts for the 10,000 test images). The networks are thin re
 training is short. Such runs can show whether an effect exists under one protocol, and how large the effect is under
 this protocol. They do not reproduce the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here
 may still hold in the paper's experiments, because depth, width, number of classes and length of training differ. The
-width of an interval shows how large an effect must be so that these data can show it. Differences between networks with
-8 or 5 bits may be too small to detect. "From memory" marks claims that are stated from memory and not quoted from the
+wider an interval is, the larger an effect must be to be detected with these data. Differences between networks with 8
+or 5 bits may be too small to detect. "From memory" marks claims that are stated from memory and not quoted from the
 paper.
 """
 

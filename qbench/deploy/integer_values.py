@@ -1,8 +1,8 @@
 """Describes tensors of an integer network, and computes their thresholds and fixed-point formats.
 
 A tensor stores numbers q that stand for the real values clamp(scale * q + shift). Scale and shift are float64, one per
-channel. Batch normalization changes only scale and shift. It costs nothing, because scale and shift become part of the
-thresholds of the next quantizer.
+channel. Batch normalization changes only scale and shift, which become part of the thresholds of the next quantizer. It
+needs a step only if its input is float64 or has a clamp.
 """
 
 from collections.abc import Callable

@@ -3,6 +3,8 @@
 A map of codes consists of one or two planes of bits, one for each bit of a code. In a plane, channels are the last
 axis, with 16 bits per vector of channels. One row of a convolution's filter therefore reads consecutive bits of a
 plane. With AVX-512 (VPOPCNTDQ), one instruction counts the ones of 16 output channels.
+
+The module `qbench.deploy.kernel_layers` explains kernels, sources and maps.
 """
 
 from functools import cache

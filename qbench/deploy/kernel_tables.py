@@ -7,6 +7,8 @@ vectors. For planes of bits, these processors need several times as many instruc
 
 A vector of 16 channels has 4 tables, which take as many bytes as 16 floats. In a map of tables, channels are the last
 axis. One row of a convolution's filter therefore reads consecutive tables, always in pairs.
+
+The module `qbench.deploy.kernel_layers` explains kernels, sources and maps.
 """
 
 from functools import cache

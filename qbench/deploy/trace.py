@@ -155,7 +155,7 @@ class _Tracer(Recorder):
         ):
             raise NotExportable(
                 f"{self._where[-1] or 'the network'}: reads values of a tensor that depends on the images ({kind})\n"
-                "such a network is not the same for all images"
+                "such a network may compute differently for other images, so it cannot be exported"
             )
         if not list(tensors(result)):
             return

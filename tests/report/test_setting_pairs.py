@@ -230,8 +230,9 @@ def test_pairs_are_tested_by_seed_and_adjusted_together() -> None:
         "Significant: a above b at w2a2g32, c above b at w2a2g32; no other of the 3 pairs differs significantly"
     )
     assert table.notes[1].startswith(
-        "compared by seed (over seeds alone: the error of the test sample is left out); p-values adjusted for the 3 "
-        "pairs of this table (Holm), separately for difference and equivalence; equivalence margin ±0.5 points"
+        "compared by seed (over seeds only; the error from the choice of test images is not included); p-values "
+        "adjusted for the 3 pairs of this table (Holm), separately for difference and equivalence; equivalence margin "
+        "±0.5 points"
     )
     more = got[0].more_seeds
     assert more == seeds_needed(paired(A, C), "equal", 0.5, 2 * 0.05, seeds_alone=True) - 4  # type: ignore[operator]

@@ -13,7 +13,7 @@ from qbench.report.statistics.power import SEEDS_LIMIT
 NAMES_LISTED = 6
 """Maximum number of names in one part of a sentence. Further names are only counted."""
 UNPAIRED = "unpaired, because the seeds differ"
-WITHOUT_IMAGES = "over seeds alone: the error of the test sample is left out"
+WITHOUT_IMAGES = "over seeds only; the error from the choice of test images is not included"
 
 
 def sample_notes(settings: Sequence[Setting]) -> list[str]:
@@ -68,7 +68,7 @@ def _adjustment(pairs: Sequence[SettingPair]) -> str:
 
 
 def _pairing(pair: SettingPair) -> str:
-    """Return a text that says how two settings were paired, and whether the error of the test sample is left out."""
+    """Return a text that says how two settings were paired, and whether intervals cover only seeds."""
     left_out = "" if pair.difference and pair.difference.items else f" ({WITHOUT_IMAGES})"
     return (f"by {pair.paired_by}" if pair.paired_by else UNPAIRED) + left_out
 
