@@ -190,7 +190,7 @@ def _top(row: int) -> int:
 
 
 def _port(item: Item, others: list[Item], other: Item) -> float:
-    """Return x in pixels of the point on an item's edge where the arrow that connects it with another item ends."""
+    """Return the x-coordinate in pixels at which the arrow to another item touches the edge of an item."""
     index = next(i for i, one in enumerate(others) if one is other)
     return item.x + PORT * (index - (len(others) - 1) / 2) if item.folder else item.x
 

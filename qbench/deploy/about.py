@@ -10,9 +10,9 @@ from qbench.errors import CheckpointError
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Description of an exported file: the run that it comes from, and the images that its network takes.
+    """Description of an exported file: the run that it comes from, and the images that its network expects.
 
-    The network takes images x = (pixel / white - mean) / std, per channel.
+    The input of the network is x = (pixel / white - mean) / std, with one mean and std per channel.
 
     Args:
         form: packed, onnx, int8, qonnx or integer.

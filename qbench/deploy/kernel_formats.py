@@ -28,7 +28,7 @@ class Format(Protocol):
         """Return weights in the order in which the source reads them."""
 
     def source(self, x: Map, part: Part) -> str:
-        """Return the beginning of a convolution's source text, without the arguments that both formats share."""
+        """Return the beginning of the text that makes a convolution's source, without the arguments of both formats."""
 
 
 class Planes(NamedTuple):

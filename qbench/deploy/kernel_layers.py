@@ -9,6 +9,9 @@ Memory is one array of bytes. A map is a feature map in this memory. In a map of
 fill whole vectors. A map of codes has one of two formats (`qbench.deploy.kernel_planes` and
 `qbench.deploy.kernel_tables`). Maps have a border, which serves as the padding of convolutions.
 
+The window of an output pixel is the part of the input that this pixel reads. It consists of pieces of consecutive
+bytes, which are called parts (class `qbench.deploy.kernel_addresses.Window`).
+
 Layers of the same shape share a kernel but have different addresses. Addresses are therefore arguments of the kernel
 (class `At`).
 """

@@ -40,7 +40,7 @@ class NotRunnable(ConfigError):
 
 
 class Layer(NamedTuple):
-    """One layer of a plan: the source text that makes its kernel, and its addresses."""
+    """One layer of a plan: the Python text that makes its kernel, and its addresses."""
 
     kernel: str
     at: At
@@ -123,7 +123,7 @@ class Planner:
         except (NoKernel, TypeError) as reason:
             raise NotRunnable(f"{_where(step)}: the numba kernels do not support {reason}\n{OTHER_WAYS}") from None
 
-    # what sources need
+    # methods that `qbench.deploy.kernel_sources` calls
 
     def operand(self, ref: Ref) -> Operand:
         """Return the result of a planned step."""
@@ -279,7 +279,7 @@ class Planner:
 
         return found, *code_thresholds(of_pixels, levels[0], channels, numbers)
 
-    # the walk through the steps
+    # search for steps that one layer can compute together
 
     def _only_use(self, i: int, function: str | None = None) -> int | None:
         """Return the index of the only step that reads a result, if this step has the given function, else None.

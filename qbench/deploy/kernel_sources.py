@@ -54,7 +54,7 @@ class Computed(NamedTuple):
     """The source of a layer, and a description of the values that it computes.
 
     Args:
-        source: source text that makes the source.
+        source: Python text of the call that makes the source, such as `pool(...)`.
         at: addresses that the source reads.
         size: channels, height and width of the values.
         ramp: ramp from the computed numbers to the values of the step.

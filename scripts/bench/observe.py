@@ -3,9 +3,9 @@
     .venv/bin/python scripts/bench/observe.py [--rounds 21] [KEY=VALUE ...]
 
 The baseline, named blind, is a run that never observes its layers. Even a run with `off` observes
-its layers, because warnings are based on observations. TensorBoard is on. The runs do not evaluate
-on validation images, which makes all ratios larger. Observations and histograms are as frequent as
-in a run with the default number of epochs.
+its layers, because warnings are based on observations. TensorBoard is on. The runs do not evaluate on validation
+images. All ratios are therefore larger than in normal runs. Observations and histograms are as frequent as in a run
+with the default number of epochs.
 """
 
 import argparse

@@ -146,7 +146,7 @@ def compiled(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
 
 
 def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
-    """Return a function that makes a step of a network as runtime.precision=bf16 does."""
+    """Return a function that makes a step of a network with runtime.precision=bf16."""
 
     def make_step(device: Device) -> Work:
         net = make().to(device)
@@ -158,7 +158,7 @@ def half_precision(make: Callable[[], nn.Module]) -> Callable[[Device], Work]:
 
 
 def remembering(mode: str, make: Callable[[Device], Work]) -> Callable[[Device], Work]:
-    """Return a function that makes a step as runtime.activation_memory does."""
+    """Return a function that makes a step with a value of runtime.activation_memory."""
 
     def make_step(device: Device) -> Work:
         work = make(device)
@@ -173,7 +173,7 @@ def remembering(mode: str, make: Callable[[Device], Work]) -> Callable[[Device],
 
 
 def without_extra(make: Callable[[Device], Work]) -> Callable[[Device], Work]:
-    """Return a function that makes a step as without the extra `fast`."""
+    """Return a function that makes a step that does not use the extra `fast`."""
 
     def make_step(device: Device) -> Work:
         work = make(device)
