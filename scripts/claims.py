@@ -9,8 +9,8 @@ trained. Claims share runs with equal configurations. --plan shows which runs wo
 --report trains nothing. The document always contains all claims, because Holm's adjustment covers all claims. The
 values in the document are also written to OUT/claims.json.
 
---record FILE stores the runs of all claims, with the sha256 of their weights and with their hits, which say which test
-images are classified correctly. --from FILE writes the document from such a file and needs no runs.
+--record FILE stores the runs of all claims. The file also contains the sha256 of their weights, and their hits, which
+say which test images are classified correctly. --from FILE writes the document from such a file and needs no runs.
 """
 
 import argparse

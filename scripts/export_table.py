@@ -9,8 +9,8 @@ Methods that quantize activations have widths that the forms with integer arithm
 default widths. If a form refuses a run, the record states the reason. Stored runs are not repeated. The table shows `?`
 for forms whose package is not installed.
 
-Times are those of a batch of 64 images in one thread, relative to ONNX Runtime with the file `onnx` of the float run.
-They are processor times, and medians of rounds in which all runtimes take turns.
+Times are processor times for a batch of 64 images in one thread. They are relative to ONNX Runtime with the file `onnx`
+of the float run. A time is a median over rounds in which all runtimes take turns.
 
 `--run DIR` adds a row for a finished run with another network or data set. `--record FILE` stores the results.
 `--from FILE` prints the tables of stored results and runs nothing. `--short` prints one table of some runs.

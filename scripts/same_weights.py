@@ -4,7 +4,7 @@
     scripts/same_weights.py COMMIT
 
 The old code is COMMIT, which is checked out into a temporary worktree. The new code is the working tree. Both versions
-of the code train every method on digits (seed 0, 3 float and 3 quantized epochs), and the `weights_sha256` of their
+of the code train every method on digits (seed 0, 3 float and 3 quantized epochs). Then the `weights_sha256` of their
 runs are compared. Checksums depend on the processor, so both versions are trained on this machine. The exit status is 1
 if any run differs.
 """

@@ -109,8 +109,8 @@ class CostEstimator:
         """Return the step cost of a network.
 
         A small network is timed while time for timing is left. For a network that is too large to be timed on a CPU,
-        `estimate_step` estimates the cost. Otherwise, the result is the cost of the timed network with the closest
-        number of MACs, multiplied by the ratio of the two numbers of MACs.
+        `estimate_step` estimates the cost. Otherwise, the cost is computed from the timed network with the closest
+        number of MACs: the cost of this network is multiplied by the ratio of the two numbers of MACs.
         """
         macs = max(1, sum(setup.macs.values()))
         if _smallest_batch(setup, model) * macs > 2 * TIMED_MACS and setup.device.type == "cpu":

@@ -100,8 +100,8 @@ def compare_codes(
 ) -> CodeAgreement:
     """Compare the activation codes of an integer network with those of the traced network in float64.
 
-    In the float64 network, levels are replaced by exact products of integers and their unit, and weights by exact
-    products of integers and their scale.
+    In the float64 network, each level is replaced by the exact product of an integer and the unit. Each weight is
+    replaced by the exact product of an integer and its scale.
 
     Args:
         converted: the result of `to_integers`.

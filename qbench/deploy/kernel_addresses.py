@@ -42,8 +42,8 @@ class Window(NamedTuple):
         row: stride from one row of the filter to the next row.
         columns: number of parts of one row. If all columns of the filter are consecutive, a row is one part.
         column: stride from one part of a row to the next part.
-        down, right: strides from the window of an output pixel to the windows of two neighbours: the pixel below, and
-            the pixel to the right.
+        down, right: strides from the window of an output pixel to the window of the pixel below, and of the pixel to
+            the right.
         vectors: number of vectors of output channels that read the same input channels.
         group: stride from the input channels of these vectors to the input channels of the next vectors.
     """

@@ -14,7 +14,7 @@ def compiled(function: Function, **options: bool) -> Function:
     """Compile a function that other compiled functions call. The name of the function gets a hash of its constants.
 
     numba finds functions in stored code by name. Without the hash, functions made by the same factory would have the
-    same name, and one stored network would call the functions of another network.
+    same name. A stored network would then call the functions of another network.
     """
     constants = [_described(cell.cell_contents) for cell in function.__closure__ or ()]
     function.__qualname__ += "_" + hashlib.sha256(repr(constants).encode()).hexdigest()[:16]

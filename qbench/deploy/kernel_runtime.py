@@ -1,8 +1,8 @@
 """Runs networks with 1-bit or 2-bit weights and activations in bit-serial kernels, compiled by numba.
 
 The whole network is one compiled function. Its source text contains only sizes and addresses, so networks of equal
-sizes and bit widths share the function. The source text is written to the user's cache folder, `qbench/kernels` below
-$XDG_CACHE_HOME or ~/.cache, and numba stores the compiled code next to the source text.
+sizes and bit widths share the function. The source text is written to the folder `qbench/kernels` below $XDG_CACHE_HOME
+or ~/.cache. numba stores the compiled code next to the source text.
 """
 
 import hashlib

@@ -58,7 +58,7 @@ class Computed(NamedTuple):
         at: addresses that the source reads.
         size: channels, height and width of the values.
         ramp: ramp from the computed numbers to the values of the step.
-        numbers: numbering of the computed values, for the search for thresholds.
+        numbers: numbering of the computed values. Thresholds are searched among these numbers.
         integers: whether the computed values are integers.
     """
 

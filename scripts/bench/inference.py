@@ -8,10 +8,9 @@ own static quantization of the float network. The row `int8` of torch is FX grap
 
 A contender is a runtime with a network. In every round, all contenders take turns. A ratio is the median over the
 rounds, with quartiles. The first ratio is of wall time. The second ratio is of processor time, which other work on the
-machine disturbs less. Memory is the peak of a
-process that loads one file and runs one image, minus the memory of the process after its imports (torch and qbench).
-Memory includes the runtime itself. For numba this includes the compiler, which is loaded even if compiled code is
-stored already.
+machine disturbs less. Memory is the difference of two numbers: the peak memory of a process that loads one file and
+runs one image, and the memory of this process after its imports (torch and qbench). Memory includes the runtime itself.
+For numba this includes the compiler, which is loaded even if compiled code is stored already.
 """
 
 import argparse

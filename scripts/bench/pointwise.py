@@ -3,9 +3,9 @@
     .venv/bin/python scripts/bench/pointwise.py [--batch 8] [--threads 1] [--rounds 21]
 
 With one thread and fewer than 16 images, torch computes 1x1 convolutions with stride 1 by its own code
-(`_slow_conv2d`), and other convolutions by oneDNN. The script compares this code with oneDNN and with a linear layer
-over the channels. A dilation of 2 has no effect on a 1x1 kernel, but makes torch use oneDNN. The layers are pointwise
-convolutions of MobileNetV2 for 32x32 images.
+(`_slow_conv2d`). It computes other convolutions by oneDNN. The script compares this code with oneDNN and with a linear
+layer over the channels. A dilation of 2 has no effect on a 1x1 kernel, but makes torch use oneDNN. The layers are
+pointwise convolutions of MobileNetV2 for 32x32 images.
 """
 
 import argparse

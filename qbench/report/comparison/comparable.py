@@ -52,8 +52,7 @@ def unlike_widths(runs: Iterable[Compared]) -> list[Unlike]:
     Only methods with the same width of weights are considered.
 
     Two methods can be ranked if both have runs with the same widths, or if other methods connect their widths. A method
-    connects two widths if the method has runs with both widths, because these runs show the cost of the difference in
-    width.
+    connects two widths if it has runs with both widths. These runs show the cost of the difference in width.
     """
     by_width: dict[int, dict[str, set[Bits]]] = defaultdict(lambda: defaultdict(set))
     for run in runs:

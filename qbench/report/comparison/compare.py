@@ -165,8 +165,8 @@ def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, 
     A label names the network keys and, for pretrained weights, the checkpoint.
 
     The row of a pretrained checkpoint shows the accuracy that was measured before quantization. The result of the run
-    that made the checkpoint is not shown, because it belongs to other weights (after the last epoch), and possibly to
-    other images.
+    that made the checkpoint is not shown. It belongs to other weights (after the last epoch), and possibly to other
+    images.
     """
     grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
@@ -234,8 +234,8 @@ def _unlike_notes(results: Sequence[Result]) -> Iterator[str]:
 def _with_epochs(change: str, result: Result) -> str:
     """Return a text that describes a change of the protocol.
 
-    If the run was trained from scratch, the text also says how many more epochs other methods have, because they start
-    from a trained float baseline.
+    Other methods start from a trained float baseline. If the run was trained from scratch, the text also states the
+    number of epochs of this baseline.
     """
     keys = result.protocol.keys
     epochs, before = keys.get("epochs"), (keys.get("pretrain") or {}).get("epochs")
@@ -275,8 +275,7 @@ def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
     """Return the result of a float baseline, as recorded by a run that starts from this baseline.
 
     With `other_run`, the metrics and the manifest in the baseline's directory belong to other weights or images. The
-    result then names the weights file instead of the directory, so that this wrong metrics file and this wrong manifest
-    are not read.
+    result then names the weights file instead of the directory. These metrics and this manifest are therefore not read.
     """
     assert result.baseline is not None
     run = Path(result.baseline.run)

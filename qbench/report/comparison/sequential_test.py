@@ -10,7 +10,8 @@ difference is at least the margin. Both tests may therefore use the full level.
 The rate of false decisions is at most 5 % if the differences of the seeds are about normally distributed. The rate is
 larger if training collapses in a few seeds of one setting. If no seed of an early look collapsed, the data of this look
 do not show how the collapse changes the mean. No test of the same seeds can avoid this. The verdict therefore contains
-the p-value of the sign-flip test, which does not assume a normal distribution, and a warning that names outlying seeds.
+a warning that names outlying seeds. It also contains the p-value of the sign-flip test, which does not assume a normal
+distribution.
 """
 
 import copy

@@ -128,7 +128,7 @@ class Setting:
             same seed are averaged first.
         difference: top-1 minus the top-1 of the run's float baseline, in points. None if any run has no baseline.
         over_control: top-1 minus the top-1 of the float control with the same normalization (`with_control`), in
-            points, over the seeds that the setting and the control have in common. None if there is no such control.
+            points. Only common seeds are used. None if there is no such control.
         levels: number of values that a quantized weight can take.
         cost, speed, verified: cost, training speed and verified levels. Each is None if no run recorded it. Speeds are
             means over runs, and peak memory is the maximum over runs.

@@ -28,8 +28,9 @@ def seeds_needed(
     The observed mean and variances are assumed to be the true values. `alpha` is the two-sided significance level. With
     `seeds_alone`, the degrees of freedom are limited as in `with_seed_dof`.
 
-    The result is None if no number up to 1000 is enough. This happens if the error from the test items is too large, if
-    the difference is equal to the margin of the test, or if there was only one seed, so that the variance is not known.
+    The result is None if no number up to 1000 is enough. There are three possible reasons: the error from the test
+    items is too large, the difference is equal to the margin of the test, or the variance is not known because there
+    was only one seed.
     """
     import numpy as np
 
