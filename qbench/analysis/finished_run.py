@@ -104,7 +104,7 @@ def half_precision_note(finished: FinishedRun, weights: str = "last") -> list[st
     """Return a note that the run was evaluated in half precision, with its accuracy. Other runs have no such note.
 
     `load_finished_run` returns a network that computes in float32. Its accuracy can therefore differ from the accuracy
-    that the run measured in bfloat16.
+    that the run measured in half precision.
     """
     evaluation = finished.result.final if weights == "last" else finished.result.best
     precision = finished.setup.runtime.precision

@@ -112,23 +112,24 @@ def test_gradients_that_no_scale_makes_finite_are_divergence() -> None:
 
 
 def test_the_scale_is_resumed() -> None:
-    losses = [overflow(lambda call: call in (1, 3))[0] for _ in range(2)]
-    whole, half = (make_task(epochs=2) for _ in range(2))
-    whole, half = (
-        replace(t, method=replace(t.method, loss=loss)) for t, loss in zip((whole, half), losses, strict=True)
-    )
+    def task(loss: Loss) -> Task:
+        made = make_task(epochs=2)
+        return replace(made, method=replace(made.method, loss=loss))
+
+    whole = task(overflow(lambda call: call in (1, 3))[0])
     expected = with_scaler(whole, 2.0**6)
     train(whole, expected)
-    first = with_scaler(half, 2.0**6)
-    train(replace(half, epochs=1), first)
-    later = replace(make_task(epochs=2), method=half.method)
-    state = with_scaler(later, 2.0**16)
-    state.load(later.model, first.save(half.model))
+    loss, _ = overflow(lambda call: call in (1, 3))
+    early, late = task(loss), task(loss)
+    first, state = with_scaler(early, 2.0**6), with_scaler(late, 2.0**16)
+    train(replace(early, epochs=1), first)
+    state.load(late.model, first.save(early.model))
+    train(late, state)
+    assert weights_sha256(late.model.state_dict()) == weights_sha256(whole.model.state_dict())
     assert state.scaler is not None
+    assert expected.scaler is not None
+    assert state.scaler.state_dict() == expected.scaler.state_dict()
     assert state.scaler.get_scale() == 2**4
-    train(later, state)
-    assert weights_sha256(later.model) == weights_sha256(whole.model)
-    assert state.scaler.state_dict() == expected.scaler.state_dict() if expected.scaler else None
 
 
 def test_a_run_in_float16(smoke: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
