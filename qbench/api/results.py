@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,16 @@ class Runs(tuple[RunRecord, ...]):
         return "\n".join(map(str, self)) or "no runs"
 
 
+def absolute_paths(runs: Iterable[RunRecord]) -> Runs:
+    """Return runs with absolute paths, which stay valid if the program changes its working directory."""
+    return Runs(run if run.recorded else _absolute(run) for run in runs)
+
+
+def _absolute(run: RunRecord) -> RunRecord:
+    path = run.path.absolute()
+    return replace(run, path=path, result=replace(run.result, run=str(path)) if run.result else None)
+
+
 class Tables(tuple[Table, ...]):
     """The tables of a comparison, which print as text and are shown as HTML in a notebook."""
 
@@ -100,11 +110,11 @@ def load(*words: str | Path, **keys: Value) -> Runs:
     runs, notes = matching_runs(read(options.directories), options.where)
     for note in notes:
         logger.warning(note)
-    return Runs(runs)
+    return absolute_paths(runs)
 
 
 def compare(
-    *places: str | Path | Iterable[RunRecord],
+    *places: str | Path | Result | RunRecord | Iterable[RunRecord],
     by: str | Sequence[str] = (),
     sort: str = "",
     columns: str | Sequence[str] = (),
@@ -121,8 +131,8 @@ def compare(
         >>> tables = qbench.compare(runs)
 
     Args:
-        places: directories, record files, filters `KEY=VALUE,...`, and runs, such as those that `sweep` or `load`
-            returns. The float baselines of runs are read too.
+        places: directories, record files, filters `KEY=VALUE,...`, and runs as `run`, `sweep` and `load` return them.
+            The float baselines of runs are read too.
         by: configuration keys. There is one table for each combination of their values.
         sort: the column by which rows are sorted.
         columns: names of sets of columns, such as `accuracy`.
@@ -135,8 +145,14 @@ def compare(
     Raises:
         ConfigError: a directory, key or value does not exist, or there are no runs.
     """
-    words = command_words("compare", [place for place in places if isinstance(place, str | Path)], keys)
-    records = [run for place in places if not isinstance(place, str | Path) for run in place]
+    names: list[str | Path] = []
+    records: list[RunRecord] = []
+    for place in places:
+        if isinstance(place, str | Path | Result):
+            names.append(place.run if isinstance(place, Result) else place)
+        else:
+            records += [place] if isinstance(place, RunRecord) else place
+    words = command_words("compare", names, keys)
     flags = {"by": by, "sort": sort, "columns": columns, "margin": margin, "html": html, "plot": plot}
     for flag, value in flags.items():
         if value not in (None, "", (), []):

@@ -1,11 +1,13 @@
 """Trains runs and sweeps from Python, as the command line does."""
 
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qbench.api.host import exclusive_call, recorded_command, torch_settings_restored
-from qbench.api.results import Runs
+from qbench.api.results import Runs, absolute_paths
 from qbench.api.words import Value, command_words
 from qbench.cli.train import new_result, records_of, runs_of, stored_result
 from qbench.config.compose import CONFIG_DIRECTORY, MULTIRUN
@@ -71,7 +73,7 @@ def run(*words: str, out: str | Path | None = None, progress: bool = False, **ke
                 result = new_result(planned[0], RunContext(reporter, stop))
     if result.status == "unsupported":
         raise ConfigError(str(result.reason))
-    return result
+    return replace(result, run=os.path.abspath(result.run))  # stays valid if the working directory changes
 
 
 def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **keys: Value) -> Runs:
@@ -101,7 +103,7 @@ def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **
     with exclusive_call() as stop, recorded_command(arguments):
         planned = runs_of(arguments)
         with torch_settings_restored(training=True):
-            return Runs(records_of(arguments, planned, stop, progress=progress))
+            return absolute_paths(records_of(arguments, planned, stop, progress=progress))
 
 
 def _with_out(keys: dict[str, Value], out: str | Path | None) -> dict[str, Value]:

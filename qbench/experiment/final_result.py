@@ -17,7 +17,7 @@ from qbench.experiment.evidence import evidence_warnings
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
 from qbench.experiment.trained_network import LAYERS, load_weights
-from qbench.experiment.unused_keys import unused_keys
+from qbench.experiment.unused_keys import replaced_widths, unused_keys
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
 from qbench.quant.verify import NotQuantized, clipped_negatives, verify
 from qbench.runs import manifest
@@ -133,7 +133,7 @@ def _notes(setup: ExperimentSetup, verified: Mapping[str, object]) -> list[str]:
 
 def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[str]:
     """Return warnings about properties of data and network that make the accuracy or the size misleading."""
-    warnings = [*dataset_notes(setup.data)]
+    warnings = [*dataset_notes(setup.data), *replaced_widths(setup, model)]
     untrained = setup.float_model()
     same_for_every_seed = _have_equal_weights(untrained, setup.float_model(seed=setup.seed + 1))
     if unsteady := unsteady_evaluation(model, images):

@@ -38,6 +38,21 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
     return [f"{key} has no effect, because {why}" for key, why in found]
 
 
+def replaced_widths(setup: ExperimentSetup, model: nn.Module) -> list[str]:
+    """Return a warning for each width of `bits` that no layer has, because the layer policy gives every layer another.
+
+    Tables show the widths of `bits`, so this is a warning and not only a note.
+    """
+    warnings = []
+    for slot, name in SLOT_NAMES.items():
+        width = getattr(setup.method.bits, slot)
+        found = sorted({getattr(layer.bits, slot) for layer in quantized_layers(model).values()} - {FLOAT})
+        if width < FLOAT and found and width not in found:
+            widths = ", ".join(map(str, found))
+            warnings.append(f"no layer has bits.{slot}={width}, because layers.* sets the {name} to {widths} bits")
+    return warnings
+
+
 def _model_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
     momentum = setup.config.model.get("bn_momentum", BN_MOMENTUM)
     if momentum != BN_MOMENTUM and not any("BatchNorm" in type(module).__name__ for module in model.modules()):
@@ -45,7 +60,10 @@ def _model_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str,
 
 
 def _method_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (key=value, reason) for each option that concerns only a slot (weights, ...) that stays in float."""
+    """Yield (key=value, reason) for each option without effect on this network.
+
+    Such an option concerns only a slot (weights, ...) that stays in float, or only layers that the network lacks.
+    """
     config, bits = setup.config, setup.method.bits
     weights = any(layer.bits.w < FLOAT for layer in quantized_layers(model).values())
     quantized = {"w": weights, "a": bits.a < FLOAT, "g": bits.g < FLOAT}
@@ -55,11 +73,16 @@ def _method_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str
         methods["activation"] = (config.activation, bits._replace(w=FLOAT), quantized | {"w": False})
     for group, (node, widths, used) in methods.items():
         usual = registry.defaults("method", str(node["name"]))
-        for option, slot in create_method(node, widths, group).option_slots.items():
+        method = create_method(node, widths, group)
+        reasons = dict(method.unused_options(model))
+        for option, slot in method.option_slots.items():
+            if not used[slot]:
+                reasons[option] = f"{node['name']} quantizes no {SLOT_NAMES[slot]} here"
+        for option, why in reasons.items():
             value = node.get(option)
-            if value != usual.get(option, value) and not used[slot]:
+            if value != usual.get(option, value):
                 typed = str(value).lower() if isinstance(value, bool) else value
-                yield f"{group}.{option}={typed}", f"{node['name']} quantizes no {SLOT_NAMES[slot]} here"
+                yield f"{group}.{option}={typed}", why
 
 
 def _layer_keys(setup: ExperimentSetup) -> Iterator[tuple[str, str]]:

@@ -81,11 +81,12 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbench.bits import FLOAT, Bits
 from qbench.methods.pact import SMALLEST, LearnedClip, optimizer_step
 from qbench.quant.fused_kernels import grad_between, grad_within, next_float, step_function
+from qbench.quant.layers import quantized_layers
 from qbench.quant.method import Method, Requires
 from qbench.quant.ops import fused_quantizer, in_float32, straight_through
 from qbench.quant.quantizer import Grid, Quantizer, Storage
@@ -236,6 +237,12 @@ class APoTActivation(LearnedClip):
         return Grid((points * self.alpha).reshape(1, -1, 1))
 
 
+def unused_options(model: nn.Module) -> dict[str, str]:
+    """Return `edge_scale` with the reason, if it has no effect because no layer of the network has 8-bit weights."""
+    edge = any(layer.bits.w == EDGE_BITS for layer in quantized_layers(model).values())
+    return {} if edge else {"edge_scale": f"no layer has {EDGE_BITS}-bit weights"}
+
+
 def build(
     *,
     w: int = 4,
@@ -263,6 +270,7 @@ def build(
         name="apot",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 7), EDGE_BITS, FLOAT), "a": (*range(2, 6), FLOAT)},
+        unused_options=unused_options,
         option_slots={"initial_weight": "w", "edge_scale": "w", "initial_input": "a"},
         requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "monotone_input", "idempotent_input", "clipped_input"}),

@@ -272,6 +272,12 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 state.copy_(site.momentum.convert(state))
 
 
+def unused_options(model: nn.Module) -> dict[str, str]:
+    """Return `integer_biases` with the reason, if it has no effect because no quantized layer has a bias."""
+    biases = any(layer.bias is not None for layer in quantized_layers(model).values() if layer.bits.w < FLOAT)
+    return {} if biases else {"integer_biases": "no quantized layer has a bias"}
+
+
 def build(
     *,
     w: int = 16,
@@ -328,6 +334,7 @@ def build(
         name="gupta",
         bits=Bits(w, a, g),
         supported_bits=dict.fromkeys("wag", WIDTHS),
+        unused_options=unused_options,
         option_slots={
             "integer_weights": "w",
             "integer_biases": "w",

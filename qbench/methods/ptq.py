@@ -235,6 +235,11 @@ def calibrate(
         sites[name].set_range(*find_range(torch.cat(values).float(), sites[name].bits))
 
 
+def _norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]:
+    """Return the batch normalization modules that have running statistics."""
+    return [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+
+
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Set the running statistics of batch normalization to the averages of the statistics of `batches`.
@@ -242,7 +247,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
     Variances are unbiased. During the forward passes, batch normalization uses the statistics of
     the current batch. All other modules are in evaluation mode.
     """
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    norms = _norms(model)
     momenta = [norm.momentum for norm in norms]
     try:
         with eval_mode_keeping_rng(model):
@@ -260,7 +265,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
 @torch.no_grad()
 def shift_norms(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Change the running statistics in the same way as quantization changes the mean and variance on `batches`."""
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    norms = _norms(model)
     with float_mode(model):
         before = _measured_statistics(model, norms, batches)
     after = _measured_statistics(model, norms, batches)
@@ -279,6 +284,11 @@ def _measured_statistics(model: nn.Module, norms: Sequence[nn.Module], batches: 
     for norm, state in zip(norms, saved, strict=True):
         norm.load_state_dict(state)
     return [(state["running_mean"], state["running_var"]) for state in measured]
+
+
+def unused_options(model: nn.Module) -> dict[str, str]:
+    """Return `reestimate` with the reason, if it has no effect because the network has no batch normalization."""
+    return {} if _norms(model) else {"reestimate": "the network has no batch normalization"}
 
 
 def build(
@@ -323,6 +333,7 @@ def build(
         name="ptq",
         bits=Bits(w, a),
         supported_bits={"w": (*range(2, 17), FLOAT), "a": (*range(1, 17), FLOAT)},
+        unused_options=unused_options,
         option_slots={"channel": "w", "weights": "w", "calibration": "a", "percentile": "a"},
         requires=Requires(act="keep"),
         traits=frozenset({"odd", "monotone", "idempotent", "monotone_input", "idempotent_input"}),

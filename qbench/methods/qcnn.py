@@ -264,6 +264,18 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
     return codewords or 2 ** (bits * subspace)
 
 
+def unused_options(model: nn.Module) -> dict[str, str]:
+    """Return the options for convolutions or linear layers if the network has no such quantized layer."""
+    layers = [layer for layer in quantized_layers(model).values() if layer.bits.w < FLOAT]
+    linear = [isinstance(layer, nn.Linear) for layer in layers]
+    unused: dict[str, str] = {}
+    if all(linear):
+        unused |= dict.fromkeys(("subspace", "codewords"), "no convolution is quantized")
+    if not any(linear):
+        unused |= dict.fromkeys(("fc_subspace", "fc_codewords"), "no linear layer is quantized")
+    return unused
+
+
 def build(
     *,
     w: int = 1,
@@ -302,5 +314,6 @@ def build(
         bits=Bits(w),
         supported_bits={"w": (*range(1, 9), FLOAT)},
         weight=weight,
+        unused_options=unused_options,
         prepare=lambda model, probe: encode(model, probe, error_correction),
     )

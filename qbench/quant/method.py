@@ -75,6 +75,7 @@ Prepare = Callable[[nn.Module, Probe], None]
 OnEpoch = Callable[[nn.Module, int, int, Probe], None]
 Loss = Callable[[nn.Module, Tensor, Batch], Tensor]
 Step = Callable[[nn.Module, torch.optim.Optimizer], None]
+UnusedOptions = Callable[[nn.Module], Mapping[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,8 @@ class Method:
             qbench. With this map, a run that starts from such a checkpoint also loads the parameters of quantizers.
         option_slots: maps an option of the method's function to the slot that it concerns: w, a or g. Options that
             concern several slots are not included.
+        unused_options: function of the quantized network that returns the options that have no effect on it, each with
+            the reason, such as `no layer has 8-bit weights`.
         teachers: teacher networks, which the training loop moves to the device and keeps in eval mode.
     """
 
@@ -133,6 +136,7 @@ class Method:
     needs_training: bool = True
     foreign_names: Mapping[str, str] = field(default_factory=dict)
     option_slots: Mapping[str, str] = field(default_factory=dict)
+    unused_options: UnusedOptions = field(default=lambda model: {})
     teachers: tuple[nn.Module, ...] = ()
 
     def allowed_widths(self, key: str) -> str:

@@ -32,7 +32,8 @@ class InitialWeights(NamedTuple):
         message: one line that states the file, the number of tensors, and everything that was
             renamed or left out.
         is_float: whether all weights come from a float network in the file. The accuracy of this network can then be
-            used as a float baseline. False if the file contains quantizers, or if the last layer is new.
+            used as a float baseline. False if the file contains quantizers or the latent weights of a run's quantized
+            network, or if the last layer is new.
         quantizers: the tensors of quantizers in the file. The run also starts from these tensors.
     """
 
@@ -110,9 +111,22 @@ def load_initial_weights(
     notes += [f"{len(new)} new ({', '.join(new[:3])}, ...)"] if new else []
     notes += [f"the last layer is new ({', '.join(head)})"] if new_head else []
     notes += [f"{len(quantizers)} tensors of quantizers"] if quantizers else []
+    latent = _is_quantized(content, path)
+    notes += ["latent weights of a quantized network"] if latent else []
     message = f"weights from {file}: {len(tensors) - len(skipped)} tensors loaded"
-    is_float = not (skipped or quantizers or new_head)
+    is_float = not (skipped or quantizers or new_head or latent)
     return InitialWeights(message + "".join(f"; {note}" for note in notes), is_float, quantizers)
+
+
+def _is_quantized(content: Mapping[str, Any], path: Path) -> bool:
+    """Return whether a checkpoint of a run contains the latent weights of a quantized network.
+
+    Such weights need no quantizers in the file: DoReFa, for example, computes its levels from the weights alone.
+    """
+    if "layers" in content:  # the key `LAYERS` of `qbench.experiment.trained_network`
+        return bool(content["layers"]["quantized"])
+    result = load_result(path if path.is_dir() else path.parent) if "identity" in content else None
+    return result is not None and bool(result.verified)
 
 
 def load_quantizers(model: nn.Module, quantizers: Mapping[str, Tensor], source: str) -> None:

@@ -305,6 +305,20 @@ def test_a_network_is_loaded_without_its_data_set(
         assert torch.equal(network(expected), with_data(expected))
 
 
+def test_runs_stay_valid_if_the_working_directory_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = qbench.run(*WORDS)
+    (record,) = qbench.load("outputs", method="dorefa")
+    sweep = qbench.sweep(*WORDS, "seed=0")
+    expected = str(qbench.compare(Path(result.run).parent))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Path(result.run) == record.path == sweep[0].path == tmp_path / Path(result.run).relative_to(tmp_path)
+    assert not qbench.load_model(result).training
+    assert str(qbench.compare(sweep)) == str(qbench.compare(record)) == expected
+    assert "dorefa" in str(qbench.compare(result))
+
+
 def test_a_result_does_not_load_the_weights_of_another_run(tmp_path: Path) -> None:
     """A relative path names another directory after os.chdir, and a repeated run replaces the weights."""
     first, second = (qbench.run(*WORDS, f"seed={seed}", out=tmp_path) for seed in (0, 1))

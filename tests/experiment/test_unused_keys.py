@@ -13,7 +13,7 @@ from qbench.config.groups import option_names
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
-from qbench.experiment.unused_keys import unused_keys
+from qbench.experiment.unused_keys import replaced_widths, unused_keys
 from qbench.quant.method import Unsupported
 from qbench.runs.result import load_result
 
@@ -72,6 +72,19 @@ def test_a_key_without_effect_is_named(configure: Configure, words: list[str], w
           for key in ("momentum=0.5", "nesterov=True")]
          + ["optim.milestones=[0.5] has no effect, because it is a key of the schedule step, and optim.schedule is "
             "exponential"]),
+        (["method=apot", "bits=w4a4", "method.edge_scale=max"],
+         ["method.edge_scale=max has no effect, because no layer has 8-bit weights"]),
+        (["method=apot", "bits=w4a4", "method.edge_scale=max", "layers.first=8"], []),
+        (["method=qcnn", "method.fc_subspace=2", "method.codewords=0"],
+         ["method.fc_subspace=2 has no effect, because no linear layer is quantized"]),
+        (["method=qcnn", "method.fc_subspace=2", "layers.last=same", "bits=w2"], []),
+        (["method=qcnn", "method.subspace=2", "model=mlp"],
+         ["method.subspace=2 has no effect, because no convolution is quantized"]),
+        (["method=gupta", "method.integer_biases=3", "layers.last=float"],
+         ["method.integer_biases=3 has no effect, because no quantized layer has a bias"]),
+        (["method=gupta", "method.integer_biases=3", "layers.last=same"], []),
+        (["method=ptq", "method.reestimate=none", "model=mlp", "model.norm=none"],
+         ["method.reestimate=none has no effect, because the network has no batch normalization"]),
         (["method=dorefa", "bits=w2", "optim=sgd", "+optim.eps=0.1"],
          ["optim.eps=0.1 has no effect, because sgd has no such key"]),
     ],
@@ -100,6 +113,22 @@ def test_slots_are_declared_for_options_that_exist(name: str) -> None:
     slots = registry.create("method", {"name": name}).option_slots
     assert slots.keys() <= options.keys()
     assert set(slots.values()) <= {"w", "a", "g"}
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["bits=w2a2", "layers.rules={*: 8}"], ["w=2, because layers.* sets the weights to 8 bits",
+                                                   "a=2, because layers.* sets the activations to 8 bits"]),
+        (["bits=w2a32", "layers.rules={*: 8}"], ["w=2, because layers.* sets the weights to 8 bits"]),
+        (["bits=w2a2", "layers.rules={layer1*: 8}"], []),
+        (["bits=w2a2", "layers.first=8", "layers.last=8"], []),
+    ],
+)  # fmt: skip
+def test_widths_that_no_layer_has_are_named(configure: Configure, words: list[str], found: list[str]) -> None:
+    setup = assemble(configure("init=scratch", "method=dorefa", *words))
+    warnings = replaced_widths(setup, setup.install(setup.float_model()))
+    assert warnings == [f"no layer has bits.{one}" for one in found]
 
 
 def test_biases_that_are_missing_are_named(

@@ -63,6 +63,9 @@ FILES: dict[str, tuple[Callable[[Weights], Any], list[str]]] = {
     "ema": (lambda w: {"ema": renamed("", "module.")(w) | {"n_averaged": torch.tensor(7)}},
             ["taken from the key ema", "prefix module. removed", "not weights, so left out: n_averaged"]),
     "model and ema": (lambda w: {"ema": {}, "model": w}, ["taken from the key model", "ema not used"]),
+    "model and another average": (lambda w: {"model": w, "ema_state_dict": renamed("", "module.")(w), "epoch": 3},
+                                  ["taken from the key model", "ema_state_dict not used"]),
+    "model and optimizer": (lambda w: {"model": w, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}}, []),
     "a name and weights": (lambda w: {"model": "resnet8", "net": w}, ["taken from the key net"]),
     "module.": (renamed("", "module."), ["prefix module. removed"]),
     "model.": (renamed("", "model."), ["prefix model. removed"]),
@@ -187,6 +190,17 @@ def test_a_file_with_quantizers_is_no_float_network(weights: Weights, tmp_path: 
     assert not load_initial_weights(network(), tmp_path / "file.pt").is_float
     assert fits(network(), tmp_path / "file.pt")
     assert not fits(network(depth=14), tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("method", ["dorefa", "qd"])
+def test_latent_weights_are_no_float_network(smoke: Configure, tmp_path: Path, method: str) -> None:
+    """The quantizers of these methods have no tensors, so only the checkpoint's list of layers tells the difference."""
+    source = Path(run(planned_run(smoke(f"method={method}", "bits=w4a32"))).run)
+    for init in (source, source / "last.pt"):
+        result = run(planned_run(smoke("method=lsq", "bits=w2a2", f"init={init}", "rerun=true")))
+        assert result.baseline_top1 is None
+        with pytest.raises(ConfigError, match="this is not a float network, so it cannot be the teacher"):
+            run(planned_run(smoke("method=lsq", "bits=w2a2", f"init={init}", "distill=kd")))
 
 
 FORM = ("model.form=post", "model.shortcut=A_stride")
