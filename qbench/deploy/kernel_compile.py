@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from numba import njit
 from numba.core.registry import cpu_target
 
-Function = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def compiled(function: Function, **options: bool) -> Function:
@@ -27,7 +27,7 @@ def inlined(function: Function) -> Function:
     return compiled(function, forceinline=True)
 
 
-def _described(constant: Any) -> str:
+def _described(constant: object) -> str:
     """Return a text that identifies a constant, which is a number, a text, or a compiled function."""
     name = getattr(getattr(constant, "py_func", constant), "__qualname__", None)
     return repr(constant) if name is None else str(name)

@@ -16,17 +16,22 @@ Layers of the same shape share a kernel but have different addresses. Addresses 
 (class `At`).
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from qbench.deploy.kernel_addresses import At, Strides, Window
-from qbench.deploy.kernel_compile import Function, compiled, inlined
+from qbench.deploy.kernel_compile import compiled, inlined
 from qbench.deploy.kernel_planes import planes, to_planes
 from qbench.deploy.kernel_tables import tables, to_tables
 from qbench.deploy.kernel_vectors import (
     BYTES,
+    Bytes,
+    Source,
+    Vector,
     larger,
     load_float,
     load_floats,
@@ -50,11 +55,8 @@ __all__ = [
     "write_logits",
 ]
 
-Source = Function
-"""Function (memory, at, y, x, output, vector of channels) -> 16 values.
-
-`output` is the index of the vector in the whole output, and `vector of channels` is its index within a pixel.
-"""
+Ramp = Callable[[Bytes, int, Vector], Vector]
+"""Function (memory, address of the parameters, 16 values) -> 16 values."""
 
 
 def floats(window: Window, count: int) -> Source:
@@ -66,10 +68,10 @@ def floats(window: Window, count: int) -> Source:
     rows, row, columns, column, down, right, vectors, group = window
 
     @compiled
-    def values(memory: Any, at: Any, y: Any, x: Any, output: Any, o: Any) -> Any:
+    def values(memory: Bytes, at: At, y: int, x: int, output: int, o: int) -> Vector:
         weights = at.weights + o * (rows * columns * count * BYTES)
         patch = at.input + y * down + x * right + o // vectors * group
-        total = splat(np.float32(0))
+        total: Vector = splat(np.float32(0))
         for i in range(rows):
             for j in range(columns):
                 for k in range(count):
@@ -78,8 +80,7 @@ def floats(window: Window, count: int) -> Source:
                     weights += BYTES
         return total
 
-    result: Source = values
-    return result
+    return values
 
 
 def pool(
@@ -96,9 +97,9 @@ def pool(
     inside = padding == (0, 0) and rows <= height and columns <= width and height % stride[0] == width % stride[1] == 0
 
     @compiled
-    def values(memory: Any, at: Any, y: Any, x: Any, output: Any, o: Any) -> Any:
+    def values(memory: Bytes, at: At, y: int, x: int, output: int, o: int) -> Vector:
         top, left = y * stride[0] - padding[0], x * stride[1] - padding[1]
-        result = splat(np.float32(0 if mean else -np.inf))
+        result: Vector = splat(np.float32(0 if mean else -np.inf))
         count = 0
         for i in range(0 if inside else max(0, -top), rows if inside else min(rows, height - top)):
             for j in range(0 if inside else max(0, -left), columns if inside else min(columns, width - left)):
@@ -108,19 +109,18 @@ def pool(
                 count += 1
         return result * splat(np.float32(1) / np.float32(count)) if mean else result
 
-    result: Source = values
-    return result
+    return values
 
 
 @cache
-def _ramp(linear: bool, bounded: bool) -> Function:
+def _ramp(linear: bool, bounded: bool) -> Ramp:
     """Return a function that computes a ramp: slope * x + offset, a clamp, or both in this order.
 
     The parameters of the ramp are slopes, offsets, lowest and highest values, per channel.
     """
 
     @inlined
-    def run(memory: Any, parameters: Any, x: Any) -> Any:
+    def run(memory: Bytes, parameters: int, x: Vector) -> Vector:
         if linear:
             x = load_floats(memory, parameters) * x + load_floats(memory, parameters + BYTES)
         if bounded:
@@ -128,8 +128,7 @@ def _ramp(linear: bool, bounded: bool) -> Function:
             x = smaller(larger(x, low), high)
         return x
 
-    result: Function = run
-    return result
+    return run
 
 
 RampParts = tuple[bool, bool]
@@ -166,7 +165,7 @@ class Finish(NamedTuple):
         return self.integers and not (any(self.ramp + self.second_ramp) or self.residual or self.floats)
 
 
-def layer(source: Source, finish: Finish, height: int, width: int, vectors: int) -> Function:
+def layer(source: Source, finish: Finish, height: int, width: int, vectors: int) -> Callable[[Bytes, At], None]:
     """Return the compiled kernel of a layer, a function of (memory, at).
 
     Args:
@@ -186,7 +185,7 @@ def layer(source: Source, finish: Finish, height: int, width: int, vectors: int)
         to_codes = to_planes(thresholds, finish.integer_thresholds, codes_plane)
 
     @compiled
-    def run(memory: Any, at: Any) -> None:
+    def run(memory: Bytes, at: At) -> None:
         for y in range(height):
             for x in range(width):
                 for o in range(vectors):
@@ -203,12 +202,11 @@ def layer(source: Source, finish: Finish, height: int, width: int, vectors: int)
                         codes = at.codes + y * codes_row + x * codes_pixel + o * codes_vector
                         to_codes(memory, at, parameters, codes, found)
 
-    result: Function = run
-    return result
+    return run
 
 
 @inlined
-def _same(x: Any) -> Any:
+def _same(x: Vector) -> Vector:
     return x
 
 
@@ -217,7 +215,7 @@ RAMP_BYTES = 4 * BYTES
 
 
 @compiled
-def read_image(memory: Any, address: Any, row: Any, pixel: Any, image: Any) -> None:
+def read_image(memory: Bytes, address: int, row: int, pixel: int, image: npt.NDArray[np.float32]) -> None:
     """Store an image (C, H, W) as a map of floats."""
     channels, height, width = image.shape
     for y in range(height):
@@ -227,7 +225,7 @@ def read_image(memory: Any, address: Any, row: Any, pixel: Any, image: Any) -> N
 
 
 @compiled
-def write_logits(memory: Any, address: Any, logits: Any) -> None:
+def write_logits(memory: Bytes, address: int, logits: npt.NDArray[np.float32]) -> None:
     """Copy the logits (classes,) out of a map of floats."""
     for i in range(len(logits)):
         logits[i] = load_float(memory, address + 4 * i)

@@ -7,20 +7,36 @@ plane. With AVX-512 (VPOPCNTDQ), one instruction counts the ones of 16 output ch
 The module `qbench.deploy.kernel_layers` explains kernels, sources and maps.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from qbench.deploy.kernel_addresses import Window
-from qbench.deploy.kernel_compile import Function, compiled, inlined
+from qbench.deploy.kernel_addresses import At, Window
+from qbench.deploy.kernel_compile import compiled, inlined
 from qbench.deploy.kernel_thresholds import codes_of
-from qbench.deploy.kernel_vectors import BYTES, count_ones, load_half, load_integers, load_word, splat, store
+from qbench.deploy.kernel_vectors import (
+    BYTES,
+    Bytes,
+    Integer,
+    Source,
+    ToCodes,
+    Vector,
+    count_ones,
+    load_half,
+    load_integers,
+    load_word,
+    splat,
+    store,
+)
+
+Sums = tuple[Vector, Vector, Vector]
+"""Sums of products, with the factors 1, 2 and 4."""
 
 
 def planes(
     window: Window, halves: int, plane: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool
-) -> Function:
+) -> Source:
     """Return the source of a convolution of codes. The source counts the ones in products of bit planes.
 
     For weights in two's complement, w = w_0 - 2 w_1, and activations a = a_0 + 2 a_1, the source computes
@@ -47,8 +63,8 @@ def planes(
     add = _products(w_bits, a_bits, odd)
 
     @compiled
-    def values(memory: Any, at: Any, y: Any, x: Any, output: Any, o: Any) -> Any:
-        zero = splat(np.int32(0))
+    def values(memory: Bytes, at: At, y: int, x: int, output: int, o: int) -> Vector:
+        zero: Vector = splat(np.int32(0))
         sums = zero, zero, zero
         patch = at.input + y * down + x * right + o // vectors * group
         weights = at.weights + o * (count * w_bits * BYTES)
@@ -56,7 +72,7 @@ def planes(
             for j in range(columns):
                 for k in range(words):
                     place = patch + i * row + j * column + 4 * k
-                    a1 = load_word(memory, place + plane) if a_bits == 2 else np.int32(0)
+                    a1: Integer = load_word(memory, place + plane) if a_bits == 2 else np.int32(0)
                     sums = add(memory, weights, load_word(memory, place), a1, sums)
                     weights += w_bits * BYTES
         if rest:
@@ -78,20 +94,20 @@ def planes(
             result = splat(np.int32(unit)) * result + load_integers(memory, at.correction + output * BYTES)
         return result
 
-    result: Function = values
-    return result
+    return values
 
 
 @cache
-def _products(w_bits: int, a_bits: int, odd: bool) -> Function:
+def _products(w_bits: int, a_bits: int, odd: bool) -> Callable[[Bytes, int, Integer, Integer, Sums], Sums]:
     """Return a function that multiplies one word of activations by 16 words of weights and adds up the products."""
 
     @inlined
-    def product(w: Any, a: Any) -> Any:
-        return count_ones(w ^ a if odd else w & a)
+    def product(w: Vector, a: Vector) -> Vector:
+        ones: Vector = count_ones(w ^ a if odd else w & a)
+        return ones
 
     @compiled
-    def add(memory: Any, weights: Any, a0: Any, a1: Any, sums: Any) -> Any:
+    def add(memory: Bytes, weights: int, a0: Integer, a1: Integer, sums: Sums) -> Sums:
         ones, twos, fours = sums
         w0 = load_integers(memory, weights)
         ones = ones + product(w0, splat(a0))
@@ -105,19 +121,18 @@ def _products(w_bits: int, a_bits: int, odd: bool) -> Function:
                 fours = fours + product(w1, splat(a1))
         return ones, twos, fours
 
-    result: Function = add
-    return result
+    return add
 
 
 @inlined
-def _rests(memory: Any, place: Any, other: Any, both: Any) -> Any:
+def _rests(memory: Bytes, place: int, other: int, both: bool) -> Integer:
     """Return the last 16 bits of a part of the window, joined with the last 16 bits of the next part."""
     low = load_half(memory, place)
     return low | load_half(memory, other) << 16 if both else low
 
 
 @cache
-def to_planes(thresholds: int, integers: bool, plane: int) -> Function:
+def to_planes(thresholds: int, integers: bool, plane: int) -> ToCodes:
     """Return the function (memory, at, parameters, place, values) that stores the codes of 16 values.
 
     Args:
@@ -127,11 +142,10 @@ def to_planes(thresholds: int, integers: bool, plane: int) -> Function:
     codes = codes_of(thresholds, integers)
 
     @compiled
-    def run(memory: Any, at: Any, parameters: Any, place: Any, found: Any) -> None:
+    def run(memory: Bytes, at: At, parameters: int, place: int, found: Vector) -> None:
         low, high = codes(memory, parameters, found)
         store(memory, place, np.uint16(low))
         if thresholds > 1:
             store(memory, place + plane, np.uint16(high))
 
-    result: Function = run
-    return result
+    return run

@@ -12,17 +12,20 @@ The module `qbench.deploy.kernel_layers` explains kernels, sources and maps.
 """
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from qbench.deploy.kernel_addresses import Window
-from qbench.deploy.kernel_compile import Function, compiled, inlined
+from qbench.deploy.kernel_addresses import At, Window
+from qbench.deploy.kernel_compile import compiled, inlined
 from qbench.deploy.kernel_parameters import CHANNELS
 from qbench.deploy.kernel_thresholds import codes_of
 from qbench.deploy.kernel_vectors import (
     BYTES,
     TABLE,
+    Bytes,
+    Source,
+    ToCodes,
+    Vector,
     add_halves,
     load_integers,
     load_table,
@@ -52,7 +55,7 @@ def product_tables(a_bits: int, odd: bool) -> np.ndarray:
     return tables
 
 
-def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool) -> Function:
+def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit: int, corrected: bool) -> Source:
     """Return the source of a convolution of codes. The source looks up sums of products in tables, and adds them.
 
     The result is the same integer as with `qbench.deploy.kernel_planes.planes`.
@@ -70,9 +73,11 @@ def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit
     factor = unit * (2 if odd else -2)
 
     @compiled
-    def values(memory: Any, at: Any, y: Any, x: Any, output: Any, o: Any) -> Any:
+    def values(memory: Bytes, at: At, y: int, x: int, output: int, o: int) -> Vector:
         patch = at.input + y * down + x * right + o // vectors * group
         weights = at.weights + o * (parts * pairs * step)
+        low: Vector
+        high: Vector
         low, high = splat(np.int32(0)), splat(np.int32(0))
         for first in range(0, parts, joined):
             for piece in range(pieces):
@@ -95,19 +100,18 @@ def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit
             result = result + load_integers(memory, at.correction + output * BYTES)
         return result
 
-    result: Function = values
-    return result
+    return values
 
 
 @inlined
-def _spread(bits: Any) -> Any:
+def _spread(bits: np.int32) -> np.int32:
     """Return 16 bits as 4 bytes of 4 bits."""
     halves = (bits | bits << 8) & 0x00FF00FF
     return (halves | halves << 4) & 0x0F0F0F0F
 
 
 @cache
-def to_tables(thresholds: int, integers: bool) -> Function:
+def to_tables(thresholds: int, integers: bool) -> ToCodes:
     """Return the function (memory, at, parameters, place, values) that stores the tables of the codes of 16 values.
 
     Args:
@@ -116,12 +120,11 @@ def to_tables(thresholds: int, integers: bool) -> Function:
     codes = codes_of(thresholds, integers)
 
     @compiled
-    def run(memory: Any, at: Any, parameters: Any, place: Any, found: Any) -> None:
+    def run(memory: Bytes, at: At, parameters: int, place: int, found: Vector) -> None:
         low, high = codes(memory, parameters, found)
         numbers = _spread(low) | _spread(high) << 4 if thresholds > 1 else _spread(low)
         for i in range(4):
             number = numbers >> (8 * i) & 255
             store(memory, place + i * TABLE, load_table(memory, at.tables + number * TABLE))
 
-    result: Function = run
-    return result
+    return run

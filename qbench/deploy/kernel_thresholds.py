@@ -1,16 +1,16 @@
 """Converts values to codes, by comparing the values with thresholds."""
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from qbench.deploy.kernel_compile import Function, compiled
-from qbench.deploy.kernel_vectors import BYTES, at_least, load_floats, load_integers, load_word
+from qbench.deploy.kernel_compile import compiled
+from qbench.deploy.kernel_vectors import BYTES, Bytes, Vector, at_least, load_floats, load_integers, load_word
 
 
 @cache
-def codes_of(thresholds: int, integers: bool) -> Function:
+def codes_of(thresholds: int, integers: bool) -> Callable[[Bytes, int, Vector], tuple[np.int32, np.int32]]:
     """Return the function (memory, parameters, values) -> (low, high), the bits of the codes of 16 values.
 
     A code is the number of thresholds at or below a value. In channels in which larger values have smaller codes, it is
@@ -23,7 +23,7 @@ def codes_of(thresholds: int, integers: bool) -> Function:
     load = load_integers if integers else load_floats
 
     @compiled
-    def run(memory: Any, parameters: Any, found: Any) -> Any:
+    def run(memory: Bytes, parameters: int, found: Vector) -> tuple[np.int32, np.int32]:
         falling = load_word(memory, parameters)
         low, high = at_least(found, load(memory, parameters + BYTES)) ^ falling, np.int32(0)
         # one bit per channel; the 1-bits of a higher threshold are a subset of the 1-bits of a lower threshold
@@ -34,5 +34,4 @@ def codes_of(thresholds: int, integers: bool) -> Function:
             low ^= at_least(found, load(memory, parameters + 3 * BYTES)) ^ falling
         return low, high
 
-    result: Function = run
-    return result
+    return run
