@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qbench.bits import FLOAT, Bits
 from qbench.cost.network_cost import NetworkCost
-from qbench.quant.graph import Recorder, eval_mode_keeping_rng, intercepted_calls, read_without_call, recorded_calls
+from qbench.quant.graph import (
+    Forward,
+    Recorder,
+    eval_mode_keeping_rng,
+    intercepted_calls,
+    read_without_call,
+    recorded_calls,
+)
 from qbench.quant.layers import (
     FLOAT_CLASS,
     QUANTIZED_CLASS,
@@ -120,7 +126,9 @@ def _own_macs(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     own: Counter[str] = Counter()
     delay_import_of_compiler()
 
-    def call(name: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call(
+        name: str, module: nn.Module, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         before, inside_before = counter.get_total_flops() // 2, own.total()
         result = forward(*args, **kwargs)
         own[name] += counter.get_total_flops() // 2 - before - (own.total() - inside_before)

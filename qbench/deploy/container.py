@@ -30,7 +30,7 @@ MEMORY_PER_BYTE = 1024
 Content = TypeVar("Content")
 
 
-def write_container(parts: Mapping[str, np.ndarray], header: Mapping[str, Any], kind: str) -> bytes:
+def write_container(parts: Mapping[str, np.ndarray], header: Mapping[str, object], kind: str) -> bytes:
     """Return the bytes of a container.
 
     Args:
@@ -44,7 +44,7 @@ def write_container(parts: Mapping[str, np.ndarray], header: Mapping[str, Any], 
 
 def safetensors(tensors: Mapping[str, np.ndarray], kind: str) -> bytes:
     """Return the bytes of a safetensors file with one-dimensional float32 and uint8 tensors."""
-    entries: dict[str, Any] = {"__metadata__": {"format": f"qbench {kind}"}}
+    entries: dict[str, object] = {"__metadata__": {"format": f"qbench {kind}"}}
     start = 0
     for name, tensor in tensors.items():
         dtype = "F32" if tensor.dtype == np.float32 else "U8"
@@ -114,7 +114,7 @@ def guarded(read: Callable[[], Content], data: bytes, source: str) -> Content:
         raise CheckpointError(f"{source} is damaged: {reason}") from None
 
 
-def check_version(header: Mapping[str, Any], version: int, source: str) -> None:
+def check_version(header: Mapping[str, object], version: int, source: str) -> None:
     """Raise `CheckpointError` if the version in a header is not the version that this code reads."""
     if header["version"] != version:
         raise CheckpointError(
@@ -123,7 +123,7 @@ def check_version(header: Mapping[str, Any], version: int, source: str) -> None:
         )
 
 
-def natural(value: Any) -> int:
+def natural(value: object) -> int:
     """Return a size from a header, after checking its type and range.
 
     Raises:

@@ -2,12 +2,12 @@
 
 import importlib
 import warnings
-from typing import Any
+from types import ModuleType
 
 from qbench.errors import ConfigError
 
 
-def import_extra(module: str, extra: str) -> Any:
+def import_extra(module: str, extra: str) -> ModuleType:
     """Return a module of an optional dependency.
 
     Args:

@@ -1,14 +1,14 @@
 """Builds an integer network step by step, and converts values between float64, fixed point and integers."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qbench.deploy.about import About, image_range
 from qbench.deploy.integer_network import IntegerStep
 from qbench.deploy.integer_values import Value, fixed, fraction_bits, real, rescaling
-from qbench.deploy.network import Network, Ref, Step, Stored
+from qbench.deploy.network import Argument, Network, Ref, Step, Stored
 
 Array = np.ndarray
 
@@ -51,12 +51,12 @@ class Builder:
         self._values = {-1: real(-1, *image_range(about), image=True)}
         self._here, self._step = -1, network.steps[0]
 
-    def begin(self, place: int, step: Step) -> tuple[list[Any], dict[str, Any]]:
+    def begin(self, place: int, step: Step) -> tuple[list[object], dict[str, object]]:
         """Make a step of the traced network the current step, and return the arguments of this step."""
         self._here, self._step = place, step
         return list(map(self._argument, step.args)), {k: self._argument(v) for k, v in step.kwargs.items()}
 
-    def _argument(self, argument: Any) -> Any:
+    def _argument(self, argument: Argument) -> object:
         if not isinstance(argument, Ref):
             return argument
         if argument.item is not None:
@@ -80,7 +80,8 @@ class Builder:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of the current step's first argument for a batch of two images."""
-        first: Ref = self._step.args[0]
+        first = self._step.args[0]
+        assert isinstance(first, Ref)
         return self._shapes[first.step]
 
     @property
@@ -96,7 +97,7 @@ class Builder:
         """Return a stored vector as float64. If the vector is None, return `count` times the default."""
         return np.full(count, default) if stored is None else self.network.tensors[stored.name].double().numpy()
 
-    def add(self, function: str, *inputs: Value, integer: bool, **parameters: Any) -> int:
+    def add(self, function: str, *inputs: Value, integer: bool, **parameters: object) -> int:
         """Add a step to the integer network, and return the index of the step."""
         arrays = {key: value for key, value in parameters.items() if isinstance(value, np.ndarray)}
         numbers = {key: value for key, value in parameters.items() if key not in arrays}

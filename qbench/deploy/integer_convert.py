@@ -8,7 +8,7 @@ Layers that read an image also compute in float64 if the levels of the image are
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from qbench.deploy.linear import NotLinear, integer_levels
 from qbench.deploy.network import Network, Step, refs
 from qbench.deploy.trace import NotExportable
 from qbench.quant.probe import Batch
+
+Result = TypeVar("Result")
 
 LAYERS = ("conv2d", "linear")
 OTHER_FORM = "try: qbench export RUN --to packed"
@@ -116,8 +118,8 @@ def compare_codes(
     images = codes = differing = exported = run = 0
     for batch, _ in batches:
         exact, in_float32 = _codes(simulation, converted, batch.double()), _codes(traced, converted, batch)
-        found: dict[int, Any] = {}
-        network.run(batch.numpy(), _keeper(found, {q.integer for q in converted.quantizers}))
+        found: dict[int, np.ndarray] = {}
+        network.run(batch.numpy(), _keeper(found, {q.integer for q in converted.quantizers}, np.ndarray))
         wrong, wrong_in_float32 = np.zeros(len(batch), bool), np.zeros(len(batch), bool)
         for quantizer in converted.quantizers:
             difference = exact[quantizer.traced] != found[quantizer.integer]
@@ -136,16 +138,17 @@ def _codes(network: Network, converted: Converted, batch: Tensor) -> dict[int, n
 
     The network computes in the type of `batch`.
     """
-    results: dict[int, Any] = {}
-    network.function(_keeper(results, {q.traced for q in converted.quantizers}), batch.dtype)(batch)
+    results: dict[int, Tensor] = {}
+    network.function(_keeper(results, {q.traced for q in converted.quantizers}, Tensor), batch.dtype)(batch)
     return {q.traced: (results[q.traced].double().numpy() / q.unit).round() for q in converted.quantizers}
 
 
-def _keeper(results: dict[int, Any], wanted: set[int]) -> Callable[[int, Any], None]:
-    """Return a callback that stores the results of the given steps."""
+def _keeper(results: dict[int, Result], wanted: set[int], kind: type[Result]) -> Callable[[int, object], None]:
+    """Return a callback that stores the results of the given steps, which have the type `kind`."""
 
-    def keep(place: int, result: Any) -> None:
+    def keep(place: int, result: object) -> None:
         if place in wanted:
+            assert isinstance(result, kind)
             results[place] = result
 
     return keep

@@ -72,7 +72,7 @@ def pack_integers(network: IntegerNetwork, about: About) -> bytes:
     """Return the bytes of an integer file."""
     parts: list[bytes] = []
 
-    def place(name: str, array: np.ndarray) -> list[Any]:
+    def place(name: str, array: np.ndarray) -> list[object]:
         """Append an array to the data, and return [type, shape] of the array."""
         kind, stored = _smallest(array, name)
         parts.append(stored.tobytes())
@@ -86,7 +86,7 @@ def pack_integers(network: IntegerNetwork, about: About) -> bytes:
     return write_container({"data": np.frombuffer(b"".join(parts), np.uint8)}, header, "integer")
 
 
-def _smallest(array: np.ndarray, name: str) -> tuple[Any, np.ndarray]:
+def _smallest(array: np.ndarray, name: str) -> tuple[object, np.ndarray]:
     """Return the smallest type that can store an array exactly, and the array in this type.
 
     The type is a name in `DTYPES`, or `THRESHOLDS`, or [bits, first, step] for weights that are stored as codes.
@@ -154,7 +154,7 @@ class _Bytes:
         """Number of bytes that have not been read."""
         return len(self._data) - self._place
 
-    def array(self, kind: Any, sizes: list[Any]) -> np.ndarray:
+    def array(self, kind: str | list[int], sizes: list[object]) -> np.ndarray:
         """Return the next array, as float64, int32 or int64."""
         shape = tuple(natural(size) for size in sizes)
         count = prod(shape)
@@ -182,7 +182,9 @@ class _Bytes:
         return self._data[start : self._place]
 
 
-def _step(place: int, rest: _Bytes, function: str, inputs: list[Any], numbers: Any, arrays: Mapping[str, Any]) -> Any:
+def _step(
+    place: int, rest: _Bytes, function: str, inputs: list[int], numbers: Mapping[str, object], arrays: Mapping[str, Any]
+) -> IntegerStep:
     if function not in FUNCTIONS:
         raise ValueError(f"step {place} calls an unknown function")
     if any(type(i) is not int or not -1 <= i < place for i in inputs):

@@ -6,7 +6,7 @@ Each converter takes a builder, followed by the parameters of the torch function
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -15,9 +15,18 @@ from qbench.deploy.integer_builder import Builder, NotInteger, QuantizerPlace, f
 from qbench.deploy.integer_network import LARGEST
 from qbench.deploy.integer_values import Value, fixed, fraction_bits, integer_thresholds, real
 from qbench.deploy.linear import NotLinear, integer_levels, integer_weights
-from qbench.deploy.network import Stored
+from qbench.deploy.network import Sizes, Stored
 
 Array = np.ndarray
+
+
+class _Sizes(TypedDict, total=False):
+    """Parameters of a convolution. A linear layer has none."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
 
 
 def quantize(b: Builder, x: Value, thresholds: Stored, levels: Stored) -> Value:
@@ -53,13 +62,13 @@ def quantize(b: Builder, x: Value, thresholds: Stored, levels: Stored) -> Value:
 
 
 def conv2d(
-    b: Builder, x: Value, w: Stored, bias: Stored | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1,
+    b: Builder, x: Value, w: Stored, bias: Stored | None = None, stride: Sizes = 1, padding: Sizes | str = 0,
+    dilation: Sizes = 1, groups: int = 1,
 ) -> Value:  # fmt: skip
     """Convert a convolution."""
     if isinstance(padding, str):
         raise NotInteger(f"does not support padding={padding}")
-    sizes = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation), "groups": groups}
+    sizes = _Sizes(stride=_pair(stride), padding=_pair(padding), dilation=_pair(dilation), groups=groups)
     return _product(b, "conv2d", x, w, bias, sizes)
 
 
@@ -70,7 +79,7 @@ def linear(b: Builder, x: Value, w: Stored, bias: Stored | None = None) -> Value
     return _product(b, "linear", x, w, bias, {})
 
 
-def _product(b: Builder, function: str, x: Value, w: Stored, bias: Stored | None, sizes: Mapping[str, Any]) -> Value:
+def _product(b: Builder, function: str, x: Value, w: Stored, bias: Stored | None, sizes: _Sizes) -> Value:
     """Convert a convolution or linear layer.
 
     The layer computes in integers if its weights and activations are quantized, else in float64.
@@ -95,9 +104,7 @@ def _product(b: Builder, function: str, x: Value, w: Stored, bias: Stored | None
     return Value(place, True, factor.reshape(column), offset.reshape(column), low.reshape(column), high.reshape(column))
 
 
-def _float_product(
-    b: Builder, function: str, x: Value, w: Stored, bias: Stored | None, sizes: Mapping[str, Any]
-) -> Value:
+def _float_product(b: Builder, function: str, x: Value, w: Stored, bias: Stored | None, sizes: _Sizes) -> Value:
     """Convert a layer that computes in float64. If a quantizer follows, the output is converted to fixed point."""
     weight = b.network.weights.get(w.name)
     tensor = b.network.tensors[w.name].double() if weight is None else weight.decode(torch.float64)
@@ -143,7 +150,7 @@ def _clipped_codes(b: Builder, x: Value, floor: float, ceiling: float) -> Value 
     return replace(x, place=place, low=np.clip(x.low, *ends), high=np.clip(x.high, *ends))
 
 
-def add(b: Builder, x: Any, y: Any, *, alpha: float = 1) -> Value:
+def add(b: Builder, x: object, y: object, *, alpha: float = 1) -> Value:
     """Convert a sum of two tensors, such as a branch and its shortcut."""
     if not isinstance(x, Value) or not isinstance(y, Value) or alpha != 1:
         raise NotInteger("does not support sums with constants")
@@ -160,7 +167,7 @@ def add(b: Builder, x: Any, y: Any, *, alpha: float = 1) -> Value:
 
 
 def max_pool2d(
-    b: Builder, x: Value, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    b: Builder, x: Value, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0, dilation: Sizes = 1,
     ceil_mode: bool = False, return_indices: bool = False,
 ) -> Value:  # fmt: skip
     """Convert max pooling.
@@ -178,7 +185,7 @@ def max_pool2d(
 
 
 def avg_pool2d(
-    b: Builder, x: Value, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    b: Builder, x: Value, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> Value:  # fmt: skip
     """Convert average pooling to a sum. The divisor becomes part of the scale."""
@@ -196,16 +203,17 @@ def avg_pool2d(
     return b.affine(summed, scale, np.zeros_like(scale))
 
 
-def adaptive_avg_pool2d(b: Builder, x: Value, output_size: Any) -> Value:
+def adaptive_avg_pool2d(b: Builder, x: Value, output_size: int | Sequence[int | None]) -> Value:
     """Convert adaptive average pooling, if all windows have the same size."""
     sizes = b.input_shape[2:]
-    wanted = [size if want is None else want for want, size in zip(_pair(output_size), sizes, strict=True)]
+    given = [output_size] * 2 if isinstance(output_size, int) else output_size
+    wanted = [size if want is None else want for want, size in zip(given, sizes, strict=True)]
     if any(size % want for size, want in zip(sizes, wanted, strict=True)):
         raise NotInteger(f"does not support adaptive pooling from {sizes} to {tuple(wanted)}")
     return avg_pool2d(b, x, [size // want for size, want in zip(sizes, wanted, strict=True)])
 
 
-def mean(b: Builder, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+def mean(b: Builder, x: Value, dim: Sizes | None = None, keepdim: bool = False) -> Value:
     """Convert the mean over height and width."""
     shape = b.input_shape
     if len(shape) != 4 or dim is None or sorted(d % 4 for d in _pair(dim)) != [2, 3]:
@@ -232,10 +240,11 @@ def pad(b: Builder, x: Value, pad: Sequence[int], mode: str = "constant", value:
                    low=np.pad(ends[0], around), high=np.pad(ends[1], around))  # fmt: skip
 
 
-def getitem(b: Builder, x: Value, index: Any) -> Value:
+def getitem(b: Builder, x: Value, index: object) -> Value:
     """Convert indexing with slices."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(not isinstance(part, slice) for part in parts) or (parts and parts[0] != slice(None)):
+    indices = index if isinstance(index, tuple) else (index,)
+    parts = [part for part in indices if isinstance(part, slice)]
+    if len(parts) != len(indices) or (parts and parts[0] != slice(None)):
         raise NotInteger("supports only indexing with slices")
     slices = [[part.start, part.stop, part.step] for part in parts[1:]]
     channels = parts[1] if len(parts) > 1 else slice(None)
@@ -243,7 +252,7 @@ def getitem(b: Builder, x: Value, index: Any) -> Value:
     return x.by_channel(place, lambda values: values[channels])
 
 
-def reshape(b: Builder, x: Value, *sizes: Any) -> Value:
+def reshape(b: Builder, x: Value, *sizes: object) -> Value:
     """Convert a reshape to (N, values)."""
     shape, wanted = b.input_shape, b.output_shape
     if wanted == shape:
@@ -258,7 +267,9 @@ def _flattened(b: Builder, x: Value, shape: Sequence[int]) -> Value:
     return x.by_channel(place, lambda values: np.broadcast_to(values, tuple(shape)).reshape(-1))
 
 
-def _check_windows(b: Builder, ceil_mode: bool, kernel: Sequence[int], stride: Sequence[int], padding: Any) -> None:
+def _check_windows(
+    b: Builder, ceil_mode: bool, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> None:
     sizes = zip(b.input_shape[2:], kernel, stride, padding, strict=True)
     if ceil_mode and any((size + 2 * p - k) % s for size, k, s, p in sizes):
         raise NotInteger("does not support pooling with ceil_mode=True if windows extend beyond the image")
@@ -277,7 +288,7 @@ def _product_range(weight: Array, low: Array, high: Array, groups: int) -> tuple
     return below, above
 
 
-def _pair(value: Any) -> list[int]:
+def _pair(value: Sizes) -> list[int]:
     return [value] * 2 if isinstance(value, int) else list(value)
 
 

@@ -7,7 +7,7 @@ Shapes: N images, C channels, H height, W width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -30,7 +30,7 @@ class IntegerStep(NamedTuple):
 
     function: str
     inputs: tuple[int, ...]
-    numbers: Mapping[str, Any]
+    numbers: Mapping[str, object]
     arrays: Mapping[str, Array]
 
 
@@ -60,7 +60,7 @@ class IntegerNetwork(NamedTuple):
         return results[len(self.steps) - 1]
 
 
-def _as_type(values: Array, dtype: np.dtype[Any]) -> Array:
+def _as_type(values: Array, dtype: np.dtype[np.generic]) -> Array:
     """Convert values to the type of a step's input, and check the range of integers."""
     if dtype == np.float64:
         return values

@@ -266,7 +266,9 @@ class Planner:
         In channels with descending codes, larger values have smaller codes.
         """
         step, rank = self._steps[quantizer], len(self.shapes[quantizer])
-        levels = self.network.tensors[step.args[2].name]
+        stored = step.args[2]
+        assert isinstance(stored, Stored)
+        levels = self.network.tensors[stored.name]
         levels = levels[:1] if levels.dim() == 2 and bool((levels == levels[0]).all()) else levels.reshape(1, -1)
         found = integer_levels(levels)
         if found.scale[0] < 0:

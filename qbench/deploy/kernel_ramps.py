@@ -1,7 +1,7 @@
 """Joins pointwise functions, such as batch normalization and ReLU, into one ramp per channel."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qbench.deploy.kernel_parameters import LANES, NoKernel, whole
 from qbench.deploy.network import FUNCTIONS, Argument, Ref, Step, Stored, refs
+
+Constant = Tensor | float
+"""One number, or one number per channel."""
 
 
 class Ramp(NamedTuple):
@@ -27,7 +30,9 @@ class Ramp(NamedTuple):
         )
         return slope or offset, low or high
 
-    def then(self, slope: Any = 1.0, offset: Any = 0.0, low: Any = -torch.inf, high: Any = torch.inf) -> Self:
+    def then(
+        self, slope: Constant = 1.0, offset: Constant = 0.0, low: Constant = -torch.inf, high: Constant = torch.inf
+    ) -> Self:
         """Return one ramp that is equal to this ramp followed by another ramp."""
         slope, offset, low, high = (
             torch.as_tensor(v, dtype=torch.float64).expand_as(self.slope) for v in (slope, offset, low, high)
@@ -63,7 +68,7 @@ def is_pointwise(step: Step) -> bool:
 def pointwise(steps: Sequence[Step], tensors: Tensors) -> Callable[[Tensor], Tensor]:
     """Return a function that computes a chain of pointwise steps."""
 
-    def value(argument: Argument, x: Tensor) -> Any:
+    def value(argument: Argument, x: Tensor) -> object:
         if isinstance(argument, Ref):
             return x
         if isinstance(argument, Stored):
@@ -73,7 +78,9 @@ def pointwise(steps: Sequence[Step], tensors: Tensors) -> Callable[[Tensor], Ten
     def run(x: Tensor) -> Tensor:
         for step in steps:
             kwargs = {key: value(argument, x) for key, argument in step.kwargs.items()}
-            x = FUNCTIONS[step.function](*(value(argument, x) for argument in step.args), **kwargs)
+            result = FUNCTIONS[step.function](*(value(argument, x) for argument in step.args), **kwargs)
+            assert isinstance(result, Tensor)
+            x = result
         return x
 
     return run
@@ -90,7 +97,7 @@ def ramp_of(steps: Sequence[Step], start: Ramp, tensors: Tensors, rank: int) -> 
     """
     channels = len(start.slope)
 
-    def constant(argument: Argument) -> Any:
+    def constant(argument: Argument) -> object:
         """Return a constant as one number, or as one number per channel."""
         if not isinstance(argument, Stored):
             return argument
@@ -112,8 +119,8 @@ def ramp_of(steps: Sequence[Step], start: Ramp, tensors: Tensors, rank: int) -> 
 
 
 def _batch_norm(
-    ramp: Ramp, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5,
+    ramp: Ramp, mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Ramp:  # fmt: skip
     if training:
         raise NoKernel("batch normalization without running statistics")

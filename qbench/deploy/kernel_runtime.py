@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from qbench.deploy.about import About
 from qbench.deploy.extras import import_extra
 from qbench.deploy.network import Network
 from qbench.system import files
+
+if TYPE_CHECKING:
+    from qbench.deploy.kernel_plan import Plan
 
 FOLDER = Path(__file__).parent
 
@@ -54,7 +57,7 @@ def in_numba(network: Network, about: About) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _text(planned: Any) -> str:
+def _text(planned: "Plan") -> str:
     """Return the source text of a plan's function. Layers of the same sizes share a kernel."""
     kernels = {kernel: f"layer{i}" for i, kernel in enumerate(dict.fromkeys(layer.kernel for layer in planned.layers))}
     image, logits = planned.image, planned.logits

@@ -1,7 +1,7 @@
 """Plans the sources of kernels (`qbench.deploy.kernel_layers`): convolutions, linear layers and pooling."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from qbench.deploy.kernel_parameters import (
     pack_integers,
 )
 from qbench.deploy.kernel_ramps import Ramp, identity_ramp
-from qbench.deploy.network import Network, Ref, Step, Stored
+from qbench.deploy.network import Network, Ref, Sizes, Step, Stored
 from qbench.deploy.steps import float_of
 
 Size = tuple[int, int, int]
@@ -94,8 +94,8 @@ def pooled(x: Map, kernel: Pair, stride: Pair, padding: Pair, size: Size, mean: 
 
 
 def _conv2d(
-    planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
+    planner: Planner, i: int, x: Ref, weight: Stored, bias: Stored | None = None, stride: Sizes = 1,
+    padding: Sizes | str = 0, dilation: Sizes = 1, groups: int = 1,
 ) -> None:  # fmt: skip
     _convolution(planner, i, x, weight, bias, Geometry(_pair(stride), _pair(padding), _pair(dilation), groups))
 
@@ -177,8 +177,8 @@ def _code_convolution(
 
 
 def _max_pool2d(
-    planner: Planner, i: int, x: Ref, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-    ceil_mode: bool = False, return_indices: bool = False,
+    planner: Planner, i: int, x: Ref, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0,
+    dilation: Sizes = 1, ceil_mode: bool = False, return_indices: bool = False,
 ) -> None:  # fmt: skip
     if _pair(dilation) != (1, 1) or return_indices:
         raise NoKernel("max pooling with dilation or indices")
@@ -186,7 +186,7 @@ def _max_pool2d(
 
 
 def _avg_pool2d(
-    planner: Planner, i: int, x: Ref, kernel_size: Any, stride: Any = None, padding: Any = 0,
+    planner: Planner, i: int, x: Ref, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0,
     ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> None:  # fmt: skip
     if divisor_override or (count_include_pad and _pair(padding) != (0, 0)):
@@ -203,7 +203,7 @@ def _add_pool(planner: Planner, i: int, x: Ref, kernel: Pair, stride: Pair, padd
     planner.layer(i, pooled(source, kernel, stride, padding, size, mean))
 
 
-def _adaptive(planner: Planner, i: int, x: Ref, output_size: Any) -> None:
+def _adaptive(planner: Planner, i: int, x: Ref, output_size: int | Sequence[int | None]) -> None:
     _, height, width = planner.operand(x).map.size
     rows, columns = planner.shapes[i][2:]
     if height % rows or width % columns:
@@ -214,7 +214,7 @@ def _adaptive(planner: Planner, i: int, x: Ref, output_size: Any) -> None:
     _add_pool(planner, i, x, kernel, kernel, (0, 0), mean=True)
 
 
-def _mean(planner: Planner, i: int, x: Ref, dim: Any = None, keepdim: bool = False) -> None:
+def _mean(planner: Planner, i: int, x: Ref, dim: Sizes | None = None, keepdim: bool = False) -> None:
     rank = len(planner.shapes[x.step])
     if rank != 4 or not isinstance(dim, tuple) or {d % rank for d in dim} != {2, 3}:
         raise NoKernel("means over axes other than height and width")
@@ -222,11 +222,12 @@ def _mean(planner: Planner, i: int, x: Ref, dim: Any = None, keepdim: bool = Fal
     _add_pool(planner, i, x, kernel, kernel, (0, 0), mean=True)
 
 
-def _getitem(planner: Planner, i: int, x: Ref, index: Any) -> None:
+def _getitem(planner: Planner, i: int, x: Ref, index: object) -> None:
     parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
-    if any(not isinstance(part, slice) or part.start or part.stop is not None for part in parts):
+    slices = [part for part in parts if isinstance(part, slice)]
+    if len(slices) != len(parts) or any(part.start or part.stop is not None for part in slices):
         raise NoKernel("indexing that selects anything but every n-th element of an axis")
-    steps = ([part.step or 1 for part in parts] + [1] * 4)[:4]
+    steps = ([part.step or 1 for part in slices] + [1] * 4)[:4]
     if steps[:2] != [1, 1]:
         raise NoKernel("indexing of images or channels")
     _add_pool(planner, i, x, (1, 1), (steps[2], steps[3]), (0, 0), mean=False)
@@ -247,7 +248,7 @@ def _add(planner: Planner, i: int, x: Ref, other: Ref, *, alpha: float = 1) -> N
     planner.layer(i, planner.copied(x), residual=planner.floats(other))
 
 
-def _reshape(planner: Planner, i: int, x: Ref, *args: Any, **kwargs: Any) -> None:
+def _reshape(planner: Planner, i: int, x: Ref, *args: object, **kwargs: object) -> None:
     before, after = planner.shapes[x.step], planner.shapes[i]
     if (len(after) == 2 and after[0] == before[0]) or after == before:
         planner.alias(i, x)
@@ -271,7 +272,7 @@ The second function takes a planner and the index of the step, followed by the p
 """
 
 
-def _pair(value: Any) -> Pair:
+def _pair(value: Sizes | str) -> Pair:
     if isinstance(value, str):
         raise NoKernel(f"padding={value}")
     return (value, value) if isinstance(value, int) else (value[0], value[-1])

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,11 @@ class Batch(NamedTuple):
     factor: int
 
 
-Argument = Any
+Argument = object
 """Argument of a step: `Ref`, `Stored`, `Batch`, a number, a text, None, a slice, or a tuple of arguments."""
+
+Sizes = int | Sequence[int]
+"""Argument of a torch function: one size for all axes, or one size per axis."""
 
 
 class Step(NamedTuple):
@@ -91,7 +94,7 @@ class Network:
         return found
 
     def function(
-        self, observe: Callable[[int, Any], None] = lambda place, result: None, dtype: torch.dtype = torch.float32
+        self, observe: Callable[[int, object], None] = lambda place, result: None, dtype: torch.dtype = torch.float32
     ) -> Callable[[Tensor], Tensor]:
         """Return the network as a function from normalized images (N, C, H, W) to logits (N, classes).
 
@@ -103,12 +106,16 @@ class Network:
 
         @torch.no_grad()
         def run(images: Tensor) -> Tensor:
-            results: dict[int, Any] = {-1: images}
+            results: dict[int, object] = {-1: images}
 
-            def value(argument: Argument) -> Any:
+            def value(argument: Argument) -> object:
                 match argument:
                     case Ref(step, item):
-                        return results[step] if item is None else results[step][item]
+                        result = results[step]
+                        if item is None:
+                            return result
+                        assert isinstance(result, tuple | list)
+                        return result[item]
                     case Stored(name):
                         return stored[name]
                     case Batch(factor):
@@ -123,7 +130,8 @@ class Network:
                 observe(i, results[i])
                 for used in last.get(i, ()):
                     del results[used]
-            logits: Tensor = value(self.output)
+            logits = value(self.output)
+            assert isinstance(logits, Tensor)
             return logits
 
         return run
@@ -169,7 +177,7 @@ def quantize(x: Tensor, thresholds: Tensor, levels: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(values)  # with the strides of x, on which sums in later steps may depend
 
 
-FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+FUNCTIONS: Mapping[str, Callable[..., object]] = {
     "quantize": quantize,
     "getitem": operator.getitem,
     "view": torch.Tensor.reshape,

@@ -5,7 +5,9 @@ and by `Gather` for codebooks. Activation quantizers become `QuantizeLinear` and
 thresholds.
 """
 
-from typing import Any
+from collections.abc import Callable
+
+from torch import Tensor
 
 from qbench.deploy.about import About
 from qbench.deploy.network import Argument, Network, Ref, Step, Stored
@@ -37,14 +39,14 @@ def to_onnx(network: Network, about: About) -> bytes:
             "no layer has quantized activations, so nothing can be computed in integers\n"
             "train with bits.a=8 or less, or: qbench export RUN --to onnx"
         )
-    stored: dict[str, Any] = {
+    stored: dict[str, str | Tensor] = {
         name: tensor if name.endswith(TABLES) else graph.constant(name, tensor.numpy())
         for name, tensor in network.tensors.items()
     }
     stored |= {name: add_weights(graph, name, weight) for name, weight in network.weights.items()}
     results = {-1: "images"}
 
-    def value(argument: Argument) -> Any:
+    def value(argument: Argument) -> object:
         """Return an argument with references replaced by names of graph values or by tensors of a quantizer."""
         if isinstance(argument, Ref):
             if argument.item is not None:
@@ -63,16 +65,18 @@ def to_onnx(network: Network, about: About) -> bytes:
                 "try: qbench export RUN --to packed"
             ) from None
         graph.set_shape(results[i], shape)
-    graph.node("Identity", value(network.output), name="logits")
+    logits = value(network.output)
+    assert isinstance(logits, str)
+    graph.output(logits)
     return graph.file(about)
 
 
-def _add_step(graph: OnnxGraph, step: Step, value: Any) -> str:
+def _add_step(graph: OnnxGraph, step: Step, value: Callable[[Argument], object]) -> str:
     """Add the nodes of a step, and return the name of the step's result."""
     args, kwargs = map(value, step.args), {key: value(argument) for key, argument in step.kwargs.items()}
     if step.function == "quantize":
-        return (add_quant_activation if graph.qonnx else add_quantizer)(graph, *args)
+        add: Callable[..., str] = add_quant_activation if graph.qonnx else add_quantizer
+        return add(graph, *args)
     if step.function not in CONVERTERS:
         raise NoConverter(f"the function {step.function}")
-    result: str = CONVERTERS[step.function](graph, *args, **kwargs)
-    return result
+    return CONVERTERS[step.function](graph, *args, **kwargs)

@@ -5,33 +5,33 @@ value in the graph.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from qbench.deploy.onnx_graph import OnnxGraph
+from qbench.deploy.network import Batch, Sizes
+from qbench.deploy.onnx_graph import Attribute, OnnxGraph
 
 
 class NoConverter(Exception):
     """Raised if a function cannot be converted with these arguments. The message states the reason."""
 
 
-Converter = Callable[..., Any]
+Converter = Callable[..., str]
 
 
-def _many(value: int | Sequence[int], axes: int) -> list[int]:
+def _many(value: Sizes, axes: int) -> list[int]:
     return [value] * axes if isinstance(value, int) else list(value)
 
 
 def _conv(axes: int) -> Converter:
     def convert(
-        g: OnnxGraph, x: str, w: str, bias: str | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-        groups: int = 1,
+        g: OnnxGraph, x: str, w: str, bias: str | None = None, stride: Sizes = 1, padding: Sizes | str = 0,
+        dilation: Sizes = 1, groups: int = 1,
     ) -> str:  # fmt: skip
-        attributes: dict[str, Any] = {"strides": _many(stride, axes), "dilations": _many(dilation, axes)}
+        attributes = {"strides": _many(stride, axes), "dilations": _many(dilation, axes)}
         attributes["kernel_shape"] = list(g.shape(w)[2:])  # FINN and qonnx need this attribute
         if padding == "same":
             totals = [d * (k - 1) for d, k in zip(_many(dilation, axes), g.shape(w)[2:], strict=True)]
             attributes["pads"] = [total // 2 for total in totals] + [total - total // 2 for total in totals]
-        elif padding != "valid":
+        elif not isinstance(padding, str):
             attributes["pads"] = _many(padding, axes) * 2
         return g.node("Conv", x, w, *([bias] if bias else []), group=groups, **attributes)
 
@@ -40,8 +40,8 @@ def _conv(axes: int) -> Converter:
 
 def _conv_transpose(axes: int) -> Converter:
     def convert(
-        g: OnnxGraph, x: str, w: str, bias: str | None = None, stride: Any = 1, padding: Any = 0,
-        output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+        g: OnnxGraph, x: str, w: str, bias: str | None = None, stride: Sizes = 1, padding: Sizes = 0,
+        output_padding: Sizes = 0, groups: int = 1, dilation: Sizes = 1,
     ) -> str:  # fmt: skip
         return g.node(
             "ConvTranspose", x, w, *([bias] if bias else []), group=groups, strides=_many(stride, axes),
@@ -69,7 +69,7 @@ def _batch_norm(
 
 def _max_pool(axes: int) -> Converter:
     def convert(
-        g: OnnxGraph, x: str, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        g: OnnxGraph, x: str, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0, dilation: Sizes = 1,
         ceil_mode: bool = False, return_indices: bool = False,
     ) -> str:  # fmt: skip
         if return_indices:
@@ -84,8 +84,8 @@ def _max_pool(axes: int) -> Converter:
 
 def _avg_pool(axes: int) -> Converter:
     def convert(
-        g: OnnxGraph, x: str, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-        count_include_pad: bool = True, divisor_override: int | None = None,
+        g: OnnxGraph, x: str, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0,
+        ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
     ) -> str:  # fmt: skip
         if divisor_override:
             raise NoConverter("average pooling with divisor_override")
@@ -98,9 +98,10 @@ def _avg_pool(axes: int) -> Converter:
 
 
 def _adaptive_avg_pool(axes: int) -> Converter:
-    def convert(g: OnnxGraph, x: str, output_size: Any) -> str:
+    def convert(g: OnnxGraph, x: str, output_size: int | Sequence[int | None]) -> str:
         sizes = g.shape(x)[-axes:]
-        wanted = [n if m is None else m for m, n in zip(_many(output_size, axes), sizes, strict=True)]
+        given = [output_size] * axes if isinstance(output_size, int) else output_size
+        wanted = [n if m is None else m for m, n in zip(given, sizes, strict=True)]
         if any(size % want for size, want in zip(sizes, wanted, strict=True)):
             raise NoConverter(
                 f"adaptive pooling from {sizes} to {tuple(wanted)}, because the sizes do not divide evenly"
@@ -132,25 +133,25 @@ def _flatten(g: OnnxGraph, x: str, start_dim: int = 0, end_dim: int = -1) -> str
     return g.node("Reshape", x, g.integers(*kept, -1, *sizes[end + 1 :]))
 
 
-def _reshape(g: OnnxGraph, x: str, *sizes: Any) -> str:
+def _reshape(g: OnnxGraph, x: str, *sizes: object) -> str:
     flat = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple) else list(sizes)
     return g.node("Reshape", x, g.integers(*_with_batch(g, flat)))
 
 
-def _with_batch(g: OnnxGraph, sizes: list[Any]) -> list[int]:
+def _with_batch(g: OnnxGraph, sizes: list[object]) -> list[int]:
     """Return the sizes for the operator Reshape. At most one size is -1."""
-    places = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
-    if not places:
-        return sizes
-    if places == [0] and -1 in sizes and sizes[0].factor == 1:
-        return [0, *sizes[1:]]  # the input's number of images
-    if len(places) > 1 or -1 in sizes:
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) == len(sizes):
+        return known
+    if len(known) == len(sizes) - 1 and -1 in known and sizes[0] == Batch(1):
+        return [0, *known]  # the input's number of images
+    if len(known) < len(sizes) - 1 or -1 in known:
         raise NoConverter("a reshape with two unknown sizes")
-    return [-1 if i in places else size for i, size in enumerate(sizes)]
+    return [size if isinstance(size, int) else -1 for size in sizes]
 
 
 def _reduce(operator: str) -> Converter:
-    def convert(g: OnnxGraph, x: str, dim: Any = None, keepdim: bool = False) -> str:
+    def convert(g: OnnxGraph, x: str, dim: Sizes | None = None, keepdim: bool = False) -> str:
         if dim is None:
             raise NoConverter("a reduction over the images")
         axes = _many(dim, 1)
@@ -162,7 +163,7 @@ def _reduce(operator: str) -> Converter:
 
 
 def _binary(operator: str, reverse: bool = False) -> Converter:
-    def convert(g: OnnxGraph, x: Any, other: Any, *, alpha: float = 1) -> str:
+    def convert(g: OnnxGraph, x: str | float, other: str | float, *, alpha: float = 1) -> str:
         if alpha != 1:
             raise NoConverter(f"a sum with alpha={alpha}")
         names = [value if isinstance(value, str) else g.floats(float(value)) for value in (x, other)]
@@ -171,17 +172,17 @@ def _binary(operator: str, reverse: bool = False) -> Converter:
     return convert
 
 
-def _unary(operator: str, **attributes: Any) -> Converter:
+def _unary(operator: str, **attributes: Attribute) -> Converter:
     return lambda g, x: g.node(operator, x, **attributes)
 
 
-def _clamp(g: OnnxGraph, x: str, min: Any = None, max: Any = None) -> str:
+def _clamp(g: OnnxGraph, x: str, min: str | float | None = None, max: str | float | None = None) -> str:
     ends = [end if isinstance(end, str) or end is None else g.floats(float(end)) for end in (min, max)]
     return g.node("Clip", x, *("" if end is None else end for end in ends))
 
 
-def _permute(g: OnnxGraph, x: str, *dims: Any) -> str:
-    order = list(dims[0]) if isinstance(dims[0], tuple) else list(dims)
+def _permute(g: OnnxGraph, x: str, *dims: int | tuple[int, ...]) -> str:
+    order = list(dims[0]) if isinstance(dims[0], tuple) else [d for d in dims if isinstance(d, int)]
     return g.node("Transpose", x, perm=[d % len(order) for d in order])
 
 
@@ -195,11 +196,11 @@ def _cat(g: OnnxGraph, tensors: Sequence[str], dim: int = 0) -> str:
     return g.node("Concat", *tensors, axis=dim)
 
 
-def _getitem(g: OnnxGraph, x: str, index: Any) -> str:
+def _getitem(g: OnnxGraph, x: str, index: object) -> str:
     parts = index if isinstance(index, tuple) else (index,)
-    if any(not isinstance(part, slice) for part in parts):
-        raise NoConverter("indexing with anything but slices")
     for axis, part in enumerate(parts):
+        if not isinstance(part, slice):
+            raise NoConverter("indexing with anything but slices")
         if part != slice(None):
             start, stop = part.start or 0, 2**31 - 1 if part.stop is None else part.stop
             ends = g.integers(start), g.integers(stop), g.integers(axis), g.integers(part.step or 1)

@@ -3,13 +3,20 @@
 import hashlib
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from qbench.deploy.about import About
 from qbench.deploy.extras import import_extra
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Attribute = int | float | str | Sequence[int]
+"""An attribute of a node."""
 
 METADATA, DIGEST = "qbench", "qbench_sha256"
 """Keys of the file's metadata: the fields of `About` as JSON, and the sha256 over the graph and this JSON."""
@@ -32,15 +39,21 @@ class OnnxGraph:
     def __init__(self, shape: tuple[int, ...], form: str) -> None:
         self._onnx = import_extra("onnx", "onnx")
         self.int8, self.qonnx = form == "int8", form == "qonnx"
-        self._nodes: list[Any] = []
-        self._initializers: dict[str, Any] = {}
+        self._nodes: list[object] = []
+        self._initializers: dict[str, object] = {}
         self._counts: Counter[str] = Counter()
         self._shapes: dict[str, tuple[int, ...]] = {"images": (2, *shape)}
         self._has_uint2 = False
 
-    def node(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Add a node, and return the name of its output. By default, the name is derived from the operator."""
-        name = name or self._unique(operator)
+    def node(self, operator: str, *inputs: str, **attributes: Attribute) -> str:
+        """Add a node, and return the name of its output. The name is derived from the operator."""
+        return self._named_node(self._unique(operator), operator, inputs, attributes)
+
+    def output(self, value: str) -> None:
+        """Make a value the output of the graph."""
+        self._named_node("logits", "Identity", [value], {})
+
+    def _named_node(self, name: str, operator: str, inputs: Sequence[str], attributes: Mapping[str, Attribute]) -> str:
         self._nodes.append(self._onnx.helper.make_node(operator, list(inputs), [name], name, **attributes))
         return name
 
@@ -99,7 +112,7 @@ class OnnxGraph:
         return name if self._counts[name] == 1 else f"{name}_{self._counts[name]}"
 
 
-def graph_digest(model: Any, about: str) -> str:
+def graph_digest(model: "ModelProto", about: str) -> str:
     """Return the sha256 of an ONNX model's operator versions, graph and description."""
     opsets = "".join(f"{entry.domain}:{entry.version} " for entry in model.opset_import)
     graph = model.graph.SerializeToString(deterministic=True)

@@ -10,7 +10,7 @@ tensors, in the order in which the arrays store the tensors. The file contains n
 in `qbench.deploy.network.FUNCTIONS`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ def pack_network(network: Network, about: About) -> bytes:
     return write_container(parts, header, "packed")
 
 
-def _plain(argument: Argument) -> Any:
+def _plain(argument: Argument) -> object:
     """Return an argument of a step in a form that JSON can store."""
     match argument:
         case Ref(step, item):
@@ -134,7 +134,7 @@ def _unpack(data: bytes, source: str) -> Packed:
         raise ValueError(f"{len(header['steps'])} steps; at most {MAX_STEPS}")
     steps = [_step(i, *entry) for i, entry in enumerate(header["steps"])]
     step, item = header["output"]
-    network = Network(steps, _argument({"step": step, "item": item}, len(steps)), named, weights)
+    network = Network(steps, _ref(step, item, len(steps)), named, weights)
     sizes = {name: part.nbytes for name, part in parts.items()}
     sizes["header"] = len(data) - sum(sizes.values())
     return Packed(network, about, sizes)
@@ -151,7 +151,7 @@ class _Parts:
         """Number of elements that have not been read."""
         return len(self._flat) - self._place
 
-    def tensor(self, sizes: Any) -> Tensor:
+    def tensor(self, sizes: Iterable[object]) -> Tensor:
         """Return the next part as a tensor of the given shape."""
         shape = _sizes(sizes)
         if prod(shape) > self.left:
@@ -173,13 +173,13 @@ def _weight(entry: Mapping[str, Any], floats: _Parts, codes: _Parts) -> Encoded:
     return Encoded(shape, order, entry["layout"], levels, codes.tensor([size]).numpy())
 
 
-def _step(place: int, function: str, args: list[Any], kwargs: dict[str, Any]) -> Step:
+def _step(place: int, function: str, args: list[object], kwargs: dict[str, object]) -> Step:
     if function not in FUNCTIONS:
         raise ValueError(f"step {place} calls an unknown function")
-    return Step(function, _argument(args, place), {k: _argument(v, place) for k, v in kwargs.items()})
+    return Step(function, tuple(_argument(v, place) for v in args), {k: _argument(v, place) for k, v in kwargs.items()})
 
 
-def _argument(value: Any, place: int) -> Argument:
+def _argument(value: object, place: int) -> Argument:
     """Return an argument of a step from its JSON form.
 
     `place` is the index of the step.
@@ -189,10 +189,7 @@ def _argument(value: Any, place: int) -> Argument:
     if not isinstance(value, dict):
         return value
     if "step" in value:
-        step, item = value["step"], value.get("item")
-        if not isinstance(step, int) or not -1 <= step < place:
-            raise ValueError(f"step {place} reads step {step}")
-        return Ref(step, None if item is None else natural(item))
+        return _ref(value["step"], value.get("item"), place)
     if "tensor" in value:
         return Stored(str(value["tensor"]))
     if "images" in value:
@@ -202,5 +199,11 @@ def _argument(value: Any, place: int) -> Argument:
     return float(value["float"])
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
+def _ref(step: object, item: object, place: int) -> Ref:
+    if not isinstance(step, int) or not -1 <= step < place:
+        raise ValueError(f"step {place} reads step {step}")
+    return Ref(step, None if item is None else natural(item))
+
+
+def _sizes(values: Iterable[object]) -> tuple[int, ...]:
     return tuple(natural(value) for value in values)

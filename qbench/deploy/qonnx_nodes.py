@@ -4,8 +4,6 @@ Quant computes (clip(round(x / scale + zero)) - zero) * scale, and BipolarQuant 
 belong to the operator domain of the package qonnx (github.com/fastmachinelearning/qonnx).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from qbench.deploy.codes import Encoded
 from qbench.deploy.linear import NotLinear, integer_weights
 from qbench.deploy.onnx_activations import HALF_STEP, linear_steps, rounds_middles
 from qbench.deploy.onnx_functions import NoConverter
-from qbench.deploy.onnx_graph import QONNX_DOMAIN, OnnxGraph
+from qbench.deploy.onnx_graph import QONNX_DOMAIN, Attribute, OnnxGraph
 from qbench.deploy.trace import NotExportable
 
 
@@ -101,5 +99,5 @@ def _quant(graph: OnnxGraph, x: str, scale: Tensor, zero: Tensor, first: int, la
     return _node(graph, "Quant", x, *inputs, signed=int(signed), narrow=narrow, rounding_mode=rounding)
 
 
-def _node(graph: OnnxGraph, operator: str, *inputs: str, **attributes: Any) -> str:
+def _node(graph: OnnxGraph, operator: str, *inputs: str, **attributes: Attribute) -> str:
     return graph.node(operator, *inputs, domain=QONNX_DOMAIN, **attributes)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,9 +72,9 @@ def in_qonnx(data: bytes, about: About, source: str) -> Function:
     wrapper = import_extra("qonnx.core.modelwrapper", "qonnx")
     execution = import_extra("qonnx.core.onnx_exec", "qonnx")
     shapes = import_extra("qonnx.transformation.infer_shapes", "qonnx")
-    models: dict[int, Any] = {}
+    models: dict[int, object] = {}
 
-    def model_for(count: int) -> Any:
+    def model_for(count: int) -> object:
         """Return the model for a batch of `count` images."""
         if count not in models:
             model = wrapper.ModelWrapper(data)

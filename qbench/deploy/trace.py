@@ -6,7 +6,6 @@ and the method is replaced by the torch functions that it calls.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from qbench.deploy.codes import Encoded, NotEncodable, encode
 from qbench.deploy.network import FUNCTIONS, Argument, Batch, Network, Ref, Step, Stored, refs
 from qbench.deploy.steps import NotSteps, step_function
 from qbench.errors import ConfigError
-from qbench.quant.graph import Arguments, Recorder, eval_mode_keeping_rng, intercepted_calls, tensors
+from qbench.quant.graph import Arguments, Forward, Recorder, eval_mode_keeping_rng, intercepted_calls, tensors
 from qbench.quant.layers import QLayer, quantized_layers
 
 NO_EFFECT = ("inplace", "_stacklevel")
@@ -72,8 +71,8 @@ def trace(model: nn.Module, images: Tensor) -> Network:
         )
     steps = []
     for step, other in zip(first.steps, second.steps, strict=True):
-        merged = _merged((step.args, dict(step.kwargs)), (other.args, dict(other.kwargs)), step)
-        steps.append(step._replace(args=merged[0], kwargs=merged[1]))
+        kwargs = {key: _merged(value, other.kwargs[key], step) for key, value in step.kwargs.items()}
+        steps.append(step._replace(args=_merged_tuple(step.args, other.args, step), kwargs=kwargs))
     for name, tensor in first.tensors.items():
         if not _same(tensor, second.tensors.get(name)):
             raise NotExportable(f"{name}: depends on the images, but is not computed by torch functions")
@@ -116,8 +115,8 @@ class _Tracer(Recorder):
         }
 
     def call_container(
-        self, name: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, name: str, module: nn.Module, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         """Call a module, and record the functions that it calls."""
         self._where.append(name)
         try:
@@ -126,27 +125,41 @@ class _Tracer(Recorder):
             self._where.pop()
 
     def call_output(
-        self, name: str, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, name: str, module: nn.Module, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         """Call an output quantizer.
 
         If the result depends on the layer's input, the functions that the quantizer calls are recorded. Otherwise, the
         quantizer itself is recorded.
         """
         y, x = args
+        assert isinstance(x, Tensor)
         with self.unrecorded():
-            single = torch.equal(forward(y, x), forward(y, 2 * x + 1))
+            one, other = forward(y, x), forward(y, 2 * x + 1)
+        assert isinstance(one, Tensor)
+        assert isinstance(other, Tensor)
+        single = torch.equal(one, other)
         return (self.call_module if single else self.call_container)(name, module, forward, args, kwargs)
 
-    def add(self, module: str | None, kind: str, arguments: Arguments, results: Any) -> None:
+    def add(
+        self,
+        module: str | None,
+        kind: str,
+        arguments: Arguments,
+        result: object,
+        out: object = None,
+        changed: object = None,
+    ) -> None:
         """Record one call of a function or of a quantizer."""
-        super().add(module, kind, arguments, results)
-        if module is not None:
-            self._add_quantizer(module, arguments[0][0], results)
-            return
-        result, out, changed = results
+        super().add(module, kind, arguments, result, out, changed)
         args, kwargs = arguments
-        if kind == "__getitem__":
+        if module is not None:
+            x = args[0]
+            assert isinstance(x, Tensor)
+            assert isinstance(result, Tensor)
+            self._add_quantizer(module, x, result)
+            return
+        if kind == "__getitem__" and isinstance(args[0], Tensor):
             args = args[0], _without_ellipsis(args[1], args[0].dim())
         if (
             kind in READS_VALUES
@@ -159,7 +172,7 @@ class _Tracer(Recorder):
             )
         if not list(tensors(result)):
             return
-        converted = self._arguments(args), {key: self._arguments(value) for key, value in kwargs.items()}
+        converted = tuple(map(self._arguments, args)), {key: self._arguments(value) for key, value in kwargs.items()}
         if kind in CREATES or not next(refs((converted[0], tuple(converted[1].values()))), None):
             return  # the result does not depend on the image, so it is a constant
         function = kind if kind.endswith("__") else kind.removesuffix("_")
@@ -176,6 +189,7 @@ class _Tracer(Recorder):
             self._values[id(result)] = value
         else:
             assert isinstance(value, Ref)
+            assert isinstance(result, tuple | list)
             self._values |= {id(t): value._replace(item=i) for i, t in enumerate(result) if isinstance(t, Tensor)}
         if changed is not None:
             self._values[id(changed)] = value
@@ -212,7 +226,7 @@ class _Tracer(Recorder):
         self._values[id(result)] = self._add_step("quantize", (value, *stored), {})
         self._where.pop()
 
-    def _arguments(self, value: Any) -> Argument:
+    def _arguments(self, value: object) -> Argument:
         """Return an argument with references in place of tensors."""
         if isinstance(value, Tensor):
             if id(value) not in self._values:
@@ -225,7 +239,7 @@ class _Tracer(Recorder):
         return value
 
 
-def _without_ellipsis(index: Any, axes: int) -> Any:
+def _without_ellipsis(index: object, axes: int) -> object:
     """Return an index of a tensor with slices in place of an Ellipsis."""
     parts = index if isinstance(index, tuple) else (index,)
     place = next((i for i, part in enumerate(parts) if part is Ellipsis), None)
@@ -257,21 +271,28 @@ def _record(model: nn.Module, images: Tensor, layers: Mapping[str, QLayer]) -> t
     return tracer.program, output
 
 
-def _merged(first: Argument, second: Argument, step: Step) -> Any:
+def _merged(first: Argument, second: Argument, step: Step) -> Argument:
     """Combine the arguments for batches of 2 and 3 images into one argument that is valid for all batch sizes."""
-    if isinstance(first, dict):
-        return {key: _merged(value, second[key], step) for key, value in first.items()}
     if isinstance(first, Ref | Stored):
         if first == second:
             return first
-    elif isinstance(first, tuple):
-        if len(first) == len(second):
-            return tuple(_merged(one, other, step) for one, other in zip(first, second, strict=True))
+    elif isinstance(first, tuple) and isinstance(second, tuple):
+        return _merged_tuple(first, second, step)
     elif first is second or (type(first) is type(second) and first == second):
         return first
     elif isinstance(first, int) and isinstance(second, int) and first % 2 == 0 and first // 2 * 3 == second:
         return Batch(first // 2)
-    raise NotExportable(
+    raise _depends_on_images(step)
+
+
+def _merged_tuple(first: tuple[Argument, ...], second: tuple[Argument, ...], step: Step) -> tuple[Argument, ...]:
+    if len(first) != len(second):
+        raise _depends_on_images(step)
+    return tuple(_merged(one, other, step) for one, other in zip(first, second, strict=True))
+
+
+def _depends_on_images(step: Step) -> NotExportable:
+    return NotExportable(
         f"{step.where or 'the network'}: an argument of {step.function} depends on the images\n"
         "only sizes may depend on the number of images"
     )
@@ -314,7 +335,7 @@ def _renumbered(step: Step, number: Mapping[int, int]) -> Step:
             return tuple(map(renumber, argument))
         return argument
 
-    return step._replace(args=renumber(step.args), kwargs={k: renumber(v) for k, v in step.kwargs.items()})
+    return step._replace(args=tuple(map(renumber, step.args)), kwargs={k: renumber(v) for k, v in step.kwargs.items()})
 
 
 def _stored(argument: Argument) -> Iterator[Stored]:

@@ -1,7 +1,6 @@
 """Chooses the memory format of a network's weights and feature maps."""
 
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,5 +30,5 @@ def _meets_fault(layer: nn.Conv2d) -> bool:
     return layer.in_channels // layer.groups < BLOCK and layer.kernel_size == (1, 1) and max(layer.stride) > 1
 
 
-def _contiguous(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _contiguous(_layer: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch.nn import Parameter
 
 from qbench.quant.program import NotRecordable
 from qbench.quant.recording import record
+
+if TYPE_CHECKING:
+    from qbench.quant.native_code import Compiled
 
 MAX_CONSTANTS = 64
 """Largest number of elements of a constant tensor in a function's closure, such as the levels of a quantizer."""
@@ -38,14 +41,15 @@ After a few times this number of elements, the compiled code has saved as much t
 FEW_ELEMENTS = 2**17
 """For fewer elements, torch is faster than a program of several stages, so torch executes the function."""
 
-Function = Callable[..., Any]
+Result = TypeVar("Result")
+Function = Callable[..., object]
 
 
 @dataclass
 class _Key:
     """The values that determine the program of a function."""
 
-    parts: Any = None
+    parts: object = None
     codes: list[CodeType] = field(default_factory=list)  #: the code of the function and of all functions that it uses
     numbers: list[Tensor] = field(default_factory=list)  #: tensors with one element that these functions read
 
@@ -57,10 +61,10 @@ class _Entry:
     function: Function
     elements: int = 0  #: number of elements that torch has computed
     tried: bool = False  #: whether the function was recorded
-    program: Any = None  #: the compiled program, or None if torch executes the function
+    program: "Compiled | None" = None  #: the compiled program, or None if torch executes the function
 
 
-_entries: dict[Any, _Entry] = {}
+_entries: dict[object, _Entry] = {}
 _variants: Counter[tuple[CodeType, ...]] = Counter()
 _enabled = ContextVar("compiled", default=True)
 
@@ -110,7 +114,7 @@ def finite_input() -> Iterator[FiniteInput]:
         _finite.reset(token)
 
 
-def call(function: Function, *tensors: Tensor) -> Any:
+def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """Return `function(*tensors)`.
 
     If the function has a compiled program, this program computes the result.
@@ -188,8 +192,8 @@ def _dense(x: Tensor) -> bool:
 
 def _program(
     function: Function, tensors: Sequence[Tensor], full: list[Tensor], numbers: list[Tensor],
-    constants: Sequence[Tensor], expected: Any,
-) -> Any:  # fmt: skip
+    constants: Sequence[Tensor], expected: object,
+) -> "Compiled | None":  # fmt: skip
     """Return the compiled program of a function, or None if there is none that returns the expected result."""
     try:
         from qbench.quant.native_code import Compiled
@@ -203,10 +207,12 @@ def _program(
     return program if _identical(found, expected) else None
 
 
-def _identical(a: Any, b: Any) -> bool:
+def _identical(a: object, b: object) -> bool:
     """Return whether tensors, or tuples of tensors, have the same elements, including the signs of zeros."""
     if isinstance(a, tuple) or isinstance(b, tuple):
         return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_identical, a, b))
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
     if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
         return False
     if not a.dtype.is_floating_point:
@@ -215,7 +221,7 @@ def _identical(a: Any, b: Any) -> bool:
     return bool((same | (a.isnan() & b.isnan())).all())
 
 
-def _described(value: Any, key: _Key) -> Any:
+def _described(value: object, key: _Key) -> object:
     """Return a description of a function or of a value in its closure.
 
     Functions with equal descriptions differ at most in the values of `key.numbers`. The function appends code objects

@@ -10,18 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-Forward = Callable[..., Any]
-Interceptor = Callable[[str, nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
+Forward = Callable[..., object]
+Interceptor = Callable[[str, nn.Module, Forward, tuple[object, ...], dict[str, object]], object]
 """Function (name, module, its forward function, arguments, keyword arguments) that returns the result of a call.
 """
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[object, ...], dict[str, object]]
 """Arguments and keyword arguments of a call."""
 
 IMAGE = "image"
@@ -74,7 +74,7 @@ def intercepted_calls(model: nn.Module, names: Iterable[str], interceptor: Inter
 def _intercepted_calls_of(name: str, module: nn.Module, interceptor: Interceptor) -> Iterator[None]:
     own = module.__dict__.get("forward")  # set by code that replaced the method of this one module
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         return own(*args, **kwargs) if own else type(module).forward(module, *args, **kwargs)
 
     module.__dict__["forward"] = lambda *args, **kwargs: interceptor(name, module, forward, args, kwargs)
@@ -91,9 +91,11 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call
     """Record the calls of the named modules within a `with` block, in execution order."""
     calls: list[Call] = []
 
-    def record(name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def record(
+        name: str, module: nn.Module, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         output = forward(*args, **kwargs)
-        calls.append(Call(name, args[0] if args else next(iter(kwargs.values())), output))
+        calls.append(Call(name, next(tensors((args, kwargs))), next(tensors(output))))
         return output
 
     with intercepted_calls(model, names, record):
@@ -146,7 +148,7 @@ class Recorder(TorchFunctionMode):
         self.operations = [Operation(IMAGE, None, IMAGE, ())]
         self.foreign: dict[int, Tensor] = {}
         self._made_by: dict[int, str] = {id(images): IMAGE}
-        self._kept: list[Any] = [images]  # keeps the tensors alive, so that no other object gets their ids
+        self._kept: list[Tensor] = [images]  # keeps the tensors, because an id is unique among living objects only
         named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
         self._parameters: dict[int, str] = {}
         for name, tensor in named:
@@ -155,19 +157,21 @@ class Recorder(TorchFunctionMode):
         self._calls: Counter[str] = Counter()
         self._paused = False
 
-    def __torch_function__(self, func: Forward, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Forward, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self._paused:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
             kind = name.removesuffix(".__get__").rpartition(".")[2]
             changes_argument = kind == "__setitem__" or (kind.endswith("_") and not kind.endswith("__"))
-            self.add(None, kind, (args, kwargs), (result, kwargs.get("out"), args[0] if changes_argument else None))
+            self.add(None, kind, (args, kwargs), result, kwargs.get("out"), args[0] if changes_argument else None)
         return result
 
     def call_module(
-        self, name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, name: str, module: nn.Module, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         """Call a module, and record the call as one operation."""
         if self._paused:
             return forward(*args, **kwargs)
@@ -185,16 +189,26 @@ class Recorder(TorchFunctionMode):
         finally:
             self._paused = before
 
-    def add(self, module: str | None, kind: str, arguments: Arguments, results: object) -> None:
+    def add(
+        self,
+        module: str | None,
+        kind: str,
+        arguments: Arguments,
+        result: object,
+        out: object = None,
+        changed: object = None,
+    ) -> None:
         """Record one operation.
 
         Args:
             module: name of the called module, or None for a function.
             kind: see `Operation`.
             arguments: the arguments and the keyword arguments.
-            results: the result of the call. For a function, also the tensors that the function has written to.
+            result: the result of the call.
+            out: what a function got as the argument `out`.
+            changed: the argument that a function has written to.
         """
-        made = list(tensors(results))
+        made = list(tensors((result, out, changed)))
         if not made:
             return  # no tensor was made, as in a query of a tensor's shape
         read = list(tensors(arguments))
@@ -306,7 +320,9 @@ def _hidden_weights(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     memory = {name: weight.data for name, weight in weights.items()}  # other tensors of the network may share it
     values = {name: weight.data.clone() for name, weight in weights.items()}
 
-    def call(name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        name: str, module: nn.Module, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         weights[name].data = values[name]
         try:
             return forward(*args, **kwargs)
@@ -359,7 +375,7 @@ def state_restored(model: nn.Module) -> Iterator[None]:
             tensor.data = memory
 
 
-def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+def _shallow(attributes: dict[str, object]) -> dict[str, object]:
     """Return a copy of a dictionary in which lists, dictionaries and sets are copies too."""
     return {
         key: copy.copy(value) if isinstance(value, list | dict | set) else value for key, value in attributes.items()

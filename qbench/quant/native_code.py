@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from llvmlite import binding
-from llvmlite.ir import FloatType, Function, FunctionType, IntType, IRBuilder, Module
+from llvmlite.ir import FloatType, Function, FunctionType, IntType, IRBuilder, Module, Value
 from torch import Tensor
 
 from qbench.quant.program import Call, Full, Number, Operand, Operation, Program
 from qbench.quant.recorded_operations import COMPARISONS
+
+CType = type[ctypes.c_int64] | type[ctypes.c_void_p] | type[ctypes.c_float]
 
 CHUNK = 2**15
 """Smallest number of elements for which another thread is worthwhile."""
@@ -95,7 +97,7 @@ def _assembly(
     inputs: Sequence[int],
     numbers: Sequence[int],
     outputs: Sequence[int],
-) -> tuple[str, list[Any]]:
+) -> tuple[str, list[CType]]:
     """Return the LLVM assembly of a loop function, and the ctypes of its arguments.
 
     The arguments of the loop function are the index of the first element, the index after the last element, the
@@ -118,9 +120,9 @@ def _assembly(
     place, wrong = builder.phi(I64), builder.phi(I32)
     place.add_incoming(first, entry)
     wrong.add_incoming(I32(0), entry)
-    results: dict[int, Any] = {}
+    results: dict[int, Value] = {}
 
-    def value(operand: Operand) -> Any:
+    def value(operand: Operand) -> Value:
         if isinstance(operand, Number):
             return values[operand]
         return results[operand] if type(operand) is int else F32(operand)
@@ -151,11 +153,11 @@ def _assembly(
     total.add_incoming(I32(0), entry)
     total.add_incoming(bad, body)
     builder.ret(total)
-    types = [*[ctypes.c_int64] * 2, *[ctypes.c_void_p] * len(memory), *[ctypes.c_float] * len(numbers)]
+    types: list[CType] = [*[ctypes.c_int64] * 2, *[ctypes.c_void_p] * len(memory), *[ctypes.c_float] * len(numbers)]
     return str(module), types
 
 
-def _operation(builder: Any, name: str, operands: list[Any]) -> Any:
+def _operation(builder: IRBuilder, name: str, operands: list[Value]) -> Value:
     """Append one operation on registers and return its result."""
     if name in ("fadd", "fsub", "fmul", "fdiv", "select"):
         return getattr(builder, name)(*operands)
@@ -174,7 +176,7 @@ def _operation(builder: Any, name: str, operands: list[Any]) -> Any:
     return {"and": builder.and_, "or": builder.or_}[name](*operands)
 
 
-def _widened(builder: Any, value: Any, dtype: torch.dtype) -> Any:
+def _widened(builder: IRBuilder, value: Value, dtype: torch.dtype) -> Value:
     """Return an element that was loaded from memory as a register value."""
     if dtype == torch.bfloat16:
         return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), F32)
@@ -183,14 +185,14 @@ def _widened(builder: Any, value: Any, dtype: torch.dtype) -> Any:
     return builder.sext(value, I32) if dtype == torch.int16 else value
 
 
-def _narrowed(builder: Any, value: Any, dtype: torch.dtype) -> Any:
+def _narrowed(builder: IRBuilder, value: Value, dtype: torch.dtype) -> Value:
     """Return a register value as an element that can be stored in memory."""
     if dtype == torch.bfloat16:
         return builder.trunc(builder.lshr(builder.bitcast(value, I32), I32(16)), I16)
     return value if dtype == torch.float32 else builder.trunc(value, MEMORY[dtype])
 
 
-def _converted(builder: Any, value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
+def _converted(builder: IRBuilder, value: Value, source: torch.dtype, dtype: torch.dtype) -> Value:
     """Convert a register value from one type to another."""
     if dtype in FLOATS:
         if source == torch.bool:
@@ -201,7 +203,7 @@ def _converted(builder: Any, value: Any, source: torch.dtype, dtype: torch.dtype
     return builder.zext(value, I32) if source == torch.bool else builder.fptosi(value, I32)
 
 
-def _rounded_to_bfloat16(builder: Any, value: Any) -> Any:
+def _rounded_to_bfloat16(builder: IRBuilder, value: Value) -> Value:
     """Round a float32 number to the nearest bfloat16 number, halves to even. The result is a float32 number."""
     bits = builder.bitcast(value, I32)
     # Let the unit be the lowest bit that is kept. Add half a unit if this bit is 1, else slightly less. The carry then
@@ -213,7 +215,7 @@ def _rounded_to_bfloat16(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.select(is_nan, I32(0x7FC00000), rounded), F32)
 
 
-def _processor() -> Any:
+def _processor() -> binding.TargetMachine:
     """Return LLVM's description of this machine. An engine owns its description, so every engine needs a new one."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
@@ -223,7 +225,7 @@ def _processor() -> Any:
     )
 
 
-def _compiled(assembly: tuple[str, list[Any]]) -> tuple[Callable[..., int], Any]:
+def _compiled(assembly: tuple[str, list[CType]]) -> tuple[Callable[..., int], binding.ExecutionEngine]:
     """Compile assembly. Return the compiled function, and the engine that owns the machine code."""
     text, types = assembly
     module = binding.parse_assembly(text)
@@ -266,6 +268,8 @@ class Compiled:
     def __call__(self, full: Sequence[Tensor], numbers: Sequence[Tensor]) -> tuple[Any, bool]:
         """Return the result of the function, and whether the first tensor is known to have only finite elements.
 
+        The type of what it returns is known only to the caller.
+
         Args:
             full: arguments with the same shape and memory format.
             numbers: arguments and constants with one element.
@@ -285,7 +289,7 @@ class Compiled:
         return found[0] if self.single else found, finite
 
 
-def _actual(value: Any, full: dict[int, Tensor], slots: Sequence[Tensor | None]) -> Any:
+def _actual(value: object, full: dict[int, Tensor], slots: Sequence[Tensor | None]) -> object:
     """Return the tensor that a `Number` or `Full` stands for. Return any other value unchanged."""
     if isinstance(value, Number):
         return slots[value.slot]

@@ -13,11 +13,11 @@ variables are read only in the forward pass, because autograd may run the backwa
 thread. Compiled code ignores the variables, because torch.compile cannot read context variables.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ from qbench.quant.fused_kernels import at_least
 
 P = ParamSpec("P")
 Setting = TypeVar("Setting", bool, str)
-Context = Any
-"""The context that autograd passes to a Function. It is `Any`, because torch declares no types for its attributes."""
+Result = TypeVar("Result")
 
 MAX_CELLS = 2**8 + 3
 """Maximum number of cells of a step function (see `Cells`).
@@ -135,6 +134,14 @@ def named_transform(error: RuntimeError) -> Exception:
     return NotImplementedError(TRANSFORMS) if caused else error
 
 
+class Context(Protocol):
+    """The context that autograd passes to a Function. Functions may add attributes of their own."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...  # noqa: D102
+
+
 class _Round(Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
@@ -155,14 +162,18 @@ class _StraightThrough(Function):
         return grads[0], None
 
 
+class _OnBackwardContext(Context, Protocol):
+    change: Callable[[Tensor], Tensor]
+
+
 class _OnBackward(Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: _OnBackwardContext, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.change = change
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _OnBackwardContext, *grads: Tensor) -> tuple[Tensor, None]:
         changed = ctx.change(grads[0])
         if torch.is_grad_enabled() and grads[0].requires_grad and not changed.requires_grad:
             raise NotImplementedError("quantized gradients have no derivatives; use bits.g=32")
@@ -252,10 +263,16 @@ class _Forms(NamedTuple):
         )
 
 
+class _FusedContext(Context, Protocol):
+    as_codes: bool
+    gradients: Gradients
+    plain: Values
+
+
 class _Fused(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, made: list[Tensor], saved: Tensor | None, backward: Gradients, plain: Values,
+        ctx: _FusedContext, x: Tensor, made: list[Tensor], saved: Tensor | None, backward: Gradients, plain: Values,
         *learned: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x if saved is None else saved, *learned)
@@ -263,15 +280,16 @@ class _Fused(Function):
         return made.pop()
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _FusedContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, *learned = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph=True, the gradient is differentiated too
             if ctx.as_codes:
                 raise NotImplementedError("second derivatives need runtime.activation_memory=recompute or keep")
-            first, *others = _gradients_by_definition(ctx.plain, grads[0], saved, *learned)
+            gradients: Sequence[Tensor | None] = _gradients_by_definition(ctx.plain, grads[0], saved, *learned)
         else:
             result = elementwise.call(ctx.gradients, grads[0], saved, *learned)
-            first, *others = result if isinstance(result, tuple) else (result,)
+            gradients = result if isinstance(result, tuple) else (result,)
+        first, *others = gradients
         return first, None, None, None, None, *others
 
 
@@ -336,8 +354,7 @@ def fused_quantizer(
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *learned)):
         if unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]  # the derivative would be 0
             raise NotImplementedError(TRANSFORMS)
-        result: Tensor = _computed(forms.value, x.detach(), *fixed)
-        return result
+        return _computed(forms.value, x.detach(), *fixed)
     # Save x itself for the backward pass, or the numbers of its cells in one or two bytes per element.
     again, gradients, codes = forms.value, forms.backward, None
     mode = _memory.get()
@@ -353,8 +370,7 @@ def fused_quantizer(
 
         def recompute() -> Tensor:
             unchanged()
-            value: Tensor = _computed(again, saved, *fixed)
-            return value
+            return _computed(again, saved, *fixed)
 
         result.recompute = recompute  # type: ignore[attr-defined]
     return result
@@ -378,7 +394,7 @@ def _raise_if_changed(*tensors: Tensor) -> Callable[[], None]:
     return check
 
 
-def _computed(function: Callable[..., Any], *tensors: Tensor) -> Any:
+def _computed(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """Return the result of a function without gradient."""
     with torch.no_grad():
         return elementwise.call(function, *tensors)

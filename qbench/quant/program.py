@@ -1,7 +1,7 @@
 """Defines programs of elementwise operations, and the builder with which `recording.py` makes them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ class Call(NamedTuple):
     """A torch operation with a result of one element. Its arguments may contain `Number` and `Full` objects."""
 
     function: Callable[..., Tensor]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     slot: int
     stage: int  #: see `Operation`
 
@@ -122,7 +122,7 @@ class Builder:
             raise NotRecordable("part of a tensor")
         return value
 
-    def operand(self, value: Any) -> Operand:
+    def operand(self, value: object) -> Operand:
         """Return the operand that stands for a tensor or a number."""
         if isinstance(value, Tensor):
             known = self.get(value)
@@ -137,7 +137,7 @@ class Builder:
             return float(value)
         raise NotRecordable(f"an operand {value!r}")
 
-    def number(self, value: Any) -> Operand:
+    def number(self, value: object) -> Operand:
         """Return the operand of an arithmetic operation. A bool becomes 1 or 0."""
         operand = self.operand(value)
         if type(operand) is int and self.operations[operand].dtype == torch.bool:

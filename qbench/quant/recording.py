@@ -16,10 +16,10 @@ A function with any other step is not recorded. torch executes such a function.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbench.quant.program import FULL_TYPES, SAMPLES, Builder, Call, Full, NotRecordable, Number, Program, memory_of
@@ -51,8 +51,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.builder = builder
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         """Execute and record one operation."""
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:  # raised before a number is drawn from torch's generator
@@ -72,7 +72,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name in VIEWS:
             for view in _tensors([result]):
                 self.builder.get(view)  # raises an error for parts of known tensors
-        elif written is not None and memory_of(written) in self.builder.inputs:
+        elif isinstance(written, Tensor) and memory_of(written) in self.builder.inputs:
             raise NotRecordable("the function changes its input")
         elif known or written is not None:
             target = result if written is None else written
@@ -86,7 +86,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise NotRecordable(f"{name} with a result of shape {tuple(target.shape)}")
         return result
 
-    def record_elementwise(self, name: str, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_elementwise(
+        self, name: str, target: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         """Record an operation whose result has a value for each element."""
         make = ELEMENTWISE.get(name)
         if make is None or target.dtype not in FULL_TYPES:
@@ -97,10 +99,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotRecordable(f"{name}: {error}") from None
         self.builder.set(target, Full(self.builder.converted(index, target.dtype)))
 
-    def record_call(self, func: Any, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_call(
+        self, func: OpOverload, target: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         """Record an operation whose result has one element."""
 
-        def replaced(value: Any) -> Any:
+        def replaced(value: object) -> object:
             if not isinstance(value, Tensor):
                 return value
             known = self.builder.get(value)
@@ -118,9 +122,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.builder.set(target, slot)
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def _tensors(values: Iterable[object]) -> list[Tensor]:
     """Return the tensors among `values`, including tensors in nested lists and tuples."""
-    found = []
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
@@ -129,7 +133,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def record(function: Callable[..., Any], arguments: Sequence[Tensor], constants: Sequence[Tensor]) -> Program:
+def record(function: Callable[..., object], arguments: Sequence[Tensor], constants: Sequence[Tensor]) -> Program:
     """Return the program that a function executes.
 
     Args:

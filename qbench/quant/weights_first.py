@@ -11,10 +11,13 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qbench.quant.layers import QLayer
 
 Result = TypeVar("Result")
 
@@ -34,10 +37,10 @@ class WeightsFirst:
     """
 
     def __init__(self) -> None:
-        self._last: dict[nn.Module, None] = {}  # layers that the last forward pass called, in this order
-        self._called: dict[nn.Module, None] = {}
-        self._ready: dict[nn.Module, tuple[Tensor, _State]] | None = None
-        self._never: set[nn.Module] = set()
+        self._last: dict[QLayer, None] = {}  # layers that the last forward pass called, in this order
+        self._called: dict[QLayer, None] = {}
+        self._ready: dict[QLayer, tuple[Tensor, _State]] | None = None
+        self._never: set[QLayer] = set()
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -50,7 +53,7 @@ class WeightsFirst:
             _current.reset(token)
             self._ready, self._last = None, self._called
 
-    def weight(self, layer: nn.Module, quantize: Callable[[Any], Tensor]) -> Tensor:
+    def weight(self, layer: "QLayer", quantize: Callable[["QLayer"], Tensor]) -> Tensor:
         """Return the quantized weights of a layer. `quantize` computes them."""
         if self._ready is None:
             self._ready = self._together(quantize)
@@ -68,7 +71,7 @@ class WeightsFirst:
             self._called[layer] = None
         return result
 
-    def _together(self, quantize: Callable[[Any], Tensor]) -> dict[nn.Module, tuple[Tensor, "_State"]]:
+    def _together(self, quantize: Callable[["QLayer"], Tensor]) -> dict["QLayer", tuple[Tensor, "_State"]]:
         """Return the quantized weights of the layers that the last forward pass called, and the state of each layer.
 
         If a quantizer changes its state for the first time, the change is undone, and its layer is left out from then
@@ -91,12 +94,12 @@ class _State:
     Values are compared, because changes through `.data` do not change the version of a tensor.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: "QLayer") -> None:
         self._tensors = _tensors(layer)
         self._values = [t.detach().clone() for t in self._tensors]
         self._modes = _modes(layer)
 
-    def holds(self, layer: nn.Module) -> bool:
+    def holds(self, layer: "QLayer") -> bool:
         """Return whether nothing has changed since this object was made."""
         tensors = _tensors(layer)
         same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
@@ -110,14 +113,14 @@ class _State:
                     tensor.copy_(value)
 
 
-def _tensors(layer: nn.Module) -> list[Tensor]:
+def _tensors(layer: "QLayer") -> list[Tensor]:
     quantizer = layer.weight_q
     assert isinstance(quantizer, nn.Module)
     found = (layer.weight, *quantizer.parameters(), *quantizer.buffers())
     return [t for t in found if isinstance(t, Tensor)]
 
 
-def _modes(layer: nn.Module) -> tuple[bool, ...]:
+def _modes(layer: "QLayer") -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), layer.training
 
 
@@ -135,7 +138,7 @@ def _draws_numbers(compute: Callable[[], Result]) -> tuple[Result, bool]:
     return result, not torch.equal(before, torch.get_rng_state())
 
 
-def weight_of(layer: nn.Module, quantize: Callable[[Any], Tensor]) -> Tensor:
+def weight_of(layer: "QLayer", quantize: Callable[["QLayer"], Tensor]) -> Tensor:
     """Return `quantize(layer)`, the quantized weights of a layer. `WeightsFirst` may have computed them already."""
     if torch.compiler.is_compiling():
         return quantize(layer)
