@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from qbench.errors import ConfigError
 from qbench.system import files
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from qbench.bits import Bits
     from qbench.config.schema import Config
     from qbench.quant.method import Method
@@ -76,7 +78,7 @@ def parse(arguments: Iterable[str]) -> PlotOptions:
     return PlotOptions(overrides=overrides, **flags)
 
 
-def _poster() -> Any:
+def _poster() -> "Figure":
     """Return the figure of all methods, each at `illustrative_bits`."""
     from qbench.report.quantizer_plots.pages import poster_figure
 
@@ -123,7 +125,7 @@ def _method(words: list[str]) -> tuple["Config", "Method"]:
     return config, method
 
 
-def _save(figure: Any, path: Path) -> str:
+def _save(figure: "Figure", path: Path) -> str:
     """Write a figure to a file, and return the file's name.
 
     Equal figures give files with equal bytes. A PNG file is reduced to a small palette.

@@ -2,13 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 from qbench.bits import FLOAT
 from qbench.report.comparison.setting import Setting
 from qbench.report.plots import style as styling
 from qbench.report.plots.plot_data import PlotData
-from qbench.report.plots.style import DASHES, FILLS, GREY, INK, STARS, Artist, Axes, Figure, Style
+from qbench.report.plots.style import DASHES, FILLS, GREY, INK, STARS, Style
 from qbench.report.tables.escape import printable
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
+    from matplotlib.figure import Figure
 
 AXES = {"w": "weight bits W", "a": "activation bits A", "g": "gradient bits G"}
 FRONT_LETTERS = 80
@@ -22,7 +29,7 @@ COSTS: dict[str, tuple[str, str, Callable[[Setting], float]]] = {
 """Maps a kind of cost to the axis label, the unit, and a function from a setting to its cost (0 if not known)."""
 
 
-def bits(figure: Figure, data: PlotData) -> None:
+def bits(figure: "Figure", data: PlotData) -> None:
     """Plot accuracy over bit width.
 
     A line shows one method. One width changes along the x-axis, and the other two widths are fixed. Settings with float
@@ -37,7 +44,7 @@ def bits(figure: Figure, data: PlotData) -> None:
     panels = figure.subplots(1, len(series), sharey=True, squeeze=False, gridspec_kw=ratios)[0]
     others = sorted({"", *(other for lines in series.values() for _, other in lines)})
     fills = dict(zip(others, FILLS * len(others), strict=False))
-    handles: dict[str, Artist] = {}
+    handles: dict[str, Artist | ErrorbarContainer] = {}
     for panel, (key, lines) in zip(panels, series.items(), strict=True):
         handles |= _float_lines(panel, data.floats)
         for i, ((label, other), settings) in enumerate(lines.items()):
@@ -80,9 +87,9 @@ def series_label(label: str, other: str) -> str:
     return f"{label}, {other}" if other else label
 
 
-def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
+def _float_lines(panel: "Axes", floats: Sequence[Setting]) -> dict[str, "Artist"]:
     """Draw float networks as horizontal lines, with bands for confidence intervals. Return the legend's handles."""
-    handles = {}
+    handles: dict[str, Artist] = {}
     for setting, dash in zip(floats, DASHES, strict=False):
         top1, half = setting.top1.mean, setting.top1.ci95_half
         handles[setting.label] = panel.axhline(top1, color=INK, ls=dash, lw=1, zorder=1)
@@ -91,11 +98,11 @@ def _float_lines(panel: Axes, floats: Sequence[Setting]) -> dict[str, Artist]:
     return handles
 
 
-def pareto(figure: Figure, data: PlotData) -> None:
+def pareto(figure: "Figure", data: PlotData) -> None:
     """Plot accuracy over size and accuracy over BitOps, each with its Pareto front."""
     stars = {s.label: Style(INK, STARS[i % len(STARS)], "") for i, s in enumerate(data.floats)}
     styles = stars | data.styles
-    handles: dict[str, Artist] = {}
+    handles: dict[str, Artist | ErrorbarContainer] = {}
     everything = [*data.floats, *data.quantized]
     for panel, (key, (label, unit, cost)) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         settings = [s for s in everything if cost(s)]
@@ -110,15 +117,18 @@ def pareto(figure: Figure, data: PlotData) -> None:
     styling.legend(figure, handles)
 
 
-def _draw_front(panel: Axes, settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
+def _draw_front(panel: "Axes", settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
     """Draw the Pareto front as a line of steps. Each point on the front gets a ring and a number, counted from 1."""
     best = front(settings, cost)
     x, y = [cost(s) for s in best], [s.top1.mean for s in best]
     panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)
     panel.plot(x, y, "o", ms=9, mfc="none", mec=INK, mew=0.8, zorder=4)
     for place, at in enumerate(zip(x, y, strict=True), 1):
-        look = {"fontsize": 7, "color": INK, "weight": "bold", "ha": "right", "va": "bottom"}
-        panel.annotate(str(place), at, (-4, 3), textcoords="offset points", **look).set_in_layout(False)
+        text = panel.annotate(
+            str(place), at, (-4, 3), textcoords="offset points",
+            fontsize=7, color=INK, weight="bold", ha="right", va="bottom",
+        )  # fmt: skip
+        text.set_in_layout(False)
 
 
 def front(settings: Sequence[Setting], cost: Callable[[Setting], float]) -> list[Setting]:

@@ -1,15 +1,21 @@
 """Plots learning curves over epochs and output errors over layers, with one small panel per method."""
 
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 from qbench.report.plots import style as styling
 from qbench.report.plots.plot_data import PlotData
-from qbench.report.plots.style import ACROSS, COLOURS, DASHES, INK, Artist, Axes, Figure
+from qbench.report.plots.style import ACROSS, COLOURS, DASHES, INK
 from qbench.report.plots.training_curves import FLOAT_STAGE, MEASURES, Curves
 from qbench.report.tables.escape import printable
 
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def curves(figure: Figure, data: PlotData) -> None:
+
+def curves(figure: "Figure", data: PlotData) -> None:
     """Plot the learning curves of each method. Float training is at the left of quantized training."""
     every = [line for lines in data.curves.values() for line in lines.values()]
     first, last = min(line.x[0] for line in every), max(line.x[-1] for line in every)
@@ -19,13 +25,13 @@ def curves(figure: Figure, data: PlotData) -> None:
         panel.set_xticks(list(ticks), list(ticks.values()))
 
 
-def layers(figure: Figure, data: PlotData) -> None:
+def layers(figure: "Figure", data: PlotData) -> None:
     """Plot the SQNR up to scale of all layers' outputs, with one panel per method."""
     for panel in _small_multiples(figure, data.errors, "SQNR up to scale (dB)", "layer"):
         panel.set_xticks(range(len(data.layers)), [*map(printable, data.layers)], rotation=90, fontsize=5.5)
 
 
-def _small_multiples(figure: Figure, methods: Curves, y_label: str, x_label: str) -> list[Axes]:
+def _small_multiples(figure: "Figure", methods: Curves, y_label: str, x_label: str) -> list["Axes"]:
     """Draw one panel per method, with one line per combination of widths, and return the panels."""
     columns = min(len(methods), ACROSS)
     grid = figure.subplots(-(-len(methods) // columns), columns, sharex=True, sharey=True, squeeze=False)

@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 from qbench.errors import ConfigError
 from qbench.report.plots import style as styling
 from qbench.report.plots.accuracy_plots import COSTS, bit_series, bits, front_names, pareto, series_label
 from qbench.report.plots.curve_plots import curves, layers
 from qbench.report.plots.plot_data import PlotData, read_plot_data
-from qbench.report.plots.style import ACROSS, DPI, INK, LINE, WIDTH, Figure
+from qbench.report.plots.style import ACROSS, DPI, INK, LINE, WIDTH
 from qbench.report.tables.escape import printable
 from qbench.report.tables.table import Table
 from qbench.runs.reader import RunRecord
 from qbench.system import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
 TITLES = {
@@ -33,7 +37,7 @@ TITLES = {
     "layers": "SQNR of layer outputs, relative to the outputs with the float (latent) weights, after scaling for the "
     "smallest error; bands: range over seeds",
 }
-KINDS: dict[str, Callable[[Figure, PlotData], None]] = {
+KINDS: dict[str, Callable[["Figure", PlotData], None]] = {
     "bits": bits, "pareto": pareto, "curves": curves, "layers": layers,
 }  # fmt: skip
 NEEDED = {"layers": "runs with stored layer metrics"}
@@ -63,7 +67,7 @@ def plot(tables: Sequence[Table], runs: Sequence[RunRecord], path: Path) -> None
 
 def comparison_figure(
     tables: Sequence[Table], runs: Sequence[RunRecord], kinds: Iterable[str], *, titled: bool = True
-) -> Figure | None:
+) -> "Figure | None":
     """Return a matplotlib figure with one row of panels per table and kind of plot, or None if there is no plot."""
     os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if MPLBACKEND names a backend that is not installed
     from matplotlib import rc_context
@@ -92,7 +96,7 @@ def comparison_figure(
     return figure
 
 
-def encoded(figure: Figure, form: str, **style: object) -> bytes:
+def encoded(figure: "Figure", form: str, **style: object) -> bytes:
     """Return a figure as the bytes of a file. Equal figures give equal bytes.
 
     Args:

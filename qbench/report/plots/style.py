@@ -9,12 +9,12 @@ from qbench.report.tables.escape import printable
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-Axes = Any
-Figure = Any
-Artist = Any
-"""Names for matplotlib's types. They are `Any`, because matplotlib has no type hints."""
 Dash = str | tuple[int, tuple[float, ...]]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -49,18 +49,21 @@ class Style(NamedTuple):
 
 
 def points(
-    panel: Axes, x: Sequence[float], settings: Sequence[Setting], style: Style, fillstyle: str = "full"
-) -> Artist:
+    panel: "Axes", x: Sequence[float], settings: Sequence[Setting], style: Style, fillstyle: str = "full"
+) -> "ErrorbarContainer":
     """Draw settings as points with 95 % confidence intervals."""
     y = [s.top1.mean for s in settings]
     halves = [nan if s.top1.ci95_half is None else s.top1.ci95_half for s in settings]
-    look: dict[str, object] = {"lw": 0.9, "elinewidth": 0.8, "capsize": 1.8, "capthick": 0.8, "zorder": 3}
-    look |= {"mec": "white", "mew": 0.4} if fillstyle == "full" else {"mew": 0.9, "mfc": style.colour}
-    look |= {"fillstyle": fillstyle, "markerfacecoloralt": "white", "ms": 7 if style.marker in STARS else 5}
-    return panel.errorbar(x, y, halves, color=style.colour, marker=style.marker, ls=style.dash, **look)
+    full = fillstyle == "full"
+    return panel.errorbar(
+        x, y, halves, color=style.colour, marker=style.marker, ls=style.dash, lw=0.9, elinewidth=0.8, capsize=1.8,
+        capthick=0.8, zorder=3, mec="white" if full else None, mew=0.4 if full else 0.9,
+        mfc=None if full else style.colour, fillstyle=fillstyle, markerfacecoloralt="white",
+        ms=7 if style.marker in STARS else 5,
+    )  # fmt: skip
 
 
-def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) -> str:
+def accuracy_axis(panel: "Axes", settings: Sequence[Setting], room: float = 0.06) -> str:
     """Scale the accuracy axis of a panel and return the label of the axis.
 
     The axis shows all means. Confidence intervals with a half-width of up to 30 % of the range of the means are shown
@@ -82,23 +85,30 @@ def accuracy_axis(panel: Axes, settings: Sequence[Setting], room: float = 0.06) 
     return label
 
 
-def _scale_axis(panel: Axes, low: float, high: float, room: float, *, log_error: bool) -> str:
+def _scale_axis(panel: "Axes", low: float, high: float, room: float, *, log_error: bool) -> str:
     """Set the limits and the scale of the accuracy axis, and return the label of the axis."""
     if not log_error:
         panel.set_ylim(low - 0.06 * (high - low), high + room * (high - low))
         return "test top-1 (%)"
     panel.set_yscale("function", functions=(_log_error, _from_log_error))
     length = _log_error(high) - _log_error(low)
-    panel.set_ylim(_from_log_error(_log_error(low) - 0.06 * length), _from_log_error(_log_error(high) + room * length))
+    bottom, top = _log_error(low) - 0.06 * length, _log_error(high) + room * length
+    panel.set_ylim(float(_from_log_error(bottom)), float(_from_log_error(top)))
     panel.set_yticks([tick for tick in TICKS if low <= tick <= high])
     return "test top-1 (%), log scale of the error"
 
 
-def _mark_cut_bars(panel: Axes) -> None:
+def _mark_cut_bars(panel: "Axes") -> None:
     """Draw an arrow at the edge of a panel where the edge cuts a confidence interval that `points` has drawn."""
+    from matplotlib.container import ErrorbarContainer
+
     bottom, top = panel.get_ylim()
     for bars in panel.containers:
-        for (x, low), (_, high) in filter(len, bars.lines[2][0].get_segments()):  # a point without interval has no ends
+        assert isinstance(bars, ErrorbarContainer)
+        for segment in bars.lines[2][0].get_segments():
+            if not len(segment):  # a point without interval has no ends
+                continue
+            (x, low), (_, high) = segment
             look = {"color": bars.lines[0].get_color(), "ls": "", "ms": 5, "clip_on": False, "zorder": 5}
             if high > top:
                 panel.plot(x, top, marker=CARET_UP, scalex=False, scaley=False, **look)
@@ -122,7 +132,7 @@ def _from_log_error(value: "float | NDArray[np.floating]") -> "NDArray[np.floati
     return np.asarray(101 - np.exp(-value))
 
 
-def log_axis(panel: Axes, unit: str) -> None:
+def log_axis(panel: "Axes", unit: str) -> None:
     """Make the x-axis logarithmic, and write its tick labels with SI prefixes and the unit."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
@@ -134,7 +144,7 @@ def log_axis(panel: Axes, unit: str) -> None:
     panel.xaxis.set_minor_locator(NullLocator())
 
 
-def finish(panel: Axes, x_label: str, y_label: str) -> None:
+def finish(panel: "Axes", x_label: str, y_label: str) -> None:
     """Label the axes of a panel, and give light colours to its ticks, grid and frame."""
     panel.set_xlabel(x_label, color=INK)
     panel.set_ylabel(y_label, color=INK)
@@ -155,12 +165,15 @@ def legend_rows(labels: set[str]) -> int:
     return -(-(len(labels) + 1) // _legend_columns(labels))
 
 
-def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
+def legend(figure: "Figure", handles: Mapping[str, "Artist | ErrorbarContainer"]) -> None:
     """Draw one legend for all panels, below the panels.
 
     A label that begins with `_` gets a leading space, because matplotlib hides labels that begin with `_`.
     """
     shown = {printable(label): handle for label, handle in handles.items()}
-    labelled = {(f" {label}" if label.startswith("_") else label): handle for label, handle in shown.items()}
+    # matplotlib's type hints do not contain the containers, although legends support them
+    labelled: dict[str, Any] = {
+        (f" {label}" if label.startswith("_") else label): handle for label, handle in shown.items()
+    }
     place = {"loc": "outside lower center", "ncols": _legend_columns(labelled), "frameon": False}
     figure.legend(list(labelled.values()), list(labelled), fontsize=7.5, labelcolor=INK, handlelength=2.6, **place)

@@ -5,10 +5,10 @@ A figure has separate panels for weights, inputs and outputs. Tensors that a met
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from qbench.bits import FLOAT
 from qbench.quant.method import Method
-from qbench.report.plots.style import Axes, Figure
 from qbench.report.quantizer_plots.measurement import measure_quantizers
 from qbench.report.quantizer_plots.panels import (
     LARGE,
@@ -23,6 +23,10 @@ from qbench.report.quantizer_plots.panels import (
 )  # fmt: skip
 from qbench.report.quantizer_plots.transfer_curves import Codewords, QuantizerCurves
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 WIDTH, DPI = 10, 120
 """Width of a figure in inches, and number of dots per inch."""
 COLUMNS, LISTED_THRESHOLDS = 3, 7
@@ -36,7 +40,7 @@ SUBTITLE = (
 LETTERS = {"weights": "W", "inputs": "A", "outputs": "G"}
 
 
-def method_figure(method: Method, title: str, command: str) -> Figure:
+def method_figure(method: Method, title: str, command: str) -> "Figure":
     """Return the figure of one method. Forward curves are at the left, and backward curves at the right."""
     measured = measure_quantizers(method)
     height = 2.55 * len(measured) + 1.15
@@ -59,7 +63,7 @@ def method_figure(method: Method, title: str, command: str) -> Figure:
     return figure
 
 
-def poster_figure(methods: Mapping[str, Method]) -> Figure:
+def poster_figure(methods: Mapping[str, Method]) -> "Figure":
     """Return the figure of all methods.
 
     Each tensor (weights, inputs or outputs) that a method quantizes has one tile.
@@ -83,14 +87,14 @@ def poster_figure(methods: Mapping[str, Method]) -> Figure:
     return figure
 
 
-def _figure(height: float) -> Figure:
+def _figure(height: float) -> "Figure":
     os.environ["MPLBACKEND"] = "agg"  # matplotlib's import fails if this names a backend that is not installed
     from matplotlib.figure import Figure as MatplotlibFigure
 
     return MatplotlibFigure(figsize=(WIDTH, height), dpi=DPI)
 
 
-def _draw_pair(left: Axes, right: Axes, curves: QuantizerCurves | Codewords, sizes: PlotSizes) -> None:
+def _draw_pair(left: "Axes", right: "Axes", curves: QuantizerCurves | Codewords, sizes: PlotSizes) -> None:
     """Draw the forward curve into the left panel and the backward curve into the right panel."""
     if not isinstance(curves, QuantizerCurves):
         draw_codewords(left, right, curves, sizes)

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from qbench.report.plots.style import Artist, Axes
 from qbench.report.quantizer_plots.transfer_curves import DRAWS, FEW_LEVELS, Codewords, QuantizerCurves, TransferCurve
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
 BLUE, VERMILLION, SKY, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
@@ -38,7 +39,7 @@ LARGE, SMALL = PlotSizes(9, 2.2, 7, 0.08, ".3g"), PlotSizes(7, 1.5, 4, 0.13, ".2
 
 
 def draw_curve(
-    panel: Axes, curve: TransferCurve, sizes: PlotSizes, frozen: Tensor | None = None, picks: Tensor | None = None
+    panel: "Axes", curve: TransferCurve, sizes: PlotSizes, frozen: Tensor | None = None, picks: Tensor | None = None
 ) -> None:
     """Draw a curve as a staircase, as a mean with a band, or as dots if some values are frozen."""
     x, y = curve.x.numpy(), curve.y.numpy()
@@ -63,7 +64,7 @@ def draw_curve(
         panel.set_yticks(ticks, [format_number(tick, sizes.digits) for tick in ticks])
 
 
-def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
+def draw_zoom(panel: "Axes", curve: TransferCurve, sizes: PlotSizes) -> None:
     """Draw the five levels of a curve around zero, magnified, into a corner of the panel.
 
     Nothing is drawn if the curve has few levels, or if too few values are between these five levels.
@@ -82,11 +83,12 @@ def draw_zoom(panel: Axes, curve: TransferCurve, sizes: PlotSizes) -> None:
     inset.tick_params(labelsize=sizes.text - 2.5, length=2, pad=1.5)
 
 
-def _draw_staircase(panel: Axes, curve: TransferCurve, width: float) -> None:
+def _draw_staircase(panel: "Axes", curve: TransferCurve, width: float) -> None:
     """Draw the steps of a staircase. If there are many steps or y is a mean, draw a line."""
     x, y = curve.x.numpy(), curve.y.numpy()
     if curve.band is not None:
-        panel.fill_between(x, *(edge.numpy() for edge in curve.band), color=SKY, alpha=0.5, lw=0, zorder=2)
+        low, high = curve.band
+        panel.fill_between(x, low.numpy(), high.numpy(), color=SKY, alpha=0.5, lw=0, zorder=2)
     if len(curve.jumps) > MAX_STEPS or curve.band is not None:
         panel.plot(x, y, color=BLUE, lw=width, zorder=3)
         return
@@ -96,7 +98,7 @@ def _draw_staircase(panel: Axes, curve: TransferCurve, width: float) -> None:
     panel.vlines(jumps, steps[:-1], steps[1:], color=BLUE, lw=0.5, zorder=2)
 
 
-def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
+def draw_slope(panel: "Axes", curves: QuantizerCurves, sizes: PlotSizes) -> None:
     """Draw the derivative that training uses instead of the derivative of the staircase."""
     assert curves.slope is not None
     x, d = curves.forward.x[curves.picks], curves.slope
@@ -109,15 +111,16 @@ def draw_slope(panel: Axes, curves: QuantizerCurves, sizes: PlotSizes) -> None:
     _finish(panel, curves.forward.x.numpy(), _limits(d.numpy(), np.array([0.0, 1.0])), sizes)
 
 
-def draw_codewords(left: Axes, right: Axes, codewords: Codewords, sizes: PlotSizes) -> None:
+def draw_codewords(left: "Axes", right: "Axes", codewords: Codewords, sizes: PlotSizes) -> None:
     """Draw codewords and the vectors that they encode.
 
     The left panel shows the first two dimensions. The right panel shows one weight of each vector, with its quantized
     value over its float value.
     """
     size = sizes.mark**2
-    left.scatter(*codewords.vectors[:, :2].T.numpy(), s=size / 8, color="0.75", lw=0)
-    left.scatter(*codewords.points[:, :2].T.numpy(), s=size, color=BLUE, marker="D", zorder=3)
+    vectors, points = codewords.vectors.numpy(), codewords.points.numpy()
+    left.scatter(vectors[:, 0], vectors[:, 1], s=size / 8, color="0.75", lw=0)
+    left.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, marker="D", zorder=3)
     x, y = codewords.vectors[:, 0].numpy(), codewords.decoded[:, 0].numpy()
     _draw_histogram(right, codewords.vectors.flatten())
     right.scatter(x, y, s=size / 8, color=BLUE, lw=0, zorder=3)
@@ -126,13 +129,13 @@ def draw_codewords(left: Axes, right: Axes, codewords: Codewords, sizes: PlotSiz
     _finish(right, np.array(ends), _limits(y), sizes)
 
 
-def _draw_dots(panel: Axes, x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSizes) -> None:
+def _draw_dots(panel: "Axes", x: Tensor, y: Tensor, frozen: Tensor, sizes: PlotSizes) -> None:
     """Draw single values. Frozen values are squares, and free values are dots."""
     for which, marker, color in ((~frozen, ".", BLUE), (frozen, "s", ORANGE)):
         panel.plot(x[which].numpy(), y[which].numpy(), marker, color=color, ms=sizes.mark / 2, mew=0, zorder=3)
 
 
-def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
+def _draw_histogram(panel: "Axes", tensor: Tensor) -> None:
     """Draw the histogram of a float tensor in the background.
 
     The highest bar is cut off at the height of the second highest bar, because the highest bar may contain the many
@@ -143,7 +146,7 @@ def _draw_histogram(panel: Axes, tensor: Tensor) -> None:
     panel.stairs(0.9 * heights, edges, fill=True, color="0.89", transform=panel.get_xaxis_transform(), zorder=0)
 
 
-def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list[Artist]:
+def legend_handles(measured: list[QuantizerCurves | Codewords]) -> list["Artist"]:
     """Return the legend entries for the graphical elements that occur in the given curves."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -199,7 +202,7 @@ def _spread_out(levels: list[float], gap: float) -> list[float]:
     return sorted(kept)
 
 
-def _finish(panel: Axes, x: "NDArray[np.generic]", y: tuple[float, float], sizes: PlotSizes) -> None:
+def _finish(panel: "Axes", x: "NDArray[np.generic]", y: tuple[float, float], sizes: PlotSizes) -> None:
     panel.set(xlim=(float(x[0]), float(x[-1])), ylim=y)
     panel.locator_params(axis="x", nbins=5)
     panel.tick_params(labelsize=sizes.text - 1, length=2.5, pad=2)
