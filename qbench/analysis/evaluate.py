@@ -5,10 +5,10 @@ The module computes accuracy, calibration error and predictions.
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qbench.analysis.finished_run import load_finished_run
 from qbench.analysis.overrides import override_dataset
+from qbench.config.schema import Node
 from qbench.data.dataset import Dataset
 from qbench.errors import ConfigError
 from qbench.experiment.builders import build_dataset
@@ -118,7 +119,7 @@ class Expected(NamedTuple):
     owner: str
 
 
-def other_dataset(own: Expected, node: Mapping[str, Any]) -> Dataset:
+def other_dataset(own: Expected, node: Node) -> Dataset:
     """Return the data set that `node` names.
 
     The images are normalized with the constants of the network's training data.

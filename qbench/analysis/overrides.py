@@ -1,17 +1,16 @@
 """Replaces the data set, the method or the layer policy of a finished run, according to command-line overrides."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from qbench.config import compose
-from qbench.config.schema import Config
+from qbench.config.schema import Config, Node
 from qbench.errors import ConfigError
 
 METHOD_KEYS = "allowed: layers.KEY=VALUE; method=NAME, alone or with bits=..., activation=NAME and method.KEY=VALUE"
 
 
-def override_dataset(node: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def override_dataset(node: Node, words: Sequence[str]) -> Node:
     """Return the configuration node of the data set that the overrides `words` select.
 
     Without an override `dataset=NAME`, the overrides change keys of the run's own data set.

@@ -70,7 +70,9 @@ def _on_gpus(table: Table, planned: PlannedRun) -> str:
     """Return a note on how long one GPU needs for all runs without a result. The estimate uses published speeds."""
     runtime = planned.config.runtime
     precision = runtime.precision if runtime.precision != "fp32" else "tf32" if runtime.tf32 else "fp32"
-    macs = sum(values["images"] * values["macs"] for values in table.values if values["seconds"])
+    macs = sum(
+        values["images"] * values["macs"] for values in table.values if isinstance(values, dict) and values["seconds"]
+    )
     times = training_seconds(macs, precision)
     listed = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in times.items())
     share = f"{SHARES[precision]:.0%}".replace("%", " %")

@@ -3,7 +3,6 @@
 import copy
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -61,7 +60,7 @@ def _counts(key: str, is_baseline: bool) -> bool:
     return key not in NOT_TYPED and not (is_baseline and key.startswith(("optim.", "epochs", "init", "layers.")))
 
 
-def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, dict[str, Any]]:
+def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, Node]:
     """Return the configuration that Hydra composes from `words`, and the entries in which `values` differs from it."""
     (node,) = compose.compose_nodes(words, sweep=False)
     found = dict(_leaves(to_dict(with_digests(from_node(copy.deepcopy(node))))))
@@ -71,7 +70,7 @@ def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[Dic
     return node, differing
 
 
-def _leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, object], place: str = "") -> Iterator[tuple[str, object]]:
     """Yield dotted keys with their values.
 
     All layer rules together are one value, because their patterns contain dots.
@@ -84,13 +83,13 @@ def _leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, A
             yield key, value
 
 
-def _at(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _at(values: Node, key: str) -> Node:
     for part in key.split("."):
         values = values[part]
     return values
 
 
-def _nearest_option(recipe: Mapping[str, Any]) -> str:
+def _nearest_option(recipe: Mapping[str, object]) -> str:
     """Return the option of `optim` that shares the most values with a recipe."""
 
     def score(name: str) -> int:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import yaml
 from hydra._internal.core_plugins import file_config_source
@@ -111,7 +110,7 @@ class DynamicConfigSource(ConfigSource):  # type: ignore[misc]
         return []
 
 
-def _refuse_ignored(file: Path, values: Mapping[Any, Any]) -> None:
+def _refuse_ignored(file: Path, values: Mapping[str, object]) -> None:
     """Refuse entries that Hydra would silently ignore.
 
     These entries are keys of Hydra itself, and lists of options. Hydra would use only the last option of a list.

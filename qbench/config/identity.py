@@ -18,13 +18,16 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qbench.bits import Bits
 from qbench.config.schema import RATE, SCHEMA, Config, Node, to_dict
 from qbench.errors import ConfigError
 from qbench.system.caches import cached_for_command
 from qbench.system.files import Json, read
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ADDED = "added"
 """The key of a YAML node that maps added keys to their default values."""
@@ -126,18 +129,20 @@ def _ordered_if_decisive(rules: Node) -> Json:
     return rules
 
 
-def decisive_keys(node: Any) -> Node:
+def decisive_keys(node: "DataclassInstance") -> Node:
     """Return a dataclass as plain values, without `free` keys and without `added` keys that have default values."""
     keys: Node = {}
     for item in fields(node):
         value = getattr(node, item.name)
         if item.metadata.get("free") or (item.metadata.get("added") and value == _default(item)):
             continue
-        keys[item.name] = decisive_keys(value) if is_dataclass(value) else copy.deepcopy(value)
+        keys[item.name] = (
+            decisive_keys(value) if is_dataclass(value) and not isinstance(value, type) else copy.deepcopy(value)
+        )
     return keys
 
 
-def _default(item: Field[Any]) -> object:
+def _default(item: Field[object]) -> object:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 

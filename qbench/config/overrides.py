@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 from antlr4 import CommonTokenStream, InputStream
 from hydra.core.override_parser.types import Override
@@ -16,6 +16,9 @@ from qbench.config.registry import GROUPS
 from qbench.config.schema import Config, sweep_hint
 from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MOST_COMBINATIONS = 10_000
 """Maximum number of combinations in a sweep. A mistyped range could define far more combinations."""
@@ -58,7 +61,7 @@ def _repeated_in_braces(word: str) -> str | None:
     if "{" not in word:
         return None
 
-    def dictionaries(tree: Any) -> Iterator[OverrideParser.DictContainerContext]:
+    def dictionaries(tree: object) -> Iterator[OverrideParser.DictContainerContext]:
         if isinstance(tree, OverrideParser.DictContainerContext):
             yield tree
         for child in getattr(tree, "children", None) or ():
@@ -100,12 +103,13 @@ def _instead(key: str) -> str:
     return f"type {key}=VALUE" + (f"; allowed: {allowed}" if allowed else "")
 
 
-def _schema_field(key: str) -> dataclasses.Field[Any] | None:
+def _schema_field(key: str) -> dataclasses.Field[object] | None:
     """Return the field of the schema that a dotted key names. Return None if the key is an argument of a function."""
     *groups, name = key.split(".")
-    schema: Any = Config
+    schema: type[DataclassInstance] = Config
     for group in groups:
-        schema = {item.name: item.type for item in dataclasses.fields(schema)}.get(group)
-        if not dataclasses.is_dataclass(schema):
+        found = {item.name: item.type for item in dataclasses.fields(schema)}.get(group)
+        if not isinstance(found, type) or not dataclasses.is_dataclass(found):
             return None
+        schema = found
     return {item.name: item for item in dataclasses.fields(schema)}.get(name)

@@ -146,7 +146,7 @@ def find(group: str, name: str) -> Factory:
     raise ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}\nallowed: {', '.join(known)}")
 
 
-def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
+def create(group: str, node: Mapping[str, object], **fixed: object) -> Any:
     """Call the function that a node names, with the node's other keys as arguments.
 
     Args:
@@ -167,7 +167,7 @@ def create(group: str, node: Mapping[str, Any], **fixed: object) -> Any:
 
 
 def checked(
-    group: str, node: Mapping[str, Any], fixed: Collection[str] = ()
+    group: str, node: Mapping[str, object], fixed: Collection[str] = ()
 ) -> tuple[Factory, Node, Mapping[str, inspect.Parameter]]:
     """Return the function that a node names, the arguments that the node gives, and all arguments of the function.
 
@@ -202,7 +202,7 @@ def _refuse_reserved(group: str, name: str, known: Collection[str]) -> None:
         )
 
 
-def takes(group: str, node: Mapping[str, Any], key: str) -> bool:
+def takes(group: str, node: Mapping[str, object], key: str) -> bool:
     """Return whether the function that a node names has an argument with the given name."""
     name = str(node["name"])
     return key in arguments(group, name, find(group, str(node.get("family", name))))

@@ -201,10 +201,10 @@ def _power_of_two(value: object) -> bool:
 class Config:
     """The configuration of one run."""
 
-    model: dict[str, Any] = MISSING
-    dataset: dict[str, Any] = MISSING
-    method: dict[str, Any] = MISSING
-    activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
+    model: Node = MISSING
+    dataset: Node = MISSING
+    method: Node = MISSING
+    activation: Node = field(default_factory=lambda: {"name": "none"})
     bits: BitWidths = field(default_factory=BitWidths)
     optim: Optim = field(default_factory=Optim)
     layers: Layers = field(default_factory=Layers)

@@ -52,7 +52,7 @@ def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter
     return named
 
 
-def default_values(group: str, known: Mapping[str, Parameter]) -> dict[str, Any]:
+def default_values(group: str, known: Mapping[str, Parameter]) -> dict[str, object]:
     """Return the default values of the arguments that become keys. Values that YAML cannot represent are left out."""
     values = {key: p.default for key, p in known.items() if key not in FILLED[group]}
     return {

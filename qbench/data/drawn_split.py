@@ -9,13 +9,16 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, SupportsInt, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qbench.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Ends = tuple[tuple[float, ...], tuple[float, ...]]
 """Lowest values and highest values of the images, each with one number per channel."""
@@ -28,7 +31,7 @@ class MapDataset(Protocol):
     def __len__(self) -> int:
         """Return the number of images."""
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         """Return (image, label)."""
 
 
@@ -140,7 +143,7 @@ def read_item(source: MapDataset, place: int, seed: int | None) -> tuple[Tensor,
     return _image(item[0], place), _label(item[1], place)
 
 
-def _image(image: object, place: int) -> Tensor:
+def _image(image: "Tensor | Image", place: int) -> Tensor:
     if not isinstance(image, Tensor) and hasattr(image, "getbands"):
         image = _tensor_of_pil(image, place)
     elif isinstance(image, Tensor) and image.dim() == 3 and seem_channels_last(image.shape):
@@ -169,7 +172,7 @@ def seem_channels_last(shape: Sequence[int]) -> bool:
     return first > 4 and (last == 2 or first == second != last)
 
 
-def _tensor_of_pil(image: Any, place: int) -> Tensor:
+def _tensor_of_pil(image: "Image", place: int) -> Tensor:
     """Return a PIL image as a tensor (C, H, W).
 
     8-bit images in other modes than L, LA, RGB and RGBA are converted to RGB. These include palette images, whose
@@ -186,7 +189,7 @@ def _tensor_of_pil(image: Any, place: int) -> Tensor:
     return torch.from_numpy(array[:, :, None] if array.ndim == 2 else array).movedim(2, 0)
 
 
-def _label(label: Any, place: int) -> int:
+def _label(label: SupportsInt, place: int) -> int:
     try:
         if int(label) == label:
             return int(label)

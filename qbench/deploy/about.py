@@ -53,7 +53,7 @@ def image_range(about: About) -> tuple[np.ndarray, np.ndarray]:
     return (0 - mean) / std - IMAGE_ROUNDING, (1 - mean) / std + IMAGE_ROUNDING
 
 
-def read_about(values: Mapping[str, Any], source: str) -> About:
+def read_about(values: Mapping[str, object], source: str) -> About:
     """Return the description that an exported file contains.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qbench.config.schema import baseline_config
 from qbench.experiment.builders import build_method
@@ -15,6 +15,9 @@ from qbench.experiment.submitted_jobs import JobSettings, job_outcome
 from qbench.experiment.submitted_run import SubmittedRun
 from qbench.quant.method import Unsupported
 from qbench.system import files
+
+if TYPE_CHECKING:
+    from submitit import Job
 
 POLL_SECONDS = 1.0
 
@@ -74,7 +77,7 @@ class _ClusterJobs:
     """Submits jobs to SLURM, and finds jobs that an earlier command has submitted."""
 
     settings: JobSettings
-    jobs: dict[Path, Any] = field(default_factory=dict)
+    jobs: dict[Path, "Job[Path | None]"] = field(default_factory=dict)
 
     def find(self, runs: Sequence[PlannedRun]) -> None:
         """Use jobs of an earlier command that are still in the queue."""
@@ -84,11 +87,11 @@ class _ClusterJobs:
             stored = files.read_json(self._record(planned)) or {}
             if stored.get("processes") == self.settings.processes:
                 tasks = list(range(self.settings.processes))
-                job: Any = submitit.SlurmJob(self.settings.folder, str(stored["job"]), tasks)
+                job: Job[Path | None] = submitit.SlurmJob(self.settings.folder, str(stored["job"]), tasks)
                 if not job.done(force_check=True) and job.state != "UNKNOWN":
                     self.jobs[planned.path] = job
 
-    def submit(self, runs: Sequence[PlannedRun], after: Any = None) -> None:
+    def submit(self, runs: Sequence[PlannedRun], after: "Job[Path | None] | None" = None) -> None:
         """Submit a job for each run that has none. With `after`, the jobs begin when the job `after` has ended."""
         new = [planned for planned in runs if planned.path not in self.jobs]
         if not new:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ from qbench.quant.layers import fully_quantized, quantized_parts
 from qbench.quant.method import Method
 from qbench.quant.policy import Policy, PolicyError, execution_order
 from qbench.runs import tensorboard
-from qbench.training.checkpoint import DoesNotFit
+from qbench.training.checkpoint import DoesNotFit, Saved
 from qbench.training.initial_weights import InitialWeights, load_initial_weights, load_quantizers
 
 DEBUG_IMAGES = 64
@@ -212,7 +211,7 @@ class ExperimentSetup:
             self.order[:] = order
             self._set_macs(count_macs(model, self.data.shape))
 
-    def restore_layers(self, state: Mapping[str, Any]) -> None:
+    def restore_layers(self, state: Saved) -> None:
         """Set `order` and `macs` to the values in a checkpoint. If the checkpoint has none, change nothing."""
         if LAYERS in state:
             self.order[:] = state[LAYERS]["order"]

@@ -5,10 +5,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qbench.config.schema import Node
 from qbench.distributed.launch import refuse_processes
@@ -17,6 +17,10 @@ from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.run_queue import POLL_SECONDS, RunQueue, baselines_first
 from qbench.experiment.submitted_run import SubmittedRun
 from qbench.system.gpus import TakenGpus, take
+
+if TYPE_CHECKING:
+    from submitit import Job
+    from submitit.core.core import Executor
 
 COMMON = (
     "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout",
@@ -51,7 +55,7 @@ class JobSettings:
         """The number of processes of a job."""
         return int(self.keys["nodes"]) * int(self.keys["tasks_per_node"])
 
-    def executor(self, **more: Any) -> Any:
+    def executor(self, **more: object) -> "Executor":
         """Return submitit's executor with these settings. `more` contains additional settings.
 
         Raises:
@@ -60,7 +64,7 @@ class JobSettings:
         import submitit
 
         keys = {key: value for key, value in (self.keys | more).items() if value is not None}
-        executor: Any
+        executor: Executor
         try:
             if self.cluster == "local":
                 executor = submitit.LocalExecutor(self.folder, max_num_timeout=self.timeouts)
@@ -75,7 +79,7 @@ class JobSettings:
             raise ConfigError(f"hydra.launcher: {str(error).partition(chr(10))[0]}") from None
 
 
-def job_settings(cluster: str, keys: Mapping[str, Any], runs: Sequence[PlannedRun]) -> JobSettings:
+def job_settings(cluster: str, keys: Node, runs: Sequence[PlannedRun]) -> JobSettings:
     """Return the settings of jobs from the keys of Hydra's launcher.
 
     If jobs run on this machine, a run with several GPUs gets one process per GPU.
@@ -95,7 +99,7 @@ def job_settings(cluster: str, keys: Mapping[str, Any], runs: Sequence[PlannedRu
 
 @dataclass(frozen=True)
 class _LocalJob:
-    job: Any
+    job: "Job[Path | None]"
     planned: PlannedRun
     gpus: TakenGpus | None
 
@@ -140,7 +144,7 @@ def run_in_local_jobs(
                 os.kill(int(each.job.job_id), signal.SIGTERM)  # the run gets the signal, and first saves its state
 
 
-def _start(planned: PlannedRun, settings: JobSettings, folder: Path, gpus: TakenGpus | None) -> Any:
+def _start(planned: PlannedRun, settings: JobSettings, folder: Path, gpus: TakenGpus | None) -> "Job[Path | None]":
     """Start a run in a job. submitit's process ignores Ctrl-C, which reaches all processes of the terminal."""
     job = SubmittedRun(waits=False, gpus=gpus.names if gpus else ())
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -150,7 +154,7 @@ def _start(planned: PlannedRun, settings: JobSettings, folder: Path, gpus: Taken
         signal.signal(signal.SIGINT, before)
 
 
-def job_outcome(job: Any, planned: PlannedRun) -> tuple[Path | None, bool]:
+def job_outcome(job: "Job[Path | None]", planned: PlannedRun) -> tuple[Path | None, bool]:
     """Return the directory that another process works on, if any, and whether the job was killed.
 
     Print a warning if the run failed before it had a directory.

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qbench.errors import Busy, Interrupted
 from qbench.experiment.context import RunContext
@@ -15,6 +15,10 @@ from qbench.runs.progress import ProgressReporter
 from qbench.runs.result import load_result
 from qbench.system.gpus import VISIBLE
 from qbench.system.signals import STOP_SIGNALS, stop_on_signals
+
+if TYPE_CHECKING:
+    from submitit import JobEnvironment
+    from submitit.helpers import DelayedSubmission
 
 GRACE_SECONDS = 90.0
 """Maximum seconds from a signal to the end of the process. SLURM sends it `signal_delay_s` before the time limit."""
@@ -70,14 +74,14 @@ class SubmittedRun:
             number = stop()
         return _leave(job, number, handlers.get(signal.Signals(number) if number else signal.SIGTERM))
 
-    def checkpoint(self, planned: PlannedRun) -> Any:
+    def checkpoint(self, planned: PlannedRun) -> "DelayedSubmission":
         """Return the call with which submitit continues the run when the job begins again."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, planned)
 
 
-def _leave(job: Any, number: int, handler: Any) -> NoReturn:
+def _leave(job: "JobEnvironment", number: int, handler: object) -> NoReturn:
     """End this process after a signal, or after the loss of another process, without a result for submitit.
 
     Args:

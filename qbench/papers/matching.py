@@ -30,7 +30,7 @@ def _with_published(table: Table) -> Table:
         return table
     dataset, net = _dataset_key(settings[0].dataset), _net_key(settings[0].model, settings[0].model_keys)
     matched = [replace(s, published=tuple(_match(row, s) for row in rows_for(s, dataset, net))) for s in settings]
-    return replace(table, values=matched, notes=[*table.notes, *_notes(matched, dataset, net)])
+    return replace(table, values=[*matched], notes=[*table.notes, *_notes(matched, dataset, net)])
 
 
 def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:

@@ -1,7 +1,6 @@
 """Compares the configuration of a run with the most similar published row of its method."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from qbench.config.identity import RunIdentity, run_identity
 from qbench.papers.published_figures import names, papers
@@ -74,7 +73,7 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
     return dataset and net, net, dataset, equal_widths, -broken, row.by_authors
 
 
-def _holds(key: str, value: str, config: Mapping[str, Any]) -> bool:
+def _holds(key: str, value: str, config: Mapping[str, object]) -> bool:
     """Return whether a dotted key has the given value in a configuration of nested dictionaries."""
     node: object = config
     for part in key.split("."):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def load_hits(run: Path, top1: float) -> Hits | None:
     return hits if _agrees(hits, top1) else None
 
 
-def pack_hits(hits: Hits) -> dict[str, Any]:
+def pack_hits(hits: Hits) -> dict[str, object]:
     """Return hits as values for JSON, with one bit per image."""
     import numpy as np
 
@@ -49,7 +49,7 @@ def pack_hits(hits: Hits) -> dict[str, Any]:
     return {"images": len(hits.correct), "labels_sha256": hits.labels_sha256, "bits": bits}
 
 
-def unpack_hits(values: Mapping[str, Any], top1: float) -> Hits:
+def unpack_hits(values: Mapping[str, object], top1: float) -> Hits:
     """Return the hits in the values that `pack_hits` returned.
 
     Raises:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import msgspec
 
@@ -60,7 +60,7 @@ class RunIndex:
         self._root, self._prefix = root, len(str(root)) + 1
         self._shared = SharedValues()
         self._known = _read(root / INDEX, self._shared)
-        self._rows: list[Any] = []
+        self._rows: list[_Row] = []
         self._changed = False
 
     def load(self, path: Path) -> Result | None:
@@ -100,12 +100,19 @@ class RunIndex:
             files.write(self._root / INDEX, hashlib.sha256(data).digest() + data)
 
 
+class _Row(Protocol):
+    """A row of the index file (`_row_type`)."""
+
+    path: str
+    stamp: Stamp
+
+
 class SharedValues:
     """The distinct values of the fields in `SHARED`. Each value has a number within its field."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, dict[bytes, int]] = {name: {} for name in SHARED}
-        self.values: dict[str, list[Any]] = {name: [] for name in SHARED}
+        self.values: dict[str, list[object]] = {name: [] for name in SHARED}
 
     def share(self, result: Result) -> tuple[Result, dict[str, int]]:
         """Replace values of a new result by equal values of earlier results.
@@ -130,12 +137,12 @@ class SharedValues:
     def restore(self, encoded: dict[str, list[msgspec.Raw]]) -> None:
         """Add the values that `encoded` returned."""
         for name, kind in _types(SHARED).items():
-            decode: Callable[[msgspec.Raw], Any] = msgspec.msgpack.Decoder(kind).decode
+            decode: Callable[[msgspec.Raw], object] = msgspec.msgpack.Decoder(kind).decode
             self.values[name] = [decode(raw) for raw in encoded[name]]
             self._numbers[name] = {bytes(raw): number for number, raw in enumerate(encoded[name])}
 
 
-def _read(path: Path, shared: SharedValues) -> dict[str, Any]:
+def _read(path: Path, shared: SharedValues) -> dict[str, "_Row"]:
     """Return the rows of an index file by path, and fill `shared`. The result is empty if the file is not intact."""
     try:
         data = memoryview(files.read(path))
@@ -146,7 +153,7 @@ def _read(path: Path, shared: SharedValues) -> dict[str, Any]:
         version, encoded, raw_rows = msgspec.msgpack.decode(content, type=kind)
         if version != _version():
             return {}
-        rows: list[Any] = msgspec.msgpack.decode(raw_rows, type=list[_row_type()])  # type: ignore[misc]
+        rows: list[_Row] = msgspec.msgpack.decode(raw_rows, type=list[_row_type()])  # type: ignore[misc]
         shared.restore(encoded)
     except (OSError, KeyError, msgspec.MsgspecError):
         return {}
@@ -163,12 +170,12 @@ def _row_type() -> type[Any]:
     return msgspec.defstruct("Row", [("path", str), ("stamp", Stamp), *kinds], array_like=True, gc=False)
 
 
-def _types(names: tuple[str, ...]) -> dict[str, Any]:
+def _types(names: tuple[str, ...]) -> dict[str, object]:
     hints = get_type_hints(Result, include_extras=True)
     return {name: hints[name] for name in names}
 
 
-def _unpack(row: Any, run: str, shared: SharedValues) -> Result:
+def _unpack(row: "_Row", run: str, shared: SharedValues) -> Result:
     """Return the result of a row. Types and ranges were checked when the index file was decoded."""
     result = object.__new__(Result)
     values = {name: getattr(row, name) for name in FIELDS}

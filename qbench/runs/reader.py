@@ -122,10 +122,10 @@ def dump_records(runs: Sequence[RunRecord]) -> str:
     Each protocol is written only once. If predictions of a run are stored, the record contains the run's hits, one bit
     per test image, so that a comparison can pair runs by image.
     """
-    protocols: dict[str, Any] = {}
+    protocols: dict[str, object] = {}
     records = []
     for run in runs:
-        record: dict[str, Any] = {"path": str(run.path), "status": run.status, "reason": run.reason}
+        record: dict[str, object] = {"path": str(run.path), "status": run.status, "reason": run.reason}
         record |= {"notes": run.notes} if FROM_LOGS in run.notes else {}
         if run.result:
             result = {key: value for key, value in asdict(run.result).items() if key not in LEFT_OUT}

@@ -175,7 +175,7 @@ def load_result(path: Path) -> Result | None:
     return result if result.protocol.hash == digest(result.protocol.keys) else None
 
 
-def parse_result(values: dict[str, Any]) -> Result:
+def parse_result(values: dict[str, object]) -> Result:
     """Return a result from the values of a JSON object. The type and the range of every field are checked.
 
     Raises:
@@ -224,7 +224,7 @@ def store_result(path: Path, result: Result) -> None:
     files.write_json(path / "result.json", with_checksum(values))
 
 
-def with_checksum(values: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(values: dict[str, object]) -> dict[str, Any]:
     """Return the values with an additional key `sha256`, the digest of the values as JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     plain.pop("sha256", None)

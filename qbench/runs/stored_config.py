@@ -1,7 +1,6 @@
 """Reads the config.yaml of a run, and refuses a file that was edited after the run."""
 
 from pathlib import Path
-from typing import Any
 
 from qbench.config.identity import run_identity
 from qbench.config.schema import STARTS, Config
@@ -47,7 +46,7 @@ def recorded_files(result: Result | None) -> dict[str, str]:
     return {key: str(value) for key, value in digests.items() if value}
 
 
-def _parse(values: Any, run: Path) -> Config:
+def _parse(values: object, run: Path) -> Config:
     """Return the configuration in the values of a file. Checkpoints that the configuration names need not exist."""
     if not isinstance(values, dict):
         raise ConfigError(f"the file contains {values!r}, not keys and values")

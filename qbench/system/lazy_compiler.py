@@ -8,24 +8,26 @@ import importlib
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 COMPILER = "torch._dynamo"
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 class _Placeholder(ModuleType):
     """Stands for the compiler. The compiler is imported when anything but the two functions below is needed."""
 
     @staticmethod
-    def disable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def disable(function: Function, *args: object, **kwargs: object) -> Function:
         """Return a function that is left out of compilation."""
         return function
 
     @staticmethod
-    def graph_break(*args: Any, **kwargs: Any) -> None:
+    def graph_break(*args: object, **kwargs: object) -> None:
         """End the part of the code that is compiled as one graph."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__") and name != "__path__":  # read by code that looks at all modules
             raise AttributeError(name)
         if sys.modules.get(COMPILER) is self:

@@ -6,7 +6,7 @@ another name than in qbench's network. Notes list everything that is renamed or 
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ class RenamedWeights(NamedTuple):
     notes: list[str]
 
 
-def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], list[str]]:
+def find_state_dict(content: Mapping[str, object], source: str) -> tuple[Mapping[str, object], list[str]]:
     """Return the state_dict in a file's content. If the state_dict is under a key, a note names this key.
 
     Raises:
@@ -42,22 +42,16 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[Mapping[st
     key, *others = [name for name in present if isinstance(content[name], dict)] or present or [""]
     if not key:
         return content, []
-    if not isinstance(content[key], dict):
-        raise CheckpointError(f"{source}: its key `{key}` contains a {type(content[key]).__name__}, not a state_dict")
-    others += [name for name, value in content.items() if name not in present and _similar(value, content[key])]
+    found = content[key]
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{source}: its key `{key}` contains a {type(found).__name__}, not a state_dict")
     usual = key == "model" and not others  # as in qbench's own files
-    unused = (f"{printable(str(other))} not used" for other in others)
-    return content[key], [] if usual else [f"taken from the key {key}", *unused]
-
-
-def _similar(value: object, weights: Mapping[str, Any]) -> bool:
+    return found, [] if usual else [f"taken from the key {key}", *(f"{other} not used" for other in others)]
     """Return whether a value seems to be another state_dict: a dictionary with at least half as many tensors."""
-    tensors = sum(isinstance(one, Tensor) for one in value.values()) if isinstance(value, dict) else 0
-    return 2 * tensors >= max(1, len(weights))
 
 
 def rename_weights(
-    weights: Mapping[str, Any], model: nn.Module, source: str, last: str | None = None
+    weights: Mapping[str, object], model: nn.Module, source: str, last: str | None = None
 ) -> RenamedWeights:
     """Rename a file's tensors: remove prefixes, and give the last layer its name in the network.
 
@@ -72,7 +66,7 @@ def rename_weights(
     prefixes: dict[str, None] = {}
     others = [str(name) for name, value in weights.items() if not isinstance(value, Tensor) or name in COUNTERS]
     for name, value in weights.items():
-        if str(name) in others:
+        if str(name) in others or not isinstance(value, Tensor):
             continue
         short = _without_prefixes(str(name), known)
         if short in tensors:

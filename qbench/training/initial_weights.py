@@ -181,7 +181,7 @@ def _file(path: Path) -> Path:
     return path / "best.pt" if path.is_dir() else path
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], list[str]]:
+def _read(path: Path) -> tuple[Mapping[str, object], list[str]]:
     """Return the content of a weights file, and notes on its format."""
     file = _file(path)
     try:

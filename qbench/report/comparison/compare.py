@@ -156,7 +156,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
     settings = with_control(settings)
     notes += [*_unlike_notes(results), *control_notes(settings), *warning_notes(settings)]
     notes += [*_protocol_notes(results, labels), *_commit_notes(results, context)]
-    return with_columns(Table((), title=title, values=settings, notes=notes), columns_in(DEFAULT))
+    return with_columns(Table((), title=title, values=[*settings], notes=notes), columns_in(DEFAULT))
 
 
 def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, list[Result]]]:
@@ -263,7 +263,7 @@ def _missing_table(title: str, missing: Sequence[RunRecord]) -> list[Table]:
         unsupported = run.result if run.status == "unsupported" else None
         name = f"{unsupported.method} {unsupported.widths}" if unsupported else str(run.path)
         grouped[run.status, name, run.reason].append(run)
-    rows, values = list[tuple[str, ...]](), list[MissingRuns]()
+    rows, values = list[tuple[str, ...]](), list[object]()
     for (status, name, reason), alike in sorted(grouped.items()):
         count = f", {len(alike)} runs" if len(alike) > 1 else ""
         rows.append((status, name + count, reason.partition("\n")[0]))

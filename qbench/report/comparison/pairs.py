@@ -79,7 +79,7 @@ def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, 
         table_pairs = [replace(p, first=by_old[id(p.first)]) if p.leading else p for p in table_pairs]
         summed_up = filter(None, [summary(settings)])
         notes = [*summed_up, *table.notes, *sample_notes(settings), *pair_notes(table_pairs, margin)]
-        concluded.append(replace(table, values=settings, notes=notes))
+        concluded.append(replace(table, values=[*settings], notes=notes))
     return concluded
 
 

@@ -60,13 +60,13 @@ def sorted_by(table: Table, name: str) -> Table:
     if name == EQUAL_BYTES:
         grouped = group_by_bytes(settings)
         grouped.sort(key=lambda s: (s.bytes_group or float("inf"), -s.top1.mean, s.label))
-        return replace(table, values=grouped) if grouped else table
+        return replace(table, values=[*grouped]) if grouped else table
     column = find_column(name)
     keyed = [(column.key(setting), setting) for setting in settings]
     present = [(key, setting) for key, setting in keyed if key is not None]
     present.sort(key=lambda pair: pair[0], reverse=column.descending)
     absent = [setting for key, setting in keyed if key is None]
-    return replace(table, values=[setting for _, setting in present] + absent) if settings else table
+    return replace(table, values=[*(setting for _, setting in present), *absent]) if settings else table
 
 
 def find_column(name: str) -> Column:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from qbench.report.tables import escape
 
@@ -32,7 +32,7 @@ class Table:
 
     head: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
-    values: list[Any] = field(default_factory=list)
+    values: list[object] = field(default_factory=list)
     title: str = ""
     notes: list[str] = field(default_factory=list)
 
