@@ -213,10 +213,10 @@ def load_model(
         return network if dtype is None else as_half_network(network, dtype)
 
 
-def _row(run: RunRecord) -> dict[str, Any]:
+def _row(run: RunRecord) -> dict[str, object]:
     """Return the values of a run that are in every row of `to_dicts`."""
     result = run.result
-    row: dict[str, Any] = {"status": run.status, "reason": run.reason or None, "run": str(run.path)}
+    row: dict[str, object] = {"status": run.status, "reason": run.reason or None, "run": str(run.path)}
     if result is None:
         return row
     row |= {"method": result.method, "bits": result.widths, **{f"bits.{key}": result.bits[key] for key in "wag"}}

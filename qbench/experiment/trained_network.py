@@ -1,9 +1,8 @@
 """Reads the configuration and the weights of a finished run, from which its network can be rebuilt."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TypedDict
 
 from torch import nn
 
@@ -14,6 +13,7 @@ from qbench.errors import CheckpointError
 from qbench.quant.layers import quantized_layers, quantized_parts
 from qbench.runs.result import load_result
 from qbench.runs.stored_config import stored_config
+from qbench.training.checkpoint import Saved
 from qbench.training.initial_weights import load_published
 
 LAYERS = "layers"
@@ -37,7 +37,7 @@ class StoredLayers(TypedDict):
     input: NotRequired[InputFormat]
 
 
-def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, dict[str, Any]]:
+def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, Saved]:
     """Return a finished run's configuration and checkpoint.
 
     Initial weights and teacher are removed from the configuration.
@@ -65,7 +65,7 @@ def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu"
     return replace(config, init="scratch", distill=Distill("none"), runtime=runtime), state
 
 
-def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Module:
+def load_weights(model: nn.Module, state: Saved, named: str) -> nn.Module:
     """Load a run's checkpoint into the network, and return the network.
 
     Raises:
@@ -80,7 +80,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], named: str) -> nn.Modu
     return model
 
 
-def check_quantized(model: nn.Module, state: Mapping[str, Any], named: str) -> None:
+def check_quantized(model: nn.Module, state: Saved, named: str) -> None:
     """Check that a rebuilt network has quantizers at the same places as the network of the checkpoint.
 
     The places can differ, because the layers that a network executes can depend on data or on unseeded random numbers.

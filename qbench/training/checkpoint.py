@@ -49,7 +49,7 @@ def pack(state: Mapping[str, object]) -> bytes:
     return body + _MARK + hashlib.sha256(body).hexdigest().encode()
 
 
-def unpack(data: bytes, source: str) -> dict[str, Any]:
+def unpack(data: bytes, source: str) -> Saved:
     """Return the state of a checkpoint made by `pack`.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from qbench.runs.result import load_result
 from qbench.system import files
 from qbench.training.checkpoint import (
     DoesNotFit,
+    Saved,
     check_fit,
     first_nonfinite,
     has_digest,
@@ -50,7 +51,7 @@ def is_intact(file: Path, identity: str) -> bool:
         return False
 
 
-def load_published(run: Path, name: str = "best.pt") -> dict[str, Any]:
+def load_published(run: Path, name: str = "best.pt") -> Saved:
     """Return the content of a finished run's best.pt or last.pt.
 
     Raises:
