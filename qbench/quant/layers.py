@@ -13,7 +13,7 @@ from qbench.quant import elementwise
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.ops import named_transform, recompute_in_backward
 from qbench.quant.quantizer import Quantizer
-from qbench.quant.weights_first import weight_of
+from qbench.quant.weights_first import WeightLayer, weight_of
 
 # Shapes: N batch, C channels, H height, W width.
 
@@ -36,7 +36,7 @@ class NotFinite(ValueError):
     """
 
 
-def _check_finite(layer: "QLayer", what: str, x: Tensor) -> Tensor:
+def _check_finite(layer: WeightLayer, what: str, x: Tensor) -> Tensor:
     """Return x, or raise `NotFinite` if a value is inf or nan.
 
     The check is done only on the CPU and outside of torch.compile. On another device, the check would make the CPU wait
@@ -77,7 +77,7 @@ def _quantized_input(layer: "QLayer", input: Tensor) -> Tensor:
     return x
 
 
-def _quantized_weight(layer: "QLayer") -> Tensor:
+def _quantized_weight(layer: WeightLayer) -> Tensor:
     """Return the quantized weights of a layer. Raise `NotFinite` if the weights contain inf or nan."""
     return layer.weight_q(_check_finite(layer, "weights", layer.weight))
 

@@ -16,10 +16,10 @@ A function with any other step is not recorded. torch executes such a function.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbench.quant.program import FULL_TYPES, SAMPLES, Builder, Call, Full, NotRecordable, Number, Program, memory_of
@@ -38,6 +38,16 @@ OVERWRITING = frozenset({"zero", "fill", "copy"})
 """Operations that write a tensor without reading it."""
 
 
+class TorchOperation(Protocol):
+    """An operation that torch executes, such as `aten.add.Tensor`. The class of operations is private in torch."""
+
+    tags: Sequence[torch.Tag]
+    _schema: torch.FunctionSchema
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        """Execute the operation."""
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operations of a function."""
 
@@ -51,7 +61,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.builder = builder
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+        self,
+        func: TorchOperation,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         """Execute and record one operation."""
         kwargs = kwargs or {}
@@ -100,7 +114,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.builder.set(target, Full(self.builder.converted(index, target.dtype)))
 
     def record_call(
-        self, func: OpOverload, target: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+        self, func: TorchOperation, target: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """Record an operation whose result has one element."""
 

@@ -11,17 +11,25 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from qbench.quant.layers import QLayer
+from qbench.quant.quantizer import Quantizer
 
 Result = TypeVar("Result")
 
 _current: ContextVar["WeightsFirst | None"] = ContextVar("weights_first", default=None)
+
+
+class WeightLayer(Protocol):
+    """A quantized layer, with the attributes that the quantization of its weights reads."""
+
+    label: str
+    training: bool
+    weight: Tensor
+    weight_q: Quantizer
 
 
 class WeightsFirst:
@@ -37,10 +45,10 @@ class WeightsFirst:
     """
 
     def __init__(self) -> None:
-        self._last: dict[QLayer, None] = {}  # layers that the last forward pass called, in this order
-        self._called: dict[QLayer, None] = {}
-        self._ready: dict[QLayer, tuple[Tensor, _State]] | None = None
-        self._never: set[QLayer] = set()
+        self._last: dict[WeightLayer, None] = {}  # layers that the last forward pass called, in this order
+        self._called: dict[WeightLayer, None] = {}
+        self._ready: dict[WeightLayer, tuple[Tensor, _State]] | None = None
+        self._never: set[WeightLayer] = set()
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -53,7 +61,7 @@ class WeightsFirst:
             _current.reset(token)
             self._ready, self._last = None, self._called
 
-    def weight(self, layer: "QLayer", quantize: Callable[["QLayer"], Tensor]) -> Tensor:
+    def weight(self, layer: WeightLayer, quantize: Callable[[WeightLayer], Tensor]) -> Tensor:
         """Return the quantized weights of a layer. `quantize` computes them."""
         if self._ready is None:
             self._ready = self._together(quantize)
@@ -71,7 +79,7 @@ class WeightsFirst:
             self._called[layer] = None
         return result
 
-    def _together(self, quantize: Callable[["QLayer"], Tensor]) -> dict["QLayer", tuple[Tensor, "_State"]]:
+    def _together(self, quantize: Callable[[WeightLayer], Tensor]) -> dict[WeightLayer, tuple[Tensor, "_State"]]:
         """Return the quantized weights of the layers that the last forward pass called, and the state of each layer.
 
         If a quantizer changes its state for the first time, the change is undone, and its layer is left out from then
@@ -94,12 +102,12 @@ class _State:
     Values are compared, because changes through `.data` do not change the version of a tensor.
     """
 
-    def __init__(self, layer: "QLayer") -> None:
+    def __init__(self, layer: WeightLayer) -> None:
         self._tensors = _tensors(layer)
         self._values = [t.detach().clone() for t in self._tensors]
         self._modes = _modes(layer)
 
-    def holds(self, layer: "QLayer") -> bool:
+    def holds(self, layer: WeightLayer) -> bool:
         """Return whether nothing has changed since this object was made."""
         tensors = _tensors(layer)
         same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
@@ -113,14 +121,12 @@ class _State:
                     tensor.copy_(value)
 
 
-def _tensors(layer: "QLayer") -> list[Tensor]:
-    quantizer = layer.weight_q
-    assert isinstance(quantizer, nn.Module)
-    found = (layer.weight, *quantizer.parameters(), *quantizer.buffers())
+def _tensors(layer: WeightLayer) -> list[Tensor]:
+    found = (layer.weight, *layer.weight_q.parameters(), *layer.weight_q.buffers())
     return [t for t in found if isinstance(t, Tensor)]
 
 
-def _modes(layer: "QLayer") -> tuple[bool, ...]:
+def _modes(layer: WeightLayer) -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), layer.training
 
 
@@ -138,7 +144,7 @@ def _draws_numbers(compute: Callable[[], Result]) -> tuple[Result, bool]:
     return result, not torch.equal(before, torch.get_rng_state())
 
 
-def weight_of(layer: "QLayer", quantize: Callable[["QLayer"], Tensor]) -> Tensor:
+def weight_of(layer: WeightLayer, quantize: Callable[[WeightLayer], Tensor]) -> Tensor:
     """Return `quantize(layer)`, the quantized weights of a layer. `WeightsFirst` may have computed them already."""
     if torch.compiler.is_compiling():
         return quantize(layer)
