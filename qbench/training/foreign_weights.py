@@ -45,9 +45,16 @@ def find_state_dict(content: Mapping[str, object], source: str) -> tuple[Mapping
     found = content[key]
     if not isinstance(found, dict):
         raise CheckpointError(f"{source}: its key `{key}` contains a {type(found).__name__}, not a state_dict")
+    others += [name for name, value in content.items() if name not in present and _similar(value, found)]
     usual = key == "model" and not others  # as in qbench's own files
-    return found, [] if usual else [f"taken from the key {key}", *(f"{other} not used" for other in others)]
+    unused = (f"{printable(str(other))} not used" for other in others)
+    return found, [] if usual else [f"taken from the key {key}", *unused]
+
+
+def _similar(value: object, weights: Mapping[str, object]) -> bool:
     """Return whether a value seems to be another state_dict: a dictionary with at least half as many tensors."""
+    tensors = sum(isinstance(one, Tensor) for one in value.values()) if isinstance(value, dict) else 0
+    return 2 * tensors >= max(1, len(weights))
 
 
 def rename_weights(

@@ -119,14 +119,17 @@ def load_initial_weights(
     return InitialWeights(message + "".join(f"; {note}" for note in notes), is_float, quantizers)
 
 
-def _is_quantized(content: Mapping[str, Any], path: Path) -> bool:
+def _is_quantized(content: Mapping[str, object], path: Path) -> bool:
     """Return whether a checkpoint of a run contains the latent weights of a quantized network.
 
     Such weights need no quantizers in the file: DoReFa, for example, computes its levels from the weights alone.
     """
-    if "layers" in content:  # the key `LAYERS` of `qbench.experiment.trained_network`
-        return bool(content["layers"]["quantized"])
-    result = load_result(path if path.is_dir() else path.parent) if "identity" in content else None
+    if "identity" not in content:  # not a file of qbench
+        return False
+    layers = content.get("layers")  # the key `LAYERS` of `qbench.experiment.trained_network`
+    if isinstance(layers, dict):
+        return bool(layers.get("quantized"))
+    result = load_result(path if path.is_dir() else path.parent)
     return result is not None and bool(result.verified)
 
 
