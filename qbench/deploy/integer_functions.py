@@ -257,7 +257,7 @@ def reshape(b: Builder, x: Value, *sizes: object) -> Value:
     shape, wanted = b.input_shape, b.output_shape
     if wanted == shape:
         return x
-    if len(wanted) != 2 or len(shape) != 4:
+    if len(wanted) != 2 or len(shape) != 4 or wanted[0] != shape[0]:
         raise NotInteger(f"does not support the reshape from {shape[1:]} to {wanted[1:]}")
     return _flattened(b, x, shape[1:])
 

@@ -120,7 +120,6 @@ load_floats: Load[Vector] = _load(FLOATS, _LLVM[FLOATS], 4)
 load_table: Load[Vector] = _load(ONE_TABLE, _LLVM[ONE_TABLE], 1)
 load_tables: Load[Vector] = _load(TABLES, _I8, 1)
 load_word: Load[np.int32] = _load(types.int32, ir.IntType(32), 1)
-load_byte: Load[np.uint8] = _load(types.uint8, ir.IntType(8), 1)
 load_half: Load[np.uint16] = _load(types.uint16, ir.IntType(16), 1)
 load_float: Load[np.float32] = _load(types.float32, ir.FloatType(), 4)
 

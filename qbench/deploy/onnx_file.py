@@ -65,7 +65,12 @@ def to_onnx(network: Network, about: About) -> bytes:
                 "try: qbench export RUN --to packed"
             ) from None
         graph.set_shape(results[i], shape)
-    logits = value(network.output)
+    try:
+        logits = value(network.output)
+    except NoConverter as reason:
+        raise NotExportable(
+            f"{about.form} export does not support {reason}\ntry: qbench export RUN --to packed"
+        ) from None
     assert isinstance(logits, str)
     graph.output(logits)
     return graph.file(about)

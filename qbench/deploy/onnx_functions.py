@@ -134,7 +134,8 @@ def _flatten(g: OnnxGraph, x: str, start_dim: int = 0, end_dim: int = -1) -> str
 
 
 def _reshape(g: OnnxGraph, x: str, *sizes: object) -> str:
-    flat = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple) else list(sizes)
+    first = sizes[0]
+    flat = list(first) if len(sizes) == 1 and isinstance(first, tuple) and not isinstance(first, Batch) else list(sizes)
     return g.node("Reshape", x, g.integers(*_with_batch(g, flat)))
 
 

@@ -220,6 +220,7 @@ FUNCTIONS = {
     "cat": lambda x: torch.cat([x, x[:, 1:3]], 1), "slice": lambda x: x[:, :, 1:, 2:5],
     "transpose": lambda x: x.transpose(2, 3).contiguous(), "permute": lambda x: x.permute(0, 1, 3, 2).clone(),
     "view": lambda x: x.view(len(x), 2, -1), "reshape": lambda x: x.reshape(-1, 4, 16, 4),
+    "one axis": lambda x: x.reshape(len(x) * 256).reshape(len(x), 4, 8, 8),
     "flatten": lambda x: x.flatten(1, 2), "unsqueeze": lambda x: x.unsqueeze(2).squeeze(2),
     "sum": lambda x: x.sum(3, keepdim=True), "in place": lambda x: F.relu_(x + 1),
 }  # fmt: skip
