@@ -15,9 +15,9 @@ from qbench.quant.ops import without_rounding
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 FLOOR = 1e-4
-"""Largest gradient that counts as zero, if upstream gradients are about 1.
+"""For upstream gradients of about 1, smaller gradients count as zero.
 
-If the terms of a sum cancel, the sum has a rounding error of this size.
+A gradient that is exactly zero in theory can have a rounding error of this size, if it is a sum whose terms cancel.
 """
 
 TOLERANCE = 1e-4
@@ -89,7 +89,7 @@ def _derivatives(result: Tensor, upstream: Tensor, inputs: Sequence[Tensor]) -> 
 
 
 def _balanced_over_levels(result: Tensor) -> Tensor:
-    """Return random upstream gradients whose sum over equal values is 0.
+    """Return random upstream gradients. Their sum over each set of equal values in `result` is 0.
 
     A change of the scale changes equal values by equal amounts. For these upstream gradients, the gradient through the
     scale is therefore 0, and a nonzero gradient has passed through the rounding. If most values occur only once, the

@@ -133,6 +133,6 @@ def scaled_loss(subject: MethodUnderTest, bits: Bits) -> None:
     for name, gradient in found[0].items():
         if not torch.equal(found[1][name], gradient):
             raise PropertyViolation(
-                f"the gradient of {name} for a loss times {SCALE:g} is not {SCALE:g} times the gradient; "
+                f"if the loss is multiplied by {SCALE:g}, the gradient of {name} is not multiplied by {SCALE:g}; "
                 'if the method rounds gradients with a fixed step, declare the trait "fixed_point_gradients"'
             )

@@ -50,7 +50,7 @@ def refuse_processes(size: int, shards: int) -> None:
         enough = 1 << (size - 1).bit_length()
         raise ConfigError(
             f"batch_shards={shards} cannot be shared by {size} processes, because {size} does not divide {shards}\n"
-            f"type batch_shards={enough} and start {enough} processes, or fewer"
+            f"type batch_shards={enough}, and start {enough} processes or a smaller power of two"
         )
 
 

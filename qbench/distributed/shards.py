@@ -42,7 +42,15 @@ class Shards:
         return range(self.group.rank * each, (self.group.rank + 1) * each)
 
     def draw_seed(self, purpose: str, step: int, shard: int = 0) -> int:
-        """Return a 63-bit seed for random numbers of one shard, or for random numbers that all processes share."""
+        """Return a 63-bit seed for random numbers of one step.
+
+        The result is the same on all processes. It differs between purposes, runs, steps and shards.
+
+        Args:
+            purpose: what the random numbers are for.
+            step: index of the training step.
+            shard: index of the shard, or 0 for random numbers that all shards share.
+        """
         name = f"{purpose} {self.seed} {step} {shard}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
@@ -109,7 +117,7 @@ class ShardedStep:
         return loss, hits
 
     def _tensors(self, run: Pass) -> Tensors:
-        """Reset the buffers, and run a pass. Return the loss, correct predictions, gradients and buffers."""
+        """Reset the buffers, and run a pass. Return loss, number of correct predictions, gradients, buffers."""
         for buffer, before in zip(self._model.buffers(), self._before, strict=True):
             buffer.copy_(before)
         self._model.zero_grad()

@@ -1,6 +1,6 @@
 """Uses torch.distributed to connect the processes that torchrun started.
 
-gloo transfers numbers and messages. NCCL transfers gradients on CUDA devices if each process has its own GPU.
+NCCL transfers gradients on CUDA devices if each process has its own GPU. gloo transfers everything else.
 """
 
 import os

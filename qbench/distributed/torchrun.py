@@ -2,8 +2,8 @@
 
     python -m qbench.distributed.torchrun --nproc-per-node=4 -m qbench method=dorefa batch_shards=4
 
-torchrun alone passes on only some signals. If a process fails, torchrun alone ends with status 1, whatever the
-process's status is.
+Without this module, torchrun passes on only some signals. If a process fails, torchrun then always ends with status 1,
+not with the status of the process.
 """
 
 import logging

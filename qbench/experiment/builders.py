@@ -56,7 +56,7 @@ def _dataset(node_json: str) -> Dataset:
 def _created_dataset(node: Node) -> Dataset:
     """Call the function that a node names, and return its result as a data set.
 
-    A user's function may return one of several forms.
+    A user's function may return any form that `as_dataset` accepts.
     """
     name, val = str(node["name"]), float(node.get("val", registry.VAL))
     returned = registry.create("dataset", _arguments(node))
@@ -191,7 +191,10 @@ def networks_that_fit(weights: Path, data: Dataset) -> list[str]:
 
 
 def _networks() -> Iterator[tuple[str, Node]]:
-    """Yield (words to type, node) for each network of `conf/model`. Of a network with the key `form`, yield both."""
+    """Yield (words to type, node) for each network of `conf/model`.
+
+    A network with the key `form` is yielded twice, once for each value of this key.
+    """
     for name in option_names("model"):
         if not option_file("model", name).is_file():  # the option comes from another package
             continue

@@ -101,7 +101,7 @@ def check_splits(data: Dataset, optim: Optim, name: str) -> None:
 
 
 def check_updates(data: Dataset, optim: Optim, key: str, borders: Sequence[int]) -> None:
-    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up that fills a phase of the method.
+    """Refuse `accumulate` above the number of batches in an epoch, and a warm-up as long as a phase of the method.
 
     Args:
         key: the dotted key of the recipe in the configuration, such as `pretrain.optim`.

@@ -41,7 +41,10 @@ class RunContext:
         return self.group.rank == 0
 
     def agree(self, save: bool) -> tuple[int, bool]:
-        """Return the number of a signal that asks a process to stop (or 0), and whether a process wants to save."""
+        """Share requests among the processes of the run, and return the same pair on all of them.
+
+        The pair is the number of a signal that asks any process to stop (or 0), and whether any process wants to save.
+        """
         number, saves = self.group.largest(self.stop(), int(save))
         return number, bool(saves)
 

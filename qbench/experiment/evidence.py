@@ -84,7 +84,8 @@ def skipped_phases(phases: Callable[[int], Sequence[int]], epochs: int) -> Itera
         epochs: number of epochs of the run; 0 if nothing was trained.
     """
     most = len(phases(MOST_PHASES))
-    if not epochs or len(phases(epochs)) >= most or len(phases(2 * MOST_PHASES)) != most:  # the number has no limit
+    # If a method gets more phases with more epochs, without limit, no number of epochs is enough.
+    if not epochs or len(phases(epochs)) >= most or len(phases(2 * MOST_PHASES)) != most:
         return
     enough = next(count for count in range(epochs, MOST_PHASES + 1) if len(phases(count)) >= most)
     count = "1 epoch leaves" if epochs == 1 else f"{epochs} epochs leave"

@@ -62,7 +62,7 @@ def outcome(planned: PlannedRun) -> RunRecord:
 
 
 CHECKED_PARTS = ("model", "dataset", "method", "activation", "bits", "layers", "distill")
-"""Parts of a configuration that define the kind of a run. Of each kind, only one run is checked."""
+"""Parts of a configuration that define the kind of a run. `check` assembles only one run of each kind."""
 
 
 def check(runs: Sequence[PlannedRun]) -> None:

@@ -38,8 +38,8 @@ class TrainingSession:
 
     Args:
         directory: the directory of the run, locked by this process.
-        context: the objects that the caller provides.
-        runtime: settings of the execution.
+        context: progress display, signals and processes of the run, provided by the caller.
+        runtime: the node `runtime` of the configuration.
         title: the name of the run in the progress display.
         hyperparameters: the run's row in TensorBoard's table.
         texts: maps titles to texts to show in TensorBoard.

@@ -342,7 +342,7 @@ class ExperimentSetup:
 def assemble(
     config: Config, group: Group | None = None, *, planned: bool = False, stand_in: Dataset | None = None
 ) -> ExperimentSetup:
-    """Build every part once on the CPU, to find errors before any work.
+    """Build every part once on the CPU, to find errors before training starts.
 
     Args:
         group: the processes that share the run. None means that there is only one process.

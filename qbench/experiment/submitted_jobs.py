@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COMMON = (
     "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout",
 )  # fmt: skip
-"""The launcher's keys that all kinds of jobs have."""
+"""The launcher's keys that jobs on every kind of cluster have."""
 FOLDER = ".submitit"
 """The folder below `out` that contains the jobs' files. Every node of a cluster must be able to read it."""
 YEAR_MINUTES = 60 * 24 * 365
@@ -114,7 +114,7 @@ def run_in_local_jobs(
 
     Args:
         workers: the largest number of runs at a time.
-        gpus: names of the GPUs to share among the runs. Without names, the runs use no GPU.
+        gpus: names of the GPUs to share among the runs. Without names, every run uses its `runtime.device`.
         began: when the sweep began; see `RunQueue`.
     """
     queue, working, repeated = RunQueue(baselines_first(runs), began), list[_LocalJob](), set[Path]()

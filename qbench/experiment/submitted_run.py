@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 GRACE_SECONDS = 90.0
-"""Maximum seconds from a signal to the end of the process. SLURM sends it `signal_delay_s` before the time limit."""
+"""Maximum seconds from a signal to the end of the process. SLURM sends a signal `signal_delay_s` before the limit."""
 PREEMPTION_SECONDS = 600.0
 """Maximum seconds for which a stopped job waits for SLURM to end it. A job that ends by itself is not queued again."""
 
@@ -32,7 +32,7 @@ class SubmittedRun:
 
     Args:
         waits: whether to wait while another process works on the run or on its float baseline.
-        gpus: the names of the GPUs of the job, or nothing if the cluster has chosen them.
+        gpus: the names of the GPUs of the job, or empty if the cluster has chosen the GPUs.
     """
 
     waits: bool

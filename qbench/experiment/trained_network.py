@@ -20,7 +20,10 @@ LAYERS = "layers"
 """Key of a checkpoint for its `StoredLayers`."""
 
 VERIFIED = "verified"
-"""Key for the names of the quantized layers, from result.json. Checkpoints of earlier versions have no `LAYERS`."""
+"""Key for the names of the quantized layers.
+
+Checkpoints of earlier versions have no `LAYERS`. `stored_run` then reads these names from result.json.
+"""
 
 
 class StoredLayers(TypedDict):

@@ -39,7 +39,7 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
 
 
 def replaced_widths(setup: ExperimentSetup, model: nn.Module) -> list[str]:
-    """Return a warning for each width of `bits` that no layer has, because the layer policy gives every layer another.
+    """Return a warning for each width of `bits` that no layer has, because the layer policy sets other widths.
 
     Tables show the widths of `bits`, so this is a warning and not only a note.
     """
@@ -86,7 +86,7 @@ def _method_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str
 
 
 def _layer_keys(setup: ExperimentSetup) -> Iterator[tuple[str, str]]:
-    """Yield (key=value, reason) for each rule of the layer policy if earlier rules match all of its layers."""
+    """Yield (key=value, reason) for each rule without effect, because earlier rules match all layers of the rule."""
     order = setup.order
     ruled: dict[str, str] = {}  # layer -> the first rule that matches it
     for pattern, width in setup.policy.rules.items():

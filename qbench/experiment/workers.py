@@ -35,8 +35,8 @@ def worker_count(
 
     Args:
         runs: the runs. Their configurations state how many threads and GPUs a run needs.
-        limit: the typed maximum number of runs at a time, or nothing. 0 and text that is not a number mean no limit.
-        gpus: names of the GPUs that the runs share, or nothing if the runs use no GPU.
+        limit: the maximum number of runs at a time, as typed. No text, 0 and text that is not a number mean no limit.
+        gpus: names of the GPUs that the runs share, or empty if GPUs do not limit the number of runs.
         processes: number of processes per run.
     """
     threads = max(planned.config.runtime.threads for planned in runs)
@@ -96,7 +96,7 @@ def _pool(workers: int, gpus: Sequence[str], per_run: float) -> Iterator[Executo
 
 
 def _prepare_worker(parent: int, workers: int, gpus: Sequence[str], per_run: float) -> None:
-    """Import the modules that every run needs. Ignore signals between runs. End this process with its parent.
+    """Import the modules that every run needs. Ignore signals between runs. End this process when its parent ends.
 
     Take GPUs first, because CUDA sees only the GPUs that are visible when torch is imported.
     """

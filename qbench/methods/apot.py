@@ -69,7 +69,7 @@ Choices
 
 Deviations
     Inputs below 0 become 0 and get no gradient. The authors' code clips only at the upper end,
-    because its networks have a ReLU in front of the quantizer. qbench keeps alpha at 1e-3 or more.
+    because its networks have a ReLU before the quantizer. qbench keeps alpha at 1e-3 or more.
     If std(W) is 0, qbench does not divide the weights by std(W).
 
 Results

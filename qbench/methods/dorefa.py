@@ -7,8 +7,8 @@ Paper
 Idea
     DoReFa maps weights, activations and gradients to [0, 1], rounds them to k bits, and maps the
     result back. In the backward pass, the derivative of the rounding is replaced by 1
-    (straight-through). Bit counts can compute a dot product of two fixed-point vectors, in the
-    forward pass and in the backward pass.
+    (straight-through). The dot product of two fixed-point vectors can be computed by bit
+    operations, in the forward pass and in the backward pass.
 
 Forward
     Qk(x) = round(n x) / n, with n = 2^k - 1. Ties are rounded to even.
@@ -51,13 +51,14 @@ Protocol
 Choices
     activation: the bounded function h. The paper does not define h. The authors' code has used
     three functions. `clip` (default) is the function in today's code. `abs` is min(1, |x|). The
-    authors' SVHN script used `abs` until October 2018. The results that the script states were
+    authors' SVHN script used `abs` until October 2018. The accuracies in that script were
     measured with `abs`. `tanh` is tanh(x) / 2, rounded to levels in [-1/2, 1/2]. The authors' first
-    published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU in front of the
+    published AlexNet used `tanh`. `abs` and `tanh` need networks without a ReLU before the
     quantizer (`model.act=fused`). `clip` works with or without a ReLU, because `clip` itself sets
     negative values to 0.
-    In front of the last layer and of every layer that stays float, qbench keeps the network's ReLU.
-    The authors' code clips the activations there.
+    If the input of a layer stays float, qbench keeps the network's ReLU before this layer. By
+    default, the last layer is such a layer. The authors' code clips the input of these layers
+    instead.
     Values are rounded to nearest with ties to even, as in torch and in today's TensorFlow. The
     authors' first code rounded ties up.
 

@@ -53,8 +53,8 @@ Choices
     (0.799, 0.3217 and 0.185) come from EdMIPS, later code by the same first author.
     threshold: `zero` is the paper's first threshold. `half_step` sets the first threshold to half a
     step, as in round(x / step), and uses the optimal step for this threshold. EdMIPS also has a
-    first threshold of half a step, but the steps in EdMIPS are optimal for the first threshold 0.
-    A ReLU in front of the quantizer changes nothing, because the quantizer maps x <= 0 to 0. qbench
+    first threshold of half a step, but its steps would be optimal only if this threshold were 0.
+    A ReLU before the quantizer changes nothing, because the quantizer maps x <= 0 to 0. qbench
     removes this ReLU if the network allows the removal.
     The released code does not contain the offset of log_tailed. qbench uses q_m - 1, because this
     offset makes the derivative continuous at q_m.

@@ -6,8 +6,8 @@ Paper
 
 Idea
     DoReFa-Net clips activations at 1, but this clipping level does not suit every layer. In PACT,
-    every layer learns a clipping level. Weight decay reduces this level. A lower clipping level
-    means smaller steps between the levels.
+    every layer learns a clipping level. Weight decay reduces the clipping level, and thereby the
+    distance between neighbouring quantization levels.
 
 Forward
     Activations: y = 0.5 (|x| - |x - alpha| + alpha), which is x clipped to [0, alpha]. x_hat =

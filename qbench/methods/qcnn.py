@@ -259,8 +259,11 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
             f"{CODE_BITS}\ntype method.{prefix}subspace={CODE_BITS // bits} or less"
         )
     if codewords and bits != (width := -(-(codewords - 1).bit_length() // subspace)):
-        fix = f"type bits.w={width}, or method.{prefix}codewords=0 for the number that bits.w allows"
-        raise Unsupported(f"bits.w={bits}: {codewords} codewords for {subspace} weights have bits.w={width}; {fix}")
+        fix = f"type bits.w={width}, or method.{prefix}codewords=0 for the maximum that bits.w allows"
+        raise Unsupported(
+            f"bits.w={bits} does not fit method.{prefix}codewords={codewords}: for {subspace} weights per codeword, "
+            f"the width is {width} bits\n{fix}"
+        )
     return codewords or 2 ** (bits * subspace)
 
 
@@ -299,7 +302,7 @@ def build(
         if key.endswith("subspace") and value < 1:
             raise ValueError(f"{key}={value}: must be 1 or more")
         if key.endswith("codewords") and value and not 2 <= value <= 2**CODE_BITS:
-            raise ValueError(f"{key}={value}: must be 2 to {2**CODE_BITS}, or 0 for the number that bits.w allows")
+            raise ValueError(f"{key}={value}: must be 2 to {2**CODE_BITS}, or 0 for the maximum that bits.w allows")
 
     def weight(name: str, layer: FloatLayer, bits: int) -> QCNNWeight:
         check_kind("qcnn", name, layer)

@@ -7,7 +7,7 @@ Paper
 
 Idea
     K-means on the weights finds the levels. SLQ first quantizes the clusters that raise the loss
-    most, because many free weights can then be trained to compensate the error. It quantizes the
+    most, while many free weights can still be trained to compensate the error. It quantizes the
     clusters that raise the loss least at the end, when no free weights are left.
 
 Forward

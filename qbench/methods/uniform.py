@@ -18,8 +18,8 @@ Forward
     a level. The ends of the range of levels can therefore differ from l and h by up to s / 2.
 
 Backward
-    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat if x rounds to a level,
-    and 0 if x is clipped to the lowest or the highest level.
+    Weights: dL/dw = dL/dw_hat. Activations: dL/dx = dL/dx_hat where round(x / s) + z is in 0 ...
+    2^b - 1, else 0.
 
 Schedule
     Training has one phase and starts from a float network.

@@ -30,7 +30,7 @@ MAX_CONSTANTS = 64
 """Largest number of elements of a constant tensor in a function's closure, such as the levels of a quantizer."""
 
 MAX_VARIANTS = 256
-"""Largest number of programs of one function, one for each set of constants. torch executes further variants."""
+"""Largest number of programs of one function, one for each set of constants. torch executes all others."""
 
 COMPILE_AFTER = 2**25
 """Number of elements that torch computes with a function before the function is compiled.
@@ -56,11 +56,11 @@ class _Key:
 
 @dataclass
 class _Entry:
-    """The state of one function. The function is kept, so that no other object gets the addresses in its key."""
+    """The state of one function. `function` stays alive, so that no other object gets the addresses in its key."""
 
     function: Function
     elements: int = 0  #: number of elements that torch has computed
-    tried: bool = False  #: whether the function was recorded
+    tried: bool = False  #: whether recording the function was tried
     program: "Compiled | None" = None  #: the compiled program, or None if torch executes the function
 
 

@@ -1,7 +1,7 @@
 """Finds activation functions that input quantizers replace, and bypasses them.
 
 `feeds` maps the name of an activation module to the layers that read its output. It contains an activation only if
-nothing except these layers reads the output. A network can declare `feeds` as an attribute. If the attribute is missing
+nothing else reads the output. A network can declare `feeds` as an attribute. If the attribute is missing
 and the method needs it, qbench runs the network to find these layers.
 """
 
@@ -37,7 +37,7 @@ FUNCTIONS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "rel
 class TracedFeeds(NamedTuple):
     """The activations that quantizers can replace.
 
-    For each layer that reads none of these activations, `reasons` says why no activation in front of the layer can be
+    For each layer that reads none of these activations, `reasons` says why no activation before the layer can be
     replaced.
     """
 
@@ -136,7 +136,7 @@ def _readers(graph: Sequence[Operation], name: str) -> Iterator[Operation]:
 
 
 def _reason(graph: Sequence[Operation], layer: str, others: Mapping[str, str]) -> str:
-    """Return the reason, as text, why no activation in front of a layer can be replaced."""
+    """Return the reason, as text, why no activation before a layer can be replaced."""
     by_name = {operation.name: operation for operation in graph}
     ahead = [read for operation in graph if operation.module == layer for read in operation.reads]
     while ahead:
@@ -177,7 +177,7 @@ def bypass_activations(
     needs = method.requires.act
     if {act, needs} == {"keep", "fused"} and method.bits.a < FLOAT:
         raise Unsupported(
-            f"{method.name} requires act={needs} for the activation functions in front of its quantizers; got act={act}"
+            f"{method.name} requires act={needs} for the activation functions before its quantizers; got act={act}"
         )
     if method.bits.a == FLOAT or "keep" in (act, needs):
         return

@@ -178,7 +178,7 @@ def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:
 def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -> Fill:
     """Return a function that rounds one block stochastically.
 
-    The returned function is the argument `fill` of `blockwise` with `scratch=2`.
+    Pass the returned function to `blockwise` as the argument `fill`, with `scratch=2`.
     """
     bound = scalar(32768 - _shared_bits(like, generator))
 

@@ -43,10 +43,10 @@ def install(
         policy: selects the layers that are quantized. By default, all layers except the first and the last are
             quantized.
         example: one batch of images (N, C, H, W). `install` runs the network on these images. The run shows the
-            execution order, the layers that read the image, the activation functions in front of layers, and weights
+            execution order, the layers that read the image, the activation functions before layers, and weights
             that are used without calling their layer. Layers that do not run on these images stay in float. With None,
             the network is not run, and layers are in the order of registration.
-        act: whether activation functions in front of input quantizers are kept ("keep") or removed ("fused"). With
+        act: whether activation functions before input quantizers are kept ("keep") or removed ("fused"). With
             "auto", the method decides (`Requires`).
 
     Raises:

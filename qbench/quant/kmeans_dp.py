@@ -110,7 +110,7 @@ def prefix_sums(a: Floats) -> Floats:
 def _layer(
     before: Floats, weight: Floats, first: Floats, second: Floats, m: int, last: bool
 ) -> tuple[Floats, NDArray[np.int32]]:
-    """Return the minimal costs with one more cluster, and the best start of this cluster, for the first i values.
+    """Return, for every i, the minimal cost of the first i values with one more cluster, and its best start.
 
     For the first i values, the best start of the cluster is one of m - 1, ..., i - 1. The best start never decreases
     with i. If the best starts for i1 and i2 are known, only starts between these two are searched for every i between

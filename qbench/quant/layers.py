@@ -364,7 +364,7 @@ class BypassedActivation(nn.Module):
 
     Args:
         act: the activation function.
-        readers: the names of the next layers.
+        readers: the names of the layers that read the activation's output.
     """
 
     def __init__(self, act: nn.Module, readers: Sequence[str]) -> None:

@@ -52,12 +52,12 @@ class Requires:
     """The requirements of a method on the network around its quantizers.
 
     Args:
-        norm: the batch normalization that the network must have in front of the input quantizer: with scale and shift
+        norm: the batch normalization that the network must have before the input quantizer: with scale and shift
             ("affine"), without them ("no_affine"), or no batch normalization ("none"). None means that the method has
             no requirement.
-        act: what happens to the activation function in front of the input quantizer. "keep" keeps the activation
+        act: what happens to the activation function before the input quantizer. "keep" keeps the activation
             function. "fused" removes it, because the quantizer takes its place. "either" means that the quantizer
-            itself includes the activation function, so a separate activation function in front of it changes no value.
+            itself includes the activation function, so a separate activation function before it changes no value.
             With "either", the separate activation function is removed if the network declares which layers it feeds.
         start: the initial weights. "float" means the weights of the float baseline. "scratch" means random weights. The
             float baseline is then trained only for comparison.

@@ -268,7 +268,7 @@ class Compiled:
     def __call__(self, full: Sequence[Tensor], numbers: Sequence[Tensor]) -> tuple[Any, bool]:
         """Return the result of the function, and whether the first tensor is known to have only finite elements.
 
-        The type of what it returns is known only to the caller.
+        Only the caller knows the type of the result.
 
         Args:
             full: arguments with the same shape and memory format.

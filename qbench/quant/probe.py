@@ -41,7 +41,7 @@ class Probe:
     def responses(self, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
         """Return a layer's inputs and outputs for all images of the probe, without gradient.
 
-        If the network calls the layer with tensors of several sizes, the results are vectors of all values.
+        If the network calls the layer with tensors of several sizes, both results are flattened, of shape (n,).
         """
         with eval_mode_keeping_rng(model), torch.no_grad(), recorded_calls(model, [layer]) as calls:
             for images, _ in self.batches:

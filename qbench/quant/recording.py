@@ -78,7 +78,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = [*args[in_place and name in OVERWRITING :], *kwargs.values()]
         known = [value for t in _tensors(operands) if (value := self.builder.get(t)) is not None]
         if known and name in ("_local_scalar_dense", "item", "is_nonzero"):
-            raise NotRecordable("the function reads a number of a tensor")
+            raise NotRecordable("the function reads the value of a tensor as a Python number")
         result = func(*args, **kwargs) if written is None or in_place else func(*args, out=written, **kwargs)
         self.builder.seen.extend(_tensors((*args, result)))
         if name in FACTORIES:

@@ -136,8 +136,8 @@ def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str 
         return None
     return (
         "the network has state that is not in its state_dict (an attribute, or a buffer with persistent=False), so "
-        "networks loaded from best.pt or last.pt and continued runs compute other outputs; the accuracy `best` was "
-        "measured with this state as it was after the last epoch"
+        "networks loaded from best.pt or last.pt have other outputs, and so do continued runs; the accuracy `best` was "
+        "measured with the state after the last epoch"
     )
 
 

@@ -30,8 +30,8 @@ WITHOUT_TRAINING = "without training"
 MAX_GROWTH = 1e4
 """If the largest weight of a layer grows by more than this factor since the start, the run stops.
 
-At this magnitude, neighbouring float32 numbers differ by a thousandth of the initial weights. Rounding then removes
-updates of the usual size.
+At this magnitude, neighbouring float32 numbers differ by about a thousandth of the initial weights. Rounding then
+removes updates of the usual size.
 """
 
 MIN_STEPS = 300
@@ -56,8 +56,8 @@ HealthWarnings = dict[str, str]
 def initial_magnitudes(model: nn.Module) -> dict[str, float]:
     """Return the largest weight magnitude of each layer. Later magnitudes are compared with these magnitudes.
 
-    The returned magnitude is at least 1 / sqrt(n), where n is the number of inputs of one output. Otherwise, the growth
-    of a layer that starts at 0 would be infinite.
+    The returned magnitude is at least 1 / sqrt(n), where n is the fan-in of the layer. Otherwise, the growth of a layer
+    that starts at 0 would be infinite.
     """
     return {name: max(_max_magnitude(layer), layer.weight[0].numel() ** -0.5) for name, layer in _layers(model).items()}
 
@@ -120,8 +120,8 @@ def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where:
     """Return warnings about layers whose weights or outputs carry no information.
 
     A layer gets a warning if all its weights are on the same level although several levels are allowed. A layer also
-    gets a warning if its output is the same for all images. If an earlier layer has this second warning, and the input
-    of the layer is also the same for all images, the second warning is left out.
+    gets a warning if its output is the same for all images. This second warning is left out if the layer's input is
+    also the same for all images, and an earlier layer already has the second warning.
     """
     warnings: HealthWarnings = {}
     layers, constant = quantized_layers(model), False

@@ -32,8 +32,8 @@ class Callbacks:
 
     Args:
         on_step: function of (state, loss) that is called after every batch.
-        on_epoch: function of (state, record, losses) that is called after every epoch. At this call, `state.epoch` is
-            already the number of the next epoch.
+        on_epoch: function of (state, record, losses) that is called after every epoch. When it is called, `state.epoch`
+            is already the number of the next epoch.
         on_interrupt: function of (state) that is called if the validation after an epoch is interrupted.
     """
 
@@ -125,8 +125,8 @@ def _gradients_are_ready(task: Task, state: State, loss: Tensor, shards: Sequenc
     Return whether the weights can be updated: the update has all its batches and, in float16, finite gradients.
 
     Raises:
-        Diverged: the loss or a gradient is not finite. In float16, gradients that are not finite raise this error only
-            if the loss scale is 1 or less, since a smaller scale could no longer be the remedy.
+        Diverged: the loss or a gradient is not finite. In float16, a gradient that is not finite raises this error only
+            if the loss scale is 1 or less, because reducing the scale further would not help.
     """
     scaler, on_cpu = state.scaler, loss.device.type == "cpu"
     # On a GPU, the loss is not checked here, because reading its value would make training wait for the GPU.

@@ -148,7 +148,7 @@ def test_processes_that_differ(tmp_path: Path) -> None:
     ("words", "size", "message"),
     [
         (DOREFA, 3, "batch_shards=4 cannot be shared by 3 processes"),
-        ([*DOREFA, "batch_shards=1"], 2, "type batch_shards=2 and start 2 processes, or fewer"),
+        ([*DOREFA, "batch_shards=1"], 2, "type batch_shards=2, and start 2 processes or a smaller power of two"),
         (["-m", *DOREFA, "seed=0,1"], 2, "-m is not possible with 2 processes"),
         long_tier([*DOREFA, "lr_search=grid"], 2, "lr_search=grid is not possible with 2 processes"),
         ([*DOREFA, "hydra/launcher=joblib"], 2, "hydra/launcher is allowed only in a sweep"),
