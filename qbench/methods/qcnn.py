@@ -260,10 +260,7 @@ def _codewords(bits: int, subspace: int, codewords: int, prefix: str) -> int:
         )
     if codewords and bits != (width := -(-(codewords - 1).bit_length() // subspace)):
         fix = f"type bits.w={width}, or method.{prefix}codewords=0 for the maximum that bits.w allows"
-        raise Unsupported(
-            f"bits.w={bits} does not fit method.{prefix}codewords={codewords}: for {subspace} weights per codeword, "
-            f"the width is {width} bits\n{fix}"
-        )
+        raise Unsupported(f"bits.w={bits}: {codewords} codewords of {subspace} weights each need bits.w={width}; {fix}")
     return codewords or 2 ** (bits * subspace)
 
 

@@ -50,13 +50,13 @@ def pack(state: Mapping[str, object]) -> bytes:
 
 
 def unpack(data: bytes, source: str) -> Saved:
-    """Return the state of a checkpoint made by `pack`.
+    """Return the content of a checkpoint made by `pack`.
 
     Args:
         source: the file's name, for messages.
 
     Raises:
-        CheckpointError: the digest is missing or wrong, or the content is not a state.
+        CheckpointError: the digest is missing or wrong, or the content is not a dictionary.
     """
     body, footer = data[:-_FOOTER_BYTES], data[-_FOOTER_BYTES:]
     if footer[: len(_MARK)] != _MARK or hashlib.sha256(body).hexdigest().encode() != footer[len(_MARK) :]:

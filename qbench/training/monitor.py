@@ -92,12 +92,12 @@ class TrainingMonitor:
             self.without_gradient = [] if step else to_train(model)
 
     def step(self, model: nn.Module, step: int) -> None:
-        """Remove parameters that have a gradient now from `without_gradient`. After `FIRST_STEPS`, do nothing."""
+        """From `without_gradient`, remove parameters that now have a gradient. After `FIRST_STEPS`, do nothing."""
         if self.without_gradient and step <= FIRST_STEPS:
             self.without_gradient = still_without_gradient(model, self.without_gradient)
 
     def memory(self, model: nn.Module) -> dict[str, object]:
-        """Return the state of the monitor for a checkpoint: the arguments from `start` on.
+        """Return the state of the monitor for a checkpoint: the arguments of this class from `start` on.
 
         At level `off`, `codes` and `gradients` are left out.
         """
