@@ -1,6 +1,7 @@
 """ONNX files: the run's classes in ONNX Runtime and OpenVINO, standard operators, refusals, damaged files."""
 
 import json
+import platform
 import random
 import re
 import sys
@@ -113,11 +114,25 @@ INT8 = [
 ]
 
 
+SATURATING = [("method=dorefa", "bits=w7a8"), ("method=ptq", "bits=w8a8")]
+"""Runs whose codes of weights and activations both use all 8 bits. Products of two such codes need 16 bits."""
+
+
+def has_vnni() -> bool:
+    """Return whether the processor adds products of 8-bit integers in 32 bits. Other processors than x86 do."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    information = Path("/proc/cpuinfo")
+    return not information.exists() or "_vnni" in information.read_text()
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("words", "tolerance"), INT8, ids=[" ".join(words) for words, _ in INT8])
 def test_int8_agrees_with_the_run_in_both_runtimes(
     words: tuple[str, ...], tolerance: float, name: str, configure: Configure
 ) -> None:
+    if name == "openvino" and words in SATURATING and not has_vnni():
+        pytest.skip("OpenVINO clips sums of products of 8-bit codes on x86 processors without VNNI")
     model, batches = quantized(configure, *words)
     read = check_onnx(model, batches, "int8", name, tolerance)
     codes = [tensor for tensor in read.graph.initializer if tensor.name.endswith(".codes")]
