@@ -27,10 +27,10 @@ def weight_width(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class LevelCount:
-    """Number of levels found in a tensor, and number of levels that the tensor's grid allows.
+    """Number of levels found in a tensor, and number of levels that the tensor's quantizer allows.
 
-    A scale group is a set of values that share a scale. If a tensor has several scale groups, both numbers are those of
-    the group with the most levels.
+    A scale group is a set of values that share a scale. If a tensor has several scale groups, both numbers refer to the
+    group with the most levels.
     """
 
     found: int

@@ -27,7 +27,7 @@ def exclusive_call() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def recorded_command(arguments: Sequence[str]) -> Iterator[None]:
-    """Make the manifest and TensorBoard record the arguments of this call instead of those of the user's program.
+    """Record the arguments of this call, not those of the user's program, in manifest.json and TensorBoard.
 
     During the call, `sys.argv` contains these arguments, and worker processes inherit them.
     """
@@ -41,7 +41,7 @@ def recorded_command(arguments: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def torch_settings_restored(*, training: bool) -> Iterator[None]:
-    """Restore the random generators, the number of threads and the determinism of torch after a call.
+    """Restore torch's random generators, number of threads and setting for deterministic algorithms after a call.
 
     Args:
         training: whether the `with` block trains a run.

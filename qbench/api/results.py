@@ -184,7 +184,7 @@ def load_model(
         trust: whether to allow code outside qbench that the run's configuration names.
 
     Raises:
-        ConfigError: an argument is not valid, the run names code that is not trusted, or it has no best epoch.
+        ConfigError: an argument is not valid, the run names code that is not trusted, or the run has no best epoch.
         CheckpointError: the run is not finished, a file is missing or damaged, or the directory does not contain the
             weights of the given result.
     """

@@ -99,8 +99,8 @@ def compare() -> SubcommandParser:
     parser.add_argument(
         "--published",
         action="store_true",
-        help="add columns with the published result of each setting, who measured this result, and the gap between "
-        "the published result and the result of the runs",
+        help="add three columns: the published result of each setting, who measured it, and the gap (the result of the "
+        "runs minus the published result)",
     )
     parser.add_argument(
         "--html",
@@ -200,7 +200,7 @@ def published() -> SubcommandParser:
         "--missing",
         action="store_true",
         help="show only rows that are not measured yet, each with a command that measures the row, or with the reason "
-        "why no command can",
+        "why there is no such command",
     )
     return parser
 

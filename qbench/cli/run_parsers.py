@@ -82,7 +82,7 @@ def evaluate() -> SubcommandParser:
         "--predictions",
         type=prediction_file,
         metavar="FILE",
-        help="write index, label, predicted class and the class's probability for every image, as .csv or .npy",
+        help="write a .csv or .npy file with index, label, predicted class and its probability for every image",
     )
     add_choice(
         parser,
@@ -129,9 +129,9 @@ def inspect() -> SubcommandParser:
         parser,
         "--sort",
         ("leave-one-out", "leave-one-in", "sqnr", "order"),
-        "order of rows, worst layer first (default: leave-one-out). leave-one-out: by the loss decrease when only this "
-        "layer is in float; leave-one-in: by the loss increase when only this layer is quantized; sqnr: by SQNR; "
-        "order: as in the network",
+        "order of rows (default: leave-one-out). order: as in the network. The others put the worst layer first: "
+        "leave-one-out by the loss decrease when only this layer is in float, leave-one-in by the loss increase when "
+        "only this layer is quantized, sqnr by SQNR",
     )
     return parser
 

@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
 NODES = {"model": "resnet8", "dataset": "digits", "method": "float", "activation": "none"}
-"""Group -> default option. Only the groups that store the chosen option under `name` are included."""
+"""Group -> default option. Only groups whose node has the name of its option under `name` are included."""
 OPTIMIZERS = {"optim": "optim", "pretrain.optim": "optim@pretrain.optim"}
 """Key of a recipe in the configuration -> the text before `=OPTION` on the command line."""
 NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
@@ -26,7 +26,7 @@ NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")
 def command_line(values: Node, recorded: Mapping[str, str] | None = None) -> str | None:
     """Return the command line `qbench KEY=VALUE ...` that produces a configuration, or None if there is none.
 
-    The command line names options of groups, and sets each key whose value differs from these options. There is no
+    The command line names options of groups, and sets each key whose value differs from the options. There is no
     command line for a run of a learning-rate grid, or for a run whose initial checkpoint was deleted. The result is
     also None if the configuration names functions outside qbench, because such functions are not imported here.
 
@@ -61,7 +61,7 @@ def _counts(key: str, is_baseline: bool) -> bool:
 
 
 def _differences(words: list[str], values: Node, is_baseline: bool) -> tuple[DictConfig, Node]:
-    """Return the configuration that Hydra composes from `words`, and the entries in which `values` differs from it."""
+    """Return the configuration that Hydra composes from `words`, and the entries of `values` that differ from it."""
     (node,) = compose.compose_nodes(words, sweep=False)
     found = dict(_leaves(to_dict(with_digests(from_node(copy.deepcopy(node))))))
     differing = {
@@ -101,7 +101,7 @@ def _nearest_option(recipe: Mapping[str, object]) -> str:
 
 
 def _has(node: DictConfig, key: str) -> bool:
-    """Return whether the chosen options contain a key. Any other key must be typed with a `+`."""
+    """Return whether a composed configuration contains a key. A key that it lacks must be typed with a `+`."""
     place, _, name = key.rpartition(".")
     parent = OmegaConf.select(node, place) if place else node
     return parent is not None and name in parent

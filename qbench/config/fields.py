@@ -79,25 +79,25 @@ def printable(default: str, *, free: bool = False) -> str:
 
 
 def layer_width(default: int | str) -> int | str:
-    """Return a field for a layer's width: `float`, `same` or a number of bits."""
+    """Return a field for the bit width of a layer: `float`, `same` or a number of bits."""
     return marked(default, is_width, WIDTHS)
 
 
 def image_width(default: int | str) -> int | str:
-    """Return a field for the width of the image: `float`, `same` or a number of bits."""
+    """Return a field for the bit width of the input image: `float`, `same` or a number of bits."""
     allowed = f"float, same, or a number of bits from 1 to {FLOAT}"
     return marked(default, lambda x: is_width(x) and weight_width(str(x)) is None, allowed)
 
 
 def is_width(x: object) -> bool:
-    """Return whether x is a layer's width: `float`, `same`, a number of bits, or `w8` for 8-bit weights only."""
+    """Return whether x is a layer's bit width: `float`, `same`, a number of bits, or `w8` for 8-bit weights only."""
     if isinstance(x, str):
         return x in ("float", "same") or weight_width(x) is not None
     return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= FLOAT
 
 
 def parse_bits(text: str) -> dict[str, int | None]:
-    """Parse widths such as `w2a2g6`. Widths that the text does not contain are None."""
+    """Parse bit widths such as `w2a2g6`. Widths that the text does not contain are None."""
     match = re.fullmatch(r"(?:w(\d{1,3}))?(?:a(\d{1,3}))?(?:g(\d{1,3}))?", text)
     if not match or not text:
         raise ConfigError(

@@ -39,7 +39,7 @@ def option_file(group: str, name: str) -> Path:
 
 
 def group_names() -> list[str]:
-    """Return the names of the configuration's groups. The folder `hydra` has the settings of launchers."""
+    """Return the names of the groups. The folder `hydra` is left out, because it contains settings of launchers."""
     return sorted(path.name for path in conf_directory().iterdir() if path.is_dir() and path.name != "hydra")
 
 

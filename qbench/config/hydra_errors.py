@@ -64,9 +64,9 @@ def _missing_option(path: str) -> str:
 
 
 def _unknown_key(key: str, arguments: list[str]) -> str | None:
-    """Return the message about a key that does not exist in the chosen options.
+    """Return the message about a key that does not exist in the options that the command line selects.
 
-    Return None if the key exists, or if Hydra cannot compose the chosen options.
+    Return None if the key exists, or if Hydra cannot compose these options.
     """
     chosen = [a for a in arguments if a.partition("=")[0] in group_names() and "," not in a]
     try:

@@ -116,11 +116,11 @@ def _identity_keys(config: Config, recorded: Mapping[str, str]) -> Node:
 
 
 def _ordered_if_decisive(rules: Node) -> Json:
-    """Return layer rules in the form for the identity: a mapping, or a list of pairs if the order of the rules matters.
+    """Return layer rules as they enter the identity: a list of pairs if the order of the rules matters, else a mapping.
 
-    The first rule that matches a layer applies, but a mapping has no order in the identity. The order matters if two
-    rules with different widths are not in alphabetical order and could match the same layer. Two patterns cannot match
-    the same name if their texts up to the first wildcard differ.
+    The first rule that matches a layer applies, but the identity ignores the order of a mapping. The order matters if
+    two rules have different widths, are not in alphabetical order, and could match the same layer. Two patterns could
+    match the same layer if the text before the first wildcard of one pattern begins with that of the other pattern.
     """
     for (first, width), (second, other) in combinations(rules.items(), 2):
         one, two = (re.split(r"[*?\[]", pattern)[0] for pattern in (first, second))

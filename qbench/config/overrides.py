@@ -28,7 +28,7 @@ def check_overrides(words: Iterable[Override]) -> None:
     """Refuse several values of one key or several options of one group. Hydra would silently use the last of them.
 
     Examples are `epochs=1 epochs=2`, a list for a group (`bits=[w2a2,w4a4]`), and two equal keys in braces
-    (`layers.rules={conv1: 8, conv1: 4}`). Also refuse to remove a group or a key of the schema.
+    (`layers.rules={conv1: 8, conv1: 4}`). Also refuse `~KEY` if KEY is a group or a key of the schema.
     """
     typed: dict[str, str] = {}
     for word in words:
@@ -75,10 +75,11 @@ def _repeated_in_braces(word: str) -> str | None:
 
 
 def refuse_deletions(words: Iterable[Override], node: DictConfig) -> DictConfig:
-    """Return the composed configuration, but refuse an override `~KEY` that removes a key of a chosen option.
+    """Return the composed configuration. Refuse `~GROUP.KEY` if KEY is in the YAML file of the selected option.
 
-    Without the key, the function that builds the network, data set or method would silently use a default argument. A
-    key that the option does not have may be removed, because an experiment file may have set it for another option.
+    For example, `~model.depth` is refused with `model=resnet20`. Without the key, the function that builds the network,
+    data set or method would silently use its default value. Other keys may be removed: an experiment file may have set
+    a key that only another option of the group has.
     """
     for word in words:
         group, _, inside = str(word.key_or_group).partition(".")
@@ -89,7 +90,7 @@ def refuse_deletions(words: Iterable[Override], node: DictConfig) -> DictConfig:
 
 
 def _removed(word: Override) -> ConfigError:
-    return ConfigError(f"{word.input_line}: a key cannot be removed\n{_instead(str(word.key_or_group))}")
+    return ConfigError(f"{word.input_line}: this key cannot be removed\n{_instead(str(word.key_or_group))}")
 
 
 def _instead(key: str) -> str:

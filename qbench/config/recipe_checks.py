@@ -21,7 +21,7 @@ def check_schedule(optim: Optim, path: str) -> None:
         optim.schedule != "step" or len(factors) != len(marks) + 1 or not all(0 < f < math.inf for f in factors)
     ):
         raise ConfigError(
-            f"{path}factors={factors}: must be numbers above 0, one more than the number of milestones; "
+            f"{path}factors={factors}: must be numbers above 0, one for the start and one for each milestone; "
             "allowed only with schedule=step\n"
             f"such as '{path}milestones=[0.5,0.75]' '{path}factors=[1,0.5,0.1]'"
         )

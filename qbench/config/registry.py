@@ -1,7 +1,7 @@
 """Maps names to functions that build methods, models and data sets.
 
-A name has one of three meanings: a file below `qbench/<group>/` with a function `build`; an entry point that another
-package registers in the group `qbench.<group>`; or a user's function or class, named as `package.module:name`. A
+A name refers to one of three things: a file below `qbench/<group>/` with a function `build`; an entry point that
+another package registers in the group `qbench.<group>`; or a user's function or class, `package.module:name`. A
 configuration node contains a name and the arguments of the named function (see `signature.py`).
 """
 
@@ -72,9 +72,10 @@ def card(name: str) -> str:
 
 
 def widths(name: str) -> str:
-    """Return the letters of the widths that a method has, such as `wa`, without importing the method's module.
+    """Return the letters of the bit widths that a method accepts, without importing the method's module.
 
-    A method outside qbench is assumed to have all three widths.
+    For example, `wa` means that the method accepts widths of weights and activations. A method outside qbench is
+    assumed to accept all three widths.
     """
     path = Path(__file__).parents[1] / GROUPS["method"] / f"{name}.py"
     if not name.isidentifier() or not path.exists():
@@ -85,9 +86,9 @@ def widths(name: str) -> str:
 
 
 def known_deviations(name: str) -> dict[str, tuple[str, str]]:
-    """Return a map from each known deviation of a method to (description, source).
+    """Return a map from the names of a method's known deviations to (description, source).
 
-    The module of the method is not imported.
+    A deviation is a difference between public code and the paper. The module of the method is not imported.
     """
     path = Path(__file__).parents[1] / "deviations" / f"{name}.py"
     if not name.isidentifier() or not path.exists():

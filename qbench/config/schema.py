@@ -24,8 +24,8 @@ SCHEMA = 2
 """Version of the run identity.
 
 If this number changes, the same configuration becomes a different run. A new key does not need a new version. New
-keys are marked as `added` (see `qbench.config.identity`), so a run whose new keys have their default values keeps its
-identity.
+keys are marked as `added` (see `qbench.config.identity`). A stored run keeps its identity, because its new keys have
+their default values.
 """
 
 BASELINE_MODEL = {"act": "auto", "head": "keep"}
@@ -35,7 +35,7 @@ RATE = "optim.lr"
 """Name of the option that contains the learning rate. Only runs of a learning-rate grid have this option."""
 
 STARTS = ("float", "scratch", "method")
-"""Values of `init` that are not paths. `auto` and `imagenet` are missing, because other values replace them.
+"""Values of `init` that are not paths. `auto` and `imagenet` are not listed, because other values replace them.
 
 `auto` becomes `method` if the method trains from scratch, and otherwise `float`. `imagenet` becomes a path.
 """
@@ -131,7 +131,7 @@ def scaled(rate: float, factor: float) -> float:
 
 @dataclass
 class Layers:
-    """The layers that stay in float or have their own width; see `qbench.quant.policy.Policy`."""
+    """The layers that stay in float or have their own bit width; see `qbench.quant.policy.Policy`."""
 
     first: int | str = layer_width("float")
     last: int | str = layer_width("float")

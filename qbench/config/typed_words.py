@@ -42,7 +42,7 @@ def unknown_word_message(word: str, following: Sequence[str], subcommands: Seque
 def own_code_hint(group: str, name: str) -> str:
     """Return a line that shows how to type a user's own module or image folder, or "" if neither exists.
 
-    `name` is the typed option of the group.
+    `name` is the text that was typed after `GROUP=`.
     """
     if group == "dataset" and os.path.isdir(name):
         return f"\nfor a folder of images, type dataset=folder dataset.root={name}"

@@ -1,6 +1,7 @@
 """Makes the message about a key that does not exist.
 
-The message names the most similar key of the whole configuration, and all keys of the node that was typed.
+The message names the most similar key of the whole configuration, and all keys of the node in which the user typed the
+unknown key.
 
 A key is suggested only if the user probably meant it. The typed name must be one of the following: a key of another
 node, a misspelled key, part of a key (`workers` for `runtime.num_workers`), or a common synonym of a key.
@@ -48,7 +49,7 @@ def unknown_key_message(typed: str, tree: Mapping[Any, object]) -> str:
     declared = [path for path in schema_paths(Config) if path not in composed and path not in NOT_TYPED]
     place = typed.rpartition(".")[0]
     if typed in declared:
-        return f"{typed}: no such key in the chosen {place}\nto add it, type +{typed}=VALUE"
+        return f"{typed}: no such key in the selected option of {place}\nto add it, type +{typed}=VALUE"
     known = [*composed, *declared, *(group for group in group_names() if group not in composed)]
     nearest = nearest_key(typed, known)
     while place and not _inside(place, known):

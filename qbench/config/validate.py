@@ -99,7 +99,10 @@ def from_node(node: DictConfig) -> Config:
 
 
 def with_digests(config: Config) -> Config:
-    """Add the file's digest to each node that names a function in a user's file. The file can change the result."""
+    """Add `source`, the digest of the user's file, to each node that names a function in such a file.
+
+    The code in the file can change the result of a run.
+    """
     for node in (config.method, config.activation, config.model, config.dataset):
         if file := users_file(str(node["name"])):
             node["source"] = source_digest(file)
@@ -149,10 +152,10 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 def _filled(config: Config) -> Config:
     """Fill in the method's widths. Convert a float run from scratch to a float baseline.
 
-    If the method requires random initial weights or a teacher, the value `auto` becomes `method`. The value `method` is
-    not part of the protocol, which contains the keys that must be equal in compared runs. The run can therefore be
-    compared with runs of other methods. A value that the user typed is part of the protocol, and runs of other methods
-    can use the same value.
+    If the method requires random initial weights or a teacher, the value `auto` of `init` or `distill.name` becomes
+    `method`. The protocol (the keys that must be equal in compared runs) replaces `method` by the default of methods
+    without such a requirement, so the run can be compared with runs of these methods. A value that the user typed
+    enters the protocol unchanged.
     """
     if config.init == "imagenet":
         config.init = _imagenet_weights(config)
@@ -209,7 +212,8 @@ def _imagenet_weights(config: Config) -> str:
 def _refuse_stored_values(config: Config) -> None:
     """Refuse values that only stored configurations may have.
 
-    In a stored configuration, the node of the method has no key `bits`.
+    A configuration without the key `method.bits` was stored earlier, because this key is removed before a configuration
+    is stored.
     """
     if "bits" not in config.method:
         return
@@ -226,9 +230,9 @@ def _refuse_stored_values(config: Config) -> None:
 
 
 def _fill_bits(config: Config, widths: dict[str, int | None], composed: dict[str, int | None]) -> None:
-    """Set the widths that were not typed to the widths of the method.
+    """Set each bit width that the user did not type to the default of the method.
 
-    If a separate method quantizes the activations, the width of the activations comes from that method.
+    If a separate method quantizes the activations, the default width of the activations comes from that method.
     """
     name = config.activation["name"]
     if name != "none":
@@ -271,7 +275,7 @@ def _check(config: Config) -> None:
 
 
 def _check_shards(config: Config) -> None:
-    """Check that batches can be divided into shards of equal size, and that a divided batch is not compiled."""
+    """Check that `batch_shards` divides the batch sizes, and that it is 1 if the network is compiled."""
     shards = config.batch_shards
     for key, optim in (("optim", config.optim), ("pretrain.optim", config.pretrain.optim)):
         if optim.batch_size % shards:
@@ -280,11 +284,11 @@ def _check_shards(config: Config) -> None:
                 f"type {key}.batch_size={-(-optim.batch_size // shards) * shards}, or a smaller batch_shards"
             )
     if shards > 1 and config.runtime.compile:
-        raise ConfigError(f"batch_shards={shards}: must be 1 for a compiled network\nremove runtime.compile=true")
+        raise ConfigError(f"batch_shards={shards}: must be 1 with runtime.compile=true\nremove one of the two")
 
 
 def _check_named(group: str, node: Node) -> None:
-    """Check that a YAML node has a name and every key that is listed under the node's key `added`."""
+    """Check that a YAML node has a key `name`, and that every key listed under `added` exists in the node."""
     if not isinstance(node.get("name"), str):
         raise ConfigError(f"{group}.name is missing; type {group}=NAME")
     added = node.get(ADDED) or {}

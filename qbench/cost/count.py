@@ -45,7 +45,7 @@ MOST_NUMBERS_ON_CPU = 2**20
 MOST_NAMES = 8
 """Maximum number of layers that a sentence of `coverage` or `idle_layers` names."""
 
-NOT_USED = "layers that evaluation does not use, but that the size includes as float layers"
+NOT_USED = "layers that evaluation does not use; the size includes them as float layers"
 NOT_REACHED = (
     "layers that an image of zeros does not reach; their operations are not counted, and the size includes them as "
     "float layers (a run says whether other images reach them)"

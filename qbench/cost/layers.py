@@ -20,13 +20,13 @@ MAX_CHANNELS = 16
 
 
 class Levels(NamedTuple):
-    """The values that a quantizer allows in one scale group."""
+    """The values that a quantizer allows in one scale group (a set of values that share a scale)."""
 
     number: int
     """The number of levels."""
 
     dimension: int
-    """Number of weights that one level represents. This number is above 1 for product quantization."""
+    """Number of weights that one level represents: above 1 for product quantization, else 1."""
 
     per: str
     """The part of a tensor that shares one scale: "layer", "channel", or "N values" for a group of N values."""
@@ -63,9 +63,9 @@ class LayerCost:
 
 
 LevelsOf = Callable[..., Levels | None]
-"""Maps (slot, class and shape of a small layer, bits) to the levels, or to None if the levels are not known.
+"""Function of (slot, layer class, shape of the weights, bits) that returns the levels of a small layer's quantizer.
 
-The slot is "weight" or "input".
+The slot is "weight" or "input". The function returns None if the levels are not known.
 """
 
 

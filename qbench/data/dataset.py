@@ -123,7 +123,7 @@ class Dataset:
         augment: the augmentation of training images.
         synthetic: whether the images are rendered or random. Tables that compare runs with papers leave out synthetic
             data sets.
-        files: facts about the image files. The manifest contains these facts.
+        files: facts about the image files. A run's manifest.json contains these facts.
         note: what a user should know before training. It is empty if there is nothing to report.
     """
 
@@ -356,7 +356,7 @@ class Loader:
                 yield crop_and_flip(images, draws[index], self.augment)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
-        """Return (x / white - mean) / std as float32 in channels_last, with the constants of the data set."""
+        """Return (x / data.white - mean) / std as float32 in channels_last, with the constants of the data set."""
         floats = images_NCHW.to(torch.float32, memory_format=torch.channels_last)
         if floats is images_NCHW:  # perhaps the stored images, which must not change
             return (floats - self._mean).mul_(self._scale)

@@ -27,7 +27,7 @@ SAMPLED, MIN_SAMPLED = 256, 8
 """Grey values of two splits are compared on samples of at most 256 images. With fewer than 8, they are not compared."""
 
 MAX_SHIFT, STANDARD_ERRORS = 0.25, 5.0
-"""Largest allowed difference of grey values between splits: the larger of these two limits.
+"""Two limits for the difference of grey values between splits. A difference above both limits is reported.
 
 The first limit is in standard deviations of all training pixels. The second limit is in standard errors of the
 difference.
@@ -136,7 +136,7 @@ def dataset_notes(data: Dataset) -> tuple[str, ...]:
 
 
 def unseen_classes(data: Dataset) -> list[str]:
-    """Return one message for each of val and test in which some images belong to a class without training images."""
+    """Return messages about validation and test images of classes without training images, at most one per split."""
     trained = set(data.train.labels.tolist())
     notes = []
     for part, split in (("val", data.val), ("test", data.test)):
@@ -213,7 +213,7 @@ def _grey_values(split: StoredSplit, data: Dataset) -> Tensor:
 
 
 def repeated_images(data: Dataset) -> list[str]:
-    """Return one message for each of val and test that repeats images of an earlier split.
+    """Return messages about validation and test images that an earlier split also contains, at most one per split.
 
     The order of the splits is train, val, test. Each message states the number of repeated images.
 

@@ -43,9 +43,9 @@ class DrawnSplit:
         source: the torch data set.
         index: positions of the split's images in `source`, (N,) int64.
         labels: the labels, (N,) int64.
-        first: one image as evaluation reads it, (1, C, H, W). It gives the shape and the type of all images.
-        digests: sha256 of each image as evaluation reads it.
-        ends: lowest and highest pixel value per channel, of the images as evaluation reads them.
+        first: one image, read as in evaluation, (1, C, H, W). It gives the shape and the type of all images.
+        digests: sha256 of each image, read as in evaluation.
+        ends: lowest and highest pixel value per channel over all images, read as in evaluation.
     """
 
     source: MapDataset
@@ -175,8 +175,8 @@ def seem_channels_last(shape: Sequence[int]) -> bool:
 def _tensor_of_pil(image: "Image", place: int) -> Tensor:
     """Return a PIL image as a tensor (C, H, W).
 
-    8-bit images in other modes than L, LA, RGB and RGBA are converted to RGB. These include palette images, whose
-    pixels are indices into a list of colours.
+    8-bit images in the modes L, LA, RGB and RGBA keep their channels. Images in other 8-bit modes are converted to RGB,
+    for example palette images, whose pixels are indices into a list of colours.
     """
     array = np.array(image)
     if array.dtype == np.uint8 and image.mode not in ("L", "LA", "RGB", "RGBA"):

@@ -12,8 +12,9 @@ A JPEG or PNG file passes if PIL recognizes its header and if the last bytes con
 that is read completely must also have correct checksums. Files of other formats are decoded. Damage in the middle of a
 JPEG or PNG file may remain undetected until a run decodes the file.
 
-Images with more than 8 bits per channel are also decoded. In these images, white must be 65535. If a data set stores
-10-bit or 12-bit values, its white is much smaller. Its images would become almost black, so such a data set is refused.
+Images with more than 8 bits per channel are also decoded. In these images, the value 65535 must mean white. A data set
+that stores 10-bit or 12-bit values is refused. Its largest values are much smaller, so its images would become almost
+black.
 """
 
 import hashlib
@@ -114,7 +115,7 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
     """Return the result of the check, and a pair (name, reason) for each file that is not a complete image."""
     whole = sum(sizes) <= MAX_WHOLE_BYTES
     total, shapes = hashlib.sha256(), set()
-    brightest: dict[str, int] = {}  # part of the data set, such as train -> largest value of its deep images
+    brightest: dict[str, int] = {}  # part of the data set, such as train -> largest value of its 16-bit images
     bad: list[tuple[str, str]] = []
 
     def check(i: int) -> _FileFacts | str:

@@ -5,8 +5,8 @@ Training images are root/train/CLASS/IMAGE. Test images are root/val/CLASS/IMAGE
 also be in subfolders of a class. A link to a folder that was already read is an error.
 
 Files with the suffix of an image format (JPEG, PNG, PPM, PGM, BMP, TIFF or WebP) are images. Other files are counted
-and ignored. Grey, CMYK, palette and 16-bit images are converted to RGB. In 16-bit images, white must be 65535. Data
-sets that use fewer of the 16 bits are refused. The EXIF orientation is ignored, as in torchvision.
+and ignored. Grey, CMYK, palette and 16-bit images are converted to RGB. In 16-bit images, the value 65535 must mean
+white. Data sets that use fewer of the 16 bits are refused. The EXIF orientation is ignored, as in torchvision.
 
 With `test=0.2`, all images are root/CLASS/IMAGE, and a fifth of the images of each class form the test split. The test
 split is the same in every run.

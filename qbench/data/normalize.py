@@ -53,7 +53,7 @@ def _numbers(lists: list[list[float]]) -> MeanAndStd:
     """Return the means and the standard deviations that two lists of equal length contain.
 
     Raises:
-        ValueError: the lists contain something else than numbers, differ in length, or contain a value out of range.
+        ValueError: the lists differ in length, or contain a value that is not a number or is out of range.
     """
     if len(lists) == 2 and all(isinstance(numbers, list) and numbers for numbers in lists):
         mean, std = lists

@@ -52,7 +52,7 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
         ValueError: `val` is out of range.
     """
     if isinstance(returned, Dataset):
-        # No key of the configuration determines these values. As facts about the data, they are part of its digest.
+        # No configuration key determines these values, so the digest of the data must contain them.
         facts = f"classes {returned.classes}, mean {returned.mean}, std {returned.std}, {returned.augment}"
         return replace(returned, files=dict(returned.files) | {"processing": facts})
     if not isinstance(returned, tuple | list) or len(returned) not in (2, 3) or any(map(_is_array, returned)):

@@ -81,8 +81,8 @@ def remember_sha256(node: Mapping[str, object], before: str | None, sha256: str)
     """Store the digest of a data set's images. If the digest cannot be stored, the next run reads the images again.
 
     Args:
-        before: the result of `stamp` before the images were read. If the files change while they are read, the stored
-            digest is therefore invalid. If `before` is None, nothing is stored.
+        before: the result of `stamp` before the images were read. It is stored next to the digest. If the files change
+            while they are read, the stored digest is therefore not used later. If `before` is None, nothing is stored.
     """
     path = _cache_path(node)
     if before:

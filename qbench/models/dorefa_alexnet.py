@@ -12,8 +12,8 @@ conv 12x12/4 valid 96 (bias, no pooling) - Q - conv5 256 in 2 groups - BN - MP -
 pooling of 3x3 at stride 2. There is no dropout. BN has eps 1e-4. The first two poolings pad as
 TensorFlow's SAME does. For even sizes, SAME pads only at the right and bottom.
 
-`last_act` is the activation in front of the last layer. In the script, it depends on the width of
-activations. With quantized activations, it clips to [0, 1] without rounding. With float
+`last_act` is the activation before the last layer. In the script, it depends on the bit width of
+the activations. With quantized activations, it clips to [0, 1] without rounding. With float
 activations, it is a ReLU.
 """
 
@@ -46,8 +46,8 @@ class SamePool(nn.Module):
 class DoReFaAlexNet(nn.Sequential):
     """AlexNet with the layers `conv0` to `conv4`, `fc0`, `fc1` and `fct`.
 
-    The name of a module `bn`, `pool` or `act` shows which layer is in front of the module. For
-    example, `bn1` follows `conv1`, and `bnfc0` follows `fc0`.
+    A module `bn`, `pool` or `act` has the number of the layer that it follows. For example, `bn1`
+    follows `conv1`, and `bnfc0` follows `fc0`.
     """
 
     feeds: Feeds

@@ -4,17 +4,17 @@ The layers were checked against that script. The script evaluates a trained netw
 know how this network was trained. The layers are conv7x7/2 64 (bias) - MP - blocks - BN - last_act
 - average times 49 - FC. BN is batch normalization with eps 1e-4. MP is max pooling. FC is a linear
 layer. Q is the activation that an input quantizer replaces. The image is padded with three rows and
-columns at the top and left, and with two at the bottom and right. In front of MP, the border pixels
-are repeated once.
+columns at the top and left, and with two at the bottom and right. Before MP, the border pixels are
+repeated once.
 
 A block adds a shortcut to the branch BN - Q - conv3x3 - BN - Q - conv3x3. In most blocks, the
 shortcut is the block's input. In the first block, and in blocks that change the shape, the shortcut
 is a 1x1 convolution that reads the output of the block's first Q. A block that halves the
-resolution averages its input over 2x2 pixels in front of its first BN, and its convolutions have
+resolution averages its input over 2x2 pixels before its first BN, and its convolutions have
 stride 1. The script says that two details are bugs of the trained network: the convolution in the
 first block's shortcut, and the factor 49.
 
-`last_act` is the activation in front of the average. The script clips to [0, 1] there.
+`last_act` is the activation before the average. The script clips to [0, 1] there.
 """
 
 from torch import Tensor, nn

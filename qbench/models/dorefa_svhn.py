@@ -11,8 +11,8 @@ Q - conv3 valid - BN - Q - dropout - conv5 valid - BN - last_act - FC. Q is the 
 input quantizer replaces. MP2 is max pooling of 2x2. "valid" means without padding. The first layer
 has no BN. BN has eps 1e-4.
 
-`last_act` is the activation in front of the last layer. In the script, it depends on the width of
-activations. With quantized activations, it clips to [0, 1] without rounding (until 2018 it was
+`last_act` is the activation before the last layer. In the script, it depends on the bit width of
+the activations. With quantized activations, it clips to [0, 1] without rounding (until 2018 it was
 min(1, |x|)). With float activations, it is a ReLU.
 
 The script applies dropout after Q. In qbench, Q is a part of the next layer, so dropout comes
@@ -35,7 +35,7 @@ CONVS = ((3, 5, 0), (4, 3, 1), (4, 3, 1), (8, 3, 0), (8, 3, 1), (8, 3, 0), (32, 
 """Channels as a multiple of `width`, kernel size and padding of each layer from `conv0` to `conv6`."""
 
 POOLED = (0, 2)
-"""Numbers of the convolutions in front of a max pooling of 2x2."""
+"""Numbers of the convolutions that are followed by 2x2 max pooling."""
 
 
 class ClippedMagnitude(nn.Module):
@@ -51,7 +51,7 @@ LAST_ACTS: dict[str, Callable[[], nn.Module]] = {
     "clip": lambda: nn.Hardtanh(0, 1),
     "magnitude": ClippedMagnitude,
 }
-"""Maps each value of `last_act` to the activation in front of the last layer."""
+"""Maps each value of `last_act` to the activation before the last layer."""
 
 
 def check_last_act(last_act: str) -> None:
@@ -98,7 +98,7 @@ def init_as_tensorpack(model: nn.Module) -> None:
 class SVHNNet(nn.Sequential):
     """Network with the layers `conv0` to `conv6` and `fc1`.
 
-    Modules `bn`, `pool` and `act` have the number of the layer in front of them.
+    A module `bn`, `pool` or `act` has the number of the layer that it follows.
     """
 
     feeds: Feeds

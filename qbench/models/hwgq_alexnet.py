@@ -32,7 +32,7 @@ POOLED = (1, 2, 5)
 class HWGQAlexNet(nn.Sequential):
     """AlexNet with the layers `conv1` to `conv5` and `fc6` to `fc8`.
 
-    Modules `pool`, `bn` and `act` have the number of the layer in front of them.
+    A module `pool`, `bn` or `act` has the number of the layer that it follows.
     """
 
     feeds: Feeds

@@ -13,7 +13,7 @@ stem ends with a BN. If the first block has an identity shortcut, this shortcut 
 normalized values. In a bottleneck, the first 1x1 convolution has the block's stride. Max pooling
 rounds sizes up, as Caffe does.
 
-`norm` sets whether the BNs in front of Q have scale and shift. The authors use `no_affine` (neither
+`norm` sets whether the BNs before Q have scale and shift. The authors use `no_affine` (neither
 scale nor shift). In the running averages of the authors' BN, a new batch has weight 0.05
 (`bn_momentum=0.05`).
 """

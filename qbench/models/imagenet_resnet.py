@@ -12,7 +12,7 @@ only the other ReLUs of a block.
 The last block is followed by one more BN and ReLU. A shortcut that changes the shape is a 1x1
 convolution that reads the output of the block's first ReLU. The stem is a convolution, BN and max
 pooling. The first block begins with a ReLU instead of a BN, because the stem has a BN already. If
-the shortcut of the first block is the identity, the shortcut carries the input of this ReLU. LSQ
+the shortcut of the first block is the identity, the shortcut carries the input of that first ReLU. LSQ
 and PACT use the form `pre` (from memory, not verified).
 
 `width` is the number of channels of the stem and of the first stage. The original ResNet has

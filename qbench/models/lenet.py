@@ -2,8 +2,8 @@
 
 The network has 20 filters of 5x5, 2x2 max pooling, 50 filters of 5x5, 2x2 max pooling, 500 units, and the output layer.
 For MNIST images and without batch normalization (BN), the network has 431,080 parameters. Caffe's network has a single
-ReLU, in front of the last layer. In qbench, BN and ReLU are in front of every layer except the first. Max pooling comes
-before BN and ReLU, as in HWGQ's networks. Every layer except the first therefore has an activation that an input
+ReLU, before the last layer. In qbench, BN and ReLU precede every layer except the first. Max pooling comes before BN
+and ReLU, as in HWGQ's networks. Every layer except the first therefore has an activation that an input
 quantizer can replace.
 """
 

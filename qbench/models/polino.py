@@ -89,8 +89,8 @@ def build(
         classes: number of classes.
         convs: number of channels of each convolution.
         kernel: kernel size of the convolutions, an odd number.
-        pools: numbers of the convolutions in front of a 2x2 max pooling. The first convolution is
-            number 1.
+        pools: numbers of the convolutions that are followed by 2x2 max pooling. The first
+            convolution is number 1.
         hidden: number of units of each hidden linear layer.
         dropout: one dropout rate for each max pooling and each hidden layer. An empty list means
             no dropout.

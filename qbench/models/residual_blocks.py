@@ -168,7 +168,7 @@ class PostBlock(ResidualBlock):
         return activated
 
     def local_feeds(self) -> Feeds:
-        """Return which layers the activations in front of the sum feed.
+        """Return which layers the activations before the sum feed.
 
         The last activation is not included, because it also feeds the next block's shortcut.
         """

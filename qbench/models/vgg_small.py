@@ -27,7 +27,7 @@ After the sixth convolution, max pooling follows the activation.
 class VGGSmall(nn.Sequential):
     """VGG-small with the layers `conv1` to `conv6` and `fc`.
 
-    Each convolution is followed by a `bn` and an `act` of the same number. `norm` sets the kind of the BNs in front of
+    Each convolution is followed by a `bn` and an `act` of the same number. `norm` sets the kind of the BNs before
     quantizers. The last BN has scale and shift for every `norm` except none. If `norm` is none, there is no BN.
     """
 

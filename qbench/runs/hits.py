@@ -28,7 +28,7 @@ class Hits:
 
 
 def load_hits(run: Path, top1: float) -> Hits | None:
-    """Return the hits of a run, or None if predictions.npy is missing or damaged, or does not give the test `top1`."""
+    """Return the hits of a run, or None if predictions.npy is missing or damaged, or contradicts the test `top1`."""
     if not os.path.exists(f"{run}/predictions.npy"):  # NumPy's error for a missing file would take ten times as long
         return None
     import numpy as np

@@ -31,7 +31,7 @@ MIN_RUNS = 1000
 """Smallest number of runs for which an index file is written. Fewer runs are read in less than a second."""
 
 MIN_AGE_SECONDS = 2
-"""A file that was written within this time is not indexed. A second change might leave its modification time equal."""
+"""A file is indexed only if it is older than this. A second change soon after the first may keep the same file time."""
 
 SHARED = (
     "method", "options", "bits", "network", "dataset", "model", "protocol", "baseline", "verified", "quantizers",

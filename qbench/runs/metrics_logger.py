@@ -66,7 +66,7 @@ class MetricsLogger:
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def record(self, kind: str, step: int, values: Mapping[str, Json]) -> None:
-        """Append `{"kind": ..., "step": ..., **values}`. Numbers with a tag in TensorBoard are added there too."""
+        """Append `{"kind": ..., "step": ..., **values}`. Values with a TensorBoard tag go to TensorBoard too."""
         self.records([(kind, step, values)])
 
     def records(self, records: Sequence[Record]) -> None:

@@ -44,8 +44,8 @@ class RunRecord:
 
     `status` is the status of the result. If there is no result, `status` is running, unfinished, corrupt or not begun.
     `unread` names damaged parts of the run's files. `recorded` is true if the run was read from a record of many runs.
-    Such a record may also contain the `hits` of the run. `file_bytes` is the size of an exported packed file in the
-    run's directory.
+    Such a record may also contain the `hits` of the run, the correctly classified test images. `file_bytes` is the size
+    of an exported packed file in the run's directory.
     """
 
     path: Path

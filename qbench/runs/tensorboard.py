@@ -115,6 +115,6 @@ def levels_figure(weights: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure | Non
     for panel in panels[len(weights) :]:
         panel.set_axis_off()
     figure.supxlabel(
-        "lines: share of the quantized weights; grey: histogram of latent weights, scaled to a maximum of 1", fontsize=8
+        "lines: share of weights at each level; grey: histogram of latent weights, scaled to a maximum of 1", fontsize=8
     )
     return figure

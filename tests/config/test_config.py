@@ -75,7 +75,7 @@ REFUSED = {
     "model.act=odd": ("model.act=odd", "auto, keep, fused"),
     "~method": ("~method", "type method=NAME"),
     "~optim.schedule": (
-        "~optim.schedule: a key cannot be removed",
+        "~optim.schedule: this key cannot be removed",
         "type optim.schedule=VALUE; allowed: constant, lin",
     ),
     "~optim.schedule=exponential": ("~optim.schedule=exponential", "type optim.schedule=VALUE"),

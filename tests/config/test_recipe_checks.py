@@ -9,8 +9,8 @@ from qbench.experiment.setup import assemble
 from qbench.training.schedule import learning_rate
 
 REFUSED = {
-    "optim=sgd_step optim.factors=[1,0.1]": "must be numbers above 0, one more than the number of milestones",
-    "optim=sgd_step optim.factors=[1,0.1,0]": "must be numbers above 0, one more than the number of milestones",
+    "optim=sgd_step optim.factors=[1,0.1]": "must be numbers above 0, one for the start and one for each milestone",
+    "optim=sgd_step optim.factors=[1,0.1,0]": "must be numbers above 0, one for the start and one for each milestone",
     "optim=sgd +optim.factors=[1,0.1,0.01]": "with schedule=step",
     "optim.schedule=one_cycle optim.warmup=1": "has a warm-up of its own",
 }

@@ -87,7 +87,7 @@ def test_the_keys_in_the_same_place_are_listed(tree: dict[Any, Any]) -> None:
         ("+lr=0.1", "lr: no such key; did you mean optim.lr?"),
         ("+bits.weights=2", "bits.weights: no such key; did you mean bits.w?"),
         ("-m method=dorefa,ttq w=1,2", "w: no such key; did you mean bits.w?"),
-        ("method=dorefa optim.momentum=0.5", "optim.momentum: no such key in the chosen optim\nto add it, type +opt"),
+        ("method=dorefa optim.momentum=0.5", "optim.momentum: no such key in the selected option of optim\nto add"),
         ("lr_grid.lr=0.1", "lr_grid.lr: no such key; did you mean optim.lr?\nallowed: lr_grid.factors"),
     ],
 )

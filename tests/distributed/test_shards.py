@@ -264,7 +264,7 @@ def test_the_shards_of_a_loader_are_the_parts_of_its_batches() -> None:
         (["batch_shards=0"], "batch_shards=0: must be a power of two"),
         (["batch_shards=8", "optim.batch_size=36"], "does not divide optim.batch_size=36\ntype optim.batch_size=40"),
         (["batch_shards=8", "pretrain.optim.batch_size=36"], "does not divide pretrain.optim.batch_size=36"),
-        (["batch_shards=2", "runtime.compile=true"], "batch_shards=2: must be 1 for a compiled network"),
+        (["batch_shards=2", "runtime.compile=true"], "batch_shards=2: must be 1 with runtime.compile=true"),
     ],
 )
 def test_refusals(configure: Configure, words: list[str], message: str) -> None:

@@ -475,7 +475,7 @@ def test_a_network_without_any_gradient_is_refused(configure: Configure, words: 
 
 def test_layers_that_evaluation_does_not_call_are_noted(configure: Configure, words: list[str]) -> None:
     planned = planned_run(configure(*words, "model=users_networks:Auxiliary"))
-    line = "layers that evaluation does not use, but that the size includes as float layers: aux"
+    line = "layers that evaluation does not use; the size includes them as float layers: aux"
     assert f"{NOT_REACHED}: aux" in plan([planned])[-1].notes
     assert line in run(planned).warnings
 

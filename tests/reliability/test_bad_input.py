@@ -212,7 +212,7 @@ LINES = [
     row("epochs=-1", "epochs=-1: must be a number from 0"),
     row("epochs=${nowhere}", "'nowhere' not found"),
     row("epochs=${epochs}", "Recursive interpolation"),
-    row("~epochs", "~epochs: a key cannot be removed"),
+    row("~epochs", "~epochs: this key cannot be removed"),
     row("seed=-1", "seed=-1"),
     row("seed=99999999999999999999", "seed=99999999999999999999: must be a number from 0"),
     row("rerun=maybe", "rerun=maybe: must be true or false"),
