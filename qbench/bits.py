@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 FLOAT = 32
-"""The width of a tensor that is not quantized."""
+"""The bit width of a tensor that is not quantized."""
 
 
 class Bits(NamedTuple):
@@ -20,7 +20,7 @@ class Bits(NamedTuple):
 
 
 def weight_width(text: str) -> int | None:
-    """Return the width in a text such as `w8` (only weights are quantized), or None for other text."""
+    """Return the bit width in a text such as `w8` (only weights are quantized), or None for other text."""
     match = re.fullmatch(r"w(\d{1,2})", text)
     return int(match[1]) if match and 1 <= int(match[1]) <= FLOAT else None
 

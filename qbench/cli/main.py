@@ -40,7 +40,7 @@ def exit_status(arguments: Sequence[str] | None) -> int:
     """Run a command line and return its exit status. Errors are printed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     gc.set_threshold(STARTUP_OBJECTS)
-    atexit.register(gc.freeze)  # at its exit, Python would search all objects for garbage, which takes 50 ms
+    atexit.register(gc.freeze)  # without this, Python would search all objects for garbage at exit (50 ms)
     keep_running_without_reader()
     # Processes that this process starts must not import modules from the working directory.
     os.environ.setdefault("PYTHONSAFEPATH", "1")

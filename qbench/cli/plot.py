@@ -92,7 +92,7 @@ def _poster() -> "Figure":
 def illustrative_bits(method: "Method") -> "Bits":
     """Return bit widths at which a plot can show all levels of a method.
 
-    A default width of the method is kept if it gives few enough levels. Otherwise, the width is 2 bits (4 bits for
+    A default width of the method is kept if a plot can show all its levels. Otherwise, the width is 2 bits (4 bits for
     gradients) or, if the method does not support this width, the smallest width that the method supports.
     """
     from qbench.bits import FLOAT, Bits

@@ -17,7 +17,7 @@ from qbench.errors import ConfigError
 from qbench.system.files import read_yaml
 
 NODES = {"model": "resnet8", "dataset": "digits", "method": "float", "activation": "none"}
-"""Group -> default option. Only groups whose node has the name of its option under `name` are included."""
+"""Group -> default option. Only groups that store the name of the selected option under `name` are included."""
 OPTIMIZERS = {"optim": "optim", "pretrain.optim": "optim@pretrain.optim"}
 """Key of a recipe in the configuration -> the text before `=OPTION` on the command line."""
 NOT_TYPED = ("rerun", "claim", "runtime.progress", "distill.trust")

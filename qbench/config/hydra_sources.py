@@ -140,7 +140,7 @@ def _configuration(group: str, name: str) -> DictConfig | ListConfig:
 
 
 def _rules(name: str) -> Node:
-    """Return the layer rules in the file of `layers=@FILE`. The rules map patterns of layer names to widths.
+    """Return the layer rules in the file of `layers=@FILE`. The rules map layer-name patterns to bit widths.
 
     Hydra removes the suffix `.yaml` from the typed file name.
     """

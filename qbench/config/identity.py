@@ -119,8 +119,8 @@ def _ordered_if_decisive(rules: Node) -> Json:
     """Return layer rules as they enter the identity: a list of pairs if the order of the rules matters, else a mapping.
 
     The first rule that matches a layer applies, but the identity ignores the order of a mapping. The order matters if
-    two rules have different widths, are not in alphabetical order, and could match the same layer. Two patterns could
-    match the same layer if the text before the first wildcard of one pattern begins with that of the other pattern.
+    two rules have different bit widths, are not in alphabetical order, and could match the same layer. Two patterns can
+    match the same layer only if, up to the first wildcard, the text of one begins with the text of the other.
     """
     for (first, width), (second, other) in combinations(rules.items(), 2):
         one, two = (re.split(r"[*?\[]", pattern)[0] for pattern in (first, second))
@@ -238,7 +238,7 @@ def file_sha256(key: str, path: str) -> str:
 
     Args:
         key: the configuration key that names the checkpoint, for the error message.
-        path: the path of a checkpoint file, or of a run's directory, whose checkpoint is best.pt.
+        path: the path of a checkpoint file, or of a run's directory, in which best.pt is read.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -1,7 +1,7 @@
 """Inspects the arguments of the functions and classes that build methods, models and data sets.
 
-qbench recognizes some arguments by name and fills them in: a method's widths, the shape of an image, and the number of
-classes. Every other argument must have a default value, and becomes a key of the configuration. The values of this
+qbench recognizes some arguments by name and fills them in: a method's bit widths, the shape of an image, and the number
+of classes. Every other argument must have a default value, and becomes a key of the configuration. The values of this
 key must have the type of the default value.
 """
 
@@ -20,7 +20,7 @@ CLASS_COUNTS = ("classes", "num_classes", "n_classes")
 FILLED = {"method": ("w", "a", "g"), "model": ("shape", *CLASS_COUNTS), "dataset": ()}
 """Group -> the arguments that qbench fills in.
 
-The default values of a method's widths become the method's key `bits`.
+The default values of a method's bit widths become the method's key `bits`.
 """
 
 FORMS = {
@@ -46,7 +46,7 @@ def arguments(group: str, name: str, factory: Factory) -> Mapping[str, Parameter
         raise ConfigError(f"{group}={name}: Python does not know its arguments\nallowed: {FORMS[group]}") from None
     named = {key: p for key, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     kinds = {p.kind for p in parameters.values()}
-    takes_any = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds  # nn.Module has both
+    takes_any = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds  # nn.Module takes both
     if group == "model" and takes_any and not named.keys() & set(CLASS_COUNTS):
         named["num_classes"] = Parameter("num_classes", Parameter.KEYWORD_ONLY)
     return named

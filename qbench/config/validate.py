@@ -150,7 +150,7 @@ def _check_nodes(schema: type, node: DictConfig, path: str = "") -> None:
 
 
 def _filled(config: Config) -> Config:
-    """Fill in the method's widths. Convert a float run from scratch to a float baseline.
+    """Fill in the method's bit widths. Convert a float run from scratch to a float baseline.
 
     If the method requires random initial weights or a teacher, the value `auto` of `init` or `distill.name` becomes
     `method`. The protocol (the keys that must be equal in compared runs) replaces `method` by the default of methods

@@ -162,9 +162,9 @@ def _image(image: "Tensor | Image", place: int) -> Tensor:
 def seem_channels_last(shape: Sequence[int]) -> bool:
     """Return whether the last dimension of a three-dimensional image probably contains the channels.
 
-    The result is true in two cases. First, the last dimension is a usual number of channels (1, 3 or 4), and the first
-    dimension is not. Second, the first dimension is above 4, and either the last dimension is 2, or only the first two
-    dimensions are equal, as height and width often are.
+    There are three such cases. First, the last dimension is a usual number of channels (1, 3 or 4), and the first
+    dimension is not. Second, the first dimension is above 4, and the last dimension is 2. Third, the first dimension is
+    above 4, and only the first two dimensions are equal, as height and width often are.
     """
     first, second, last = shape
     if last in (1, 3, 4) and first not in (1, 3, 4):

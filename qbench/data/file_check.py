@@ -141,7 +141,7 @@ def _check_all(root: str, names: Sequence[str], sizes: Sequence[int]) -> tuple[F
 
 
 def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
-    """Raise `DataError` if a part of the data set has 16-bit images whose largest value is below half of 65535.
+    """Raise `DataError` if the largest value of all 16-bit images in a part of the data set is below half of 65535.
 
     Args:
         brightest: maps each part of the data set to the largest value of the upper 8 bits of its 16-bit images.
@@ -150,7 +150,7 @@ def _refuse_dark(root: str, brightest: Mapping[str, int]) -> None:
         if value < 128:
             raise DataError(
                 f"{os.path.join(root, part)}: images of 16 bits in which no value is above {(value << 8) + 255}\n"
-                f"white must be {MAX_DEEP}: scale all images by one factor, or write them with 8 bits"
+                f"white must have the value {MAX_DEEP}: scale all images by one factor, or write them with 8 bits"
             )
 
 

@@ -49,7 +49,7 @@ class ImageFiles:
         names: names of the files below the root, in order.
         labels: the labels of the images.
         ignored: number of files that are not images.
-        folders: maps the device and inode of each folder that was read to its path.
+        folders: device and inode -> path, for each folder that was read.
     """
 
     names: tuple[str, ...]

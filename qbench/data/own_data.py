@@ -98,7 +98,7 @@ CONVERSIONS = {
     "images": "numpy.stack(images).astype('float32')",
     "labels": "numpy.unique(labels, return_inverse=True)[1], with the labels of all parts together",
 }
-"""Maps what an array contains to an expression that converts it to numbers."""
+"""Content of an array -> expression that converts this content to numbers."""
 
 
 def _tensor(value: Tensor | np.ndarray, what: str) -> Tensor:

@@ -41,7 +41,7 @@ def source_paths(node: Mapping[str, object]) -> list[Path] | None:
         return [Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"] if spec and spec.origin else None
     if name in BELOW_ROOT:
         root = Path(os.path.abspath(os.path.expanduser(str(node["root"]))))
-        divided = not isinstance(node.get("test", "auto"), int | float)  # else one folder of classes
+        divided = not isinstance(node.get("test", "auto"), int | float)  # else root contains the classes
         return [root / part for part in BELOW_ROOT[name]] if divided else [root]
     return [] if name in GENERATED else None
 

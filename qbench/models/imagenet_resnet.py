@@ -1,4 +1,4 @@
-"""ResNet-18, 34 and 50 for ImageNet, of any width, in post- and pre-activation form, with torchvision's layer names.
+"""ResNet-18, 34 and 50 for ImageNet, in post- and pre-activation form, with torchvision's layer names.
 
 `post` (He et al. 2016, Deep residual learning, arXiv 1512.03385) is torchvision's ResNet, so
 torchvision's checkpoints can be loaded. The stem is a 7x7 convolution at stride 2, batch

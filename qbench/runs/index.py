@@ -31,7 +31,7 @@ MIN_RUNS = 1000
 """Smallest number of runs for which an index file is written. Fewer runs are read in less than a second."""
 
 MIN_AGE_SECONDS = 2
-"""A file is indexed only if it is older than this. A second change soon after the first may keep the same file time."""
+"""Minimum age of a file that is indexed. A second change soon after the first may leave the file's time unchanged."""
 
 SHARED = (
     "method", "options", "bits", "network", "dataset", "model", "protocol", "baseline", "verified", "quantizers",

@@ -36,5 +36,5 @@ class _Placeholder(ModuleType):
 
 
 def delay_import_of_compiler() -> None:
-    """Delay the import of torch's compiler until torch compiles something. If it is already imported, do nothing."""
+    """Delay the import of torch's compiler until torch compiles something. Do nothing if it is already imported."""
     sys.modules.setdefault(COMPILER, _Placeholder(COMPILER))

@@ -238,7 +238,9 @@ def test_deep_images_that_use_few_bits_are_refused(
     assert torch.equal(data.train.images[0, 0], torch.arange(256).reshape(16, 16)), "all 256 levels"  # type: ignore[union-attr]
     for bits in (8, 10, 12, 15):
         write("val", 2**bits - 1)
-        with pytest.raises(DataError, match=r"set/val: images of 16 bits in which no value is above .*\nwhite must be"):
+        with pytest.raises(
+            DataError, match=r"set/val: images of 16 bits in which no value is above .*\nwhite must have"
+        ):
             build_folder(root, size=16, val=0.0)
     write("val", 65535)
     write("train", 1023)
