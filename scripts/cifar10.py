@@ -8,7 +8,7 @@ error). All runs have this protocol:
 
 - One recipe for every setting: Adam with a learning rate from 1e-3 to 1e-5 (exponential), batch size 64, crops and
   flips. Papers that fine-tune a float network with Adam start at 1e-3 (EWGS, ResNet-20 on CIFAR-10) or 1.25e-3 (N2UQ).
-  Other papers start at 1e-4, but train for many times as many epochs.
+  Other papers start at 1e-4, but train for many more epochs.
 - All 50,000 training images are used. There is no validation split, because pretraining used all images. Nothing is
   selected: every accuracy is the accuracy after the last epoch.
 - The first and the last layer are float. The float control, which is the network of the checkpoint without a quantizer,

@@ -223,7 +223,7 @@ adjusted for the number of rows. Failed and diverged runs are listed but not rep
 the other seeds. With another data set or another recipe, the cost of a deviation may be different.
 
 `scripts/deviations.py` wrote this page from {len(results)} runs, float baselines included.
-The runs took {seconds:.0f} s of work, with one thread per run ({machine}):
+The times of all runs add up to {seconds:.0f} s, with one thread per run ({machine}):
 
 {listed}
 

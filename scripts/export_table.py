@@ -233,9 +233,9 @@ def note(rows: Sequence[Row]) -> str:
     return (
         f"`scripts/export_table.py`: {sum(not row.network for row in rows)} runs on digits with resnet8, in bytes. A "
         "dash is a refused form. `same class`: test images for which the exported files predict the run's class, the "
-        f"fewest of all forms ({platform.system()}, {platform.machine()}, torch {version('torch')}). Second table: "
-        f"processor time for {BATCH} images in one thread, relative to ONNX Runtime with the file `onnx` of the float "
-        f"run, medians of {ROUNDS} interleaved rounds "
+        f"lowest number of all forms ({platform.system()}, {platform.machine()}, torch {version('torch')}). Second "
+        f"table: processor time for {BATCH} images in one thread, relative to ONNX Runtime with the file `onnx` of the "
+        f"float run, medians of {ROUNDS} interleaved rounds "
         f"({processor()}, {versions('onnxruntime', 'openvino', 'numba')}). A dash is a runtime that does not run the "
         "file."
     )

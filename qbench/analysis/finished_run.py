@@ -125,8 +125,8 @@ def load_finished_network(
         run: the directory of the run.
         weights: `best` for the weights with the best validation accuracy, `last` for the weights of the last epoch.
         device: the value of `runtime.device` in the returned setup's configuration.
-        images: whether the setup needs the images of the data set. If not, and if the checkpoint contains their format,
-            the setup has a data set of the same format with two images.
+        images: whether the setup needs the images of the data set. If false, and if the checkpoint contains the format
+            of the images, the setup gets a data set of two images in this format.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the images of the data set have changed since training.

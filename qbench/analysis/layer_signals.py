@@ -108,7 +108,7 @@ def _add_batch(signal: LayerSignal, layer: QLayer, x: Tensor, model: nn.Module) 
 
 def _by_channel(layer: QLayer, x: Tensor) -> Tensor:
     """Return a layer's inputs or outputs reshaped to (n, C), with n values for each of C channels."""
-    axis = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)  # a network may call it without a batch
+    axis = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)  # the input may have no batch axis
     return x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 

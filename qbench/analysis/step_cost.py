@@ -108,8 +108,8 @@ class CostEstimator:
     def _step_cost(self, setup: ExperimentSetup, model: nn.Module) -> StepCost:
         """Return the step cost of a network.
 
-        A small network is timed while time for timing is left. For a network that is too large to be timed on a CPU,
-        `estimate_step` estimates the cost. Otherwise, the cost is computed from the timed network with the closest
+        A small network is timed if `TIMING_SECONDS` are not used up. For a network that is too large to be timed on a
+        CPU, `estimate_step` estimates the cost. Otherwise, the cost is computed from the timed network with the closest
         number of MACs: the cost of this network is multiplied by the ratio of the two numbers of MACs.
         """
         macs = max(1, sum(setup.macs.values()))

@@ -161,13 +161,13 @@ def _mostly_equal(agreement: Agreement) -> str:
 
 def _in_words(errors: RoundingErrors) -> str:
     return (
-        f"the results differ from those of the run's network in float64 for {errors.exported:,} images, and the run's "
-        f"own results in float32 for {errors.run:,} images (allowed: twice as many)"
+        f"the file's results differ from those of the run's network in float64 for {errors.exported:,} images; the "
+        f"run's own float32 results differ for {errors.run:,} images (allowed: twice as many)"
     )
 
 
 def _in_float32(finished: FinishedRun) -> str:
-    """Return words for a line about a comparison with a run in half precision. For other runs, the words are empty."""
+    """Return text that names the float32 network for a run in half precision, or an empty text for other runs."""
     return ", with the run's network in float32" if finished.setup.runtime.precision in HALF_NAMES else ""
 
 

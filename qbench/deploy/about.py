@@ -1,4 +1,4 @@
-"""Defines the description of the run and the data that every exported file contains."""
+"""Defines the description in every exported file: the run, and the images that the network expects."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         weights: the run's checkpoint, `last` or `best`.
         dataset: the configuration of the run's data set.
         shape: channels, height and width of an image.
-        white: 255 for 8-bit images, 1 for float images.
+        white: the pixel value of white: 255 for 8-bit images, 1 for float images.
         threads: number of torch threads that were used to verify the export.
         data_sha256: the digest of the run's images (`Result.data_sha256`), or None if the digest is not known. A debug
             run has no digest, because it used only a few of the images that `dataset` describes.

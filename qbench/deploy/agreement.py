@@ -30,7 +30,7 @@ class Agreement(NamedTuple):
 
 
 Logits = list[tuple[Tensor, Tensor]]
-"""The logits of a run and of its exported network, by batch."""
+"""For each batch, the logits of a run and the logits of its exported network."""
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ class RoundingErrors(NamedTuple):
 
     @property
     def comparable(self) -> bool:
-        """Whether the exported network is about as exact as the run: at most twice as many images differ."""
+        """Whether the exported network differs from float64 for at most twice as many images as the run does."""
         return self.exported <= 2 * self.run
 
 
@@ -81,7 +81,7 @@ class RoundingErrors(NamedTuple):
 def rounding_errors(
     logits: Logits, in_float64: Callable[[Tensor], Tensor], batches: Iterable[Batch], tolerance: float
 ) -> RoundingErrors:
-    """Count the images for which the class, or the logits by more than the tolerance, differ from those in float64."""
+    """Count the images whose class differs from float64, or whose logits differ by more than the tolerance."""
     counts = [0, 0]
     for (run, exported), (batch, _) in zip(logits, batches, strict=True):
         exact = in_float64(batch.double())

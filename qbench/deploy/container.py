@@ -135,7 +135,7 @@ def natural(value: object) -> int:
 
 
 def check_image(shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` if an image of this shape is too large. Readers run every network once on an image."""
+    """Raise `ValueError` if an image of this shape is too large. Readers run the network once on such an image."""
     if prod(shape) > MAX_IMAGE_VALUES:
         raise ValueError(f"images of {shape}")
 

@@ -94,7 +94,7 @@ class Builder:
         return self._values[place]
 
     def tensor(self, stored: Stored | None, default: float, count: int) -> Array:
-        """Return a stored vector as float64. If the vector is None, return `count` times the default."""
+        """Return a stored vector as float64. If it is None, return a vector of `count` elements with the default."""
         return np.full(count, default) if stored is None else self.network.tensors[stored.name].double().numpy()
 
     def add(self, function: str, *inputs: Value, integer: bool, **parameters: object) -> int:
@@ -122,7 +122,7 @@ class Builder:
         return real(place, np.clip(value.low, floor, ceiling), np.clip(value.high, floor, ceiling))
 
     def as_fixed(self, value: Value, fraction: Array | None = None) -> Value:
-        """Return a value as fixed-point numbers. The numbers include the shift and the clamp of the value.
+        """Return a value as fixed-point numbers, after applying its scale, shift and clamp.
 
         By default, the number of fraction bits is the largest that fits.
         """

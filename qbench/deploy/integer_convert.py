@@ -81,13 +81,13 @@ def _leading_to(steps: Sequence[Step], function: str) -> set[int]:
 
 
 class CodeAgreement(NamedTuple):
-    """A comparison of activation codes.
+    """A comparison of the integer network's activation codes with those of a float64 network.
 
     Args:
         images, codes: numbers of compared images and codes.
         differing: number of codes that differ.
-        exported, run: numbers of images with a code that differs in the integer network, and in the run's network in
-            float32.
+        exported: number of images for which a code of the integer network differs from the float64 network.
+        run: number of images for which a code of the run's network in float32 differs from the float64 network.
     """
 
     images: int

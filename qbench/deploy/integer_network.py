@@ -155,7 +155,7 @@ def clip(x: Array, *, low: float | None, high: float | None) -> Array:
 
 
 def max_pool2d(x: Array, *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], sign: Array) -> Array:
-    """Return the largest value of sign * x in each window."""
+    """Return the largest value of sign * x in each window. `sign` is 1 or -1 for each channel."""
     x = x * _by_channel(sign.astype(x.dtype), x.ndim)
     lowest = -np.inf if x.dtype == np.float64 else np.iinfo(x.dtype).min
     x = np.pad(x, ((0, 0), (0, 0), *((p, p) for p in padding)), constant_values=lowest)

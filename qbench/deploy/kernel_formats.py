@@ -16,7 +16,7 @@ class Format(Protocol):
 
     @property
     def tables(self) -> bool:
-        """Value of the argument `tables` of `qbench.deploy.kernel_layers.Finish`."""
+        """Whether codes are stored as tables, for `qbench.deploy.kernel_layers.Finish`."""
 
     def new_map(self, memory: Memory, size: tuple[int, int, int], bits: int) -> Map:
         """Add a map of 1-bit or 2-bit codes to the memory, and return the map."""
@@ -28,7 +28,7 @@ class Format(Protocol):
         """Return weights in the order in which the source reads them."""
 
     def source(self, x: Map, part: Part) -> str:
-        """Return the beginning of the text that makes a convolution's source, without the arguments of both formats."""
+        """Return a call such as `planes(...)` as text, up to the arguments that both formats have in common."""
 
 
 class Planes(NamedTuple):

@@ -5,8 +5,8 @@ convolution of floats (`floats`), or pooling (`pool`). The finish applies a ramp
 add another map and apply a second ramp, and stores the values as floats, as codes, or both. Sizes are constants of the
 compiled functions, so LLVM can unroll loops. A kernel computes 16 channels of one pixel at a time, as one vector.
 
-Memory is one array of bytes. A map is a feature map in this memory. In a map of floats, channels are the last axis and
-fill whole vectors. A map of codes has one of two formats (`qbench.deploy.kernel_planes` and
+Memory is one array of bytes. A map is a feature map in this memory. In a map of floats, channels are the last axis,
+padded to a multiple of 16. A map of codes has one of two formats (`qbench.deploy.kernel_planes` and
 `qbench.deploy.kernel_tables`). Maps have a border, which serves as the padding of convolutions.
 
 The window of an output pixel is the part of the input that this pixel reads. It consists of pieces of consecutive
@@ -175,7 +175,7 @@ def layer(source: Source, finish: Finish, height: int, width: int, vectors: int)
     ramp, second_ramp = _ramp(*finish.ramp), _ramp(*finish.second_ramp)
     stored, thresholds = finish.floats is not None, finish.thresholds
     row, pixel, _, _ = finish.floats or Strides(0, 0, 0)
-    # The residual has strides of its own: the image is stored without padding, and the sum may not be stored at all.
+    # The output's strides do not fit the residual, which may be the image (no padding). Some outputs are not stored.
     residual_row, residual_pixel, _, _ = finish.residual or Strides(0, 0, 0)
     convert = to_floats if integers and not finish.integer_thresholds else _same
     codes_row, codes_pixel, codes_vector, codes_plane = finish.codes or Strides(0, 0, 0)

@@ -42,7 +42,7 @@ class Map(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the map contains floats and its channels are not padded to whole vectors."""
+        """Whether the map contains floats, with channels that are not padded to a multiple of 16."""
         return self.strides.pixel == 4 * self.channels != 4 * whole(self.channels)
 
     def windows(self, kernel: Pair, stride: Pair) -> Window:
@@ -93,7 +93,7 @@ class Memory:
         return self._addresses[content]
 
     def floats(self, channels: int, height: int, width: int, dense: bool = False) -> Map:
-        """Add a map of floats. If `dense` is true, the map's channels are not padded to whole vectors."""
+        """Add a map of floats. If `dense` is true, the channels are not padded to a multiple of 16."""
         pixel = 4 * (channels if dense else whole(channels))
         return self._map(channels, height, width, Strides(self._row(width, pixel), pixel, BYTES))
 
@@ -119,7 +119,7 @@ class Memory:
         return (width + 2 * self._border) * pixel
 
     def _plane(self, height: int, strides: Strides) -> int:
-        # the last pixels are read and written in whole vectors, which end after these pixels
+        # the last pixels are read and written as vectors, which may extend beyond these pixels
         return -(-((height + 2 * self._border) * strides.row + BYTES) // BYTES) * BYTES
 
     def _map(self, channels: int, height: int, width: int, strides: Strides, planes: int = 1) -> Map:

@@ -1,6 +1,6 @@
 """Computes the parameters that kernels read: bit planes of integer weights, and thresholds of codes.
 
-Channels are padded to whole vectors. Padded channels have the value 0 and the code 0.
+Channels are padded to a multiple of 16, the number of channels in a vector. Padded channels have value 0 and code 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ def pack_places(planes: Tensor) -> np.ndarray:
 
 
 def _channels_last(planes: Tensor) -> np.ndarray:
-    """Return weights (bits, O, C, H, W) as (bits, O, H, W, C), with O and C padded to whole vectors."""
+    """Return weights (bits, O, C, H, W) as (bits, O, H, W, C), with O and C padded to multiples of 16."""
     bits, outputs, channels, rows, columns = planes.shape
     padded = np.zeros((bits, whole(outputs), rows, columns, whole(channels)), np.uint8)
     padded[:, :outputs, ..., :channels] = planes.permute(0, 1, 3, 4, 2).numpy()

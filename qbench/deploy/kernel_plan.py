@@ -1,8 +1,8 @@
 """Plans how kernels compute a network: layers, addresses, and the content of the memory.
 
 Pointwise functions between two layers, such as batch normalization, are not computed separately. If a quantizer
-follows, the functions become part of the quantizer's thresholds. Otherwise, the layer before them applies them to its
-output as a ramp (slope * x + offset, and bounds).
+follows, the functions become part of the quantizer's thresholds. Otherwise, the preceding layer applies the functions
+to its output as a ramp (slope * x + offset, and bounds).
 """
 
 from collections.abc import Iterator, Sequence
@@ -273,7 +273,7 @@ class Planner:
         found = integer_levels(levels)
         if found.scale[0] < 0:
             raise NoKernel("levels in descending order")
-        ramp_of(chain, identity_ramp(channels), self.network.tensors, rank)  # fails if constants vary by pixel
+        ramp_of(chain, identity_ramp(channels), self.network.tensors, rank)  # refuses constants that vary by pixel
         function = pointwise([*chain, step], self.network.tensors)
 
         def of_pixels(x: Tensor) -> Tensor:

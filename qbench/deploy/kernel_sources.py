@@ -226,7 +226,7 @@ def _getitem(planner: Planner, i: int, x: Ref, index: object) -> None:
     parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
     slices = [part for part in parts if isinstance(part, slice)]
     if len(slices) != len(parts) or any(part.start or part.stop is not None for part in slices):
-        raise NoKernel("indexing that selects anything but every n-th element of an axis")
+        raise NoKernel("indexing other than with slices such as [::2]")
     steps = ([part.step or 1 for part in slices] + [1] * 4)[:4]
     if steps[:2] != [1, 1]:
         raise NoKernel("indexing of images or channels")

@@ -1,4 +1,4 @@
-"""Computes convolutions of codes that are stored as tables of products, by looking products up.
+"""Computes convolutions of codes by looking up sums of products in tables.
 
 The codes of 4 channels are stored as a table of 16 bytes, which contains the sum of products for each combination of
 four 1-bit weights. A convolution therefore computes no products: the bits of 4 weights are an index into the table, and
@@ -37,7 +37,7 @@ from qbench.deploy.kernel_vectors import (
 )
 
 PAIR = 2 * TABLE
-"""Number of bytes of a pair of tables, and of the places in this pair for 16 output channels."""
+"""Number of bytes of a pair of tables. The indices into this pair for 16 output channels need as many bytes."""
 
 
 def product_tables(a_bits: int, odd: bool) -> np.ndarray:
@@ -66,7 +66,7 @@ def tables(window: Window, pairs: int, w_bits: int, a_bits: int, odd: bool, unit
     """
     rows, row, columns, column, down, right, vectors, group = window
     parts, step = rows * columns, w_bits * PAIR
-    # number of sums that fit into a byte; a large part is divided, and small parts are joined
+    # how many sums can be added within a byte; a larger part of the window is divided, and small parts are joined
     most = 255 // (CHANNELS * (2**a_bits - 1))
     joined, pieces = max(1, most // pairs), -(-pairs // most)
     length = -(-pairs // pieces)

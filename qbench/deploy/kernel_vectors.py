@@ -110,7 +110,7 @@ def _load(result: types.Type, kind: ir.Type, align: int) -> Load[Loaded]:
 
         return result(memory, types.int64), code
 
-    load.__qualname__ = f"load {kind}"  # names differ, for `qbench.deploy.kernel_layers.compiled`
+    load.__qualname__ = f"load {kind}"  # `qbench.deploy.kernel_compile.compiled` needs different names
     loader: Load[Loaded] = intrinsic(load)
     return loader
 

@@ -10,7 +10,10 @@ OFF_INTEGER = 1e-4
 
 
 class NotLinear(Exception):
-    """Raised if weights or levels are not integers times a scale. The message states what an export needs."""
+    """Raised if weights or levels are not integers times a scale.
+
+    For weights, the message states what an export needs. For levels, it states what an export does not support.
+    """
 
 
 def integer_weights(weight: Encoded) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,7 @@ def _with_batch(g: OnnxGraph, sizes: list[object]) -> list[int]:
     if len(known) == len(sizes):
         return known
     if len(known) == len(sizes) - 1 and -1 in known and sizes[0] == Batch(1):
-        return [0, *known]  # the input's number of images
+        return [0, *known]  # 0 keeps the input's number of images
     if len(known) < len(sizes) - 1 or -1 in known:
         raise NoConverter("a reshape with two unknown sizes")
     return [size if isinstance(size, int) else -1 for size in sizes]

@@ -10,7 +10,7 @@ from qbench.deploy.qonnx_nodes import add_quant_weights
 from qbench.deploy.trace import NotExportable
 
 INT64 = 7
-"""ONNX's number of the type int64."""
+"""The number by which ONNX identifies the type int64."""
 
 
 def add_weights(graph: OnnxGraph, name: str, weight: Encoded) -> str:

@@ -1,4 +1,4 @@
-"""Writes and reads packed files, which store each quantized weight in its bit width.
+"""Writes and reads packed files, which store each quantized weight with as many bits as its width.
 
 A file is a container (`qbench.deploy.container`) with two arrays:
 

@@ -27,7 +27,7 @@ def in_onnxruntime(data: bytes, about: About, source: str) -> Function:
     options = library.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = about.threads, 4
     if about.form == "onnx":
-        # otherwise weights of fewer than 8 bits are turned into floats in every call
+        # without this option, ONNX Runtime converts weights of fewer than 8 bits to floats in every call
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     with _named_errors(source, "ONNX Runtime"):
         session = library.InferenceSession(data, options, providers=["CPUExecutionProvider"])

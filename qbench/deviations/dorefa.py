@@ -327,7 +327,7 @@ DEVIATIONS = {
     ),
     "tanh_activation": _activations(
         "tanh_activation", tanh_activation,
-        "tanh x / max|tanh x| over the batch replaces the clip of activations. Weights are divided in the same way.",
+        "tanh x / max|tanh x| over the batch, the formula for weights, replaces the clip of activations.",
         f"{CSYHHU}; ModelTC/MQBench, mqbench/fake_quantize/dorefa.py if this quantizer is used for activations",
     ),
     "tenth_of_activation": _activations(

@@ -39,8 +39,8 @@ class UnscaledWeight(HWGQWeight):
 def old_constants(method: Method) -> Method:
     """Return the method with activations quantized to step * round(x / step).
 
-    The first threshold is therefore half a step. The step sizes, however, are optimal only if the first threshold is 0,
-    as in the paper.
+    The first threshold is therefore half a step. The step sizes, however, are the authors' constants, which are optimal
+    only if the first threshold is 0, as in the paper.
     """
     original = method.input
 
@@ -62,14 +62,14 @@ def old_constants(method: Method) -> Method:
 
 DEVIATIONS = {
     "old_constants": Deviation(
-        "Activations are step * round(x / step). The first threshold is half a step, but the steps are optimal for the "
-        "first threshold 0.",
+        "Activations are step * round(x / step), so the first threshold is half a step. The steps are the authors' "
+        "constants, which are optimal if the first threshold is 0.",
         "zhaoweicai/EdMIPS, models/quant_module.py",
         old_constants,
         acts=lambda bits: bits.a in AUTHORS_STEPS, bits="w32a2",
     ),
     "affine_norm": Deviation(
-        "The batch normalization in front of the quantizer has scale and shift.",
+        "The batch normalization before the quantizer has scale and shift.",
         "zhaoweicai/EdMIPS, bnaff=True by default; warning by Yin et al., Understanding STE",
         lambda method: replace(method, requires=replace(method.requires, norm="affine")),
         acts=lambda bits: bits.a < FLOAT, bits="w32a2",

@@ -23,7 +23,7 @@ class Deviation:
         what: a sentence that says how the deviation differs from the paper.
         source: the code in which the deviation was found, and the place in which the deviation was pointed out.
         apply: function that takes the paper's method and returns the deviating method.
-        acts: function from widths to whether the deviation has an effect at these widths.
+        acts: function that takes widths and returns whether the deviation has an effect at these widths.
         bits: example of widths at which the deviation has an effect. In this example, tensors that the deviation does
             not change have 32 bits.
     """

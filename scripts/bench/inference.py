@@ -1,7 +1,7 @@
 """Times exported ResNet-20 networks (3x32x32, one thread) in each runtime, relative to ONNX Runtime.
 
     .venv/bin/python scripts/bench/inference.py [--rounds 21] [--forms pre,post]
-    .venv/bin/python scripts/bench/inference.py --formats    # only the two formats of codes; this needs AVX2
+    .venv/bin/python scripts/bench/inference.py --formats    # only numba, with bit planes and with tables; needs AVX2
 
 The weights are random, because times depend only on widths and sizes. The row `int8` of ONNX Runtime is ONNX Runtime's
 own static quantization of the float network. The row `int8` of torch is FX graph mode quantization.
@@ -192,7 +192,7 @@ def table(form: str, batch: int, names: Mapping[str, str], rounds: int, peaks: b
 
 @torch.no_grad()
 def formats_table(form: str, rounds: int) -> str:
-    """Return the processor times of the two formats of codes, which compute the same bits."""
+    """Return the processor times of kernels with bit planes and with tables, which compute the same bits."""
     usual = kernel_formats.tables_are_faster
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--peak", nargs=3, metavar=("NAME", "FOLDER", "FORM"), help=argparse.SUPPRESS)
-    parser.add_argument("--formats", action="store_true", help="compare only the formats of codes; this needs AVX2")
+    parser.add_argument("--formats", action="store_true", help="compare only bit planes and tables; needs AVX2")
     parser.add_argument("--forms", default="pre,post", help="forms of the network (default: pre,post)")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -554,7 +554,7 @@ def test_the_table_of_stored_runs(tmp_path: Path) -> None:
     page = module.document(table, ["qbench -m method=ttq"], read([str(tmp_path)]), module.describe_machine(tmp_path))
     assert "    qbench -m method=ttq\n" in page
     assert "16 runs" in page
-    assert "32 s of work" in page
+    assert "add up to 32 s" in page
     assert "| ttq | w2 | missing_minus | 82.00 | +9.00 |" in page
 
 

@@ -60,8 +60,8 @@ def _si_column(
 def _half_width(half: float | None) -> str:
     """Return the half-width of an interval as text.
 
-    If all seeds have the same value, the result is `-`, because these values do not show how much seeds differ in
-    general.
+    If all seeds have the same value, the result is `-`, because equal values do not show how much accuracy varies
+    between seeds in general.
     """
     return f"±{half:.2f}" if half else "-"
 

@@ -15,7 +15,7 @@ Compared = tuple[Setting, PairConclusion]
 def summary(settings: Sequence[Setting]) -> str:
     """Return one sentence about the differences between settings at the same widths.
 
-    The sentence is empty if no two settings have the same widths. All p-values in the sentence are adjusted.
+    The sentence is empty if no two settings have the same widths. Holm's method adjusts all p-values in the sentence.
     """
     pairs = [(setting, pair) for setting in settings if setting.conclusion for pair in setting.conclusion.pairs]
     tested = [(setting, pair) for setting, pair in pairs if pair.p_holm is not None]

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 TITLES = {
-    "bits": "Accuracy over bit width; bars: 95 % confidence intervals over seeds, with an arrow where one is cut",
-    "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds, with an arrow where one is cut; rings "
+    "bits": "Accuracy over bit width; bars: 95 % confidence intervals over seeds; arrows: intervals that are cut",
+    "pareto": "Accuracy over cost; bars: 95 % confidence intervals over seeds; arrows: intervals that are cut; rings "
     "with numbers: Pareto front",
     "curves": "Learning curves: float training at the left of the line, quantized training at the right; bands: "
     "range over seeds",

@@ -1,4 +1,4 @@
-"""Draws a curve into a panel, in the colours of Okabe and Ito. Marks also have different shapes."""
+"""Draws a curve into a panel, in the colours of Okabe and Ito. Marks differ not only in colour but also in shape."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +23,7 @@ BINS, MARGIN = 60, 0.08
 
 
 class PlotSizes(NamedTuple):
-    """Sizes in a plot, and the format of levels.
+    """Sizes in a plot, and the number format of the tick labels (`digits`).
 
     The sizes of text, lines and marks are in points. The size of a tick label is a fraction of the axis.
     """

@@ -19,7 +19,7 @@ NUMBER = re.compile(r"[+-]?[\d.]*[\d.,:;±+% -]*[A-Za-z]{0,3}")
 """A number, possibly with an error and a unit. Such text is not dangerous in spreadsheets."""
 LATEX = {
     "\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "[": "{[}", "*": "{*}",  # after the \\ of the previous row, they would be its argument
+    "[": "{[}", "*": "{*}",  # LaTeX would read a plain [ or * as an argument of the \\ that ends a row
 } | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
 
 
