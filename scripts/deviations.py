@@ -219,8 +219,8 @@ The column `points lost` is the test top-1 without the deviation minus the test 
 points after the last epoch. If `points lost` is negative, the deviation gives a higher accuracy than the paper's
 formula. The column `95 % CI` is Student's confidence interval for paired differences. The interval is not adjusted for
 the number of rows. The null hypothesis of `p (Holm)` is that the deviation costs nothing. This p-value is two-sided and
-adjusted for the number of rows. Failed and diverged runs are listed but not repeated, so `points lost` is a mean over
-the other seeds. With another data set or another recipe, the cost of a deviation may be different.
+adjusted for the number of rows. Failed and diverged runs are listed but not repeated. `points lost` is then a mean over
+the seeds for which both runs are done. With another data set or another recipe, a deviation may cost more or less.
 
 `scripts/deviations.py` wrote this page from {len(results)} runs, float baselines included.
 The times of all runs add up to {seconds:.0f} s, with one thread per run ({machine}):

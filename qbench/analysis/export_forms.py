@@ -15,7 +15,7 @@ from qbench.quant.probe import Probe
 
 FORMS = ("packed", "onnx", "int8", "qonnx", "integer")
 MAX_PARAMETERS, MAX_MACS = 1_000_000, 200_000_000
-"""Numbers of parameters and of MACs of the largest network whose export forms are tested."""
+"""Largest number of parameters and of MACs with which the export forms of a network are tested."""
 
 IMAGES = 16
 

@@ -59,9 +59,9 @@ def compare(
 class RoundingErrors(NamedTuple):
     """Numbers of images for which results differ from those of the run's network in float64.
 
-    A rounding error can move an activation that is close to a threshold to the other level. The levels of the next
-    layers then differ too, and so may the class. No network that computes in float32 or in integers of 32 bits avoids
-    this for every image.
+    A rounding error can move an activation that is close to a threshold to the neighbouring level. The levels of the
+    next layers then differ too, and so may the class. No network that computes in float32 or in integers of 32 bits
+    avoids this for every image.
 
     Args:
         exported: number of images for which the exported network differs from the float64 network.

@@ -91,8 +91,8 @@ class Encoded:
             this order.
         layout: name of a layout from the module's docstring. The layout says which weights form a scale group.
         levels: the levels of the groups.
-        codes: the codes as bytes. The order is that of (groups, codes per group) in the layout, without padding. The
-            codes are packed without gaps, lowest bit first.
+        codes: the codes as bytes, packed without gaps, lowest bit first. The codes of a group are consecutive. Padding
+            has no codes.
     """
 
     shape: tuple[int, ...]

@@ -25,7 +25,7 @@ Each of the two numbers contributes one unit, and two units are a reserve.
 """
 
 MULTIPLIER_BITS, MAX_SHIFT, PRODUCT_BITS = 30, 31, 61
-"""Maximum bits of a multiplier, maximum right shift, and maximum bits of multiplier times number."""
+"""Largest sizes in bits: of a multiplier, of a right shift, and of a multiplier times a number."""
 
 Array = np.ndarray
 
@@ -124,8 +124,8 @@ def rescaling(value: Value, fraction: Array) -> dict[str, Array]:
 def integer_thresholds(value: Value, thresholds: Array) -> tuple[Array, Array]:
     """Convert thresholds on real values to thresholds (C, E) on integers. Return them and a sign (C,) per channel.
 
-    A channel's integer q stands for a real value. The number of `thresholds` that the real value reaches is the number
-    of integer thresholds that sign * q reaches.
+    Let x be the real value of a channel's integer q. The number of integer thresholds at or below sign * q equals the
+    number of `thresholds` at or below x.
 
     Args:
         thresholds: E ascending thresholds on the real values; (1, E) for all channels, or (C, E) for each channel.

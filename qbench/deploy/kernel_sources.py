@@ -153,7 +153,7 @@ def _code_convolution(
     if geometry.groups > 1 and inputs % LANES:
         raise NoKernel(f"groups of {inputs} input channels; must be a multiple of {LANES}")
     low, unit, a_scale, _ = x.levels
-    # codes in the border are 0, which is the level `low`; padding has the value 0
+    # activations are (low + unit * code) inside the map, and 0 in the border; `inside` sums low * weight inside the map
     ones = torch.ones(1, *x.map.size, dtype=torch.float64)
     inside = low * F.conv2d(ones, weights.integers.double(), None, *geometry)[0].long()
     w_bits, a_bits = len(weights.planes), x.levels.bits

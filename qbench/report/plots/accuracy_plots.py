@@ -148,8 +148,8 @@ def front_names(settings: Sequence[Setting], cost: Callable[[Setting], float]) -
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the points (cost, accuracy) on the Pareto front, cheapest first.
 
-    A point is on the front if no other point dominates it. Point p dominates point q if p is better than q in cost or
-    accuracy, and is not worse in the other.
+    A point is on the front if no other point dominates it. Point p dominates point q if p is not worse than q in both
+    cost and accuracy, and better in at least one of them.
     """
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1])):

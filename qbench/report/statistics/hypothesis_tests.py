@@ -34,9 +34,9 @@ def mcnemar(first_hits: "ArrayLike", second_hits: "ArrayLike") -> float:
 
     The test uses only images that exactly one of the two networks classifies correctly. If the networks are equally
     good, each network is correct on such an image with probability 1/2. The number of images that only the first
-    network classifies correctly then follows a binomial distribution. p is twice the lower tail of this distribution,
-    taken at the smaller of the two networks' numbers of such images. The result applies to these two networks, not to
-    other seeds of the same methods.
+    network classifies correctly then follows a binomial distribution. Let k be the smaller of the two networks' numbers
+    of such images. p is twice the probability of k or fewer such images, but at most 1. The result applies to these two
+    networks, not to other seeds of the same methods.
     """
     import numpy as np
     from scipy import special
