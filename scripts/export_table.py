@@ -108,7 +108,7 @@ def exported_row(directory: Path, result: "Result") -> Row:
 
 
 def other_row(directory: Path) -> Row:
-    """Export a finished run on other data than digits. Its row names the network and the data, and has no times."""
+    """Export a finished run whose data set is not digits. Its row names the network and the data, and has no times."""
     from qbench.runs.result import load_result
 
     result = load_result(directory)

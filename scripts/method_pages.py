@@ -24,7 +24,7 @@ from qbench.runs.reader import load_records
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ("cifar10", "digits", "methods", "others", "methods-glyphs", "unified")
 CARD_WIDTH = 100
-"""Maximum length of a line in a method card. If the next word would have fitted into a line, a paragraph ends there."""
+"""Maximum length of a line in a method card. A paragraph ends after a line into which the next word would fit."""
 
 
 def write(folder: Path) -> None:

@@ -33,7 +33,7 @@ def load_finished_run(
         run: the directory of the run.
         weights: `last` or `best`.
         device: the device on which the network is placed, a value of `runtime.device`.
-        images: whether the setup needs the images of the data set. If not, the data set may be missing.
+        images: whether the setup needs the images of the data set. If false, the data set may be missing.
 
     Raises:
         CheckpointError: the run is not done, or a file is missing or damaged.

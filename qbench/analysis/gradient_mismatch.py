@@ -22,10 +22,10 @@ from qbench.quant.quantizer import Quantizer
 from qbench.report.tables.table import Table
 
 SIGMAS = (0.25, 0.5, 1.0)
-"""The mismatch is measured at these standard deviations of the noise, in steps of the quantizer."""
+"""The mismatch is measured at these standard deviations of the noise, in units of the quantizer's step."""
 
 VERDICT_SIGMA = 0.5
-"""Papers' claims are tested at this standard deviation of the noise, in steps of the quantizer."""
+"""Papers' claims are tested at this standard deviation of the noise, in units of the quantizer's step."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LayerMismatch = dict[str, tuple[float, float]]
@@ -125,7 +125,7 @@ def gradient_mismatch(
         batches: images and labels. The differentiated loss is the mean over all images.
         loss: the loss function.
         backwards: names of the backward passes to measure.
-        sigmas: standard deviations of the noise, in steps of the quantizer.
+        sigmas: standard deviations of the noise, in units of the quantizer's step.
 
     Raises:
         ValueError: the model has no half-wave quantizer.

@@ -1,4 +1,4 @@
-"""Defines the description in every exported file: the run, and the images that the network expects."""
+"""Defines the description that every exported file contains: its run, and the images that its network expects."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -201,7 +201,7 @@ def _getitem(g: OnnxGraph, x: str, index: object) -> str:
     parts = index if isinstance(index, tuple) else (index,)
     for axis, part in enumerate(parts):
         if not isinstance(part, slice):
-            raise NoConverter("indexing with anything but slices")
+            raise NoConverter("indexing other than with slices")
         if part != slice(None):
             start, stop = part.start or 0, 2**31 - 1 if part.stop is None else part.stop
             ends = g.integers(start), g.integers(stop), g.integers(axis), g.integers(part.step or 1)

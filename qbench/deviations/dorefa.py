@@ -321,7 +321,7 @@ DEVIATIONS = {
         binary=True,
     ),
     "unit_weights": _weights(
-        UnitWeights, "Binary weights are +-1 by the formula for more bits, without the scale.",
+        UnitWeights, "Binary weights follow the formula for more bits, so they are +-1, without a scale.",
         "tensorpack's first svhn-digit-dorefa.py (2016), before 236c78e0",
         binary=True,
     ),

@@ -110,7 +110,7 @@ def torch_ao(bits: int) -> Make:
 
 
 def brevitas(device: Device, layout: Layout = NCHW) -> Work:
-    """Return a training step of Brevitas, after this function has run the first 300 steps with four images each."""
+    """Run the first 300 steps of Brevitas with four images each, and return its training step."""
     net = brevitas_net()
     first = training_step(net, device, layout=layout, batch=4)
     for _ in range(LEARNING_STEPS + 10):

@@ -61,8 +61,8 @@ def training_step(
 ) -> Work:
     """Return a function that makes one training step on a fixed batch.
 
-    The step consists of zero_grad, `before`, forward, backward, `between`, update and `after`, in this order. If no
-    update is given, it is the optimizer's `step`.
+    The step consists of zero_grad, `before`, forward, backward, `between`, update and `after`, in this order. By
+    default, the update is the optimizer's `step`.
     """
     placed(net, device, layout).train()
     optimizer = optimizer or sgd(net.parameters())

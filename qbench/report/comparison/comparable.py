@@ -16,7 +16,7 @@ KEYS_LISTED = 4
 
 
 class Compared(NamedTuple):
-    """The values of a run that decide with which other runs it can be ranked."""
+    """The values of a run that decide whether it can be ranked against other runs."""
 
     method: str
     bits: Bits
@@ -27,7 +27,7 @@ class Compared(NamedTuple):
 
 
 def compared_result(result: Result) -> Compared:
-    """Return the values of a run's result that decide with which other runs it can be ranked."""
+    """Return the values of a run's result that decide whether the run can be ranked against other runs."""
     protocol = result.protocol
     return Compared(result.method, Bits(**result.bits), result.dataset, result.model, protocol.hash, protocol.keys)
 

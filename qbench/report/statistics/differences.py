@@ -90,7 +90,7 @@ def _many(values: Sequence[float]) -> tuple[float, float]:
 def _sum(values: Sequence[float]) -> float:
     """Return the sum, rounded after each addition as in NumPy.
 
-    Since version 3.12, Python's `sum` compensates rounding errors.
+    Python's `sum` is not used, because it compensates rounding errors since version 3.12.
     """
     total = 0.0
     for value in values:
