@@ -21,7 +21,7 @@ MAX_FRACTION = 40
 ROUNDING = 4
 """Largest rounding error of a fixed-point sum of two numbers, in units of its last bit.
 
-Each of the two numbers contributes one unit, and two units are a reserve.
+Each of the two numbers contributes one unit. Two more units are a safety margin.
 """
 
 MULTIPLIER_BITS, MAX_SHIFT, PRODUCT_BITS = 30, 31, 61

@@ -13,8 +13,8 @@ from qbench.deploy.kernel_vectors import BYTES, Bytes, Vector, at_least, load_fl
 def codes_of(thresholds: int, integers: bool) -> Callable[[Bytes, int, Vector], tuple[np.int32, np.int32]]:
     """Return the function (memory, parameters, values) -> (low, high), the bits of the codes of 16 values.
 
-    A code is the number of thresholds at or below a value. In channels in which larger values have smaller codes, it is
-    the number of thresholds above the value. Bit i of `low` and bit i of `high` belong to value i.
+    A code is the number of thresholds at or below a value. In channels in which larger values have smaller codes, a
+    code is the number of thresholds above the value. Bit i of `low` and bit i of `high` belong to value i.
 
     Args:
         thresholds: number of thresholds, 1 to 3.
