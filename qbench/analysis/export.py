@@ -139,7 +139,9 @@ def load_exported(file: Path, runtime: str | None = None) -> tuple[nn.Module, Ab
             raise ConfigError(f"{file}: numba runs packed files, not ONNX files\ntype: qbench export RUN --to packed")
         about = about_onnx(data, str(file))
         if about.form == "qonnx" and runtime not in (None, "qonnx"):
-            raise ConfigError(f"{file}: --runtime {runtime}: files of the form qonnx run in the package qonnx only")
+            raise ConfigError(
+                f"{file}: --runtime {runtime}: a file that was exported with --to qonnx runs only in the package qonnx"
+            )
         runtime = runtime or ("qonnx" if about.form == "qonnx" else "onnxruntime")
         return _Exported(RUNTIMES[runtime](data, about, str(file)), about), about
     if kind_of(data) == "integer":

@@ -79,7 +79,8 @@ def _from_directory(word: str) -> Config:
     folder = directory_name(run_identity(config)).parent.name
     if path.absolute().parent.name != folder:  # the runs with other seeds would not be found next to this run
         raise ConfigError(
-            f"settle {word}: the run was moved out of its folder {folder}\nmove it back, or type a quoted command line"
+            f"settle {word}: the run was moved out of its folder {folder}\n"
+            "move it back, or type a command line in quotes in place of the directory"
         )
     config.distill.trust = False  # a stored run must not decide that its teacher's code is trusted
     return replace(config, seed=0, out=str(path.absolute().parents[1]), rerun=False)

@@ -65,7 +65,7 @@ def points(value: str) -> float:
 
 
 def file_with_suffix(*suffixes: str) -> Callable[[str], Path]:
-    """Return a type for the name of a file to write, which must end in one of `suffixes`."""
+    """Return an argparse type that accepts the name of an output file if it ends in one of `suffixes`."""
 
     def convert(value: str) -> Path:
         path = Path(value)

@@ -212,8 +212,8 @@ def _imagenet_weights(config: Config) -> str:
 def _refuse_stored_values(config: Config) -> None:
     """Refuse values that only stored configurations may have.
 
-    A configuration without the key `method.bits` was stored earlier, because this key is removed before a configuration
-    is stored.
+    The key `method.bits` is removed before a configuration is stored. A configuration that lacks this key is therefore
+    a stored one.
     """
     if "bits" not in config.method:
         return

@@ -155,7 +155,7 @@ def _has_weights(module: nn.Module) -> bool:
 def coverage(model: nn.Module, macs: Mapping[str, int]) -> str | None:
     """Return a sentence that names the float layers of a network, if some of these layers cannot be quantized.
 
-    Return None if all float layers could be quantized, or if the whole network is float.
+    Return None if qbench can quantize all layers that are float, or if the whole network is float.
     """
     quantized, modules = quantized_layers(model), dict(model.named_modules())
     left = [name for name in macs if name not in quantized]

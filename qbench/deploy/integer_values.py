@@ -67,7 +67,7 @@ class Value:
         return np.clip(low, self.floor, self.ceiling), np.clip(high, self.floor, self.ceiling)
 
     def clamp(self, low: float, high: float) -> "Value":
-        """Return the description of a value to which another clamp is applied."""
+        """Return the description of this value after a further clamp to [low, high]."""
         return replace(
             self, floor=min(max(self.floor, low), high), ceiling=min(max(self.ceiling, low), high), codes=False
         )

@@ -13,7 +13,8 @@ class At(NamedTuple):
         input: first window of the input map.
         weights: vectors of weights, in the order in which the kernel reads them.
         correction: integers that are added to the sums of products, one vector for each vector of the output.
-        ramp, second_ramp: parameters of the finish's first and second ramp.
+        ramp, second_ramp: parameters of the two functions (`kernel_ramps`) that are applied to the sums one after the
+            other.
         residual: map of floats that is added to the values.
         floats: output map of floats.
         thresholds: thresholds of each vector of channels, and bits that mark channels. In a marked channel, larger

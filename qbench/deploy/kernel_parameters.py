@@ -206,7 +206,9 @@ def code_thresholds(
 
 
 def pack_thresholds(thresholds: Tensor, falling: Tensor, integers: bool) -> np.ndarray:
-    """Return thresholds as 32-bit words (vectors, 1 + thresholds, 16), with 16 channels per vector.
+    """Return thresholds as 32-bit words, of shape (number of vectors, 1 + number of thresholds, 16).
+
+    A vector has 16 channels.
 
     The bits of the first word mark the channels in which larger values have smaller codes.
     """

@@ -227,7 +227,7 @@ def _operator(
     """Define an elementwise function of two vectors.
 
     Args:
-        code: function that adds the instruction to an LLVM builder and returns the result of the instruction.
+        code: function of (builder, x, y) that adds the LLVM instruction of the operator, and returns its result.
     """
 
     @type_callable(function)

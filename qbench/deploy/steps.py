@@ -95,9 +95,9 @@ def _edges(function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def ordered(x: Tensor) -> Tensor:
-    """Return integers that number the floats x.
+    """Return the position of each float in x among all floats of this type, as an integer.
 
-    Larger floats have larger numbers, and neighbouring floats have neighbouring numbers.
+    Larger floats have larger positions, and the positions of neighbouring floats differ by one.
     """
     bits = x.view(torch.int32).long()
     return torch.where(bits >= 0, bits, -(bits + 2**31))

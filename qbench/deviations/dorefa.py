@@ -32,7 +32,7 @@ def detached_max(w: Tensor, bits: int) -> Tensor:
 
 @in_float32
 def rescaled_by_max(w: Tensor, bits: int) -> Tensor:
-    """Quantize weights as `detached_max` does, then multiply by the maximum.
+    """Quantize weights as `detached_max` does, then multiply the result by max|tanh w|.
 
     All levels are between -max|tanh w| and max|tanh w|.
     """
@@ -256,7 +256,7 @@ def _activations(
     bits: str = "w32a2",
     binary: bool = False,
 ) -> Deviation:
-    """Return a deviation that replaces the clip of activations.
+    """Return a deviation (a known difference of public code) that replaces DoReFa's clip of activations.
 
     If `binary` is true, the deviation changes only one-bit activations.
     """

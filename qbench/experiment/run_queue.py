@@ -32,8 +32,8 @@ class RunQueue:
 
     Args:
         runs: the runs.
-        began: the time at which the sweep began, in nanoseconds, by the clock of the file system. A result that was
-            written later is not computed again: another process of the same sweep has computed it.
+        began: the time at which the sweep began, in nanoseconds, by the clock of the file system. If a result was
+            written after this time, another process of the same sweep has computed it, so its run is skipped.
     """
 
     def __init__(self, runs: Sequence[PlannedRun], began: int | None = None) -> None:

@@ -92,7 +92,7 @@ def _operations_in_training(model: nn.Module, example: Tensor, layers: Collectio
     except Exception as error:
         logger.warning(
             "the network does not run on images alone in training mode (%s: %s); qbench therefore did not check "
-            "whether training reads the activation functions that quantizers replace",
+            "whether other code in training uses the outputs of activation functions that quantizers replace",
             type(error).__name__, str(error).partition("\n")[0],
         )  # fmt: skip
         return []

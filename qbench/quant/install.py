@@ -173,7 +173,8 @@ def _check_calls(model: nn.Module, quantized: Collection[str], example: Tensor) 
 def _refuse_read(read: Sequence[str], when: str) -> None:
     if read:
         raise Unsupported(
-            f"{read[0]}: the weight is also used without calling the layer{when}, where it would not be quantized\n"
+            f"{read[0]}: the network also uses the weight without calling the layer{when}; this use would not be "
+            "quantized\n"
             f"call the layer, or {float_rule(read[0])}"
         )
 

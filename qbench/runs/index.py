@@ -164,7 +164,7 @@ def _read(path: Path, shared: SharedValues) -> dict[str, "_Row"]:
 def _row_type() -> type[Any]:
     """Return the type of a row of the index file: the path below the root, the stamp, and the fields of the result.
 
-    A field in `SHARED` is stored as the number of its value.
+    For a field in `SHARED`, the row contains the index of the value in `SharedValues.values`.
     """
     kinds = [(name, int if name in SHARED else kind) for name, kind in _types(FIELDS).items()]
     return msgspec.defstruct("Row", [("path", str), ("stamp", Stamp), *kinds], array_like=True, gc=False)

@@ -83,7 +83,7 @@ def test_a_weight_that_is_used_without_a_call_of_its_layer_is_refused(use: str) 
     with pytest.raises(Unsupported) as caught:
         install(dorefa.build(w=2), Net(USES[use]), example=X)
     assert str(caught.value) == (
-        "mid: the weight is also used without calling the layer, where it would not be quantized\n"
+        "mid: the network also uses the weight without calling the layer; this use would not be quantized\n"
         "call the layer, or leave it float: 'layers.rules={mid: float}'"
     )
     assert not quantized_layers(install(dorefa.build(w=2), Net(USES[use]), Policy(rules={"mid": "float"}), example=X))
@@ -114,7 +114,7 @@ ALIASES: dict[str, tuple[Callable[[Alias, Tensor], object], Callable[[Any, Tenso
 def test_a_tensor_that_shares_the_memory_of_a_weight_is_refused(alias: str) -> None:
     net = Alias(*ALIASES[alias])
     weight = net.mid.weight.detach().clone()
-    with pytest.raises(Unsupported, match="mid: the weight is also used without calling the layer"):
+    with pytest.raises(Unsupported, match="mid: the network also uses the weight without calling the layer"):
         install(dorefa.build(w=2), net, example=X)
     assert torch.equal(net.mid.weight, weight), "the weights are as before"
     model = install(dorefa.build(w=2), Alias(*ALIASES[alias]))
@@ -149,7 +149,9 @@ TRAINING: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("use", TRAINING)
 def test_a_weight_that_training_uses_without_a_call_of_its_layer_is_refused(use: str) -> None:
-    with pytest.raises(Unsupported, match="mid: the weight is also used without calling the layer in training,"):
+    with pytest.raises(
+        Unsupported, match="mid: the network also uses the weight without calling the layer in training,"
+    ):
         install(dorefa.build(w=2), Net(TRAINING[use]), example=X)
 
 
@@ -347,7 +349,9 @@ def test_looking_at_a_network_changes_no_buffers(install: Callable[..., nn.Modul
 def test_a_network_that_cannot_be_copied_is_checked_in_training_too() -> None:
     model = Net(lambda net, h: net.mid(h) + (h @ net.mid.weight if net.training else 0))
     model.lock = threading.Lock()
-    with pytest.raises(Unsupported, match="mid: the weight is also used without calling the layer in training,"):
+    with pytest.raises(
+        Unsupported, match="mid: the network also uses the weight without calling the layer in training,"
+    ):
         install(dorefa.build(w=2, a=2), model, example=X)
 
 

@@ -33,7 +33,7 @@ def compared_result(result: Result) -> Compared:
 
 
 class Unlike(NamedTuple):
-    """A statement about methods that are not ranked against each other, and advice on what to type instead."""
+    """A statement that some methods are not ranked against each other, and what to type so that they are."""
 
     statement: str
     advice: str = ""

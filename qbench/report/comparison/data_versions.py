@@ -13,7 +13,9 @@ KEY = "data"
 
 
 def separate_data_versions(results: Sequence[Result]) -> list[Result]:
-    """Return the results. If runs used different images, their protocols get a key that identifies the images.
+    """Return the results. If runs used different images, add a key that identifies the images to their protocols.
+
+    A protocol contains the keys that must be equal in all runs of a table.
 
     Two runs with the same keys of `dataset` use the same images unless the files were changed between the runs. If the
     files were changed, the runs get different protocols. They are then in different tables and are not compared.

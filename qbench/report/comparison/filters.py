@@ -93,7 +93,7 @@ def _unknown_key(key: str, known: Iterable[str]) -> str:
 def _absent_values(
     where: Mapping[str, Sequence[str]], runs: Sequence[RunRecord], keys: Mapping[int, RunKeys]
 ) -> list[str]:
-    """Return one note for each typed value that no run has.
+    """Return one note for each value that the user typed and that no run has.
 
     Raises:
         ConfigError: no run has any of the values that were typed for a key.

@@ -68,7 +68,7 @@ def _adjustment(pairs: Sequence[SettingPair]) -> str:
 
 
 def _pairing(pair: SettingPair) -> str:
-    """Return a text that says how two settings were paired, and whether intervals cover only seeds."""
+    """Return a text that says how two settings were paired, and whether intervals cover only the error from seeds."""
     left_out = "" if pair.difference and pair.difference.items else f" ({WITHOUT_IMAGES})"
     return (f"by {pair.paired_by}" if pair.paired_by else UNPAIRED) + left_out
 

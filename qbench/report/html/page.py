@@ -233,7 +233,7 @@ def _inline_svg(svg: bytes, label: str) -> "Markup":
 
 
 def _method_cards(results: Iterable[Result]) -> Cards:
-    """Return the method cards by anchor.
+    """Return the method cards, each under the HTML anchor of its method.
 
     If runs recorded different texts for a method, for example with several versions of qbench, there is one card per
     text.
