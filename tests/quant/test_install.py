@@ -150,7 +150,7 @@ TRAINING: dict[str, Callable[[Net, Tensor], Tensor]] = {
 @pytest.mark.parametrize("use", TRAINING)
 def test_a_weight_that_training_uses_without_a_call_of_its_layer_is_refused(use: str) -> None:
     with pytest.raises(
-        Unsupported, match="mid: the network also uses the weight without calling the layer in training,"
+        Unsupported, match="mid: the network also uses the weight without calling the layer in training;"
     ):
         install(dorefa.build(w=2), Net(TRAINING[use]), example=X)
 
@@ -350,7 +350,7 @@ def test_a_network_that_cannot_be_copied_is_checked_in_training_too() -> None:
     model = Net(lambda net, h: net.mid(h) + (h @ net.mid.weight if net.training else 0))
     model.lock = threading.Lock()
     with pytest.raises(
-        Unsupported, match="mid: the network also uses the weight without calling the layer in training,"
+        Unsupported, match="mid: the network also uses the weight without calling the layer in training;"
     ):
         install(dorefa.build(w=2, a=2), model, example=X)
 
