@@ -197,7 +197,7 @@ def run_mutant(mutant: Mutant, tests: Sequence[str], tree: Path, limit: float) -
 def cover(tests: Sequence[str], file: Path) -> int:
     """Run the tests, and store which tests execute which lines."""
     measured = [f"--cov=qbench.{folder.replace('/', '.')}" for folder in FOLDERS]
-    options = ["-n", "0", "-q", "-m", "not full and not gpu", "--cov-context=test", "--cov-report=", *measured]
+    options = ["-n", "2", "-q", "-m", "not full and not gpu", "--cov-context=test", "--cov-report=", *measured]
     file.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"COVERAGE_FILE": str(file), "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT, env=environment).returncode
