@@ -42,9 +42,10 @@ def has_validation(returned: object) -> bool:
 
 
 def as_dataset(name: str, returned: object, val: float) -> Dataset:
-    """Return a data set from the value that a user's function returned.
+    """Return a data set from the value that a function returned.
 
     Args:
+        name: the value of `dataset`. If it contains a colon, it names a user's function.
         val: if the value contains no validation split, this fraction of the training images becomes that split.
 
     Raises:
@@ -52,7 +53,9 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
         ValueError: `val` is out of range.
     """
     if isinstance(returned, Dataset):
-        # No configuration key determines these values, so the digest of the data must contain them.
+        if ":" not in name:  # a data set of qbench, whose configuration determines these values
+            return returned
+        # No configuration key determines these values of a user's data set, so the digest must contain them.
         facts = f"classes {returned.classes}, mean {returned.mean}, std {returned.std}, {returned.augment}"
         return replace(returned, files=dict(returned.files) | {"processing": facts})
     if not isinstance(returned, tuple | list) or len(returned) not in (2, 3) or any(map(_is_array, returned)):

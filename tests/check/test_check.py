@@ -350,7 +350,7 @@ def test_properties_that_are_not_applicable_are_named_and_counted() -> None:
     assert f"not applicable: {UNBIASED}  (the method's rounding is deterministic)" in text
     assert "clipped as declared  (the method does not quantize inputs)" in text
     assert "(the method does not declare odd or monotone or idempotent)" in text
-    assert "bare: 8 properties hold, 5 are not applicable, " in text
+    assert "bare: 9 properties hold, 5 are not applicable, " in text
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     for refused in (["ttq", "dorefa"], ["ttq", "--cfg=job"], ["ttq", "bits.w=5"]):
         assert cli(["check", *refused]) == 2, refused
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "twn: 9 properties hold, 4 are not applicable, " in good.stdout
+    assert "twn: 10 properties hold, 4 are not applicable, " in good.stdout
     assert bad.returncode == 1
     assert "does not hold:  levels" in bad.stdout
     assert "values are not on" in bad.stdout

@@ -414,6 +414,6 @@ def test_what_a_data_set_of_a_user_says_about_its_images_is_part_of_its_digest(c
     split = Split(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 3)
     usual = Dataset(name="d", train=split, val=split, test=split, classes=3, mean=(0.5,), std=(0.5,))
     first, again, other = (
-        images_sha256(as_dataset("d", one, 0)) for one in (usual, replace(usual), replace(usual, **change))
+        images_sha256(as_dataset("my:d", one, 0)) for one in (usual, replace(usual), replace(usual, **change))
     )
     assert first == again != other
