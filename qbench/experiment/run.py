@@ -143,7 +143,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
             f"optim.batch_size={setup.optim.batch_size}: reduced to {loader.batch_size}, the number of training images"
         )
     if setup.data.note:
-        reporter.say(setup.data.note)
+        reporter.say(f"warning: {setup.data.note}")
     if reason := slow_half(setup.runtime, setup.device):
         reporter.say(f"warning: runtime.precision={setup.runtime.precision} is slower than fp32 here: {reason}")
     data_sha256 = images_sha256(setup.data)

@@ -63,19 +63,36 @@ def show_progress(runs: Sequence[PlannedRun], workers: int) -> Iterator[None]:
         thread.join()
 
 
+class TimeLeft:
+    """Estimates the time that a sweep still needs, from the runs and epochs that have ended since it began."""
+
+    def __init__(self, status: SweepStatus) -> None:
+        self._status, self._began, self._stored = status, time.monotonic(), status.completed
+
+    def text(self) -> str:
+        """Return a text such as `1:20 left`. It is empty before the first epoch ends, and after the last run."""
+        status = self._status
+        if not status.in_work and status.completed == self._stored:  # still importing or checking
+            self._began = time.monotonic()
+        gained, elapsed = status.completed - self._stored, time.monotonic() - self._began
+        waiting = status.total - status.completed
+        return f"{duration(elapsed / gained * waiting)} left" if gained > 0 and waiting > 0 else ""
+
+
 class EventLines:
     """Prints one line for each event. The lines contain no control characters."""
 
     def __init__(self, status: SweepStatus) -> None:
-        self._status = status
+        self._status, self._time = status, TimeLeft(status)
         self._printed: dict[str, float] = {}
         if status.done:
             self._print("already stored")
 
     def show(self, events: Events) -> None:
         """Print the events. Print an epoch of a run at most every `EPOCH_SECONDS`."""
+        left = self._time.text()
         for name, result in events.finished:
-            self._print(f"{name}: {', '.join(outcome(result))}")
+            self._print(f"{name}: {', '.join(outcome(result))}{left and f'; {left} for the sweep'}")
         for run in events.started:
             self._printed[run.name] = time.monotonic()
             self._print(f"{run.name}: running, {run.done} of {run.epochs} epochs done")
@@ -105,7 +122,7 @@ class LiveView:
         from rich.live import Live
 
         self._status, self._workers = status, workers
-        self._began, self._stored = time.monotonic(), status.completed
+        self._time = TimeLeft(status)
         self._width = max(map(len, status.names), default=0)
         self._live = Live(
             console=Console(stderr=True), auto_refresh=False, transient=True, redirect_stdout=sys.stdout.isatty(),
@@ -140,13 +157,10 @@ class LiveView:
         from rich.table import Table
 
         status, done = self._status, len(self._status.done)
-        if not in_work and status.completed == self._stored:  # still importing or checking
-            self._began = time.monotonic()
-        running = min(in_work, self._workers, status.total - done)
-        gained, elapsed = status.completed - self._stored, time.monotonic() - self._began
-        left = f", {duration(elapsed / gained * (status.total - status.completed))} left" if gained > 0 else ""
+        running, left = min(in_work, self._workers, status.total - done), self._time.text()
         line = Table.grid(padding=(0, 1))
-        text = f"{done} of {status.total} runs done, {running} running, {status.total - done - running} waiting{left}"
+        waiting = status.total - done - running
+        text = f"{done} of {status.total} runs done, {running} running, {waiting} waiting{left and f', {left}'}"
         line.add_row(ProgressBar(status.total, status.completed, width=12), text)
         return line
 

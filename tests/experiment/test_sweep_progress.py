@@ -56,7 +56,8 @@ def test_runs_are_followed_from_start_to_result(
         )
         assert shown() == [], "an epoch is shown once"
     plant(configure(*words[0]), 94.0, wall_seconds=3.25)
-    assert shown() == ["[2/3] dorefa w2a32g32 s0: 94.00 %, 3.2 s"]
+    (line,) = shown()
+    assert re.fullmatch(r"\[2/3\] dorefa w2a32g32 s0: 94.00 %, 3.2 s; 0:0\d left for the sweep", line)
     plant(configure(*words[1]), 0.0, status="failed", reason="no \x1b[2J\nmore")
     assert shown() == ["[3/3] dorefa w2a32g32 s1: failed: no ?[2J"]
     assert not status.in_work
@@ -168,8 +169,11 @@ def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path: Path, epoch
     done = qbench(*words, "out=o", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
+    left = (r"; \d+:\d\d left for the sweep", "")
     for seed in (0, 1):
         about = [line for line in lines if f"dorefa w2a2g32 s{seed}: " in line]
         assert re.search(rf"running, \d+ of {epochs} epochs done$", about[0]), done.stderr
-        assert re.fullmatch(rf"\[{seed + 1}/2\] dorefa w2a2g32 s{seed}: \d+\.\d\d %, \d+\.\d s", about[-1]), done.stderr
+        assert re.fullmatch(
+            rf"\[{seed + 1}/2\] dorefa w2a2g32 s{seed}: \d+\.\d\d %, \d+\.\d s{left[seed]}", about[-1]
+        ), done.stderr
     assert all(line.isprintable() for line in lines), done.stderr

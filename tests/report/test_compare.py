@@ -29,7 +29,7 @@ from qbench.experiment.planned_run import planned_run
 from qbench.papers.published_figures import published_rows
 from qbench.papers.published_table import absence_note
 from qbench.report.comparison.compare import compare
-from qbench.report.comparison.filters import filter_words, select_runs
+from qbench.report.comparison.filters import _hint, filter_words, select_runs
 from qbench.report.comparison.pairs import conclude
 from qbench.report.comparison.setting_table import MissingRuns, settings_of
 from qbench.report.html.page import html
@@ -716,7 +716,13 @@ def test_wrong_words_are_refused(
 
 def test_a_value_that_no_run_has_is_noted_if_another_is_found(several: str) -> None:
     assert "no run has method=twn" in command.run_compare([several, "method=lsq,twn"])
+    assert "no run has method=lsqq; did you mean lsq?" in command.run_compare([several, "method=dorefa,lsqq"])
     assert "no run has" not in command.run_compare([several, "method=lsq"])
+
+
+def test_the_module_of_a_users_method_is_similar_to_its_name() -> None:
+    assert _hint("my_ternary", ["dorefa", "my_ternary:build", "ternary"]) == "; did you mean my_ternary:build?"
+    assert _hint("2", ["2:build"]) == ""
 
 
 def test_the_margin_is_stated(several: str) -> None:

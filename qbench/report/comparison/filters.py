@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
@@ -105,12 +105,24 @@ def _absent_values(
         absent = [value for value in values if present and not any(_equals(key, stored, value) for stored in present)]
         if absent == values:
             known = sorted({str(json.loads(stored)) for stored in present}, key=lambda v: (v.isdecimal() and int(v), v))
-            hint = "" if values[0].isdecimal() else did_you_mean(values[0], known)
+            hint = _hint(values[0], known)
             more = f" and {len(known) - VALUES_LISTED} more" if len(known) > VALUES_LISTED else ""
             listed = ", ".join(known[:VALUES_LISTED]) + more
             raise ConfigError(f"compare {key}={','.join(values)}: no run has this value{hint}\nvalues found: {listed}")
-        notes += [f"no run has {key}={value}" for value in absent]
+        found = {str(json.loads(stored)) for stored in present}
+        notes += [f"no run has {key}={value}{_hint(value, found)}" for value in absent]
     return notes
+
+
+def _hint(value: str, known: Collection[str]) -> str:
+    """Return `; did you mean ...?` with the most similar value, or an empty text for numbers and unlike values.
+
+    A user's method has the name `module:function`. The module alone is therefore similar to it.
+    """
+    if value.isdecimal():
+        return ""
+    own = [name for name in known if name.partition(":")[0] == value]
+    return f"; did you mean {own[0]}?" if own else did_you_mean(value, known)
 
 
 def _matching(
