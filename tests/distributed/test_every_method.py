@@ -27,6 +27,7 @@ OPTIONS = {
     "dropout": ["method=float", "init=scratch", "model=wrn_10_4", "model.widen=1", "pretrain.epochs=1"],
     "accumulated": ["method=dorefa", "optim.accumulate=4"],
     "clipped": ["method=dorefa", "optim.clip_norm=0.5"],
+    "fp16": ["method=dorefa", "runtime.precision=fp16", "optim.accumulate=2"],
 }
 """Options with random draws, other optimizers, or other losses."""
 CASES = {name: [f"method={name}"] for name in METHODS} | OPTIONS
