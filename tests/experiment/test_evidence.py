@@ -92,6 +92,9 @@ def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -
     assert [line for line in baseline.warnings if "training steps" in line] == [
         text.replace("epochs", "pretrain.epochs").replace("optim.", "pretrain.optim.")
     ]
+    own = text.replace("epochs", "pretrain.epochs").replace("optim.", "pretrain.optim.")
+    assert f"      warning: float baseline: {own}" in row([result]).splitlines()
+    assert row([result]).count("not clearly above chance") == 1, "the run has this warning itself"
     untrained = run(planned_run(smoke("method=ptq", "runtime.observe=off")))
     assert not [line for line in untrained.warnings if "training steps" in line]
     records = read([str(tmp_path)])

@@ -1,11 +1,12 @@
 """Formats the row that a run prints at its end: accuracies, widths, size, BitOps and time."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from qbench.report.tables.escape import printable
 from qbench.report.tables.table import Table, text
 from qbench.report.tables.units import si_format
-from qbench.runs.result import Result
+from qbench.runs.result import Result, load_result
 
 DEVIATIONS = ("deviation", "activation.deviation")
 HEAD = ("method", "W", "A", "G", "levels", "bits/weight", "float", "quantized", "diff", "size", "BitOps", "time")
@@ -58,4 +59,16 @@ def _remarks(result: Result) -> list[str]:
     remarks = [result.reason] if result.reason else [top1]
     remarks += [f"{key}={value}: not the paper's method" for key, value in result.options.items() if key in DEVIATIONS]
     remarks += result.notes + [f"warning: {warning}" for warning in result.warnings]
+    remarks += [f"warning: float baseline: {text}" for text in _baseline_warnings(result)]
     return [f"run   {result.run}", *(f"      {line}" for line in remarks)]
+
+
+def _baseline_warnings(result: Result) -> list[str]:
+    """Return the warnings of a run's float baseline that the run does not have itself.
+
+    For example, the baseline may have few training steps because of its own batch size.
+    """
+    if result.baseline is None or result.baseline.pretrained:
+        return []
+    baseline = load_result(Path(result.run).parent / Path(result.baseline.run).name)
+    return [text for text in baseline.warnings if text not in result.warnings] if baseline else []
