@@ -164,9 +164,16 @@ def sampled(count: int, seed: int, folders: Sequence[str]) -> list[Mutant]:
 
 
 def covering_tests(data: CoverageData, mutant: Mutant) -> list[str]:
-    """Return the tests that run the mutant's line. Tests of the mutant's own folder come first."""
+    """Return the tests that run the mutant's line. Tests of the mutant's own folder come first.
+
+    A line outside functions, such as a constant, is executed by an import and by no test. The tests of such a line are
+    the tests that run any line of its file.
+    """
     measured = next((f for f in data.measured_files() if f.endswith("/" + mutant.file)), None)
-    contexts = data.contexts_by_lineno(measured).get(mutant.line, []) if measured else []
+    by_line = data.contexts_by_lineno(measured) if measured else {}
+    contexts = set(by_line.get(mutant.line, []))
+    if contexts == {""}:
+        contexts = set().union(*by_line.values())
     tests = sorted({context.partition("|")[0] for context in contexts if "::" in context})
     own = "tests/" + mutant.file.removeprefix("qbench/").partition("/")[0] + "/"
     return sorted(tests, key=lambda test: (not test.startswith(own), test))[:MOST_TESTS]

@@ -166,6 +166,14 @@ def test_the_image_is_rounded_over_its_range_and_8_bit_images_stay() -> None:
     assert ImageQuantizer(2, low, high)(x)[:, 0].unique().numel() == 4
 
 
+def test_the_grid_of_an_image_covers_channels_with_different_numbers_of_values() -> None:
+    quantizer = ImageQuantizer(2, (0.0, 0.0), (1.0, 3.0), torch.tensor([[0, 0, 1]]))
+    x = quantizer(torch.tensor([[0.1, 0.6, 2.0], [0.9, 0.3, 0.5]]))
+    first, second = quantizer.grid(x).arrange(x).squeeze(-1).tolist()
+    assert set(first) == set(x[:, :2].flatten().tolist())
+    assert set(second) == set(x[:, 2].tolist())
+
+
 def test_float_mode_and_folded_weights() -> None:
     original = net().eval()
     expected = original(X)
