@@ -412,3 +412,8 @@ def test_the_sign_control_of_hwgq_passes_the_gradient_at_its_ends() -> None:
         assert out.tolist() == [-1, -1, -1, -1, 1, 1, 1, 1, 1, 1]
         assert leaf.grad is not None
         assert leaf.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_the_sign_control_has_one_bit_of_weights_and_activations() -> None:
+    method = hwgq.build(w=1, a=1, levels="sign")
+    assert [method.allowed_widths(key) for key in "wa"] == ["1 or 32", "1 or 32"]

@@ -134,3 +134,15 @@ def test_an_integer_is_a_valid_initial_clip(configure: Configure) -> None:
     setup = assemble(configure("method=pact", "bits=w2a2", "method.initial=3", "init=scratch"))
     model = setup.install(setup.float_model())
     assert {layer.input_q.get_parameter("alpha").item() for layer in quantized_layers(model).values()} == {3.0}
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.5])
+def test_the_first_batch_sets_the_step_of_an_lsq_activation_that_was_not_prepared(shift: float) -> None:
+    x = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) + shift
+    quantizer = lsq.LSQActivation(2)
+    outputs = quantizer(x)
+    signed = shift < 0
+    expected = lsq.initial_step(x, 2, signed)
+    assert (bool(quantizer.ready), bool(quantizer.signed), quantizer.is_signed) == (True, signed, signed)
+    assert torch.equal(quantizer.step, expected)
+    assert torch.equal(outputs, lsq.quantize(x, expected, 2, signed))

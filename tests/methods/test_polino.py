@@ -208,6 +208,7 @@ def test_the_compression_ratios_of_the_paper() -> None:
 def test_the_huffman_lengths_are_those_computed_by_hand() -> None:
     """5, 2, 1, 1: lengths 1, 2, 3, 3; four alike: 2 each; a single symbol needs none."""
     assert qd.huffman_bits([1, 5, 0, 1, 2]) == (5 * 1 + 2 * 2 + 1 * 3 + 1 * 3) / 9
+    assert qd.huffman_bits([5, 1, 1]) == (5 * 1 + 1 * 2 + 1 * 2) / 7, "the counts need not be sorted"
     assert qd.huffman_bits([7, 7, 7, 7]) == 2
     assert qd.huffman_bits([4, 0]) == 0
 

@@ -66,3 +66,10 @@ def test_prepare_sets_ranges_that_training_does_not_use() -> None:
     torch.testing.assert_close(model.eval()(X), expected, rtol=0, atol=1e-3)
     quantizer.train()(inputs / 2)  # the first batch replaces the range
     assert (quantizer.low, quantizer.high) == (inputs.min().clamp(max=0) / 2, inputs.max().clamp(min=0) / 2)
+
+
+def test_a_scale_takes_four_bytes() -> None:
+    w = torch.randn(5, 3)
+    one, each = (uniform.UniformWeight(4, channel).bytes(w) for channel in (False, True))
+    assert (one.codes, one.code_bits, one.extra_bytes) == (15, 4, 4)
+    assert (each.codes, each.code_bits, each.extra_bytes) == (15, 4, 20)
