@@ -154,7 +154,7 @@ def test_export_and_evaluate(finished: Path, tmp_path: Path, capsys: pytest.Capt
     file = export(finished, "qonnx", tmp_path / "n.onnx").path
     assert evaluate_file(file).values[0]["top1"] == evaluate_file(export(finished).path).values[0]["top1"]
     assert cli(["evaluate", str(file), "--runtime", "openvino"]) == 2
-    assert "run in the package qonnx only" in capsys.readouterr().err
+    assert "runs only in the package qonnx" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(
