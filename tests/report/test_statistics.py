@@ -291,8 +291,9 @@ def test_the_normal_quantile_is_scipys() -> None:
 
 @pytest.mark.parametrize("n", [4, 16])
 def test_sign_flips_are_exact_up_to_16_differences(n: int) -> None:
-    """Only the two choices with equal signs give a sum as far from 0."""
-    assert sign_flip([1.0 + i / 100 for i in range(n)]) == 2 / 2**n
+    """With one negative difference, a sum is as far from 0 if at most one sign differs from the others."""
+    assert sign_flip([1.0] * n) == 2 / 2**n
+    assert sign_flip([1.0] * (n - 1) + [-1.0]) == 2 * (n + 1) / 2**n
 
 
 def test_more_than_16_differences_are_drawn() -> None:
