@@ -9,6 +9,7 @@ from qbench.data.spec import dataset_from_format
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.data_check import check_same_data
+from qbench.experiment.device import HALF_TYPES
 from qbench.experiment.run import PROBE_IMAGES
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.experiment.trained_network import LAYERS, load_weights, stored_run
@@ -97,9 +98,6 @@ def bn_note(recompute: bool) -> str:
     return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
 
 
-HALF_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
-
-
 def half_precision_note(finished: FinishedRun, weights: str = "last") -> list[str]:
     """Return a note that the run was evaluated in half precision, with its accuracy. Other runs have no such note.
 
@@ -108,11 +106,12 @@ def half_precision_note(finished: FinishedRun, weights: str = "last") -> list[st
     """
     evaluation = finished.result.final if weights == "last" else finished.result.best
     precision = finished.setup.runtime.precision
-    if precision not in HALF_NAMES or evaluation is None:
+    if precision not in HALF_TYPES or evaluation is None:
         return []
+    name = str(HALF_TYPES[precision]).removeprefix("torch.")
     return [
         f"measured in float32; the run's own test top-1 of {weights}.pt, {evaluation.test.top1:.2f} %, was measured in "
-        f"{HALF_NAMES[precision]} (runtime.precision={precision})"
+        f"{name} (runtime.precision={precision})"
     ]
 
 

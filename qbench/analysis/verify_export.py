@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qbench.analysis.finished_run import HALF_NAMES, FinishedRun, half_precision_note
+from qbench.analysis.finished_run import FinishedRun, half_precision_note
 from qbench.bits import FLOAT
 from qbench.deploy import packed
 from qbench.deploy.about import About
@@ -17,6 +17,7 @@ from qbench.deploy.network import Network
 from qbench.deploy.runtimes import RUNTIMES
 from qbench.deploy.trace import NotExportable
 from qbench.errors import ConfigError
+from qbench.experiment.device import HALF_TYPES
 from qbench.quant.layers import quantized_layers
 from qbench.quant.probe import Batch
 
@@ -168,7 +169,7 @@ def _in_words(errors: RoundingErrors) -> str:
 
 def _in_float32(finished: FinishedRun) -> str:
     """Return text that names the float32 network for a run in half precision, or an empty text for other runs."""
-    return ", with the run's network in float32" if finished.setup.runtime.precision in HALF_NAMES else ""
+    return ", with the run's network in float32" if finished.setup.runtime.precision in HALF_TYPES else ""
 
 
 def accuracy_lines(finished: FinishedRun, weights: str, agreement: Agreement) -> list[str]:

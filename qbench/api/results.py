@@ -174,8 +174,8 @@ def load_model(
 
         (images / 255 - network.image_mean) / network.image_std
 
-    The attributes `image_mean` and `image_std`, of shape (C, 1, 1), are the constants of the run's data set. The data
-    set itself is not needed.
+    Float images of a user's data set are not divided by 255. The attributes `image_mean` and `image_std`, of shape
+    (C, 1, 1), are the constants of the run's data set. The data set itself is not needed.
 
     Args:
         run: a run, its result or its directory.

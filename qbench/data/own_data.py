@@ -10,12 +10,13 @@ they are, because a transform usually has normalized them.
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Split, split_validation
 from qbench.data.drawn_split import DrawnSplit, MapDataset, own_random_state, read_item, seed_cpu, seem_channels_last
 from qbench.data.normalize import MeanAndStd, mean_and_std
@@ -56,7 +57,8 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
         if ":" not in name:  # a data set of qbench, whose configuration determines these values
             return returned
         # No configuration key determines these values of a user's data set, so the digest must contain them.
-        facts = f"classes {returned.classes}, mean {returned.mean}, std {returned.std}, {returned.augment}"
+        augment = {key: value for key, value in asdict(returned.augment).items() if value != getattr(Augment, key)}
+        facts = f"classes {returned.classes}, mean {returned.mean}, std {returned.std}, augment {augment}"
         return replace(returned, files=dict(returned.files) | {"processing": facts})
     if not isinstance(returned, tuple | list) or len(returned) not in (2, 3) or any(map(_is_array, returned)):
         raise DataError(f"the function returned {_in_words(returned)}\n{FORMS}")

@@ -49,7 +49,7 @@ def check_runtime(runtime: Runtime, method: Method, device: torch.device, *, is_
             else "the method's backward pass needs the float activations"
         )
         raise ConfigError(f"runtime.activation_memory=codes has no effect with {method.name} {method.bits}: {why}")
-    if runtime.precision == "fp16" and not is_baseline and "fixed_point_gradients" in method.traits:
+    if runtime.precision == "fp16" and "fixed_point_gradients" in method.traits:
         raise ConfigError(
             f"runtime.precision=fp16 scales the loss, but {method.name} {method.bits} rounds gradients with a fixed "
             "step\n"

@@ -21,7 +21,7 @@ from qbench.config.foreign_code import foreign_code, refuse_foreign_code
 from qbench.config.schema import Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
 from qbench.data.dataset import Dataset, Loader, few_images
-from qbench.data.spec import input_format
+from qbench.data.spec import InputFormat, input_format
 from qbench.distributed.group import Group
 from qbench.distributed.shards import Shards
 from qbench.errors import CheckpointError, ConfigError
@@ -217,11 +217,16 @@ class ExperimentSetup:
             self.order[:] = state[LAYERS]["order"]
             self._set_macs(state[LAYERS]["macs"])
 
+    @cached_property
+    def _input_format(self) -> InputFormat:
+        """The input format, computed once, because the range of float images is that of the whole training split."""
+        return input_format(self.data)
+
     def layers(self, model: nn.Module) -> StoredLayers:
         """Return the layers of a quantized network, as checkpoints store them."""
         return {
             "order": self.order, "macs": self.macs, "quantized": quantized_parts(model),
-            "input": input_format(self.data),
+            "input": self._input_format,
         }  # fmt: skip
 
     def _set_macs(self, macs: Mapping[str, int]) -> None:

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import Configure
 
 from qbench.config.identity import digest, run_identity
+from qbench.data.dataset import Dataset
+from qbench.data.spec import InputFormat, input_format
 from qbench.experiment.builders import build_dataset, build_method, build_model
 from qbench.experiment.planned_run import planned_run, planned_runs
 from qbench.experiment.run import run
@@ -49,3 +52,19 @@ def test_a_run_of_a_sweep_is_planned_once(configure: Configure) -> None:
     assert [run.identity.bits.w for run in runs] == [2, 4]
     assert runs[0].config.rerun, "of equal runs the last one counts"
     assert runs[0].path == Path(configs[0].out) / directory_name(run_identity(configs[0]))
+
+
+def test_checkpoints_compute_the_input_format_once(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For float images, the format contains the range of all training images."""
+    setup = assemble(smoke("method=dorefa", "init=scratch"))
+    calls = []
+
+    def counted(data: Dataset) -> InputFormat:
+        calls.append(data)
+        return input_format(data)
+
+    monkeypatch.setattr("qbench.experiment.setup.input_format", counted)
+    model = setup.install(setup.float_model())
+    first, second = setup.layers(model), setup.layers(model)
+    assert first["input"] == second["input"] == input_format(setup.data)
+    assert len(calls) == 1
