@@ -31,7 +31,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
             records, note = stored_results(options.stored)
         else:
             folders = [Path(options.out).parent, Path(options.init).parent]
-            records = train(planned(options, chosen), options.record, folders)
+            records = train(planned(options, chosen), options.record, folders, note_on)
             note = note_on(records)
     except QbenchError as error:
         print(f"scripts/cifar10.py: {error}", file=sys.stderr)
@@ -162,11 +162,14 @@ def planned(options: argparse.Namespace, chosen: Sequence[Wanted]) -> list[Plann
     return planned_runs(configs)
 
 
-def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> list[RunRecord]:
+def train(
+    runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path], note: Callable[[Sequence[RunRecord]], str]
+) -> list[RunRecord]:
     """Do the runs one after another, and store all results after each run. Return a record of every run that began.
 
     Args:
         folders: absolute paths of folders. Paths in the stored file are relative to these folders.
+        note: makes the note of the stored file.
 
     Raises:
         Interrupted: a signal was received.
@@ -184,7 +187,7 @@ def train(runs: Sequence[PlannedRun], record: Path, folders: Sequence[Path]) -> 
             print(f"{number} of {len(runs)}  {run.path.name}  {shown}", file=sys.stderr, flush=True)
             begun = (outcome(each) for each in runs if each.path.name not in recorded)
             records = [*recorded.values(), *(each for each in begun if each.status != "not begun")]
-            store(record, records, folders)
+            store(record, records, folders, note)
     return records
 
 
@@ -198,12 +201,14 @@ def stored_results(record: Path) -> tuple[list[RunRecord], str]:
     return load_records(record), json.loads(record.read_text())["note"]
 
 
-def store(record: Path, records: Sequence[RunRecord], folders: Sequence[Path]) -> None:
+def store(
+    record: Path, records: Sequence[RunRecord], folders: Sequence[Path], note: Callable[[Sequence[RunRecord]], str]
+) -> None:
     """Store the results in a file. The paths in this file are relative, because it is published."""
     text = dump_records(records)
     for folder in folders:
         text = text.replace(f"{folder}/", "") if folder.is_absolute() else text
-    content = json.loads(text) | {"note": note_on(records)}
+    content = json.loads(text) | {"note": note(records)}
     record.parent.mkdir(parents=True, exist_ok=True)
     files.write(record, (json.dumps(content, separators=(",", ":")) + "\n").encode())
 

@@ -186,7 +186,8 @@ def rank(row: PublishedRow) -> tuple[Any, ...]:
     provenance, top5 = PROVENANCES.index(row.provenance), "top5" in row.metric
     not_default, better = widths != default_bits(row.method), -row.accuracy(row.value or 0)
     not_runnable = bool(published.missing_requirements(row))
-    return provenance, ran_by, not_runnable, top5, not_default, sum(widths.values()), better
+    unmeasured = not row.measured
+    return provenance, ran_by, unmeasured, not_runnable, top5, not_default, sum(widths.values()), better
 
 
 # --- parts of the page
@@ -237,7 +238,7 @@ def claimed_part(paper: Paper) -> str:
     """Return the part with the table of shown rows and the number of all rows."""
     shown = shown_rows(paper)
     total = len(paper.rows)
-    ran = sum(bool(row.measured) for row in paper.rows)
+    ran, reproduced = sum(bool(row.measured) for row in paper.rows), sum(row.reproduced for row in paper.rows)
     runnable = sum(not published.missing_requirements(row) for row in paper.rows)
     text = (
         f"The table shows {len(shown)} of {total} rows."
@@ -245,7 +246,8 @@ def claimed_part(paper: Paper) -> str:
         else f"qbench does not know any of the paper's {total} values."
     )
     text += f" `qbench published --paper {paper.key}` lists all rows. "
-    text += f"{ran} rows have been run here, and {runnable} can be run once their data are present."
+    text += f"{ran} rows have been measured here, {reproduced} of them with their own recipe. "
+    text += f"{runnable} rows have an experiment file."
     text += "".join(f" {sentence}." for sentence in absence_sentences(paper))
     return "\n\n".join(["**Claimed**", *([rows_table(shown)] if shown else []), wrapped(text)])
 
@@ -263,7 +265,7 @@ def rows_table(shown: Sequence[PublishedRow]) -> str:
         cells = [row_link(row), f"{net}, {dataset}"]
         cells += [f"{row.bits}" + (f", {row.levels} levels" if row.levels else ""), METRICS[row.metric]]
         cells += [published.format_claim(row), baseline, to_float, row.ran_by, row.provenance]
-        cells += [published.format_percent(row.measured[-1].value) if row.measured else "-"] if ours else []
+        cells += [published.format_ours(row)] if ours else []
         table.rows.append(tuple(cells))
     return markdown([table], links=True)
 

@@ -199,8 +199,8 @@ def published() -> SubcommandParser:
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="show only rows that are not measured yet, each with a command that measures the row, or with the reason "
-        "why there is no such command",
+        help="show only rows that are not measured with their own recipe, each with a command that measures the row, "
+        "or with the reason why there is no such command",
     )
     return parser
 

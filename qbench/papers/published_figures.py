@@ -1,7 +1,8 @@
 """Reads the published figures, which are numbers copied from papers.
 
 Each paper has a file `figures/<paper>.yaml` with bibliographic data, recipes and tables. A key of a table applies to
-all rows of the table. `figures/names.yaml` contains the names of networks, data sets and methods.
+all rows of the table. `figures/names.yaml` contains the names of networks, data sets and methods. `measured.yaml`
+contains qbench's own measurements of the rows. `scripts/published_rows.py` writes this file.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from qbench.errors import ConfigError
 from qbench.papers.row_types import PROVENANCES, Measured, Names, Paper, PublishedRow, Recipe
 
 FOLDER = Path(__file__).parent / "figures"
+MEASURED = Path(__file__).with_name("measured.yaml")
+"""Qbench's own measurements, by `paper/row`."""
 INHERITED = ("policy", "init", "epochs", "augmentation")
 """Keys of a recipe that also apply to the rows that use the recipe. A value in the row has priority."""
 
@@ -37,6 +40,13 @@ def names() -> Names:
 def papers() -> tuple[Paper, ...]:
     """Return all papers with their rows, sorted by file name."""
     return tuple(read_paper(path) for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "names")
+
+
+@cache
+def measurements() -> Mapping[str, tuple[Measured, ...]]:
+    """Return the measurements in `measured.yaml`, by `paper/row`."""
+    content = yaml.safe_load(MEASURED.read_text(encoding="utf-8")) or {}
+    return {row: (_convert(Measured, f"{MEASURED.name}: {row}", values),) for row, values in content.items()}
 
 
 def published_rows(paper: str | None = None, provenance: str | None = None) -> list[PublishedRow]:
@@ -108,6 +118,7 @@ def _rows_of_entry(file: str, recipes: Mapping[str, Recipe], values: dict[str, A
         values = {key: getattr(recipes[name], key) for key in INHERITED} | values
     values["bits"] = {"w": 32, "a": 32, "g": 32} | values.get("bits", {})
     measured = tuple(_convert(Measured, f"{where}: measured", m) for m in values.pop("measured", ()))
+    measured += measurements().get(f"{values['paper']}/{values.get('id')}", ())
     top5 = {key: values.pop(key) for key in ("top5", "baseline_top5") if key in values}
     row = dataclasses.replace(_convert(PublishedRow, where, values), measured=measured)
     if "top5" not in top5:

@@ -32,8 +32,8 @@ def published_tables(paper: str | None, provenance: str | None, missing: bool) -
     Args:
         paper: the key of one paper, or None for all papers.
         provenance: the worst provenance to show, or None for all provenances.
-        missing: whether to show only rows that qbench has not measured. The command that runs a row is shown next to
-            the row.
+        missing: whether to show only rows that qbench has not measured with the row's recipe. The command that runs a
+            row is shown next to the row.
 
     Raises:
         ConfigError: the paper or provenance does not exist.
@@ -107,13 +107,14 @@ def published_table(rows: Sequence[PublishedRow], title: str = "", *, missing: b
     Args:
         rows: the published rows.
         title: the title of the table.
-        missing: whether to show only rows that qbench has not measured. The command that runs a row is shown next to
-            the row.
+        missing: whether to show only rows that qbench has not measured with the row's recipe. The command that runs a
+            row is shown next to the row.
     """
-    rows = [row for row in rows if not (missing and row.measured)]
+    rows = [row for row in rows if not (missing and row.reproduced)]
     notes = [REMEMBERED] if any(claim_mark(row) or baseline_mark(row) for row in rows) else []
     notes += [UNKNOWN] if any(row.value is None for row in rows) else []
-    table = Table(MISSING_HEAD if missing else HEAD, title=title, notes=notes + ([] if missing else [SIGNS]))
+    notes += [] if missing else [SIGNS, *_departure_notes(rows)]
+    table = Table(MISSING_HEAD if missing else HEAD, title=title, notes=notes)
     for row in rows:
         dataset, net = names().datasets[row.dataset].title, names().nets[row.net].title
         bits = f"{row.bits}" + (f", {row.levels} levels" if row.levels else "")
@@ -149,11 +150,23 @@ def _measured_cells(row: PublishedRow) -> tuple[str, ...]:
     baseline = "-" if row.baseline is None else f"{mark}{format_percent(row.baseline)}"
     claim = (baseline, "-" if difference is None else f"{claim_mark(row) or mark}{format_points(difference)}")
     if not row.measured:
-        return (*claim, "-", "-", "-", "-", "-")
+        return (*claim, format_ours(row), "-", "-", "-", "-")
     ours, values = row.measured[-1], _measured_values(row)
     spread = "-" if ours.spread is None else f"±{ours.spread:.2f}"
     points = (format_points(values["gap"]), format_points(values["ours_to_float"]))
-    return (*claim, format_percent(ours.value), *points, str(ours.n), spread)
+    return (*claim, format_ours(row), *points, str(ours.n), spread)
+
+
+def _departure_notes(rows: Sequence[PublishedRow]) -> list[str]:
+    """Return notes that name the rows whose measurement has another recipe, with the differences between the recipes.
+
+    Rows with the same differences share a note.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row.measured and (departs := row.measured[-1].departs):
+            groups.setdefault(departs, []).append(f"{row.paper}/{row.id}")
+    return [f"* ours has another recipe than {', '.join(ids)}: {', '.join(departs)}" for departs, ids in groups.items()]
 
 
 def gap(row: PublishedRow, value: float) -> float | None:
@@ -185,6 +198,11 @@ def format_claim(row: PublishedRow) -> str:
     if row.value is None:
         return "?"
     return claim_mark(row) + format_percent(row.value) + ("" if row.upper is None else f"-{format_percent(row.upper)}")
+
+
+def format_ours(row: PublishedRow) -> str:
+    """Return our value as text, or `-` if there is none. A star marks a value with another recipe than the row's."""
+    return format_percent(row.measured[-1].value) + "*" * bool(row.measured[-1].departs) if row.measured else "-"
 
 
 def claim_mark(row: PublishedRow) -> str:

@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 
 from qbench.config.identity import RunIdentity, run_identity
+from qbench.config.schema import Node
 from qbench.papers.published_figures import names, papers
 from qbench.papers.published_table import absence_note, command_words, missing_requirements
 from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.naming import flat
+from qbench.runs.result import Result
 
 CANDIDATES = 4
 """Number of most similar rows that are examined. The one with the fewest different keys is selected."""
 KEYS_SHOWN = 12
 """Maximum number of different keys that are listed. Further keys are only counted."""
+SHA256_DIGITS = 64
 NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
 
 
@@ -34,7 +37,8 @@ def recipe_differences(run: RunIdentity) -> list[str]:
     if not rows:
         return [f"no published row has a recipe for {method}"]
     nearest = sorted(rows, key=lambda row: _similarity(row, run), reverse=True)[:CANDIDATES]
-    compared = [(_differing_keys(run, _compose_experiment(row)), row) for row in nearest]
+    ours = _compared_keys(run.protocol, run.options, run.bits._asdict())
+    compared = [(_differing_keys(ours, row), row) for row in nearest]
     differing, row = min(
         compared, key=lambda pair: len(pair[0])
     )  # if rows have equally many differing keys, `min` returns the first one, which is the most similar
@@ -51,6 +55,18 @@ def recipe_differences(run: RunIdentity) -> list[str]:
         [f"differences between {experiment} and its source: {'; '.join(recipe.departs)}"] if recipe.departs else []
     )
     return sentences
+
+
+def departures(result: Result, row: PublishedRow) -> list[str]:
+    """Return the differences between the recipe of a stored run and the recipe of a published row.
+
+    Each text has the form `key=ours (published: theirs)`, and the texts are sorted. If the initial weights differ, the
+    training of the float baseline is not compared, because the two runs start from different networks anyway.
+
+    Raises:
+        ValueError: the row cannot be run.
+    """
+    return sorted(_differing_keys(_compared_keys(result.protocol.keys, result.options, result.bits), row))
 
 
 def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, int, int, bool]:
@@ -105,12 +121,13 @@ def _compose_experiment(row: PublishedRow) -> RunIdentity:
     return run_identity(config)
 
 
-def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
+def _differing_keys(ours: Mapping[str, str], row: PublishedRow) -> list[str]:
     """Return a text `key=ours (published: theirs)` for every key whose values differ.
 
     If the data sets, networks or optimizers have different names, only the names are listed.
     """
-    ours, theirs = _compared_keys(run), _compared_keys(published)
+    published = _compose_experiment(row)
+    theirs: Mapping[str, str] = _compared_keys(published.protocol, published.options, published.bits._asdict())
     for node, title in NODE_TITLES.items():
         if ours.get(f"{node}.name") != theirs.get(f"{node}.name"):
             ours, theirs = (
@@ -118,16 +135,22 @@ def _differing_keys(run: RunIdentity, published: RunIdentity) -> list[str]:
                 | {title: keys.get(f"{node}.name", "none")}
                 for keys in (ours, theirs)
             )
+    same_start = ours.get("init") == theirs.get("init")
     differing = []
     for key in dict.fromkeys([*ours, *theirs]):
         our_value, their_value = ours.get(key, "none"), theirs.get(key, "none")
-        if our_value != their_value:
+        if our_value != their_value and (same_start or not key.startswith("pretrain.")):
             differing.append(f"{key}={our_value} (published: {their_value})")
     return differing
 
 
-def _compared_keys(run: RunIdentity) -> dict[str, str]:
-    """Return the keys that are compared, with their values as text: keys of the protocol, the method and the widths."""
-    method = {key: value for key, value in run.keys["method"].items() if key != "name"}
-    values = flat(run.protocol | {"method": method, "bits": run.bits._asdict()})
-    return {key: value.strip('"') for key, value in values.items()}
+def _compared_keys(protocol: Node, options: Node, bits: Mapping[str, object]) -> dict[str, str]:
+    """Return the keys that are compared, with their values as text: keys of the protocol, the method and the widths.
+
+    Initial weights from a file are named by the first digits of the file's sha256.
+    """
+    values = flat({**protocol, "method": options, "bits": bits})
+    compared = {key: value.strip('"') for key, value in values.items()}
+    if len(init := compared.get("init", "")) == SHA256_DIGITS:
+        compared["init"] = f"file {init[:12]}"
+    return compared

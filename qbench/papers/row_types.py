@@ -28,20 +28,25 @@ An increase in error is the error minus the error of the row's float network, in
 class Measured:
     """qbench's measurement for a row: mean and standard deviation over n seeds.
 
-    All numbers except top-5 values are in the row's metric. `baseline` is the mean of our float baselines. `top5` and
-    `baseline_top5` are top-5 values of the same runs.
+    All numbers except top-5 values are in the row's metric.
+
+    Args:
+        spread: standard deviation over the seeds, or None with one seed.
+        source: where the measurement is documented, such as `docs/records/cifar10.json`.
+        baseline: the mean of our float baselines.
+        top5, baseline_top5: top-5 values of the same runs.
+        departs: differences between the recipe of our runs and the row's recipe. It is empty if the runs have the row's
+            recipe.
     """
 
     value: float
     n: int
     spread: float | None
-    seeds: str
-    date: str
-    device: str
-    commit: str
+    source: str
     baseline: float | None = None
     top5: float | None = None
     baseline_top5: float | None = None
+    departs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,8 @@ class PublishedRow:
         provenance: how the number is known, one of `PROVENANCES`.
         note: a remark on the number.
         recipe: name of the row's recipe, or an empty text.
-        measured: qbench's own measurements for this row. Tables show the last one.
+        measured: qbench's own measurements for this row. Tables show the last one. A paper's file contains some, and
+            `measured.yaml` contains the others.
         value: the published number, or the lower end of a published range. None means that the number is not known.
         upper: the upper end of a published range, or None for a single number.
         baseline: the published number of the float network, in the same metric and from the same source. None means
@@ -122,6 +128,11 @@ class PublishedRow:
     waive: Mapping[str, str] = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
     top5_of: str = ""
+
+    @property
+    def reproduced(self) -> bool:
+        """Return whether qbench has measured the row with the row's own recipe."""
+        return any(not measured.departs for measured in self.measured)
 
     @property
     def by_authors(self) -> bool:

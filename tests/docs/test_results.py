@@ -64,7 +64,7 @@ def test_a_partial_record_states_n_and_what_is_missing(planned: Planned, tmp_pat
     (failed,) = planned([each for each in WANTED if each.method == "ttq"], "0")
     plant(failed.config, 0.0, status="failed", reason="no luck")
     record = tmp_path / "record.json"
-    cifar10.store(record, read([str(tmp_path / "out")]), [tmp_path])
+    cifar10.store(record, read([str(tmp_path / "out")]), [tmp_path], cifar10.note_on)
     assert str(tmp_path) not in record.read_text()
     *tables, missing = cifar10.tables(cifar10.stored_results(record)[0])
     rows = {(row[0], row[1], row[2]): row for table in tables for row in table.rows}

@@ -214,8 +214,8 @@ def test_a_row_inherits_from_its_table_and_recipe(tmp_path: Path) -> None:
 
 
 def test_a_top5_value_has_its_own_row(tmp_path: Path) -> None:
-    ours = {"value": 9.5, "top5": 0.6, "n": 3, "spread": 0.2, "seeds": "0-2", "date": "2026-01-01", "device": "cpu"}
-    change = {"top5": 0.5, "baseline": 8.5, "baseline_top5": 0.4, "measured": [ours | {"commit": "abc"}]}
+    ours = {"value": 9.5, "top5": 0.6, "n": 3, "spread": 0.2}
+    change = {"top5": 0.5, "baseline": 8.5, "baseline_top5": 0.4, "measured": [ours | {"source": "records"}]}
     first, second = read_paper(write_paper(tmp_path, {"row": change})).rows
     assert (second.id, second.top5_of, second.metric) == ("x_top5", "x", "top5_error")
     assert (second.value, second.baseline, second.measured[0].value) == (0.5, 0.4, 0.6)
@@ -273,9 +273,7 @@ def test_every_value_from_memory_has_the_mark() -> None:
 
 def test_our_measurement_next_to_the_claim() -> None:
     """An error of 9.07 for 8.87 is 0.20 points worse; 8.40 of our float network makes ours 0.67 worse than float."""
-    ours = Measured(
-        value=9.07, n=3, spread=0.11, seeds="0-2", date="2026-01-01", device="H200", commit="c", baseline=8.4
-    )
+    ours = Measured(value=9.07, n=3, spread=0.11, source="records", baseline=8.4)
     shown = published_table([changed_row(measured=(ours,))])
     cells = dict(zip(shown.head, shown.rows[0], strict=True))
     assert cells["to float"] == "-0.64"
@@ -284,6 +282,15 @@ def test_our_measurement_next_to_the_claim() -> None:
     assert shown.values[0]["gap"] == pytest.approx(-0.2)
     unmeasured = dict(zip(shown.head, published_table([GOOD]).rows[0], strict=True))
     assert [unmeasured[key] for key in ("ours", "gap", "ours to float", "n", "spread")] == ["-"] * 5
+
+
+def test_a_measurement_with_another_recipe_is_marked_and_still_missing() -> None:
+    ours = Measured(value=9.07, n=1, spread=None, source="records", departs=("epochs=4 (published: 400)",))
+    measured = changed_row(measured=(ours,))
+    shown = published_table([GOOD, measured])
+    assert [dict(zip(shown.head, row, strict=True))["ours"] for row in shown.rows] == ["-", "9.07*"]
+    assert "* ours has another recipe than ttq/other: epochs=4 (published: 400)" in shown.notes
+    assert [row[0] for row in published_table([measured], missing=True).rows] == ["ttq/other"]
 
 
 def test_gap_of_a_range_and_of_an_increase() -> None:
@@ -327,9 +334,8 @@ def test_missing_shows_the_command_or_why_a_row_cannot_be_run() -> None:
     assert line.endswith("qbench experiment=ttq/resnet20_cifar10")
     (line,) = (each for each in out.splitlines() if each.startswith("ttq/resnet18b "))
     assert line.endswith("not yet: the recipe is not known")
-    measured = changed_row(
-        measured=(Measured(value=9, n=1, spread=None, seeds="0", date="d", device="cpu", commit="c"),)
-    )
+    ours = Measured(value=9, n=1, spread=None, source="records")
+    measured = changed_row(measured=(ours,))
     assert [row[0] for row in published_table([GOOD, measured], missing=True).rows] == ["ttq/good"]
 
 
