@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from qbench.bits import Bits
+from qbench.bits import FLOAT, Bits
 from qbench.config import compose
 from qbench.config.fields import parse_bits
 from qbench.errors import Interrupted, QbenchError
@@ -64,6 +64,8 @@ EVERY_WIDTH = ("dorefa", "lsq", "uniform", "apot", "inq", "slq", "eslq", "qd", "
 """Methods that are run at 2, 3 and 4 bits per weight, with float activations."""
 BOTH = ("dorefa", "pact", "lsq", "uniform", "apot")
 """Methods that are run with the same width of weights and activations."""
+SUMMARIZED = ((1, 32), (2, 32), (3, 32), (4, 32), (5, 32), (1, 2), (2, 2), (3, 3), (4, 4))
+"""Widths of weights and activations that `summary` shows. Other widths have few settings."""
 HEAD = ("method", "W", "A", "levels", "bits/weight", "bytes", "top-1 %", "std", "n", "diff", "over float control")
 
 
@@ -125,6 +127,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE", help="store the results in FILE")
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the tables of stored results")
     parser.add_argument("--list", action="store_true", help="print the settings, and run nothing")
+    parser.add_argument("--summary", action="store_true", help="print one table with a row per method")
     parser.add_argument("--format", choices=FORMATS, default="md")
     options = parser.parse_args(arguments)
     only = set(filter(None, options.only.split(",")))
@@ -142,8 +145,8 @@ def main(arguments: Sequence[str]) -> int:
     except QbenchError as error:
         print(f"scripts/cifar10.py: {error}", file=sys.stderr)
         return error.status
-    print(FORMATS[options.format](tables(records)))
-    if options.format == "md":
+    print(FORMATS[options.format]([summary(records)] if options.summary else tables(records)))
+    if options.format == "md" and not options.summary:
         print(f"\n{note}")
     return 0
 
@@ -239,6 +242,24 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
     failed = [run for run in records if run.status != DONE]
     notes += [f"{run.path.name}: {run.status}: {run.reason.partition(chr(10))[0]}" for run in failed]
     return [*result, Table((), title="What is missing", notes=notes)]
+
+
+def summary(records: Sequence[RunRecord]) -> Table:
+    """Return one table with a row per method and a column per pair of widths. The cells are means of the top-1."""
+    settings = [setting for table in compare(records) for setting in settings_of(table)]
+    shown = {(s.method, s.bits.w, s.bits.a): s for s in settings if not s.is_baseline and not s.is_float}
+    widths = [pair for pair in SUMMARIZED if any((w, a) == pair for _, w, a in shown)]
+    methods = [m for m in dict.fromkeys(w.method for w in wanted_settings()) if any((m, *p) in shown for p in widths)]
+    table = Table(("method", *(f"W{w}" + ("" if a == FLOAT else f"A{a}") for w, a in widths)))
+    for method in methods:
+        row = [shown.get((method, *pair)) for pair in widths]
+        table.rows.append((method, *("-" if each is None else f"{each.top1.mean:.2f}" for each in row)))
+        table.values += [setting.to_json() for setting in row if setting]
+    floats = [f"{s.label} {s.top1.mean:.2f}" for s in settings if s.is_baseline]
+    floats += [f"float control {s.top1.mean:.2f}" for s in settings if s.is_float and not s.is_baseline]
+    seeds = sorted({setting.top1.n for setting in shown.values()})
+    table.notes = [f"{', '.join(floats)}; n = {'-'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}"]
+    return table
 
 
 def cells(setting: Setting, control: Setting | None) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def test_the_network_of_ones_own_reads_the_images_of_a_folder(capsys: pytest.Cap
             Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(f"photos/{label}/{i}.png")
     (line,) = re.findall(r"^qbench (dataset=folder .*)$", README, re.MULTILINE)
     assert cli(["plan", *line.partition("#")[0].replace("size=64", "size=16").split()]) == 0
-    assert re.search(r"^features\.0\.0 +16x3x3x3 ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^0\.0 +16x3x3x3 ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("own_code")
@@ -114,7 +114,14 @@ def test_a_method_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
         "\nBits\n    w 2-8 or 32, a 32, g 32; by default w2a32g32\n\n"
         "Options, with their default values\n    method.factor=2.0\n"
     ) in capsys.readouterr().out
-    assert cli(["plan", "method=my_method:build", "method.factor=-1"]) == 2
-    assert capsys.readouterr().err == "qbench: method.factor=-1: must be above 0\n"
     (config,) = compose.configurations(["method=my_method:build", "method.factor=3"])
     assert config.method["factor"] == 3
+
+
+@pytest.mark.usefixtures("own_code")
+def test_a_refused_option_becomes_the_message_that_the_guide_states(capsys: pytest.CaptureFixture[str]) -> None:
+    refusal = '    if factor <= 0:\n        raise ValueError(f"factor={factor:g}: must be above 0")\n\n'
+    code = Path("my_method.py").read_text(encoding="utf-8")
+    Path("strict_method.py").write_text(code.replace("    def weight(", f"{refusal}    def weight("), encoding="utf-8")
+    assert cli(["plan", "method=strict_method:build", "method.factor=-1"]) == 2
+    assert capsys.readouterr().err == "qbench: method.factor=-1: must be above 0\n"
