@@ -91,7 +91,7 @@ def _about(finished: FinishedRun, weights: str, form: str) -> About:
         identity=result.identity, weights=weights, dataset=dict(config.dataset), shape=data.shape,
         classes=data.classes, mean=data.mean, std=data.std, white=data.white,
         threads=config.runtime.threads, data_sha256=None if config.debug else result.data_sha256,
-        debug=config.debug,
+        debug=config.debug, class_names=data.class_names,
     )  # fmt: skip
 
 

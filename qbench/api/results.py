@@ -175,7 +175,9 @@ def load_model(
         (images / 255 - network.image_mean) / network.image_std
 
     Float images of a user's data set are not divided by 255. The attributes `image_mean` and `image_std`, of shape
-    (C, 1, 1), are the constants of the run's data set. The data set itself is not needed.
+    (C, 1, 1), are the constants of the run's data set. The attribute `image_shape` is (C, H, W). The attribute
+    `class_names` contains the name of each class, and is empty if the data set has no names. The data set itself is not
+    needed.
 
     Args:
         run: a run, its result or its directory.
@@ -209,6 +211,7 @@ def load_model(
         data, network = finished.setup.data, finished.model
         constants = torch.tensor([data.mean, data.std], device=finished.setup.device)[:, :, None, None]
         network.image_mean, network.image_std = constants
+        network.image_shape, network.class_names = data.shape, list(data.class_names)  # type: ignore[assignment]
         dtype = HALF_TYPES.get(finished.setup.runtime.precision)
         return network if dtype is None else as_half_network(network, dtype)
 

@@ -125,6 +125,7 @@ class Dataset:
             data sets.
         files: facts about the image files. A run's manifest.json contains these facts.
         note: what a user should know before training. It is empty if there is nothing to report.
+        class_names: the name of each class, or empty if the data set has no names.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Dataset:
     synthetic: bool = False
     files: Mapping[str, str | int] = field(default_factory=dict)
     note: str = ""
+    class_names: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -69,7 +69,7 @@ def build(
         classes = classes_of_one_folder(top)
         train, test_images = hold_out_test(find_images(top, ".", classes), test)
     return dataset_from_files(
-        "folder", top, train, test_images, classes=len(classes), val=val, side=resize,
+        "folder", top, train, test_images, classes=classes, val=val, side=resize,
         augment=photo_augment(augment, size, pad, flip, jitter), normalize=normalize, cache=cache,
     )  # fmt: skip
 

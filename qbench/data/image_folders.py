@@ -175,7 +175,7 @@ def hold_out_test(files: ImageFiles, share: float) -> tuple[ImageFiles, ImageFil
 
 
 def dataset_from_files(
-    name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: int, val: float, side: int,
+    name: str, root: Path, train: ImageFiles, test: ImageFiles, *, classes: Sequence[str], val: float, side: int,
     augment: Augment, normalize: Normalize, shape: tuple[int, int] | None = None, cache: str = "",
 ) -> Dataset:  # fmt: skip
     """Return a data set of image files.
@@ -183,6 +183,7 @@ def dataset_from_files(
     Images are kept in memory if they all have the same size and take at most `MAX_MEMORY` bytes.
 
     Args:
+        classes: names of the classes.
         side: size in pixels to which the shorter side of each image is resized.
         shape: (H, W) that all images must have, or None. If the shape is given, the images are always kept in memory.
         cache: folder in which decoded images are kept (`qbench.data.image_cache`), or '' to keep none. If crops have a
@@ -216,9 +217,9 @@ def dataset_from_files(
     sample = _statistics_images(train_split) if normalize == "own" else torch.empty(0, 3, 1, 1)
     mean, std = normalization(normalize, sample)
     return Dataset(
-        name=name, train=train_split, val=val_split, test=test_split, classes=classes, mean=mean, std=std,
-        augment=augment, files=check.manifest_entries() | {"files_ignored": train.ignored + test.ignored},
-        note=_enlargement(check, side, augment.size),
+        name=name, train=train_split, val=val_split, test=test_split, classes=len(classes), mean=mean,
+        std=std, augment=augment, files=check.manifest_entries() | {"files_ignored": train.ignored + test.ignored},
+        note=_enlargement(check, side, augment.size), class_names=tuple(classes),
     )  # fmt: skip
 
 

@@ -56,6 +56,6 @@ def build(
         )
     train = find_images(top, "train", classes)
     return dataset_from_files(
-        "imagenet", top, train, find_images(top, "val", classes, train), classes=CLASSES, val=val, side=resize,
+        "imagenet", top, train, find_images(top, "val", classes, train), classes=classes, val=val, side=resize,
         augment=photo_augment(augment, size, 0, flip, jitter), normalize=normalize, cache=cache,
     )  # fmt: skip

@@ -72,7 +72,17 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
     else:
         train, validation = split_validation(train, val)
     mean, std = _normalization(train)
-    return Dataset(name=name, train=train, val=validation, test=test, classes=classes, mean=mean, std=std)
+    class_names = _class_names(returned[0], classes)
+    return Dataset(
+        name=name, train=train, val=validation, test=test, classes=classes, mean=mean, std=std, class_names=class_names
+    )
+
+
+def _class_names(train: object, classes: int) -> tuple[str, ...]:
+    """Return the attribute `classes` of a torch data set, or () if it does not contain one name per class."""
+    names = getattr(train, "classes", ())
+    fits = isinstance(names, list | tuple) and len(names) == classes and all(isinstance(name, str) for name in names)
+    return tuple(names) if fits else ()
 
 
 def _check_first_label(parts: Mapping[str, Split | DrawnSplit]) -> None:

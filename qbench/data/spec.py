@@ -5,7 +5,7 @@ input format that its checkpoint contains.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
@@ -79,7 +79,8 @@ class InputFormat(TypedDict):
     """What a network must know about the images of its data set. Checkpoints contain it.
 
     `shape` is (C, H, W). `mean` and `std` normalize uint8 images divided by 255, or float images as they are. For float
-    images, `ends` contains the lowest and the highest pixel value per channel. For uint8 images, it is empty.
+    images, `ends` contains the lowest and the highest pixel value per channel. For uint8 images, it is empty. If the
+    classes have no names, there is no key `class_names`.
     """
 
     dataset: str
@@ -88,15 +89,19 @@ class InputFormat(TypedDict):
     mean: list[float]
     std: list[float]
     ends: list[list[float]]
+    class_names: NotRequired[list[str]]
 
 
 def input_format(data: Dataset) -> InputFormat:
     """Return the input format of a data set."""
     ends = [] if data.train.dtype == torch.uint8 else [list(end) for end in value_ends(data.train)]
-    return {
+    stored: InputFormat = {
         "dataset": data.name, "shape": list(data.shape), "classes": data.classes,
         "mean": list(data.mean), "std": list(data.std), "ends": ends,
     }  # fmt: skip
+    if data.class_names:
+        stored["class_names"] = list(data.class_names)
+    return stored
 
 
 def dataset_from_format(stored: InputFormat) -> Dataset:
@@ -108,7 +113,7 @@ def dataset_from_format(stored: InputFormat) -> Dataset:
     split = Split(images, torch.zeros(2, dtype=torch.int64))
     return Dataset(
         name=stored["dataset"], train=split, val=split, test=split, classes=stored["classes"],
-        mean=tuple(stored["mean"]), std=tuple(stored["std"]),
+        mean=tuple(stored["mean"]), std=tuple(stored["std"]), class_names=tuple(stored.get("class_names", ())),
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def build(
     train = find_images(top, "train", classes)
     test = _annotated_images(top, classes) if annotated else find_images(top, "val", classes, train)
     return dataset_from_files(
-        "tiny_imagenet", top, train, test, classes=CLASSES, val=val, side=SIDE,
+        "tiny_imagenet", top, train, test, classes=classes, val=val, side=SIDE,
         augment=Augment(pad, flip, replicate, size=SIDE), normalize=normalize, shape=(SIDE, SIDE),
         cache=cache,
     )  # fmt: skip

@@ -26,6 +26,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         data_sha256: the digest of the run's images (`Result.data_sha256`), or None if the digest is not known. A debug
             run has no digest, because it used only a few of the images that `dataset` describes.
         debug: whether the run had debug=true. The accuracy of such a run is meaningless.
+        class_names: the name of each class, or empty if the data set has no names.
     """
 
     form: str
@@ -41,6 +42,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     white: int = 255
     data_sha256: str | None = None
     debug: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 IMAGE_ROUNDING = 1e-5
@@ -51,6 +53,12 @@ def image_range(about: About) -> tuple[np.ndarray, np.ndarray]:
     """Return the smallest and the largest value of normalized 8-bit images, (C, 1, 1)."""
     mean, std = (np.array(values).reshape(-1, 1, 1) for values in (about.mean, about.std))
     return (0 - mean) / std - IMAGE_ROUNDING, (1 - mean) / std + IMAGE_ROUNDING
+
+
+def about_fields(about: About) -> dict[str, object]:
+    """Return the fields of a description as a file contains them. Empty class names are left out."""
+    fields: dict[str, object] = msgspec.to_builtins(about)
+    return {name: value for name, value in fields.items() if value or name != "class_names"}
 
 
 def read_about(values: Mapping[str, object], source: str) -> About:
@@ -65,6 +73,8 @@ def read_about(values: Mapping[str, object], source: str) -> About:
             raise ValueError("sizes must be 1 or more")
         if not len(about.mean) == len(about.std) == about.shape[0]:
             raise ValueError("mean and std need one number per channel")
+        if len(about.class_names) not in (0, about.classes):
+            raise ValueError("class_names needs one name per class")
     except (msgspec.ValidationError, ValueError) as error:
         raise CheckpointError(f"{source} is damaged: {error}") from None
     return about

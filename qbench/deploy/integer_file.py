@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from qbench.deploy.about import About, image_range, read_about
+from qbench.deploy.about import About, about_fields, image_range, read_about
 from qbench.deploy.codes import code_bits, pack, packed_size, unpack
 from qbench.deploy.container import (
     check_image,
@@ -82,7 +81,7 @@ def pack_integers(network: IntegerNetwork, about: About) -> bytes:
         [step.function, list(step.inputs), dict(step.numbers), {k: place(k, a) for k, a in step.arrays.items()}]
         for step in network.steps
     ]
-    header = {"version": VERSION, "about": msgspec.to_builtins(about), "steps": steps}
+    header = {"version": VERSION, "about": about_fields(about), "steps": steps}
     return write_container({"data": np.frombuffer(b"".join(parts), np.uint8)}, header, "integer")
 
 

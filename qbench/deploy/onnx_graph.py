@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
-from qbench.deploy.about import About
+from qbench.deploy.about import About, about_fields
 from qbench.deploy.extras import import_extra
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class OnnxGraph:
         opsets = [helper.make_opsetid("", opset)]
         opsets += [helper.make_opsetid(QONNX_DOMAIN, QONNX_OPSET)] if self.qonnx else []
         model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="qbench")
-        text = json.dumps(msgspec.to_builtins(about))
+        text = json.dumps(about_fields(about))
         helper.set_model_props(model, {METADATA: text, DIGEST: graph_digest(model, text)})
         self._onnx.checker.check_model(model, full_check=True)
         data: bytes = model.SerializeToString()

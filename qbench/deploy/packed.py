@@ -14,12 +14,11 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from qbench.deploy.about import About, read_about
+from qbench.deploy.about import About, about_fields, read_about
 from qbench.deploy.codes import MAX_CODE_BITS, Encoded, Levels, code_bits, code_count, packed_size
 from qbench.deploy.container import (
     check_image,
@@ -67,7 +66,7 @@ def pack_network(network: Network, about: About) -> bytes:
     }  # fmt: skip
     codes = [w.codes for w in network.weights.values()]
     header = {
-        "version": VERSION, "about": msgspec.to_builtins(about),
+        "version": VERSION, "about": about_fields(about),
         "steps": [[s.function, _plain(s.args), {k: _plain(v) for k, v in s.kwargs.items()}]
                   for s in network.steps],
         "output": list(network.output),

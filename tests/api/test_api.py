@@ -1,6 +1,8 @@
 """The Python interface: it does what the command line does, and leaves the user's process as it was."""
 
 import logging
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiered
+from PIL import Image
 
 import qbench
 from qbench.analysis.description import description
+from qbench.analysis.export import export, load_exported
 from qbench.analysis.finished_run import load_finished_run
 from qbench.api.words import command_words
 from qbench.cli.compare import run_compare
@@ -266,6 +270,34 @@ def test_a_loaded_network_has_the_accuracy_of_the_result(precision: str, tmp_pat
     with torch.autocast("cpu", torch.bfloat16):
         low = torch.cat([network(images).float() for images, _ in batches])
     assert torch.equal(low, logits) is (precision == "bf16")
+
+
+def test_the_page_predicts_the_class_of_a_photograph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Class names: those of the folders, without the data set. A network that learned dark and bright names both."""
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0)
+    for i in range(40):
+        for name, low in (("bright", 180), ("dark", 0)):
+            Path("photos", name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(low, low + 70, (8, 8, 3), dtype=np.uint8)).save(f"photos/{name}/{i}.png")
+    data = ("dataset=folder", "dataset.root=photos", "dataset.test=0.2", "dataset.resize=8", "dataset.size=8")
+    words = (*SMOKE[:2], "method=lsq", "bits=w4a4", "epochs=3", "optim.batch_size=8", "pretrain.optim.batch_size=8")
+    run = qbench.run(*words, *data)
+    exported = Path("network.qbench")
+    export(Path(run.run), "packed", exported)
+    (code,) = re.findall(
+        r"## Predict images.*?```python\n(.*?)```", (ROOT / "docs/reference/python.md").read_text("utf-8"), re.DOTALL
+    )
+    Path("photos/bright/0.png").rename("bright.png")
+    Path("photos/dark/0.png").rename("dark.png")
+    shutil.rmtree("photos")
+    for name in ("bright", "dark"):
+        Path(f"{name}.png").rename("image.png")
+        exec(code, {"qbench": qbench, "run": run})
+        assert capsys.readouterr().out == f"{name}\n"
+    assert load_exported(exported)[1].class_names == ("bright", "dark")
 
 
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])

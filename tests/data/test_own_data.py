@@ -12,6 +12,7 @@ import torch
 from conftest import Configure
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from qbench.analysis.evaluate import Expected, other_dataset
 from qbench.data import own_data
@@ -417,3 +418,13 @@ def test_what_a_data_set_of_a_user_says_about_its_images_is_part_of_its_digest(c
         images_sha256(as_dataset("my:d", one, 0)) for one in (usual, replace(usual), replace(usual, **change))
     )
     assert first == again != other
+
+
+def test_class_names_come_from_a_torch_data_set() -> None:
+    images, labels = torch.zeros(6, 1, 4, 4), torch.tensor([0, 1, 2] * 2)
+    named = TensorDataset(images, labels)
+    named.classes = ["ant", "bee", "cat"]  # type: ignore[attr-defined]
+    assert as_dataset("mine:build", (named, named), 0).class_names == ("ant", "bee", "cat")
+    named.classes = ["ant", "bee"]  # type: ignore[attr-defined]
+    assert as_dataset("mine:build", (named, named), 0).class_names == ()
+    assert as_dataset("mine:build", ((images, labels), (images, labels)), 0).class_names == ()
