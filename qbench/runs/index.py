@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -100,8 +100,8 @@ class RunIndex:
             files.write(self._root / INDEX, hashlib.sha256(data).digest() + data)
 
 
-class _Row(Protocol):
-    """A row of the index file (`_row_type`)."""
+class _Row(msgspec.Struct, array_like=True, gc=False):
+    """A row of the index file, without the fields of the result (`_row_type`)."""
 
     path: str
     stamp: Stamp
@@ -167,7 +167,7 @@ def _row_type() -> type[Any]:
     For a field in `SHARED`, the row contains the index of the value in `SharedValues.values`.
     """
     kinds = [(name, int if name in SHARED else kind) for name, kind in _types(FIELDS).items()]
-    return msgspec.defstruct("Row", [("path", str), ("stamp", Stamp), *kinds], array_like=True, gc=False)
+    return msgspec.defstruct("Row", kinds, bases=(_Row,), array_like=True, gc=False)
 
 
 def _types(names: tuple[str, ...]) -> dict[str, object]:
@@ -177,11 +177,11 @@ def _types(names: tuple[str, ...]) -> dict[str, object]:
 
 def _unpack(row: "_Row", run: str, shared: SharedValues) -> Result:
     """Return the result of a row. Types and ranges were checked when the index file was decoded."""
+    values: dict[str, Any] = dict(zip(FIELDS, msgspec.structs.astuple(row)[2:], strict=True))
+    for name, known in shared.values.items():
+        values[name] = known[values[name]]
     result = object.__new__(Result)
-    values = {name: getattr(row, name) for name in FIELDS}
-    for name in SHARED:
-        values[name] = shared.values[name][values[name]]
-    vars(result).update(values, run=run)
+    object.__setattr__(result, "__dict__", values | {"run": run})
     return result
 
 

@@ -1,10 +1,11 @@
 """Reads runs from their results or logs, or from records of many runs."""
 
+import gc
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,23 @@ def read(names: Iterable[str]) -> list[RunRecord]:
 
 def _read_directory(root: Path) -> dict[Path, RunRecord]:
     """Return the runs below a directory. If there are many runs, their results are stored in an index file."""
-    index = RunIndex(root)
-    runs = {path: read_run(path, index.load) for path in _run_directories(root)}
+    with _garbage_collection_paused():
+        index = RunIndex(root)
+        runs = {path: read_run(path, index.load) for path in _run_directories(root)}
     index.save()
     return runs
+
+
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause the search for reference cycles. Results have none, so every search among them is in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_debug(run: RunRecord) -> bool:
