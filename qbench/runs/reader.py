@@ -82,7 +82,7 @@ def read(names: Iterable[str]) -> list[RunRecord]:
         else:
             raise ConfigError(f"{name}: no such directory or file\ntype a directory of runs, such as outputs")
     runs = [run for run in found.values() if not _is_debug(run)]
-    return sorted([*runs, *recorded.values()], key=lambda run: run.path.parts)
+    return sorted([*runs, *recorded.values()], key=lambda run: str(run.path).replace(os.sep, "\0"))  # folder by folder
 
 
 def _read_directory(root: Path) -> dict[Path, RunRecord]:
@@ -228,7 +228,7 @@ def _is_named(path: Path, identity: str) -> bool:
 
 def _run_directories(root: Path) -> Iterator[Path]:
     """Yield the directories that contain a run's files. Links to directories are not searched further."""
-    waiting = [(root, True)]
+    waiting = [(str(root), True)]  # strings, because a Path for each folder and each file would take longer
     while waiting:
         path, search = waiting.pop()
         is_run = False
@@ -238,9 +238,9 @@ def _run_directories(root: Path) -> Iterator[Path]:
                 if name in RUN_FILES or name.startswith(EVENT_FILES):
                     is_run = True
                 elif search and entry.is_dir():
-                    waiting.append((path / name, not entry.is_symlink()))
+                    waiting.append((entry.path, not entry.is_symlink()))
         if is_run:
-            yield path
+            yield Path(path)
 
 
 def _progress(lines: list[Line]) -> str:

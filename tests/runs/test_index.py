@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,3 +166,13 @@ def test_unusual_values_survive_the_index(runs: list[Path], tmp_path: Path) -> N
     assert json.dumps(second.options) == json.dumps(first.options) == json.dumps(options)
     assert files.read_json(runs[0] / "result.json") is not None
     assert second.warnings == ["w"] * 2
+
+
+def test_runs_are_sorted_folder_by_folder(runs: list[Path], tmp_path: Path) -> None:
+    """A folder comes before folders whose names continue its name, also with characters that sort before a slash."""
+    names = [Path("b", "x"), Path("b-1", "x"), Path("b.c", "x"), Path("b", "x-1"), Path("a", "z")]
+    for name in names:
+        shutil.copytree(runs[0], tmp_path / "sorted" / name)
+    found = [run.path.relative_to(tmp_path / "sorted") for run in read([str(tmp_path / "sorted")])]
+    assert found == sorted(names, key=lambda path: path.parts)
+    assert found[:3] == [Path("a", "z"), Path("b", "x"), Path("b", "x-1")]
