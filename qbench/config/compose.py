@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise, product
 from math import prod
@@ -22,10 +22,14 @@ from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
 from qbench.config.overrides import MOST_COMBINATIONS, check_overrides, refuse_deletions
 from qbench.config.schema import Config, Node, did_you_mean
+from qbench.config.typed_groups import compose_with_typed_groups
 from qbench.config.typed_words import as_key_value
 from qbench.config.validate import from_node, with_digests
 from qbench.errors import ConfigError, QbenchError
 
+MULTIRUN = ("-m", "--multirun")
+CONFIG_DIRECTORY = ("--config-dir", "-cd")
+PACKAGE = ("--package", "-p")
 FLAGS: dict[
     str, tuple[str, ...] | None
 ] = {  # flag -> allowed values: () if any value is allowed, None if the flag takes no value
@@ -33,10 +37,8 @@ FLAGS: dict[
     **dict.fromkeys(("--shell-completion", "-sc")),
     **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
     **dict.fromkeys(("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
-    **dict.fromkeys(("--package", "-p", "--config-dir", "-cd"), ()),
+    **dict.fromkeys((*PACKAGE, *CONFIG_DIRECTORY), ()),
 }
-MULTIRUN = ("-m", "--multirun")
-CONFIG_DIRECTORY = ("--config-dir", "-cd")
 LAUNCHER_KEYS = ("hydra/launcher=", "hydra.launcher.", "+hydra.launcher.", "hydra.sweeper.")
 HYDRA_KEYS = (*LAUNCHER_KEYS, "hydra.searchpath=")
 
@@ -61,10 +63,13 @@ def configurations(arguments: list[str]) -> list[Config]:
             folders = [value for flag, value in pairwise(flags) if flag in CONFIG_DIRECTORY]
             for folder in folders:
                 _check_folder(Path(folder))
+            sweep = any(flag in MULTIRUN for flag in flags)
             if set(flags) - set(folders) <= {*MULTIRUN, *CONFIG_DIRECTORY, "--run", "-r"}:
-                nodes = compose_nodes(overrides, any(flag in MULTIRUN for flag in flags), *folders[-1:])
+                nodes = compose_nodes(overrides, sweep, *folders[-1:])
+            elif ("--cfg", "job") in pairwise(["--cfg" if flag == "-c" else flag for flag in flags]) and not sweep:
+                _print_job(compose_nodes(overrides, sweep, *folders[-1:])[0], flags)
             else:
-                _hydra(words, nodes.append)
+                _hydra(words)
     except QbenchError:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own errors, and a user's YAML file that cannot be read
@@ -94,7 +99,7 @@ def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) 
         check_overrides(parsed)
         deleted = [word for word in parsed if word.is_delete()]
         if not sweep:
-            return [refuse_deletions(deleted, hydra.compose("config", overrides))]
+            return [refuse_deletions(deleted, compose_with_typed_groups(overrides))]
         values = [
             [
                 f"{word.get_key_element()}={value}"
@@ -108,7 +113,7 @@ def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) 
             raise ConfigError(
                 f"the sweep has more than {MOST_COMBINATIONS:,} combinations; split it into several sweeps"
             )
-        return [refuse_deletions(deleted, hydra.compose("config", list(words))) for words in product(*values)]
+        return [refuse_deletions(deleted, compose_with_typed_groups(words)) for words in product(*values)]
 
 
 @contextmanager
@@ -171,7 +176,20 @@ def _launcher_node(*words: str) -> Node:
     return {str(key): value for key, value in keys.items()}
 
 
-def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
+def _print_job(node: DictConfig, flags: Sequence[str]) -> None:
+    """Print a configuration or, with the flag --package, one of its nodes, as Hydra's flag `--cfg job` does."""
+    package = next((value for flag, value in pairwise(flags) if flag in PACKAGE), None)
+    shown = node if package is None else OmegaConf.select(node, package, throw_on_missing=True)
+    if shown is None:
+        raise ConfigError(f"--package {package}: the configuration has no such key")
+    if not isinstance(shown, DictConfig):
+        print(shown)
+        return
+    print(f"# @package {package}\n" * (package is not None) + OmegaConf.to_yaml(shown, resolve="--resolve" in flags))
+
+
+def _hydra(arguments: list[str]) -> None:
+    """Let Hydra print what a flag asks for, such as `--info`."""
     flags, overrides = sorted_out(arguments)
     register_sources()
     typed, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -179,7 +197,7 @@ def _hydra(arguments: list[str], job: Callable[[DictConfig], None]) -> None:
         sys.argv = ["qbench", *flags, *overrides, f"hydra.sweep.dir={scratch}"]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(job)()
+            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(lambda node: None)()
         finally:
             sys.argv = typed
             del os.environ["HYDRA_FULL_ERROR"]

@@ -152,8 +152,42 @@ def test_a_list_of_options_in_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_network_that_the_chosen_one_does_not_have_may_be_removed(configure: Configure) -> None:
+    config = configure("experiment=smoke", "model=mobilenet_v2")
+    assert config.model == configure("model=mobilenet_v2").model
     config = configure("experiment=smoke", "model=mobilenet_v2", "~model.width")
     assert "width" not in config.model
+
+
+def test_a_typed_option_has_priority_over_an_experiment(configure: Configure) -> None:
+    """The experiment sets bits and keys of its optimizer, and the experiment smoke sets the width of its network."""
+    experiment = "experiment=lsq/resnet18_w2a2"
+    own = configure(experiment)
+    assert (own.bits.resolved().w, own.optim.name, own.optim.lr) == (2, "sgd", 0.01)
+    assert configure(experiment, "bits=w8a8").bits.resolved() == (8, 8, 32)
+    runs = compose.configurations(["-m", experiment, "bits=w2a2,w4a4", "optim=adam,sgd_step"])
+    assert [(run.bits.w, run.optim.name) for run in runs] == [(2, "adam"), (2, "sgd"), (4, "adam"), (4, "sgd")]
+    adam = configure(experiment, "optim=adam", "optim.batch_size=32")
+    plain = configure("method=lsq", "optim=adam", "optim.batch_size=32")
+    assert adam.optim == plain.optim
+    assert adam.pretrain == own.pretrain
+    assert configure(experiment, "layers=default").layers == own.layers, "the experiment has the same option"
+    assert configure("experiment=smoke", "model=mobilenet_v2").model == configure("model=mobilenet_v2").model
+
+
+def test_an_option_that_the_experiment_chose_itself_keeps_the_keys_of_the_experiment(configure: Configure) -> None:
+    experiment = "experiment=gupta/mnist_cnn_stochastic_fl12"
+    own = configure(experiment)
+    assert own.method["integer_weights"] == 4
+    assert configure(experiment, "method=gupta", "optim=sgd", "dataset=mnist") == own
+    assert configure(experiment, "optim@pretrain.optim=adam").pretrain.optim.name == "adam"
+
+
+def test_the_printed_configuration_is_that_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=lsq/resnet18_w2a2", "bits=w8a8", "--cfg", "job"]
+    assert compose.configurations([*words, "--package", "bits"]) == []
+    assert "w: 8\na: 8\n" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--package bit: the configuration has no such key"):
+        compose.configurations([*words, "--package", "bit"])
 
 
 @pytest.mark.parametrize(
