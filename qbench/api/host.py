@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from qbench.errors import ConfigError
 from qbench.system.caches import clear_caches
@@ -41,7 +41,7 @@ def recorded_command(arguments: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def torch_settings_restored(*, training: bool) -> Iterator[None]:
-    """Restore torch's random generators, number of threads and setting for deterministic algorithms after a call.
+    """Restore torch's random generators, number of threads, and settings of determinism and TF32 after a call.
 
     Args:
         training: whether the `with` block trains a run.
@@ -56,9 +56,14 @@ def torch_settings_restored(*, training: bool) -> Iterator[None]:
     _check_defaults(training)
     generators, threads = random_state(), torch.get_num_threads()
     deterministic = torch.get_deterministic_debug_mode()
+    cudnn, matmul, tf32 = torch.backends.cudnn, torch.backends.cuda.matmul, None
+    with suppress(RuntimeError):  # torch refuses to answer if the program sets single operations
+        tf32 = cudnn.allow_tf32, matmul.allow_tf32
     try:
         yield
     finally:
+        if tf32 is not None:
+            cudnn.allow_tf32, matmul.allow_tf32 = tf32
         set_random_state(generators)
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(deterministic)
@@ -76,8 +81,6 @@ def _check_defaults(training: bool) -> None:
         raise _changed(f"the default device is {torch.get_default_device()}", "torch.set_default_device(None)")
     if not training:
         return
-    if torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee"):
-        raise _changed("the precision of float32 is reduced", "torch.set_float32_matmul_precision('highest')")
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise ConfigError("a run cannot be trained inside torch.no_grad, torch.inference_mode or torch.autocast")
 

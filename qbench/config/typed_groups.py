@@ -20,7 +20,7 @@ def compose_with_typed_groups(words: Sequence[str]) -> DictConfig:
     If an option is typed that the experiment file does not choose itself, the node of its group has the values of the
     option and of the keys that are typed, and no values of the experiment file.
     """
-    node = hydra.compose("config", list(words))
+    node: DictConfig = hydra.compose("config", list(words))
     chosen = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     if chosen.get(EXPERIMENT, "null") == "null":
         return node

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,13 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1}
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Value of `runtime.precision` -> the half-precision type in which convolutions and matrix products are computed."""
+
+
+REDUCING_VARIABLES = {
+    "ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "DNNL_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+    "NVIDIA_TF32_OVERRIDE": ("", "0"), "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ("", "0"),
+}  # fmt: skip
+"""Environment variables that make torch's libraries compute float32 with fewer bits, and their harmless values."""
 
 
 def with_autocast(
@@ -84,6 +92,35 @@ def configure_torch(runtime: Runtime) -> None:
         delay_import_of_compiler()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = runtime.tf32  # cuDNN's default is true
     tune_malloc()
+
+
+def check_float32(runtime: Runtime) -> None:
+    """Refuse settings that make torch compute float32 with fewer bits. A run's identity does not contain them.
+
+    The modules of the user's network, data and method must have been imported, because they may change the settings.
+
+    Raises:
+        ConfigError: such a setting was found. The message names it.
+    """
+    for name, harmless in REDUCING_VARIABLES.items():
+        if (value := os.environ.get(name, "")).upper() not in harmless:
+            raise ConfigError(
+                f"{name}={value} would change the results, because float32 would be computed with fewer bits\n"
+                f"unset {name}; for faster training, type runtime.precision=bf16 or, on a GPU, runtime.tf32=true"
+            )
+    for name in (
+        "mkldnn.conv",
+        "mkldnn.matmul",
+        "mkldnn.rnn",
+        *(() if runtime.tf32 else ("cuda.matmul", "cudnn.conv")),
+    ):
+        precision = attrgetter(f"{name}.fp32_precision")(torch.backends)
+        if precision not in ("none", "ieee"):
+            raise ConfigError(
+                f"torch.backends.{name}.fp32_precision is {precision}, which would change the results\n"
+                "leave out torch.set_float32_matmul_precision and similar calls in your code; for faster training, "
+                "type runtime.precision=bf16 or, on a GPU, runtime.tf32=true"
+            )
 
 
 def tune_malloc() -> None:

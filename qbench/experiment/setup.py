@@ -47,7 +47,7 @@ from qbench.experiment.checks import (
     check_updates,
 )
 from qbench.experiment.data_check import check_same_data
-from qbench.experiment.device import HALF_TYPES, choose_device, configure_torch, with_autocast
+from qbench.experiment.device import HALF_TYPES, check_float32, choose_device, configure_torch, with_autocast
 from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.trained_network import LAYERS, StoredLayers, load_weights, stored_run
 from qbench.quant.combine import distilled
@@ -409,6 +409,7 @@ def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights |
     name = str(setup.config.model["name"])
     if ":" in name:
         check_outputs(model, setup.data, name)
+    check_float32(setup.runtime)
     setup._set_macs(count_macs(model, setup.data.shape))
     call_inner_layers(model)
     setup.order[:] = execution_order(model, setup._example(model))

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import hydra
@@ -29,6 +30,7 @@ from qbench.cli.main import main as cli
 from qbench.config.compose import configurations
 from qbench.errors import CheckpointError, ConfigError, DataError, Diverged
 from qbench.experiment import session
+from qbench.experiment.device import REDUCING_VARIABLES
 from qbench.report.tables.table import Table
 from qbench.training.evaluation import evaluate
 
@@ -440,6 +442,43 @@ def test_torch_with_other_defaults_is_refused(tmp_path: Path) -> None:
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
         with mode:
             refused("cannot be trained inside")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["conv", "matmul", "rnn"])
+def test_float32_with_fewer_bits_is_refused(name: str, tmp_path: Path) -> None:
+    before, changed = torch.backends.cudnn.allow_tf32, attrgetter(f"mkldnn.{name}")(torch.backends)
+    changed.fp32_precision = "bf16"
+    try:
+        with pytest.raises(ConfigError, match=rf"mkldnn.{name}.fp32_precision is bf16.*\n.*runtime.precision=bf16"):
+            qbench.run(*WORDS, out=tmp_path)
+    finally:
+        changed.fp32_precision = "none"
+    assert not list(tmp_path.iterdir())
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_a_module_of_the_user_that_reduces_the_precision_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hasty.py").write_text(
+        f"import torch\n{NET.format(width=8)}\ntorch.set_float32_matmul_precision('medium')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    try:
+        with pytest.raises(ConfigError, match=r"mkldnn\.matmul\.fp32_precision is bf16"):
+            qbench.run(*WORDS, "model=hasty:build", out=tmp_path / "out")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", REDUCING_VARIABLES)
+def test_variables_of_the_environment_that_reduce_the_precision_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1" if "TF32" in name else "BF16")
+    with pytest.raises(ConfigError, match=f"{name}=.* would change the results.*\nunset {name}"):
+        qbench.run(*WORDS, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
