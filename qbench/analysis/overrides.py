@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from qbench.config import compose
-from qbench.config.schema import Config, Node
+from qbench.config.schema import Config, Layers, Node
 from qbench.errors import ConfigError
 
 METHOD_KEYS = "allowed: layers.KEY=VALUE; method=NAME, alone or with bits=..., activation=NAME and method.KEY=VALUE"
@@ -48,10 +48,21 @@ def override_method(config: Config, words: Sequence[str]) -> Config:
         return config
     composed = _compose(list(words) if named else [*words, f"method={config.method['name']}"])
     if "layers" in groups:
-        config = dataclasses.replace(config, layers=composed.layers)
+        config = dataclasses.replace(config, layers=_override_layers(config.layers, composed.layers, words))
     if named:
         config = dataclasses.replace(config, method=composed.method, activation=composed.activation, bits=composed.bits)
     return config
+
+
+def _override_layers(own: Layers, composed: Layers, words: Sequence[str]) -> Layers:
+    """Return a run's layer policy with the typed keys of a composed policy. `layers=...` replaces the whole policy."""
+    keys = [word.partition("=")[0].lstrip("+").split(".")[1:] for word in words if _group(word) == "layers"]
+    if [] in keys:
+        return composed
+    changed = {key[0]: getattr(composed, key[0]) for key in keys}
+    if "rules" in changed and ["rules"] not in keys:  # single rules were typed, such as layers.rules.conv1=8
+        changed["rules"] = {**(own.rules or {}), **(composed.rules or {})}
+    return dataclasses.replace(own, **changed)
 
 
 def _group(word: str) -> str:

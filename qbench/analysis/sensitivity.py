@@ -108,13 +108,15 @@ def sensitivity(
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None
     accuracy = measured.float_accuracy
+    in_file = ("layers=", "layers.rules")  # the file contains these rules
+    added = [f"layers=@{out}", *(word for word in words if not word.lstrip("+").startswith(in_file))]
     tables[0].notes += [
         f"{baseline.images_note}; the float network: loss {accuracy.loss:.4f}, top-1 {accuracy.top1:.2f} %",
         *baseline.precision_note,
         "predicted: float loss plus the sum of the layers' loss increases; measured: loss with all layers quantized, "
         "without training",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
-        f"the widths chosen by {MEASURES[measure]} are in {out}; to train with them, add layers=@{out} to the "
+        f"the widths chosen by {MEASURES[measure]} are in {out}; to train with them, add {' '.join(added)} to the "
         f"run's command",
     ]
     command = " ".join([str(run), *words, f"--budget {limit}", f"--measure {measure}", f"--bn-stats {bn_stats}"])

@@ -36,6 +36,7 @@ from qbench.analysis.finished_run import load_finished_network
 from qbench.analysis.layer_ablation import PrecedingActivation, ablate_layers, quantizers_disabled
 from qbench.analysis.layer_sensitivity import FloatBaseline, measure_sensitivity, squared_error
 from qbench.analysis.layer_signals import layer_signals
+from qbench.analysis.overrides import override_method
 from qbench.analysis.sensitivity import choose_widths
 from qbench.bits import Bits
 from qbench.cli.main import main as cli
@@ -664,3 +665,27 @@ def test_signals_of_layers_called_with_and_without_a_batch(kind: Callable[[], An
     assert signal.dead_channels("in")[1] == 6
     assert signal.high["out"].max() == outputs.max()
     assert signal.count == outputs.numel() / 4
+
+
+def test_typed_layers_change_only_these_keys_of_the_run(configure: Configure) -> None:
+    """Also one rule among several; a whole policy, such as a file of widths, replaces all keys."""
+    own = configure("method=lsq", "bits=w4a4", "layers.last=8", "layers.rules={layer1.0.conv1: float, fc: 3}")
+    changed = override_method(own, ["layers.first=8"])
+    assert changed.layers == replace(own.layers, first=8)
+    assert override_method(own, ["layers.rules={fc: 2}"]).layers.rules == {"fc": 2}
+    assert override_method(own, ["+layers.rules.fc=2"]).layers.rules == {"layer1.0.conv1": "float", "fc": 2}
+    assert override_method(own, ["layers=default"]).layers == configure("method=lsq").layers
+    assert changed.method == own.method
+    other = override_method(own, ["method=dorefa", "bits=w2a2", "layers.first=8"])
+    assert (other.method["name"], other.layers) == ("dorefa", changed.layers)
+
+
+def test_the_note_of_sensitivity_repeats_the_typed_keys(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the typed key, the file of widths describes the network that was measured."""
+    file = tmp_path / "b.yaml"
+    words = ("layers.first=8", "--widths", "2,4", "--images", "16", "--out", file)
+    tables = printed_tables(capsys, "sensitivity", run, *words)
+    assert any(f"add layers=@{file} layers.first=8 to the run's command" in note for note in tables[0]["notes"])
+    assert "conv1" in {row["layer"] for row in tables[1]["rows"]}
