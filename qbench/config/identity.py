@@ -146,6 +146,20 @@ def _default(item: Field[object]) -> object:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
+def added_defaults(kind: "type[DataclassInstance]" = Config) -> Node:
+    """Return the `added` keys of the schema with their default values. `decisive_keys` leaves out these values."""
+    keys: Node = {}
+    for item in fields(kind):
+        if item.metadata.get("free"):
+            continue
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            inner = {} if item.metadata.get("added") else added_defaults(item.type)
+            keys |= {item.name: inner} if inner else {}
+        elif item.metadata.get("added"):
+            keys[item.name] = _default(item)
+    return keys
+
+
 def without_added(node: Node) -> Node:
     """Return a YAML node without its key `added`.
 

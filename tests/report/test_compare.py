@@ -236,6 +236,53 @@ def test_the_float_control_and_the_difference_from_it(configure: Configure) -> N
     assert [value for value in over.values() if value] == [-1.75]
 
 
+def test_a_baseline_that_was_trained_again_is_a_warning(configure: Configure) -> None:
+    """The row float shows the stored baseline; runs that started from other weights of this baseline are named."""
+    float_run = plant(configure("method=float"), 98.0)
+    before = BaselineResult(run=str(float_run), final=evaluation(97.5))
+    plant(configure("method=lsq", "bits=w2a2"), 96.0, baseline=before)
+    plant(configure("method=dorefa", "bits=w2a2"), 95.0, baseline=replace(before, final=evaluation(98.0)))
+    (table,) = tables(configure())
+    (warning,) = (note for note in table.notes if "trained again" in note)
+    assert warning.startswith(f"warning: lsq w2a2g32, seed 0: started from other weights of {float_run.name} than")
+    shutil.rmtree(float_run)
+    (table,) = tables(configure())
+    assert sum("trained again" in note for note in table.notes) == 1, "also if the baseline is not stored any more"
+    plant(configure("method=lsq", "bits=w2a2"), 96.0, baseline=replace(before, final=evaluation(98.0)))
+    (table,) = tables(configure())
+    assert not [note for note in table.notes if "trained again" in note]
+
+
+@pytest.mark.parametrize(
+    ("key", "default", "other", "more"),
+    [
+        ("optim.bias_lr", "1", "2", "optim.bias_lr=2"),
+        ("batch_shards", "1", "2", "batch_shards=2"),
+        ("runtime.precision", "fp32", "bf16", "runtime.precision=bf16"),
+        ("method.channel", "false", "true", "method.channel=true"),
+        ("pretrain.optim.warmup", "0", "1", "pretrain.optim.warmup=1"),
+    ],
+)
+def test_a_default_value_selects_the_runs_that_have_it(
+    key: str, default: str, other: str, more: str, configure: Configure
+) -> None:
+    plain = plant(configure("method=lsq", "bits=w2a2", "seed=0"), 96.0)
+    changed = plant(configure("method=lsq", "bits=w2a2", "seed=1", more), 97.0)
+    runs = read([configure().out])
+    for value, expected in ((default, plain), (other, changed)):
+        selected, notes = select_runs(runs, {key: [value]})
+        assert ([run.path for run in selected], notes) == ([expected], [])
+    assert len(select_runs(runs, {key: [default, other]})[0]) == 2
+    assert all("=?" not in table.title for table in compare(runs, by=[key]))
+
+
+def test_the_paper_s_own_form_of_a_method_is_selected_by_no_deviation(configure: Configure) -> None:
+    plain = plant(configure("method=dorefa", "bits=w2a2"), 96.0)
+    plant(configure("method=dorefa", "bits=w2a2", "method.deviation=rescaled_by_max"), 97.0)
+    selected, _ = select_runs(read([configure().out]), {"method.deviation": ["none"]})
+    assert [run.path for run in selected] == [plain]
+
+
 def test_baselines_next_to_runs_are_read_and_none_twice(configure: Configure) -> None:
     float_run = plant(configure("method=float"), 98.0)
     baseline = BaselineResult(run=f"elsewhere/before/{float_run.name}", final=evaluation(98.0))

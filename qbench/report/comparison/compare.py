@@ -19,7 +19,7 @@ from qbench.report.comparison.setting_table import MissingRuns, with_columns
 from qbench.report.comparison.warning_notes import warning_notes
 from qbench.report.tables.table import Table
 from qbench.runs.reader import DONE, FROM_LOGS, RunRecord
-from qbench.runs.result import Result, short_commit
+from qbench.runs.result import Evaluation, Result, short_commit
 
 FAILED_TITLE, UNFINISHED_TITLE = "failed or unsupported", "not finished"
 UNFINISHED = ("running", "unfinished", "not begun")
@@ -155,7 +155,8 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
         notes += selection.notes
     settings = with_control(settings)
     notes += [*_unlike_notes(results), *control_notes(settings), *warning_notes(settings)]
-    notes += [*_protocol_notes(results, labels), *_commit_notes(results, context)]
+    notes += [*_protocol_notes(results, labels), *_retrained_notes(results, labels, context)]
+    notes += _commit_notes(results, context)
     return with_columns(Table((), title=title, values=[*settings], notes=notes), columns_in(DEFAULT))
 
 
@@ -223,6 +224,27 @@ def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Ite
         yield f"float {name}: pretrained weights, sha256 {sha256}"
     if any(r.synthetic for r in results):
         yield "synthetic data: not comparable with papers' tables"
+
+
+def _retrained_notes(results: Sequence[Result], labels: Mapping[int, str], context: _Context) -> Iterator[str]:
+    """Yield warnings about float baselines that were trained again, with another outcome, between two runs.
+
+    The `diff` of such runs refers to different baselines, of which the table shows only one.
+    """
+    started: dict[str, list[tuple[Result, Evaluation]]] = defaultdict(list)
+    for result in results:
+        if result.baseline and not result.baseline.pretrained:
+            started[_directory_name(result.baseline.run)].append((result, result.baseline.final))
+    for name, pairs in sorted(started.items()):
+        found = context.baselines.get(name)
+        shown = found.final if found and found.same_data(pairs[0][0]) else pairs[-1][1]  # as in `_baselines`
+        others = [run for run, final in pairs if shown and final.test != shown.test]
+        if others:
+            settings = ", ".join(dict.fromkeys(f"{labels[id(run)]} {run.widths}" for run in others))
+            yield (
+                f"warning: {settings}, seed {others[0].seed}: started from other weights of {name} than those of the "
+                "row float, because this float baseline was trained again; to repeat these runs: rerun=true"
+            )
 
 
 def _unlike_notes(results: Sequence[Result]) -> Iterator[str]:

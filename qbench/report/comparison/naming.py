@@ -3,12 +3,16 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from qbench.config.groups import conf_directory, option_file
+from qbench.config.identity import added_defaults
 from qbench.config.schema import RATE
 from qbench.report.comparison import data_versions
 from qbench.runs.result import Result
+from qbench.system.files import read_yaml
 
 
 class Block(NamedTuple):
@@ -59,8 +63,16 @@ def _differing(protocols: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _protocol_keys(keys: Mapping[str, object]) -> dict[str, str]:
-    """Return the keys of a protocol in dotted form, with values as JSON. A missing `lr_search` is added as `none`."""
-    return flat({"lr_search": "none", **keys} if "optim" in keys else keys)
+    """Return the keys of a protocol in dotted form, with values as JSON. Keys at their defaults are added."""
+    return (_default_keys() if "optim" in keys else {}) | flat(keys)
+
+
+@cache
+def _default_keys() -> dict[str, str]:
+    """Return the keys that a protocol leaves out at their default values, in dotted form, with these values as JSON."""
+    defaults = added_defaults()
+    precision = defaults.pop("runtime")["precision"]
+    return flat({**defaults, "precision": precision})
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
@@ -83,8 +95,21 @@ def run_keys(run: Result) -> dict[str, str]:
         "bits": run.widths,
     }  # fmt: skip
     keys |= {f"bits.{key}": width for key, width in run.bits.items()}
+    protocol = _default_keys() | flat(run.protocol.keys)
+    keys |= {"runtime.precision": json.loads(protocol["precision"])}
+    added = {"method": _added_keys("method", run.method.partition("+")[0]), "model": _added_keys("model", run.model)}
     nested = {"method": run.options, "model": run.network}
-    return flat({"lr_search": "none"} | run.protocol.keys) | flat(nested) | flat(keys)
+    return flat(added) | protocol | flat(nested) | flat(keys)
+
+
+@cache
+def _added_keys(group: str, name: str) -> Mapping[str, object]:
+    """Return the keys that runs with an option of qbench leave out at their default values, with these values."""
+    file = option_file(group, name)
+    content = read_yaml(file) if file.is_file() else {}
+    shared = read_yaml(conf_directory() / "config.yaml").get(group) or {}
+    deviations = {key: "none" for key in content if key.endswith("deviation")}
+    return {**deviations, **shared.get("added", {}), **content.get("added", {})}
 
 
 def labels(results: Sequence[Result]) -> dict[int, str]:
