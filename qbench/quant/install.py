@@ -37,7 +37,8 @@ def install(
 
     Only torch's own convolutions, transposed convolutions and `Linear` are changed, not classes derived from them. A
     changed layer gets another class and three new submodules, which are its quantizers. Parameters keep their names and
-    identity, so optimizers, hooks and float checkpoints still work.
+    identity, so hooks and float checkpoints still work. Quantizers can have parameters of their own, such as the steps
+    of LSQ. An optimizer that was created before does not train these parameters.
 
     Args:
         policy: selects the layers that are quantized. By default, all layers except the first and the last are

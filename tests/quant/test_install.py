@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import qbench
+from qbench.config import registry
 from qbench.methods import dorefa, gupta, inq, lsq, mlq, slq, ttq
 from qbench.quant.fold import fold_quantized_weights
 from qbench.quant.install import install
@@ -383,3 +384,18 @@ def test_layers_that_the_example_does_not_reach_are_named(caplog: pytest.LogCapt
     model = qbench.install(dorefa.build(w=2, a=2), Routed(), example=torch.tensor([[1.0] * 6, [-1.0] * 6]))
     assert list(quantized_layers(model)) == ["experts.0", "experts.1"]
     assert "experts.2; if" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "functions"),
+    [("dorefa", []), ("inq", ["on_epoch"]), ("lsq", ["prepare", "step"]), ("gupta", ["prepare", "step"]),
+     ("qcnn", ["prepare"]), ("ptq", ["prepare"]), ("ttq", ["step"])],
+)  # fmt: skip
+def test_functions_that_a_training_loop_must_call_are_named(
+    name: str, functions: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    method = registry.create("method", {"name": name})
+    qbench.install(method, nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), example=torch.zeros(2, 4))
+    text = " ".join(record.getMessage() for record in caplog.records)
+    assert [function for function in ("prepare", "on_epoch", "step") if f"{function}(model" in text] == functions
+    assert (f"{name} needs more than its quantizers" in text) is bool(functions)
