@@ -124,6 +124,8 @@ def _tensor(value: Tensor | np.ndarray, what: str) -> Tensor:
         raise DataError(f"{what} have the type {value.dtype}: must be numbers\nto convert: {CONVERSIONS[what]}")
     if isinstance(value, np.ndarray):  # torch reads only the byte order of this machine
         value = torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+    if value.layout != torch.strided:
+        raise DataError(f"{what} are a tensor of the layout {value.layout}\nto convert: {what}.to_dense()")
     tensor = value.detach()
     if what == "images":
         _check_layout(tensor)

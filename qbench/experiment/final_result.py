@@ -70,7 +70,8 @@ def final_result(
     notes = [*_baseline_note(baseline), *_notes(setup, verified), *unused_keys(setup, model), *_commit_notes(commits)]
     float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
     evidence = evidence_warnings(setup, float_evaluation, state.step)
-    warnings = [*_debug_warning(setup), *evidence, *_warnings(setup, model, images), *session.monitor.warned.values()]
+    warnings = [*_debug_warning(setup), *_start_warning(baseline, state.step), *evidence]
+    warnings += [*_warnings(setup, model, images), *session.monitor.warned.values()]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
@@ -94,6 +95,21 @@ def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], 
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
     return max(at_width or allowed.values(), default=None)
+
+
+def _start_warning(baseline: BaselineResult | None, steps: int) -> list[str]:
+    """Return a warning if nothing was trained and `diff` is not the effect of quantization, or an empty list.
+
+    A run starts from the float baseline's weights with the best validation accuracy, but the tables show the accuracy
+    of the baseline after its last epoch.
+    """
+    if steps or baseline is None or baseline.best is None or baseline.best.test.top1 == baseline.final.test.top1:
+        return []
+    return [
+        "nothing was trained, and the run started from the weights of the float baseline with the best validation "
+        f"accuracy, whose test top-1 is {baseline.best.test.top1:.2f} %; float and diff refer to the weights after its "
+        "last epoch"
+    ]
 
 
 def _debug_warning(setup: ExperimentSetup) -> list[str]:

@@ -32,6 +32,8 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
         model: the trained network, with its quantizers.
     """
     found = [*_model_keys(setup, model), *_layer_keys(setup), *_method_keys(setup, model)]
+    if setup.runtime.tf32 and setup.device.type != "cuda":
+        found.append(("runtime.tf32=true", "the run is not on a GPU"))
     if setup.epochs:
         prefix = "pretrain.optim" if setup.is_baseline else "optim"
         found += [(f"{prefix}.{key}", why) for key, why in _optim_keys(setup, model)]

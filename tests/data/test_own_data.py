@@ -420,6 +420,15 @@ def test_what_a_data_set_of_a_user_says_about_its_images_is_part_of_its_digest(c
     assert first == again != other
 
 
+def test_sparse_tensors_are_refused_with_the_conversion() -> None:
+    images, labels = torch.zeros(6, 1, 4, 4), torch.tensor([0, 1, 2] * 2)
+    for layout in ("to_sparse", "to_mkldnn"):
+        with pytest.raises(
+            DataError, match=r"images are a tensor of the layout torch\.\S+\nto convert: images.to_dense"
+        ):
+            as_dataset("mine:build", ((getattr(images, layout)(), labels), (images, labels)), 0)
+
+
 def test_class_names_come_from_a_torch_data_set() -> None:
     images, labels = torch.zeros(6, 1, 4, 4), torch.tensor([0, 1, 2] * 2)
     named = TensorDataset(images, labels)

@@ -101,3 +101,17 @@ def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -
     tables = compare(records)
     assert any(note.startswith("warning: twn") and text in note for table in tables for note in table.notes)
     assert text in html(tables, records)
+
+
+def test_an_untrained_run_names_the_accuracy_of_the_weights_from_which_it_started(smoke: Configure) -> None:
+    """With 16-bit rounding, the run has the accuracy of these weights, which differs from that of the row float."""
+    words = ("runtime.observe=off", "pretrain.epochs=5", "pretrain.optim.schedule=constant", "pretrain.optim.lr=0.3")
+    result = run(planned_run(smoke("method=ptq", "bits=w16a16", *words)))
+    assert result.baseline
+    assert result.baseline.best
+    best, last = (evaluation.test.top1 for evaluation in (result.baseline.best, result.baseline.final))
+    assert abs(best - last) > 2, "the best epoch was not the last one"
+    (line,) = (line for line in result.warnings if line.startswith("nothing was trained"))
+    assert f"whose test top-1 is {best:.2f} %;" in line
+    trained = run(planned_run(smoke("method=dorefa", *words)))
+    assert not [line for line in trained.warnings if line.startswith("nothing was trained")]

@@ -234,6 +234,11 @@ def test_the_float_control_and_the_difference_from_it(configure: Configure) -> N
     (table,) = tables(configure())
     over = {s.name: s.over_control and s.over_control.mean for s in settings_of(table)}
     assert [value for value in over.values() if value] == [-1.75]
+    assert not [note for note in table.notes if "over float" in note]
+    plant(configure("method=dorefa", "bits=w2", "seed=2"), 90.0, 98.0)
+    (table,) = tables(configure())
+    (note,) = (note for note in table.notes if "over float" in note)
+    assert note.startswith("dorefa w2a32g32: over float is a mean over 2 of 3 seeds")
 
 
 def test_a_baseline_that_was_trained_again_is_a_warning(configure: Configure) -> None:

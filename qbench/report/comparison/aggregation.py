@@ -73,19 +73,26 @@ def with_control(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def control_notes(settings: Sequence[Setting]) -> list[str]:
-    """Return notes on settings for which no float control has a network with the same normalization."""
+    """Return notes on settings whose float control is missing, or has fewer seeds than the setting."""
     controls = [setting for setting in settings if _is_control(setting)]
     missing: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
         if _can_have_control(setting) and not any(control.network == setting.network for control in controls):
             typed = " ".join(f"model.{key}={value}" for key, value in setting.network.items()) or "model.norm=auto"
             missing[typed].append(setting.name)
-    return [
+    notes = [
         f"{', '.join(names)}: no float control has the same normalization; "
         f"to add one, run method=float init=float {typed}"
         for typed, names in missing.items()
         if controls
     ]
+    for setting in settings:
+        if setting.over_control and setting.over_control.n < setting.top1.n:
+            notes.append(
+                f"{setting.name}: over float is a mean over {setting.over_control.n} of {setting.top1.n} seeds, "
+                "because the float control has no run with the other seeds"
+            )
+    return notes
 
 
 def _is_control(setting: Setting) -> bool:
