@@ -22,7 +22,7 @@ from qbench.config.hydra_errors import translate_hydra_error
 from qbench.config.hydra_sources import register_sources
 from qbench.config.overrides import MOST_COMBINATIONS, check_overrides, refuse_deletions
 from qbench.config.schema import Config, Node, did_you_mean
-from qbench.config.typed_groups import compose_with_typed_groups
+from qbench.config.typed_groups import Composer
 from qbench.config.typed_words import as_key_value
 from qbench.config.validate import from_node, with_digests
 from qbench.errors import ConfigError, QbenchError
@@ -98,8 +98,9 @@ def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) 
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
         check_overrides(parsed)
         deleted = [word for word in parsed if word.is_delete()]
+        composer = Composer()
         if not sweep:
-            return [refuse_deletions(deleted, compose_with_typed_groups(overrides))]
+            return [refuse_deletions(deleted, composer.compose(overrides))]
         values = [
             [
                 f"{word.get_key_element()}={value}"
@@ -113,7 +114,7 @@ def compose_nodes(overrides: list[str], sweep: bool, folder: str | None = None) 
             raise ConfigError(
                 f"the sweep has more than {MOST_COMBINATIONS:,} combinations; split it into several sweeps"
             )
-        return [refuse_deletions(deleted, compose_with_typed_groups(words)) for words in product(*values)]
+        return [refuse_deletions(deleted, composer.compose(words)) for words in product(*values)]
 
 
 @contextmanager
