@@ -8,9 +8,9 @@ ROW is a name of `qbench published`, such as gupta/mnist_cnn_float. By default, 
 are stored in docs/records/published.json after every run, and stored runs are not repeated. If the script was stopped,
 the same command therefore continues it.
 
-A row also gets the result of scripts/cifar10.py (docs/records/cifar10.json) with the row's method, widths, method
-options, data set and network. The recipe of these runs differs from the row's recipe, and measured.yaml lists the
-differences. If there are runs with the row's own recipe, only these count.
+A row also gets the result of scripts/cifar10.py (docs/records/cifar10.json) with the row's method, widths, data set and
+network, unless an option differs that distinguishes rows of the paper. The recipe of these runs differs from the row's
+recipe, and measured.yaml lists the differences. If there are runs with the row's own recipe, only these count.
 """
 
 import argparse
@@ -44,8 +44,6 @@ ROWS = (
     "gupta/mnist_cnn_stochastic_fl12", "gupta/mnist_cnn_nearest_fl12",
 )  # fmt: skip
 """The rows that are run by default. Their recipes are short enough for one core."""
-DIFFERENT_RUN = ("method", "bits.", "data set", "network")
-"""Beginnings of differences that make a run a measurement of another row."""
 HEAD = (
     "# Measurements of published rows. scripts/published_rows.py writes this file from the records in docs/records/.\n"
 )
@@ -119,11 +117,14 @@ def measurement(row: PublishedRow, results: Iterable[Result]) -> dict[str, objec
 
     If the runs have several recipes, the recipe with the fewest differences from the row's recipe is selected.
     """
+    others = [each for each in published_rows(row.paper) if (each.method, each.net) == (row.method, row.net)]
+    distinguishing = {word.partition("=")[0] for each in others for word in each.words}
     by_recipe: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         if _has_setting(result, row):
             differences = tuple(departures(result, row))
-            if not any(text.startswith(DIFFERENT_RUN) for text in differences):
+            keys = {text.partition("=")[0] for text in differences}
+            if not any(key.startswith("method.") and key in distinguishing for key in keys):
                 by_recipe.setdefault(differences, []).append(result)
     if not by_recipe:
         return None
