@@ -3,6 +3,7 @@ combinations.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import Configure, tiered
 from torch import nn
 from torch.nn import functional as F
 
+from qbench.bits import FLOAT, Bits
 from qbench.config.identity import run_identity
 from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment.planned_run import planned_run
@@ -64,6 +66,12 @@ def test_gradients_belong_to_the_method_that_supports_them() -> None:
     method = combine(ttq.build(), dorefa.build(w=32, a=2, g=4))
     (layer,) = quantized_layers(install(method, mlp.build(SHAPE, 3, hidden=2, width=8))).values()
     assert isinstance(layer.output_q, dorefa.DoReFaGradient)
+
+
+def test_a_method_for_gradients_of_one_bit_alone_gives_its_gradients() -> None:
+    weight = replace(ttq.build(), bits=Bits(2, FLOAT, 1), supported_bits={"w": (2,), "g": (1, FLOAT)})
+    combined = combine(weight, pact.build(w=32, a=2))
+    assert (combined.bits.g, combined.supported_bits["g"]) == (1, (1, FLOAT))
 
 
 def test_phases_and_training_from_scratch_come_from_either_method() -> None:

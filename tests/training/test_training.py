@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from qbench.config.identity import run_identity
 from qbench.config.schema import Optim
-from qbench.errors import CheckpointError, ConfigError, Diverged
+from qbench.distributed.group import Group
+from qbench.errors import CheckpointError, ConfigError, Diverged, ProcessesDiffer
 from qbench.experiment.device import COMPILERS
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
@@ -26,6 +27,7 @@ from qbench.quant import elementwise
 from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.probe import Probe
+from qbench.runs.tensorboard import levels_figure
 from qbench.training import optimizer as optim
 from qbench.training.checkpoint import load_float_weights, load_torch_file, pack, unpack
 from qbench.training.digests import weights_sha256
@@ -36,6 +38,7 @@ from qbench.training.state import BestWeights, State, WeightAverage
 from qbench.training.task import Task
 
 STEPS = 5
+T = TypeVar("T")
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(STEPS * 20, 1, 4, 4, generator=generator)
 Y = (X.flatten(1)[:, :3].argmax(1)).long()
@@ -395,3 +398,35 @@ def test_a_compiled_run_learns_as_well_as_an_eager_one(smoke: Configure) -> None
     compiled = run(planned_run(smoke("method=dorefa", "bits=w2a2", "init=scratch", "runtime.compile=true")))
     assert compiled.status == "done"
     assert abs(compiled.final.test.loss - usual.final.test.loss) < 0.1
+
+
+class Pair(Group):
+    """Process 0 of two, of which the second has other values for some names."""
+
+    size = 2
+
+    def __init__(self, **others: str) -> None:
+        self.others = others
+
+    def gather(self, value: T) -> list[T]:
+        assert isinstance(value, dict)
+        return [value, {**value, **self.others}]  # type: ignore[list-item]
+
+
+def test_processes_with_another_state_are_named() -> None:
+    task = make_task()
+    state = make_state(task)
+    state.check_equal(task.model, Pair())
+    with pytest.raises(ProcessesDiffer, match=r"processes 0 and 1 differ after step 0: model\.fc\.bias\nthe method"):
+        state.check_equal(task.model, Pair(**{"model.fc.bias": "other"}))
+    with pytest.raises(ProcessesDiffer, match=r": model\.fc\.bias and 1 more"):
+        state.check_equal(task.model, Pair(**{"model.fc.bias": "other", "only.there": "new"}))
+
+
+def test_the_picture_of_levels_says_what_its_lines_are() -> None:
+    latent = torch.tensor([-1.0, -0.2, 0.3, 0.9])
+    figure = levels_figure({"conv1": (latent, latent.sign())})
+    assert figure is not None
+    assert figure.get_supxlabel().startswith("lines: share of weights at each level")
+    assert figure.axes[0].get_title() == "conv1: 2 levels"
+    assert levels_figure({}) is None
