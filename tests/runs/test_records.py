@@ -350,3 +350,15 @@ def test_a_record_keeps_hits_and_weights(tmp_path: Path) -> None:
         record.write_text(json.dumps(damaged))
         with pytest.raises(ConfigError, match="not a record of runs"):
             load_records(record)
+
+
+def test_a_process_that_does_not_write_leaves_the_directory_as_it_is(configure: Configure) -> None:
+    """It returns the result that it would have stored, because all processes of a run return the same result."""
+    planned = planned_run(configure("method=dorefa"))
+    directory = planned.directory.read_only()
+    result = directory.new_result("done")
+    directory.write_config()
+    assert directory.finish(result) is result
+    directory.save_state(1, b"state")
+    directory.remove_checkpoints()
+    assert not directory.path.exists()
