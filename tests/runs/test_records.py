@@ -26,7 +26,7 @@ from qbench.experiment.run import run
 from qbench.report.comparison.compare import compare
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
-from qbench.runs.metrics_logger import MetricsLogger
+from qbench.runs.metrics_logger import MetricsLogger, _bars
 from qbench.runs.progress import ProgressReporter
 from qbench.runs.reader import RunRecord, dump_records, load_records, read, read_run
 from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
@@ -362,3 +362,27 @@ def test_a_process_that_does_not_write_leaves_the_directory_as_it_is(configure: 
     directory.save_state(1, b"state")
     directory.remove_checkpoints()
     assert not directory.path.exists()
+
+
+def test_a_record_contains_no_number_that_json_cannot_have(configure: Configure) -> None:
+    plant(configure("method=dorefa"), 96.0)
+    (record,) = read([configure().out])
+    assert record.result
+    record.result = dataclasses.replace(record.result, wall_seconds=float("nan"))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        dump_records([record])
+
+
+def test_bars_of_a_histogram_end_at_the_upper_edges() -> None:
+    """TensorBoard draws a bar from the limit before to its own limit; the first one begins at the minimum."""
+    added: list[Any] = []
+
+    class Writer:
+        def add_histogram_raw(self, *values: Any) -> None:
+            added.extend(values)
+
+    counts, edges = np.array([3, 1]), np.array([-1.0, 0.5, 2.0])
+    _bars(Writer(), "latent", 7, counts, edges, (4.0, 1.0, 5.0))  # type: ignore[arg-type]
+    assert added[:6] == ["latent", -1.0, 2.0, 4.0, 1.0, 5.0]
+    assert added[6].tolist() == [0.5, 2.0]
+    assert (added[7].tolist(), added[8]) == ([3, 1], 7)
