@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Configure
 from filelock import FileLock
 from helpers import evaluation, plant
@@ -27,7 +28,7 @@ from qbench.report.comparison.compare import compare
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
 from qbench.runs.metrics_logger import MetricsLogger, _bars
-from qbench.runs.progress import ProgressReporter
+from qbench.runs.progress import ProgressReporter, _Stage
 from qbench.runs.reader import RunRecord, dump_records, load_records, read, read_run
 from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
 from qbench.runs.tensorboard_tags import SPEED, final_metrics, scalar_tags
@@ -386,3 +387,32 @@ def test_bars_of_a_histogram_end_at_the_upper_edges() -> None:
     assert added[:6] == ["latent", -1.0, 2.0, 4.0, 1.0, 5.0]
     assert added[6].tolist() == [0.5, 2.0]
     assert (added[7].tolist(), added[8]) == ([3, 1], 7)
+
+
+def test_lines_of_metrics_are_on_the_disk_when_record_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        original(handle)
+        synced.append(Path(f"/proc/self/fd/{handle}").read_bytes())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    MetricsLogger(tmp_path, tensorboard=False).record("epoch", 1, {"loss": 0.5})
+    assert synced == [b'{"kind": "epoch", "step": 1, "loss": 0.5}\n']
+
+
+def test_speed_counts_the_steps_and_seconds_since_the_start_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A continued run began at step 2: five steps of 32 images in ten seconds."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 110.0)
+    assert _Stage("training", total=10, first=2, images=32, since=100.0).speed(7) == 16.0
+
+
+def test_a_continued_run_adds_the_commit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cpu = tmp_path / "manifest.json", torch.device("cpu")
+    found = []
+    for code, resumed in (("a", False), ("a", True), ("b", True), ("b", True), ("a", True), ("c", False)):
+        monkeypatch.setattr(manifest, "code_version", lambda code=code: code)
+        manifest.write(path, numerics={}, device=cpu, data={}, resumed=resumed)
+        found.append("".join(manifest.code_versions(path)))
+    assert found == ["a", "a", "ab", "ab", "aba", "c"]
