@@ -66,6 +66,20 @@ BOTH = ("dorefa", "pact", "lsq", "uniform", "apot")
 """Methods that are run with the same width of weights and activations."""
 SUMMARIZED = ((1, 32), (2, 32), (3, 32), (4, 32), (5, 32), (1, 2), (2, 2), (3, 3), (4, 4))
 """Widths of weights and activations that `summary` shows. Other widths have few settings."""
+FLOAT_CONTROL = ("float", "w32a32")
+CLAIMS = (
+    ("inq_lossless", ("inq", "w5a32"), FLOAT_CONTROL, -0.5), ("slq_lossless", ("slq", "w5a32"), FLOAT_CONTROL, -0.5),
+    ("review_slq_inq", ("slq", "w5a32"), ("inq", "w5a32"), 0.0), ("ttq_twn", ("ttq", "w2a32"), ("twn", "w2a32"), 0.0),
+    ("slq_mlq_crossover", ("mlq", "w2a32"), ("slq", "w2a32"), 0.0),
+    ("qd_afterwards", ("qd", "w2a32"), ("ptq", "w2a32"), 0.0),
+    ("qd_afterwards", ("qd", "w3a32"), ("ptq", "w3a32"), 0.0),
+    ("qd_afterwards", ("qd", "w4a32"), ("ptq", "w4a32"), 0.0),
+)  # fmt: skip
+"""Claims of conf/experiment/claims that these runs can test: name, first arm, second arm, and the threshold in points.
+
+The claim holds if the first arm minus the second arm is above the threshold.
+"""
+CLAIMS_HEAD = ("claim", "first arm", "second arm", "threshold", "effect", "95 % interval", "n")
 HEAD = ("method", "W", "A", "levels", "bits/weight", "bytes", "top-1 %", "std", "n", "diff", "over float control")
 
 
@@ -128,6 +142,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="print the tables of stored results")
     parser.add_argument("--list", action="store_true", help="print the settings, and run nothing")
     parser.add_argument("--summary", action="store_true", help="print one table with a row per method")
+    parser.add_argument("--claims", action="store_true", help="print the table of claims")
     parser.add_argument("--format", choices=FORMATS, default="md")
     options = parser.parse_args(arguments)
     only = set(filter(None, options.only.split(",")))
@@ -145,8 +160,9 @@ def main(arguments: Sequence[str]) -> int:
     except QbenchError as error:
         print(f"scripts/cifar10.py: {error}", file=sys.stderr)
         return error.status
-    print(FORMATS[options.format]([summary(records)] if options.summary else tables(records)))
-    if options.format == "md" and not options.summary:
+    one = summary(records) if options.summary else claims(records) if options.claims else None
+    print(FORMATS[options.format]([one] if one else tables(records)))
+    if options.format == "md" and not one:
         print(f"\n{note}")
     return 0
 
@@ -260,6 +276,41 @@ def summary(records: Sequence[RunRecord]) -> Table:
     seeds = sorted({setting.top1.n for setting in shown.values()})
     table.notes = [f"{', '.join(floats)}; n = {'-'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}"]
     return table
+
+
+def claims(records: Sequence[RunRecord]) -> Table:
+    """Return a table with a row per claim whose arms are both measured."""
+    arms: dict[tuple[str, Bits], dict[int, RunRecord]] = {}
+    for run in records:
+        if run.status == DONE and run.result:
+            arms.setdefault((run.result.method, Bits(**run.result.bits)), {})[run.result.seed] = run
+    table = Table(CLAIMS_HEAD, notes=["effect: top-1 of the first arm minus top-1 of the second arm, in points"])
+    for name, first, second, threshold in CLAIMS:
+        one, two = (arms.get(Wanted(*arm, "").key, {}) for arm in (first, second))
+        if seeds := sorted(one.keys() & two.keys()):
+            effect, margin = _effect([(one[seed], two[seed]) for seed in seeds])
+            titles = [" ".join(arm).replace("float w32a32", "float control") for arm in (first, second)]
+            interval = f"{effect - margin:+.2f} to {effect + margin:+.2f}"
+            table.rows.append((name, *titles, f"{threshold:g}", f"{effect:+.2f}", interval, str(len(seeds))))
+    return table
+
+
+def _effect(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> tuple[float, float]:
+    """Return the mean difference of the accuracies in points, and the half-width of its 95 % interval.
+
+    With one seed, the interval contains only the error of the sample of test images: 1.96 standard errors of the mean
+    difference of the hits, paired by image. With more seeds, it is Student's interval over the seeds.
+    """
+    accuracies = [(one.result.top1, two.result.top1) for one, two in pairs if one.result and two.result]
+    differences = [one - two for one, two in accuracies if one is not None and two is not None]
+    if len(differences) > 1:
+        found = paired(differences, [0.0] * len(differences))
+        return found.mean, found.high - found.mean
+    ((one, two),) = pairs
+    assert one.hits
+    assert two.hits
+    points = 100.0 * (one.hits.correct.astype(float) - two.hits.correct)
+    return differences[0], 1.96 * float(points.std(ddof=1)) / len(points) ** 0.5
 
 
 def cells(setting: Setting, control: Setting | None) -> tuple[str, ...]:

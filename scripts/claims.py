@@ -90,6 +90,8 @@ may still hold in the paper's experiments, because depth, width, number of class
 wider an interval is, the larger an effect must be to be detected with these data. Differences between networks with 8
 or 5 bits may be too small to detect. "From memory" marks claims that are stated from memory and not quoted from the
 paper.
+
+Some of these claims were also tested with ResNet-20 on CIFAR-10 ([results](results.md#claims-on-cifar-10)).
 """
 
 

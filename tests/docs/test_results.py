@@ -3,8 +3,10 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -17,13 +19,18 @@ import cifar10
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import assemble
 from qbench.models import resnet
-from qbench.runs.reader import read
-from qbench.runs.result import BaselineResult
+from qbench.runs.hits import Hits
+from qbench.runs.reader import RunRecord, read
+from qbench.runs.result import BaselineResult, Protocol, Result
 
 TINY = ["dataset=synthetic", "dataset.channels=3", "dataset.size=8", "dataset.train=64", "dataset.test=32",
         "dataset.val=0", "model=resnet8", "model.width=4"]  # fmt: skip
 
 
+RESULT = Result(
+    status="done", method="lsq", bits={"w": 2, "a": 2, "g": 32}, seed=0, dataset="cifar10", model="resnet20",
+    protocol=Protocol(hash="", keys={}),
+)  # fmt: skip
 Planned = Callable[[Sequence[cifar10.Wanted], str], list[PlannedRun]]
 WANTED = cifar10.wanted_settings()
 
@@ -79,3 +86,29 @@ def test_a_partial_record_states_n_and_what_is_missing(planned: Planned, tmp_pat
     assert not_measured.count(",") == len(WANTED) - 4
     assert "ttq w2a32" in not_measured
     assert cifar10.stored_results(tmp_path / "none.json") == ([], "No run is recorded yet.")
+
+
+def test_effect_of_a_claim_with_one_seed_and_with_two() -> None:
+    """Hits 1 1 0 0 and 1 0 0 0: mean 25, deviation 50, so the margin is 1.96 * 50 / 2; with seeds, Student's t."""
+
+    def record(*correct: int) -> RunRecord:
+        top1 = 100 * sum(correct) / len(correct)
+        result = replace(RESULT, final=evaluation(top1))
+        hits = Hits("", np.array(correct, dtype=bool))
+        return RunRecord(path=Path("run"), status="done", result=result, hits=hits)
+
+    one = (record(1, 1, 0, 0), record(1, 0, 0, 0))
+    assert cifar10._effect([one]) == pytest.approx((25.0, 49.0))
+    two = (record(1, 1, 1, 0), record(1, 0, 0, 0))
+    assert cifar10._effect([one, two]) == pytest.approx((37.5, 12.7062 * 12.5), rel=1e-4)
+
+
+def test_the_table_of_claims_has_only_measured_pairs(tmp_path: Path) -> None:
+    records = cifar10.stored_results(cifar10.RECORD)[0]
+    table = cifar10.claims(records)
+    named = {path.stem for path in (ROOT / "conf" / "experiment" / "claims").glob("*.yaml")}
+    assert {row[0] for row in table.rows} <= {claim[0] for claim in cifar10.CLAIMS} <= named
+    rows = {(row[1], row[2]): row for row in table.rows}
+    top1 = {r.path.name.partition("-s0")[0]: r.result.top1 for r in records if r.result and r.result.seed == 0}
+    effect = (top1["qd-w2a32g32"] or 0) - (top1["ptq-w2a32g32"] or 0)
+    assert rows["qd w2a32", "ptq w2a32"][4] == f"{effect:+.2f}"
