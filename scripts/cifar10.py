@@ -31,6 +31,7 @@ import argparse
 import json
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -261,20 +262,30 @@ def tables(records: Sequence[RunRecord]) -> list[Table]:
 
 
 def summary(records: Sequence[RunRecord]) -> Table:
-    """Return one table with a row per method and a column per pair of widths. The cells are means of the top-1."""
+    """Return one table with a row per method and a column per pair of widths. The cells are means of the top-1.
+
+    Methods that are run at only one pair of widths are in a note.
+    """
     settings = [setting for table in compare(records) for setting in settings_of(table)]
     shown = {(s.method, s.bits.w, s.bits.a): s for s in settings if not s.is_baseline and not s.is_float}
     widths = [pair for pair in SUMMARIZED if any((w, a) == pair for _, w, a in shown)]
-    methods = [m for m in dict.fromkeys(w.method for w in wanted_settings()) if any((m, *p) in shown for p in widths)]
-    table = Table(("method", *(f"W{w}" + ("" if a == FLOAT else f"A{a}") for w, a in widths)))
+    pairs = Counter(w.method for w in wanted_settings() if (w.key[1].w, w.key[1].a) in SUMMARIZED)
+    methods = [m for m in pairs if any((m, *p) in shown for p in widths)]
+    names = {(w, a): f"W{w}" + ("" if a == FLOAT else f"A{a}") for w, a in widths}
+    table = Table(("method", *names.values()))
+    single: list[str] = []
     for method in methods:
         row = [shown.get((method, *pair)) for pair in widths]
+        if pairs[method] == 1:
+            single += [f"{method} {names[p]} {s.top1.mean:.2f}" for p, s in zip(widths, row, strict=True) if s]
+            continue
         table.rows.append((method, *("-" if each is None else f"{each.top1.mean:.2f}" for each in row)))
         table.values += [setting.to_json() for setting in row if setting]
     floats = [f"{s.label} {s.top1.mean:.2f}" for s in settings if s.is_baseline]
     floats += [f"float control {s.top1.mean:.2f}" for s in settings if s.is_float and not s.is_baseline]
     seeds = sorted({setting.top1.n for setting in shown.values()})
-    table.notes = [f"{', '.join(floats)}; n = {'-'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}"]
+    n = "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    table.notes = [f"{', '.join([*floats, *single])}; n = {n}"]
     return table
 
 
