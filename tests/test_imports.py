@@ -68,7 +68,9 @@ NO_TORCH = (  # importing these must not import torch: --help, a stored row and 
     "runs/reader",
     "runs/result",
 )
-HYDRA = {"config/compose", "config/overrides", "config/hydra_errors", "config/hydra_sources"}
+HYDRA = {
+    "config/compose", "config/overrides", "config/hydra_errors", "config/hydra_sources", "config/typed_groups",
+}  # fmt: skip
 
 
 def _read_modules() -> dict[str, ast.Module]:

@@ -17,6 +17,7 @@ from qbench.analysis.evaluate import Expected, measure, other_dataset, table
 from qbench.analysis.finished_run import FinishedRun, load_finished_run
 from qbench.analysis.overrides import override_dataset
 from qbench.data.dataset import Loader
+from qbench.data.dataset_check import dataset_notes
 from qbench.deploy import packed
 from qbench.deploy.about import About
 from qbench.deploy.agreement import Agreement
@@ -192,6 +193,7 @@ def evaluate_file(
         batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")
         measured = measure(model, model, batches, predictions)
     made = table(file, about.title, about.weights, data, measured, other=bool(words), debug=about.debug)
+    made.notes += [f"warning: {problem}" for problem in dataset_notes(data)] if words else []
     verified = verify_export.VERIFIED_IN.get(about.form, ("torch",))
     if runtime is None or runtime in verified:
         return made

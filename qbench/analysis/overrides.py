@@ -13,7 +13,7 @@ METHOD_KEYS = "allowed: layers.KEY=VALUE; method=NAME, alone or with bits=..., a
 def override_dataset(node: Node, words: Sequence[str]) -> Node:
     """Return the configuration node of the data set that the overrides `words` select.
 
-    Without an override `dataset=NAME`, the overrides change keys of the run's own data set.
+    If the overrides name no data set, or the run's own, they change keys of the run's data set.
 
     Raises:
         ConfigError: an override belongs to another group, or is not valid.
@@ -21,9 +21,10 @@ def override_dataset(node: Node, words: Sequence[str]) -> Node:
     for word in words:
         if _group(word) != "dataset":
             raise ConfigError(f"{word} has no effect on evaluate\nallowed: dataset=NAME and dataset.KEY=VALUE")
-    if any(word.startswith("dataset=") for word in words):
+    own = f"dataset={node['name']}"
+    if any(word.startswith("dataset=") and word != own for word in words):
         return _compose(words).dataset
-    composed = _compose([f"dataset={node['name']}", *words]).dataset
+    composed = _compose([own, *(word for word in words if word != own)]).dataset
     typed = {word.partition("=")[0].partition(".")[2] for word in words}
     return dict(node) | {key: value for key, value in composed.items() if key in typed}
 

@@ -238,6 +238,24 @@ def repeated_images(data: Dataset) -> list[str]:
     return notes
 
 
+def trained_images(trained: Dataset, tested: Dataset) -> list[str]:
+    """Return a message if test images of one data set are training or validation images of another, or an empty list.
+
+    Args:
+        trained: the data set on which a network was trained.
+        tested: the data set on whose test split the network is evaluated.
+    """
+    seen = {*_digests(trained.train), *_digests(trained.val)}
+    digests = _digests(tested.test)
+    repeated = sum(digest in seen for digest in digests)
+    if not repeated:
+        return []
+    return [
+        f"the network was trained or selected on {repeated:,} of these {len(digests):,} test images, so this accuracy "
+        "is not accuracy on unseen images"
+    ]
+
+
 def _digests(split: StoredSplit) -> list[bytes]:
     """Return the digest of each image, or an empty list if the files are too large to be read."""
     if isinstance(split, DrawnSplit):

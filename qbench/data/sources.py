@@ -41,8 +41,11 @@ def source_paths(node: Mapping[str, object]) -> list[Path] | None:
         return [Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"] if spec and spec.origin else None
     if name in BELOW_ROOT:
         root = Path(os.path.abspath(os.path.expanduser(str(node["root"]))))
-        divided = not isinstance(node.get("test", "auto"), int | float)  # else root contains the classes
-        return [root / part for part in BELOW_ROOT[name]] if divided else [root]
+        test = node.get("test", "auto")
+        if isinstance(test, int | float):  # root contains the classes
+            return [root]
+        own = [] if test == "auto" else [str(test)]  # a folder of test images with a name of its own
+        return [root / part for part in dict.fromkeys([*BELOW_ROOT[name], *own])]
     return [] if name in GENERATED else None
 
 

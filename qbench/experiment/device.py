@@ -4,8 +4,10 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +135,21 @@ def tune_malloc() -> None:
     if library is not None and hasattr(library, "mallopt"):
         for option, value in MALLOC_OPTIONS.items():
             library.mallopt(option, value)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak memory of this process or of a CUDA device begin anew, as far as the system allows it.
+
+    Memory that an earlier run has freed is returned to the system first.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+    with suppress(OSError):  # not on Linux, or forbidden
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def choose_device(name: str) -> torch.device:

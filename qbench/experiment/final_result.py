@@ -67,10 +67,17 @@ def final_result(
     session.write_weights("last.pt", last, model)
     session.write_weights("best.pt", best_weights, model)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
-    notes = [*_baseline_note(baseline), *_notes(setup, verified), *unused_keys(setup, model), *_commit_notes(commits)]
+    notes = [
+        *_baseline_note(baseline),
+        *setup.notes,
+        *_notes(setup, verified),
+        *unused_keys(setup, model),
+        *_commit_notes(commits),
+    ]
     float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
     evidence = evidence_warnings(setup, float_evaluation, state.step)
     warnings = [*_debug_warning(setup), *_start_warning(baseline, state.step), *evidence]
+    warnings += [*setup.warnings, *_batch_warning(setup, loader)]
     warnings += [*_warnings(setup, model, images), *session.monitor.warned.values()]
     result = replace(
         session.directory.new_result("done"),
@@ -110,6 +117,14 @@ def _start_warning(baseline: BaselineResult | None, steps: int) -> list[str]:
         f"accuracy, whose test top-1 is {baseline.best.test.top1:.2f} %; float and diff refer to the weights after its "
         "last epoch"
     ]
+
+
+def _batch_warning(setup: ExperimentSetup, loader: Loader) -> list[str]:
+    """Return a warning if the batch size is larger than the training split, or an empty list."""
+    size = setup.optim.batch_size
+    if not setup.epochs or loader.batch_size >= size:
+        return []
+    return [f"the batch size was {loader.batch_size}, the number of training images, instead of {size}"]
 
 
 def _debug_warning(setup: ExperimentSetup) -> list[str]:

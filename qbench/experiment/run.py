@@ -14,7 +14,7 @@ from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import has_other_data, other_data_error
-from qbench.experiment.device import loss_scaler, slow_half
+from qbench.experiment.device import loss_scaler, reset_peak_memory, slow_half
 from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
@@ -138,15 +138,12 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
     """Train, evaluate and verify one run in its locked directory. Return the result."""
     directory.write_config()
     loader, reporter = setup.loader(), context.reporter
-    if loader.batch_size < setup.optim.batch_size:
-        reporter.say(
-            f"optim.batch_size={setup.optim.batch_size}: reduced to {loader.batch_size}, the number of training images"
-        )
     if setup.data.note:
         reporter.say(f"warning: {setup.data.note}")
     if reason := slow_half(setup.runtime, setup.device):
         reporter.say(f"warning: runtime.precision={setup.runtime.precision} is slower than fp32 here: {reason}")
     data_sha256 = images_sha256(setup.data)
+    reset_peak_memory(setup.device)
     session = TrainingSession(
         directory, context, setup.runtime, setup.title, setup.hyperparameters, setup.texts, data_sha256, setup.layers
     )
@@ -204,6 +201,15 @@ def _initial_model(
     if setup.config.starts_from_file:
         weights = setup.load_file(model)
         session.context.reporter.say(weights.message)
+        setup.notes.append(weights.message)
+        source = load_result(Path(setup.config.init)) if Path(setup.config.init).is_dir() else None
+        if source and source.dataset == setup.data.name and not _same_images(source, setup):
+            setup.warnings.append(
+                f"init={setup.config.init} was trained on other images or another split of dataset={source.dataset}; "
+                "some test or validation images of this run may be among its training images"
+            )
+        if weights.unused:
+            setup.warnings.append(f"init={setup.config.init} also contains {', '.join(weights.unused)}, not used here")
         if weights.is_float:
             compared = _file_baseline(setup, model, loader, session.context)
         setup.restore_layers(session.saved or {})
@@ -217,6 +223,10 @@ def _initial_model(
             setup.find_layers(model)
     setup.restore_layers(session.saved or {})
     return setup.install(model).to(setup.device), compared
+
+
+def _same_images(source: Result, setup: ExperimentSetup) -> bool:
+    return source.data_sha256 in (None, images_sha256(setup.data))
 
 
 def _file_baseline(setup: ExperimentSetup, model: nn.Module, loader: Loader, context: RunContext) -> BaselineResult:

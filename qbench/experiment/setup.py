@@ -78,6 +78,7 @@ class ExperimentSetup:
             weights; see `find_layers`.
         device: the device on which the network is trained.
         group: the processes of the run.
+        notes, warnings: remarks on weights and teachers that were loaded. The result of the run contains them.
     """
 
     config: Config
@@ -88,6 +89,8 @@ class ExperimentSetup:
     order: list[str]
     device: torch.device
     group: Group = field(default_factory=Group)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def optim(self) -> Optim:
@@ -340,6 +343,17 @@ class ExperimentSetup:
                 f"{named} was trained on images that are normalized with {theirs}\n"
                 f"this run normalizes with {ours}; use the same dataset.normalize for both"
             )
+        if teacher.data.class_names != data.class_names:
+            raise ConfigError(
+                f"{named} was trained on the classes {', '.join(teacher.data.class_names[:4])}, ..., but this run has "
+                f"the classes {', '.join(data.class_names[:4])}, ...\nthe teacher's classes must have the same order"
+            )
+        if images_sha256(teacher.data) != images_sha256(data):
+            warning = (
+                f"{named} was trained on other images of dataset={dataset}, on another split, or on images of another "
+                "size than this run"
+            )
+            self.warnings.extend([] if warning in self.warnings else [warning])
         teacher.restore_layers(state)
         return load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
 

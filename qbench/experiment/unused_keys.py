@@ -3,7 +3,7 @@
 Such keys are not errors, because all runs of a sweep over methods or networks have the same keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -32,12 +32,21 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
         model: the trained network, with its quantizers.
     """
     found = [*_model_keys(setup, model), *_layer_keys(setup), *_method_keys(setup, model)]
+    trained = setup.config.pretrain.epochs
+    if not (setup.needs_baseline or setup.is_baseline) and trained != _recipe(setup).get("pretrain", trained):
+        found.append((f"pretrain.epochs={trained}", "no float baseline is trained"))
     if setup.runtime.tf32 and setup.device.type != "cuda":
         found.append(("runtime.tf32=true", "the run is not on a GPU"))
     if setup.epochs:
         prefix = "pretrain.optim" if setup.is_baseline else "optim"
         found += [(f"{prefix}.{key}", why) for key, why in _optim_keys(setup, model)]
     return [f"{key} has no effect, because {why}" for key, why in found]
+
+
+def _recipe(setup: ExperimentSetup) -> Mapping[str, object]:
+    """Return the data set's own numbers of epochs and learning rates, which are the defaults of a configuration."""
+    recipe = setup.config.dataset.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def replaced_widths(setup: ExperimentSetup, model: nn.Module) -> list[str]:

@@ -32,8 +32,10 @@ class RenamedWeights(NamedTuple):
     notes: list[str]
 
 
-def find_state_dict(content: Mapping[str, object], source: str) -> tuple[Mapping[str, object], list[str]]:
-    """Return the state_dict in a file's content. If the state_dict is under a key, a note names this key.
+def find_state_dict(content: Mapping[str, object], source: str) -> tuple[Mapping[str, object], list[str], list[str]]:
+    """Return the state_dict in a file's content, notes, and the names of other state_dicts in the file.
+
+    If the state_dict is under a key, a note names this key.
 
     Raises:
         CheckpointError: the value under such a key is not a state_dict.
@@ -41,14 +43,14 @@ def find_state_dict(content: Mapping[str, object], source: str) -> tuple[Mapping
     present = [key for key in WRAPPERS if key in content and not isinstance(content[key], Tensor)]
     key, *others = [name for name in present if isinstance(content[name], dict)] or present or [""]
     if not key:
-        return content, []
+        return content, [], []
     found = content[key]
     if not isinstance(found, dict):
         raise CheckpointError(f"{source}: its key `{key}` contains a {type(found).__name__}, not a state_dict")
     others += [name for name, value in content.items() if name not in present and _similar(value, found)]
     usual = key == "model" and not others  # as in qbench's own files
-    unused = (f"{printable(str(other))} not used" for other in others)
-    return found, [] if usual else [f"taken from the key {key}", *unused]
+    unused = [printable(str(other)) for other in others]
+    return found, [] if usual else [f"taken from the key {key}", *(f"{name} not used" for name in unused)], unused
 
 
 def _similar(value: object, weights: Mapping[str, object]) -> bool:

@@ -36,11 +36,13 @@ class InitialWeights(NamedTuple):
             used as a float baseline. False if the file contains quantizers or the latent weights of a run's quantized
             network, or if the last layer is new.
         quantizers: the tensors of quantizers in the file. The run also starts from these tensors.
+        unused: names of other state_dicts in the file, such as averaged weights.
     """
 
     message: str
     is_float: bool
     quantizers: dict[str, Tensor]
+    unused: list[str] = []  # noqa: RUF012
 
 
 def is_intact(file: Path, identity: str) -> bool:
@@ -97,7 +99,7 @@ def load_initial_weights(
     file, (content, notes) = str(_file(path)), _read(path)
     if identity is not None and content.get("identity") != identity:
         raise CheckpointError(f"{file} belongs to another run; to train the float baseline again, add rerun=true")
-    weights, found = find_state_dict(content, file)
+    weights, found, unused = find_state_dict(content, file)
     tensors, renamed = rename_weights(weights, model, file, last)
     quantizers = _renamed_quantizers(tensors, foreign_names)
     tensors = {name: tensor for name, tensor in tensors.items() if not _ending(name, foreign_names)}
@@ -116,7 +118,7 @@ def load_initial_weights(
     notes += ["latent weights of a quantized network"] if latent else []
     message = f"weights from {file}: {len(tensors) - len(skipped)} tensors loaded"
     is_float = not (skipped or quantizers or new_head or latent)
-    return InitialWeights(message + "".join(f"; {note}" for note in notes), is_float, quantizers)
+    return InitialWeights(message + "".join(f"; {note}" for note in notes), is_float, quantizers, unused)
 
 
 def _is_quantized(content: Mapping[str, object], path: Path) -> bool:
@@ -172,7 +174,7 @@ def _renamed_quantizers(tensors: Mapping[str, Tensor], foreign_names: Mapping[st
 def fits(model: nn.Module, path: Path) -> bool:
     """Return whether a checkpoint file contains weights that fit this network."""
     file = str(_file(path))
-    weights, _ = find_state_dict(_read(path)[0], file)
+    weights, *_ = find_state_dict(_read(path)[0], file)
     tensors = rename_weights(weights, model, file).tensors
     try:
         check_fit({k: t for k, t in tensors.items() if not is_quantizer_key(k, model)}, model.state_dict(), file)

@@ -171,7 +171,8 @@ def test_the_result_has_the_notes(smoke: Configure) -> None:
 
 
 def test_a_loss_of_the_method_ignores_label_smoothing(configure: Configure) -> None:
-    setup = assemble(configure("experiment=smoke", "init=scratch", "method=dorefa", "optim.label_smoothing=0.1"))
+    words = ("experiment=smoke", "init=scratch", "method=dorefa", "optim.label_smoothing=0.1", "pretrain.epochs=60")
+    setup = assemble(configure(*words))
     model = setup.install(setup.float_model())
     assert unused_keys(setup, model) == []
     method = replace(setup.method, loss=lambda model, logits, batch: nn.functional.cross_entropy(logits, batch[1]))

@@ -263,7 +263,13 @@ def _with_epochs(change: str, result: Result) -> str:
     epochs, before = keys.get("epochs"), (keys.get("pretrain") or {}).get("epochs")
     if not change.startswith("trained from scratch") or not epochs or not before:
         return change
-    return f"{change}, for {epochs} epochs; other methods have {before} more epochs, for their float baseline"
+    most = [
+        "at most " if optim.get("patience") is not None else "" for optim in (keys["optim"], keys["pretrain"]["optim"])
+    ]
+    return (
+        f"{change}, for {most[0]}{epochs} epochs; other methods have {most[1]}{before} more epochs, for their float "
+        "baseline"
+    )
 
 
 def _commit_notes(results: Sequence[Result], context: _Context) -> Iterator[str]:

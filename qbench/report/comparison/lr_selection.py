@@ -69,7 +69,9 @@ def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Res
     best = max(means, key=rank) if means else None
     selected = SelectedLearningRate(rate=best, validation={rate: means.get(rate) for rate in rates}, seeds=tuple(seeds))
     kept = [run for run in runs if run.options[RATE] == best and run.seed in accuracies[run.options[RATE]]]
-    epochs = runs[0].protocol.keys.get("epochs", "?")
+    keys = runs[0].protocol.keys
+    stops_early = keys["optim"].get("patience") is not None
+    epochs = ("at most " if stops_early else "") + str(keys.get("epochs", "?"))
     notes = [f"{name}: {_selection_note(selected, epochs)}", *_missing_notes(name, rates, accuracies, failed)]
     return Selection(selected, kept, notes)
 
@@ -81,7 +83,7 @@ def _grid(run: Result) -> tuple[float, list[float]]:
     return recipe_rate, sorted({scaled(recipe_rate, factor) for factor in keys["lr_grid"]["factors"]})
 
 
-def _selection_note(selected: SelectedLearningRate, epochs: object) -> str:
+def _selection_note(selected: SelectedLearningRate, epochs: str) -> str:
     rates = list(selected.validation)
     if selected.rate is None:
         return (

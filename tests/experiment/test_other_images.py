@@ -1,0 +1,141 @@
+"""Runs, teachers and evaluations on other images than those of a run: refused, or named in the result."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import qbench
+from qbench.analysis.evaluate import evaluate
+from qbench.analysis.overrides import override_dataset
+from qbench.data.dataset_check import trained_images
+from qbench.errors import CheckpointError, ConfigError
+from qbench.experiment.builders import build_dataset
+from qbench.runs.result import Result
+
+SMOKE = ("experiment=smoke", "runtime.tensorboard=false", "optim.batch_size=8", "pretrain.optim.batch_size=8")
+SIZES = ("dataset.resize=8", "dataset.size=8", "dataset.flip=false")
+
+
+def write_photos(root: Path, parts: dict[str, int], names: tuple[str, ...] = ("bright", "dark")) -> None:
+    """Write images of 16x16 pixels: `parts` maps a folder to its number of images per class."""
+    noise = np.random.default_rng(0)
+    for part, count in parts.items():
+        for label, name in enumerate(names):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(100 * label, 100 * label + 70, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Return a function that trains a run on photographs in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda *words: qbench.run(*SMOKE, "dataset=folder", *SIZES, *words, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["val", "test", "holdout"])
+def test_changed_test_images_are_noticed_whatever_their_folder_is_called(
+    name: str, train: Callable[..., Result]
+) -> None:
+    write_photos(Path("photos"), {"train": 10, name: 4})
+    words = ("dataset.root=photos", f"dataset.test={name}", "method=dorefa", "bits=w2a2")
+    train(*words)
+    first, second = Path("photos", name, "bright"), Path("photos", name, "dark")
+    first.rename("moved")
+    second.rename(first)
+    Path("moved").rename(second)
+    with pytest.raises(CheckpointError, match="the images of dataset=folder have changed"):
+        train(*words)
+
+
+def test_evaluation_on_a_copy_of_the_data_set_keeps_the_keys_of_the_run(train: Callable[..., Result]) -> None:
+    write_photos(Path("photos"), {"train": 10, "val": 4})
+    result = train("dataset.root=photos", "method=dorefa", "bits=w4a4")
+    shutil.copytree("photos", "copy")
+    run = Path(result.run)
+    tables = [evaluate(run, words) for words in (["dataset=folder", "dataset.root=copy"], ["dataset.root=copy"])]
+    assert result.final
+    assert [table.values[0]["top1"] for table in tables] == [result.final.test.top1] * 2  # type: ignore[index]
+    node = {"name": "folder", "root": "photos", "resize": 8, "size": 8}
+    assert override_dataset(node, ["dataset=folder", "dataset.root=copy"]) == node | {"root": "copy"}
+
+
+def test_problems_of_the_evaluated_images_are_named(train: Callable[..., Result]) -> None:
+    """The images of the other folder are smaller than the crop, and those of the other split were trained on."""
+    write_photos(Path("photos"), {".": 20})
+    run = Path(train("dataset.root=photos", "dataset.test=0.2", "method=dorefa", "bits=w2a2").run)
+    notes = evaluate(run, ["dataset.test=0.6"]).notes
+    assert any(
+        note.startswith("warning: the network was trained or selected on 16 of these 24 test images") for note in notes
+    )
+    assert not [note for note in evaluate(run).notes if note.startswith("warning")]
+    shutil.copytree("photos", "small")
+    for path in Path("small").rglob("*.png"):
+        Image.open(path).resize((4, 4)).save(path)
+    notes = evaluate(run, ["dataset.root=small"]).notes
+    assert any(note.startswith("warning: images of 4x4 pixels are enlarged to 8 pixels") for note in notes)
+
+
+def test_only_images_of_training_and_validation_count_as_seen() -> None:
+    digits = build_dataset({"name": "digits", "val": 0.1, "pad": 1})
+    assert trained_images(digits, digits) == []
+    swapped = replace(digits, train=digits.test, val=digits.val)
+    (message,) = trained_images(swapped, digits)
+    assert message.startswith("the network was trained or selected on 450 of these 450 test images")
+    assert trained_images(replace(digits, val=digits.test), digits) == [message]
+
+
+def test_initial_weights_from_a_run_on_another_split_are_named(train: Callable[..., Result]) -> None:
+    write_photos(Path("photos"), {".": 20})
+    words = ("dataset.root=photos", "method=lsq", "bits=w4a4")
+    source = Path(train("dataset.root=photos", "dataset.test=0.2", "method=float").run)
+    other = train(*words, "dataset.test=0.4", f"init={source}")
+    assert any(f"init={source} was trained on other images or another split" in w for w in other.warnings)
+    same = train(*words, "dataset.test=0.2", f"init={source}")
+    assert not [w for w in same.warnings if "another split" in w]
+
+
+def test_a_teacher_with_other_classes_is_refused_and_one_with_other_images_is_named(
+    train: Callable[..., Result],
+) -> None:
+    write_photos(Path("photos"), {"train": 10, "val": 4})
+    write_photos(Path("renamed"), {"train": 10, "val": 4}, names=("z_bright", "a_dark"))
+    teacher = train("dataset.root=photos", "method=float").run
+    words = ("method=dorefa", "bits=w2a2", "distill=kd", f"distill.teacher={teacher}")
+    with pytest.raises(ConfigError, match=r"trained on the classes bright, dark.* has the classes a_dark, z_bright"):
+        train("dataset.root=renamed", *words)
+    assert not [w for w in train("dataset.root=photos", *words).warnings if "teacher" in w]
+    write_photos(Path("others"), {"train": 12, "val": 4})
+    (warning,) = (w for w in train("dataset.root=others", *words).warnings if "teacher" in w)
+    assert "was trained on other images of dataset=folder" in warning
+
+
+def test_a_sweep_and_a_call_keep_the_message_on_initial_weights(tmp_path: Path) -> None:
+    """Averaged weights beside the loaded ones are a warning, because they are usually the better network."""
+    words = (*SMOKE[:2], "method=lsq", "bits=w4a4", f"init={tmp_path / 'weights.pt'}", f"out={tmp_path / 'out'}")
+    network = torch.load(Path(qbench.run(*SMOKE[:2], "method=float", out=tmp_path / "float").run) / "best.pt")
+    weights = {name: tensor for name, tensor in network["model"].items() if isinstance(tensor, torch.Tensor)}
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "weights.pt")
+    (run,) = qbench.sweep(*words)
+    assert run.result
+    assert any("taken from the key state_dict; state_dict_ema not used" in note for note in run.result.notes)
+    assert any("also contains state_dict_ema, not used here" in warning for warning in run.result.warnings)
+    assert any("state_dict_ema, not used" in note for table in qbench.compare([run]) for note in table.notes)
+
+
+def test_a_batch_that_is_larger_than_the_training_split_is_a_warning(tmp_path: Path) -> None:
+    words = (*SMOKE[:2], "dataset.train=100", "dataset=synthetic", "init=scratch", "method=dorefa", "bits=w2a2")
+    (run,) = qbench.sweep(*words, "dataset.val=0", "optim.batch_size=128", out=tmp_path)
+    assert run.result
+    assert "the batch size was 100, the number of training images, instead of 128" in run.result.warnings
+    (run,) = qbench.sweep(*words, "dataset.val=0", "optim.batch_size=100", out=tmp_path)
+    assert run.result
+    assert not [warning for warning in run.result.warnings if "batch size" in warning]
