@@ -170,6 +170,13 @@ def test_the_result_has_the_notes(smoke: Configure) -> None:
     assert "pretrain.optim.decay_until=0.5 has no effect, because the weight decay is 0" in baseline.notes
 
 
+def test_epochs_of_a_baseline_that_is_not_trained_have_a_note(smoke: Configure) -> None:
+    line = "pretrain.epochs=5 has no effect, because no float baseline is trained"
+    assert line in run(planned_run(smoke("method=dorefa", "init=scratch", "pretrain.epochs=5"))).notes
+    result = run(planned_run(smoke("method=dorefa", "pretrain.epochs=5")))
+    assert not [note for note in result.notes if "pretrain.epochs" in note]
+
+
 def test_a_loss_of_the_method_ignores_label_smoothing(configure: Configure) -> None:
     words = ("experiment=smoke", "init=scratch", "method=dorefa", "optim.label_smoothing=0.1", "pretrain.epochs=60")
     setup = assemble(configure(*words))

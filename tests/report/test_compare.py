@@ -183,6 +183,10 @@ def test_a_method_trained_from_scratch_says_how_many_epochs_it_lacks(configure: 
         "gupta: trained from scratch, as the method requires, for 30 epochs; other methods have 60 more epochs, for "
         "their float baseline"
     ]
+    early = ("optim.patience=2", "pretrain.optim.patience=2", "pretrain.epochs=50")
+    plant(configure("method=gupta", *early), 95.0, protocol_changes=["trained from scratch, as the method requires"])
+    notes = [note for table in tables(configure()) for note in table.notes]
+    assert any("for at most 30 epochs; other methods have at most 50 more epochs" in note for note in notes)
 
 
 def test_warnings_of_runs_are_footnotes_of_their_settings(configure: Configure) -> None:

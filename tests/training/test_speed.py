@@ -2,6 +2,7 @@
 busy.
 """
 
+import os
 import sys
 
 import numpy as np
@@ -11,7 +12,8 @@ from conftest import ROOT
 
 from qbench.data.augment import Augment
 from qbench.data.dataset import Dataset, Loader, Split
-from qbench.experiment.device import tune_malloc
+from qbench.experiment.device import reset_peak_memory, tune_malloc
+from qbench.experiment.session import _peak_bytes
 from qbench.quant import fused_kernels as passes
 from qbench.quant.kmeans import kmeans
 
@@ -61,3 +63,13 @@ def test_batches() -> None:
     loader = Loader(data, 128, 0, torch.device("cpu"))
     best = min(seconds(lambda: sum(1 for _ in loader.train(0))) for _ in range(7))
     assert 12_800 / best > 150_000 / SLACK
+
+
+def test_the_peak_memory_of_a_run_does_not_contain_earlier_memory_of_the_process() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not let a process reset its peak memory")
+    block = torch.ones(50_000_000)
+    before = _peak_bytes()
+    del block
+    reset_peak_memory(torch.device("cpu"))
+    assert _peak_bytes() < before - 150_000_000
