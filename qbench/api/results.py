@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,8 +177,10 @@ def load_model(
 
     Float images of a user's data set are not divided by 255. The attributes `image_mean` and `image_std`, of shape
     (C, 1, 1), are the constants of the run's data set. The attribute `image_shape` is (C, H, W). The attribute
-    `class_names` contains the name of each class, and is empty if the data set has no names. The data set itself is not
-    needed.
+    `class_names` contains the name of each class, and is empty if the data set has no names. The function
+    `network.prepare(image)` reads a file or a PIL image, and returns the input of the network, (1, C, H, W). It
+    resizes, crops and normalizes the image as the run does with its test images. If the run's images are floats, or do
+    not have one or three channels, there is no such function. The data set itself is not needed.
 
     Args:
         run: a run, its result or its directory.
@@ -199,6 +202,7 @@ def load_model(
         import torch
 
         from qbench.analysis.finished_run import load_finished_run
+        from qbench.data.images import prepare_image
         from qbench.experiment.device import HALF_TYPES, as_half_network
 
         finished = load_finished_run(path, weights, device, images=False)
@@ -212,6 +216,10 @@ def load_model(
         constants = torch.tensor([data.mean, data.std], device=finished.setup.device)[:, :, None, None]
         network.image_mean, network.image_std = constants
         network.image_shape, network.class_names = data.shape, list(data.class_names)  # type: ignore[assignment]
+        if data.white != 1 and data.shape[0] in (1, 3):
+            side = finished.setup.config.dataset.get("resize")
+            prepare = partial(prepare_image, shape=data.shape, side=side, mean=constants[0], std=constants[1])
+            network.prepare = prepare  # type: ignore[assignment]
         dtype = HALF_TYPES.get(finished.setup.runtime.precision)
         return network if dtype is None else as_half_network(network, dtype)
 

@@ -233,7 +233,7 @@ def _enlargement(check: FileCheck, side: int, size: int) -> str:
     own = min(check.height, check.width)
     return (
         f"images of {check.height}x{check.width} pixels are enlarged to {side} pixels and cropped to {size}; "
-        f"to keep their size: dataset.resize={own} dataset.size={own}"
+        f"for crops without enlarging: dataset.resize={own} dataset.size={own}"
     )
 
 

@@ -145,6 +145,39 @@ def fixed_crop(height: int, width: int, augment: Augment, draws: Sequence[float]
     return left, top, left + size, top + size
 
 
+def prepare_image(
+    image: str | Path | Image.Image, *, shape: tuple[int, int, int], side: int | None, mean: Tensor, std: Tensor
+) -> Tensor:
+    """Return an image as a normalized batch of one, (1, C, H, W), as a run prepares its test images.
+
+    Args:
+        image: a file, or an image.
+        shape: (C, H, W) of the run's images, with one or three channels.
+        side: size in pixels to which the shorter side is resized before the crop of the centre. With None, the whole
+            image is resized to (H, W).
+        mean, std: constants of the normalization, (C, 1, 1), for pixels divided by 255.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the pixels are floats or too large.
+    """
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as opened:
+            opened.load()
+            return prepare_image(opened, shape=shape, side=side, mean=mean, std=std)
+    channels, height, width = shape
+    whole = to_rgb(image)
+    whole = whole if channels == 3 else whole.convert("L")
+    if side is None:
+        crop = whole.resize((width, height), Image.Resampling.BILINEAR)
+    else:
+        resized = resize_shorter_side(whole, side)
+        crop = resized.crop(fixed_crop(resized.height, resized.width, Augment(size=height), None))
+    pixels = torch.from_numpy(np.array(crop)).reshape(height, width, channels).permute(2, 0, 1)
+    batch: Tensor = ((pixels.to(mean.device) / 255 - mean) / std)[None]
+    return batch
+
+
 def describe_error(error: Exception) -> str:
     """Return a short reason why an image cannot be read. If the file did not cause the error, raise the error again."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS):

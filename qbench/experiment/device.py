@@ -138,7 +138,7 @@ def tune_malloc() -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak memory of this process or of a CUDA device begin anew, as far as the system allows it.
+    """Reset the peak memory of this process or of a CUDA device, as far as the system allows it.
 
     Memory that an earlier run has freed is returned to the system first.
     """

@@ -28,6 +28,8 @@ from qbench.api.words import command_words
 from qbench.cli.compare import run_compare
 from qbench.cli.main import main as cli
 from qbench.config.compose import configurations
+from qbench.data.dataset import Split
+from qbench.data.file_stream import FileSplit
 from qbench.errors import CheckpointError, ConfigError, DataError, Diverged
 from qbench.experiment import session
 from qbench.experiment.device import REDUCING_VARIABLES
@@ -295,11 +297,37 @@ def test_the_page_predicts_the_class_of_a_photograph(
     Path("photos/bright/0.png").rename("bright.png")
     Path("photos/dark/0.png").rename("dark.png")
     shutil.rmtree("photos")
+    assert load_exported(exported)[1].class_names == ("bright", "dark")
     for name in ("bright", "dark"):
         Path(f"{name}.png").rename("image.png")
         exec(code, {"qbench": qbench, "run": run})
         assert capsys.readouterr().out == f"{name}\n"
-    assert load_exported(exported)[1].class_names == ("bright", "dark")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_prepared_image_is_what_the_run_sees_of_it(
+    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder: the shorter side is resized and the centre cropped. Without `resize`, the whole image is resized."""
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(noise.integers(0, 256, (20, 31 + i % 2, 3), dtype=np.uint8)).save(f"photos/{name}/{i}.png")
+    data = ["dataset=folder", "dataset.root=photos", "dataset.test=0.2", "dataset.resize=12", "dataset.size=10"]
+    words = data if channels == 3 else ["dataset=digits"]
+    run = qbench.run(*SMOKE[:2], "method=dorefa", "bits=w4a4", "optim.batch_size=8", *words, out="out")
+    model, finished = qbench.load_model(run), load_finished_run(Path(run.run))
+    batch, _ = next(iter(finished.setup.loader().unaugmented("test")))
+    split = finished.setup.data.test
+    if isinstance(split, FileSplit):
+        found = torch.cat([model.prepare(path) for path in split.paths(torch.arange(len(split)))])  # type: ignore[operator]
+    else:
+        assert isinstance(split, Split)
+        images = [Image.fromarray(image[0].numpy()) for image in split.images[: len(batch)]]
+        found = torch.cat([model.prepare(image) for image in images])  # type: ignore[operator]
+    torch.testing.assert_close(found, batch[: len(found)])
 
 
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])

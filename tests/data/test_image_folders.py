@@ -409,7 +409,7 @@ def test_images_that_are_smaller_than_the_crop_are_named(tmp_path: Path) -> None
     data = build_folder(root, size=32, resize=40)
     assert data.note == (
         "images of 20x24 pixels are enlarged to 40 pixels and cropped to 32; "
-        "to keep their size: dataset.resize=20 dataset.size=20"
+        "for crops without enlarging: dataset.resize=20 dataset.size=20"
     )
     assert data.note in dataset_notes(data)
     assert build_folder(root, size=20, resize=20).note == ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from pages import commands
 from PIL import Image
@@ -66,8 +67,11 @@ def test_its_python_example(
     monkeypatch.chdir(tmp_path)
     short = partial(qbench.sweep, "experiment=smoke", "runtime.tensorboard=false")
     monkeypatch.setattr(qbench, "sweep", short, raising=False)
+    Image.new("L", (30, 20)).save("image.png")
     names: dict[str, object] = {}
     exec(code, names)
+    assert isinstance(names["logits"], torch.Tensor)
+    assert names["logits"].shape == (1, 10)
     assert len(re.findall(r"^(?:dorefa|lsq) .* 3 ", capsys.readouterr().out, re.MULTILINE)) == 4
     assert isinstance(names["model"], nn.Module)
 

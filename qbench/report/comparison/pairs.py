@@ -29,6 +29,12 @@ from qbench.report.tables.table import Table
 from qbench.runs.hits import Hits
 from qbench.system import files
 
+DIFF = (
+    "pairs of settings have the same widths; diff: top-1 minus that of the float baseline with the same seed, with an "
+    "interval for this row alone"
+)
+"""The note that says what the tests of pairs and the column `diff` compare."""
+
 
 def conclude(
     tables: Sequence[Table], margin: float = MARGIN, hits: Mapping[str, Hits] = MappingProxyType({})
@@ -77,8 +83,9 @@ def _conclude_family(tables: Sequence[Table], margin: float, hits: Mapping[str, 
         by_old = dict(zip(map(id, settings_of(table)), settings, strict=True))
         # `pair_notes` reads the conclusion of the first setting, but only of leading pairs
         table_pairs = [replace(p, first=by_old[id(p.first)]) if p.leading else p for p in table_pairs]
-        summed_up = filter(None, [summary(settings)])
-        notes = [*summed_up, *table.notes, *sample_notes(settings), *pair_notes(table_pairs, margin)]
+        summed_up = [*filter(None, [summary(settings)])]
+        explained = [DIFF] if summed_up and any(setting.difference for setting in settings) else []
+        notes = [*summed_up, *explained, *table.notes, *sample_notes(settings), *pair_notes(table_pairs, margin)]
         concluded.append(replace(table, values=[*settings], notes=notes))
     return concluded
 
