@@ -14,6 +14,7 @@ from qbench.cli.arguments import SUMMARIES
 from qbench.cli.errors import BUG, drop_unwritten, print_error, resource_error
 from qbench.distributed.launch import passed_on
 from qbench.errors import ConfigError, Interrupted, QbenchError, ResourceError
+from qbench.system.signals import ignore_stop_signals
 from qbench.system.streams import keep_running_without_reader
 from qbench.system.tracebacks import error_text, place_in_own_code
 
@@ -33,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The exit statuses of errors are in `qbench.errors`.
     """
-    return passed_on(exit_status(arguments))
+    status = exit_status(arguments)
+    if arguments is None:  # the process belongs to qbench, and ends now
+        ignore_stop_signals()
+    return passed_on(status)
 
 
 def exit_status(arguments: Sequence[str] | None) -> int:

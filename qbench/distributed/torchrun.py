@@ -16,6 +16,7 @@ from types import FrameType
 
 from qbench.distributed.launch import STATUS_FOLDER
 from qbench.errors import Interrupted
+from qbench.system.signals import ignore_stop_signals
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
         except ChildFailedError as error:
             ends = [failure.exitcode for failure in error.failures.values()]  # below 0: ended by a signal
             unknown = max(ends) if max(ends) > 0 else Interrupted.status
+        ignore_stop_signals()
         statuses = {int(path.name): int(path.read_text()) for path in Path(folder).iterdir()}
     if statuses:
         return statuses[min(statuses)]

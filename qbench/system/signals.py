@@ -70,6 +70,15 @@ def stop_on_signals(grace: float | None = None) -> Iterator[Callable[[], int]]:
             signal.signal(kind, handler)
 
 
+def ignore_stop_signals() -> None:
+    """Ignore the signals that stop a run. Call this when the process is about to exit with its status.
+
+    Python restores the default actions while it exits. A late signal would then replace the status of a finished run.
+    """
+    for kind in STOP_SIGNALS:
+        signal.signal(kind, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], int]]:
     """Yield a function that returns SIGINT after Ctrl-C, and 0 before. This is for runs in a user's own process.

@@ -7,13 +7,15 @@ import os
 import pkgutil
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import faults
 import pytest
-from conftest import Configure, counted, long_tier, tiered
+from conftest import ROOT, Configure, counted, long_tier, tiered
 from filelock import FileLock
 from helpers import finished_digests
 
@@ -212,3 +214,19 @@ def test_a_signal_during_evaluation_keeps_the_epoch(configure: Configure, monkey
     assert newest.name == "state-6.pt", "the whole first epoch, although its validation had only begun"
     signals.append(signal.SIGTERM)
     assert run(planned_run(config), RunContext(ProgressReporter(quiet=True))).status == "done"
+
+
+def test_a_signal_while_the_process_exits_does_not_replace_its_status() -> None:
+    """Python restores the default actions of signals while it exits; the status of a finished command must survive."""
+    code = (
+        "import atexit, os, signal, sys\n"
+        "from qbench.cli.main import main\n"
+        "class Late:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "sys.late = Late()\n"
+        "sys.argv = ['qbench', '--version']\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
