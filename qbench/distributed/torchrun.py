@@ -16,7 +16,6 @@ from types import FrameType
 
 from qbench.distributed.launch import STATUS_FOLDER
 from qbench.errors import Interrupted
-from qbench.system.signals import ignore_stop_signals
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
@@ -46,7 +45,8 @@ def main(arguments: list[str]) -> int:
         except ChildFailedError as error:
             ends = [failure.exitcode for failure in error.failures.values()]  # below 0: ended by a signal
             unknown = max(ends) if max(ends) > 0 else Interrupted.status
-        ignore_stop_signals()
+        for name in SIGNALS.split(","):  # a late signal must not replace the status, as in `ignore_stop_signals`
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
         statuses = {int(path.name): int(path.read_text()) for path in Path(folder).iterdir()}
     if statuses:
         return statuses[min(statuses)]
