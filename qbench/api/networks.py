@@ -31,7 +31,7 @@ def install(
 
     `qbench.quant.install.install` describes the arguments and the errors. In addition, this function warns through the
     logger `qbench` about layers that stay in float because they do not run on the example, and about functions of the
-    method that a training loop must call.
+    method that a training loop must call, because the network is not quantized without these calls.
     """
     from qbench.quant.graph import state_restored
     from qbench.quant.install import install as install_quantizers
@@ -39,7 +39,8 @@ def install(
     from qbench.quant.policy import execution_order, quantizable
 
     install_quantizers(method, model, policy, example=example, act=act)
-    if calls := [call for name, call in CALLS.items() if getattr(method, name) is not None]:
+    calls = [call for name, call in CALLS.items() if getattr(method, name) is not None]
+    if calls and not _quantized_at_once(method, model):
         logger.warning(
             "%s needs more than its quantizers: a training loop must call the method's %s; qbench.run does so",
             method.name,
@@ -54,3 +55,25 @@ def install(
                 ", ".join(idle),
             )
     return model
+
+
+def _quantized_at_once(method: "Method", model: "nn.Module") -> bool:
+    """Return whether the weights of a network are quantized without a call of the functions in `CALLS`."""
+    from qbench.bits import FLOAT
+    from qbench.quant.graph import state_restored
+    from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers
+    from qbench.quant.verify import NotQuantized, verify_weights
+
+    if not method.needs_training or not fully_quantized(model):
+        return False
+    with state_restored(model):
+        for name, layer in quantized_layers(model).items():
+            if layer.bits.w < FLOAT:
+                weights = effective_weight(layer)
+                try:
+                    verify_weights(name, layer, weights)
+                except NotQuantized:
+                    return False
+                if weights.numel() > 1 and bool((weights == weights.flatten()[0]).all()):
+                    return False
+    return True
