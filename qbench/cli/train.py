@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from qbench.cli.errors import SWEEP_WITH_FAILURES
 from qbench.distributed.group import Group
-from qbench.distributed.launch import launch, refuse_processes
+from qbench.distributed.launch import STARTED_BY, launch, refuse_processes
 from qbench.errors import ConfigError, Interrupted
-from qbench.system.signals import stop_on_signals
+from qbench.system.signals import end_with_parent, stop_on_signals
 
 if TYPE_CHECKING:
     from qbench.experiment.context import RunContext
@@ -48,6 +48,8 @@ def joined_group() -> Iterator[Group]:
     else:
         from qbench.distributed import torch_group
 
+        if starter := os.environ.get(STARTED_BY):  # a signal can end torchrun just after it has started this process
+            end_with_parent(int(starter))
         with torch_group.joined_group() as group:
             yield group
 

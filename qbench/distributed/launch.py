@@ -12,6 +12,9 @@ from qbench.errors import ConfigError
 STATUS_FOLDER = "QBENCH_STATUS_FOLDER"
 """Environment variable: a folder in which each process writes its exit status, in a file named by its rank."""
 
+STARTED_BY = "QBENCH_STARTED_BY"
+"""Environment variable: the process id of `qbench.distributed.torchrun`, which started this process."""
+
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from qbench.distributed.launch import STATUS_FOLDER
+from qbench.distributed.launch import STARTED_BY, STATUS_FOLDER
 from qbench.errors import Interrupted
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     unknown = 0  # the status if no process has written its own
     with tempfile.TemporaryDirectory(prefix="qbench-") as folder:
-        os.environ[STATUS_FOLDER] = folder
+        os.environ |= {STATUS_FOLDER: folder, STARTED_BY: str(os.getpid())}
         try:
             run.main([f"--signals-to-handle={SIGNALS}", *arguments])
         except SignalException:

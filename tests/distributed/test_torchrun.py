@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,34 @@ def test_signals_at_any_moment(tmp_path: Path, count: int) -> None:
             assert finished_digests(out) == expected, (kind, i)
     assert stopped > 2 * count
     counted(f"R17: {4 * count} signals to torchrun, {stopped} ended with 75, others had finished; equal ends")
+
+
+def children(pid: int) -> list[int]:
+    """Return the ids of the processes that a process has started. torchrun's processes have their own sessions."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            found += [int(stat.parent.name)] if int(parent) == pid and state != "Z" else []
+    return sorted(found)
+
+
+@pytest.mark.full
+def test_processes_end_with_the_torchrun_that_started_them(tmp_path: Path) -> None:
+    """A kill of torchrun, at its start or in training, leaves no process that waits for the others."""
+    for moment in (0.0, 3.0):
+        job = start([*DOREFA, f"out={tmp_path / str(moment)}", "epochs=200"])
+        deadline = time.monotonic() + 60
+        while len(workers := children(job.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(workers) >= 2
+        time.sleep(moment)
+        job.kill()
+        while any(map(_is_alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(_is_alive, workers)), moment
+        job.communicate(timeout=60)
+
+
+def _is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").exists() and bool(Path(f"/proc/{pid}/cmdline").read_bytes())
