@@ -217,7 +217,8 @@ def load_model(
         network.image_mean, network.image_std = constants
         network.image_shape, network.class_names = data.shape, list(data.class_names)  # type: ignore[assignment]
         if data.white != 1 and data.shape[0] in (1, 3):
-            side = finished.setup.config.dataset.get("resize")
+            node = finished.setup.config.dataset  # a user's function may have an argument `resize` of another meaning
+            side = None if ":" in node["name"] else node.get("resize")
             prepare = partial(prepare_image, shape=data.shape, side=side, mean=constants[0], std=constants[1])
             network.prepare = prepare  # type: ignore[assignment]
         dtype = HALF_TYPES.get(finished.setup.runtime.precision)

@@ -110,12 +110,8 @@ def check_float32(runtime: Runtime) -> None:
                 f"{name}={value} would change the results, because float32 would be computed with fewer bits\n"
                 f"unset {name}; for faster training, type runtime.precision=bf16 or, on a GPU, runtime.tf32=true"
             )
-    for name in (
-        "mkldnn.conv",
-        "mkldnn.matmul",
-        "mkldnn.rnn",
-        *(() if runtime.tf32 else ("cuda.matmul", "cudnn.conv")),
-    ):
+    on_gpus = () if runtime.tf32 else ("cuda.matmul", "cudnn.conv")
+    for name in ("mkldnn.conv", "mkldnn.matmul", "mkldnn.rnn", *on_gpus):
         precision = attrgetter(f"{name}.fp32_precision")(torch.backends)
         if precision not in ("none", "ieee"):
             raise ConfigError(

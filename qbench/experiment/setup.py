@@ -403,6 +403,8 @@ def assemble(
         with suppress(NotImplementedError, RuntimeError):  # a user's network or method may read values
             return _checked(setup, setup.float_model("meta"))
     model = setup.float_model()
+    if not stand_in:  # a network that is only loaded runs under the settings of the user's program
+        check_float32(runtime)
     return _checked(setup, model, setup.load_file(model) if config.starts_from_file else None)
 
 
@@ -423,7 +425,6 @@ def _checked(setup: ExperimentSetup, model: nn.Module, weights: InitialWeights |
     name = str(setup.config.model["name"])
     if ":" in name:
         check_outputs(model, setup.data, name)
-    check_float32(setup.runtime)
     setup._set_macs(count_macs(model, setup.data.shape))
     call_inner_layers(model)
     setup.order[:] = execution_order(model, setup._example(model))

@@ -20,7 +20,7 @@ from qbench.papers.row_types import PROVENANCES, Measured, Names, Paper, Publish
 
 FOLDER = Path(__file__).parent / "figures"
 MEASURED = Path(__file__).with_name("measured.yaml")
-"""Qbench's own measurements, by `paper/row`."""
+"""The file of measurements, by `paper/row`."""
 INHERITED = ("policy", "init", "epochs", "augmentation")
 """Keys of a recipe that also apply to the rows that use the recipe. A value in the row has priority."""
 

@@ -42,7 +42,7 @@ class InitialWeights(NamedTuple):
     message: str
     is_float: bool
     quantizers: dict[str, Tensor]
-    unused: list[str] = []  # noqa: RUF012
+    unused: list[str]
 
 
 def is_intact(file: Path, identity: str) -> bool:

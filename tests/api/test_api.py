@@ -473,6 +473,18 @@ def test_torch_with_other_defaults_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_is_loaded_in_a_program_that_reduces_the_precision(tmp_path: Path) -> None:
+    """Training is refused there, but a loaded network belongs to the program."""
+    result = qbench.run(*WORDS, out=tmp_path)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert qbench.load_model(result).image_shape == (1, 8, 8)
+        with pytest.raises(ConfigError, match="would change the results"):
+            qbench.run(*WORDS, "seed=1", out=tmp_path)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("name", ["conv", "matmul", "rnn"])
 def test_float32_with_fewer_bits_is_refused(name: str, tmp_path: Path) -> None:
     before, changed = torch.backends.cudnn.allow_tf32, attrgetter(f"mkldnn.{name}")(torch.backends)
