@@ -15,6 +15,7 @@ from qbench.report.comparison.compare import compare
 from qbench.report.comparison.filters import select_runs
 from qbench.report.comparison.pairs import conclude
 from qbench.report.comparison.setting_table import sorted_by, with_columns
+from qbench.report.comparison.speed_notes import speed_notes
 from qbench.report.comparison.verdicts import MARGIN
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.reader import RunRecord, dump_records, read
@@ -120,6 +121,8 @@ def build_tables(options: CompareOptions, others: Sequence[RunRecord] = ()) -> t
         from qbench.papers.matching import with_published
 
         made = with_published(made)
+    if "speed" in options.columns:
+        made = [replace(table, notes=[*table.notes, *speed_notes(table)]) for table in made]
     made = [_arranged(table, options) for table in made]
     if made and notes:
         made[-1] = replace(made[-1], notes=[*made[-1].notes, *notes])

@@ -71,14 +71,13 @@ def final_result(
         *_baseline_note(baseline),
         *setup.notes,
         *_notes(setup, verified),
-        *unused_keys(setup, model),
         *_commit_notes(commits),
     ]
     float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
     evidence = evidence_warnings(setup, float_evaluation, state.step)
     warnings = [*_debug_warning(setup), *_start_warning(baseline, state.step), *evidence]
     warnings += [*setup.warnings, *_batch_warning(setup, loader)]
-    warnings += [*_warnings(setup, model, images), *session.monitor.warned.values()]
+    warnings += [*_warnings(setup, model, images), *session.monitor.warned.values(), *unused_keys(setup, model)]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,

@@ -23,7 +23,7 @@ BN_MOMENTUM = 0.1
 
 
 def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
-    """Return a note for each key that differs from its default value and had no effect on the run.
+    """Return a warning for each key that differs from its default value and had no effect on the run.
 
     If nothing was trained, the keys of `optim` are not named.
 
@@ -52,7 +52,7 @@ def _recipe(setup: ExperimentSetup) -> Mapping[str, object]:
 def replaced_widths(setup: ExperimentSetup, model: nn.Module) -> list[str]:
     """Return a warning for each width of `bits` that no layer has, because the layer policy sets other widths.
 
-    Tables show the widths of `bits`, so this is a warning and not only a note.
+    Tables show the widths of `bits`, so a reader would take them for the widths of the layers.
     """
     warnings = []
     for slot, name in SLOT_NAMES.items():

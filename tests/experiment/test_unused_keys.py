@@ -1,4 +1,4 @@
-"""Keys that a run ignores, because its method, network or optimizer does not use them, are named in its notes."""
+"""Keys that a run ignores, because its method, network or optimizer does not use them, are named in its warnings."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,8 +25,8 @@ def build(shape, classes):
 """
 
 
-def notes(configure: Configure, words: Sequence[str]) -> list[str]:
-    """Return the notes about keys without effect of a network that is not trained."""
+def unused(configure: Configure, words: Sequence[str]) -> list[str]:
+    """Return the warnings about keys without effect of a network that is not trained."""
     setup = assemble(configure("init=scratch", *words))
     return unused_keys(setup, setup.install(setup.float_model()))
 
@@ -51,7 +51,7 @@ def notes(configure: Configure, words: Sequence[str]) -> list[str]:
     ],
 )  # fmt: skip
 def test_a_key_without_effect_is_named(configure: Configure, words: list[str], why: str) -> None:
-    assert notes(configure, ["method=dorefa", "bits=w2", *words]) == [why]
+    assert unused(configure, ["method=dorefa", "bits=w2", *words]) == [why]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_key_without_effect_is_named(configure: Configure, words: list[str], w
 def test_options_of_another_slot_optimizer_or_schedule_are_named(
     configure: Configure, words: list[str], whys: list[str]
 ) -> None:
-    assert notes(configure, words) == whys
+    assert unused(configure, words) == whys
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_biases_that_are_missing_are_named(
     (tmp_path / "biasless.py").write_text(BIASLESS)
     monkeypatch.syspath_prepend(str(tmp_path))
     words = ["method=dorefa", "bits=w2", "model=biasless:build", "optim.bias_lr=2", "optim.weight_decay=0.1"]
-    assert notes(configure, [*words, "optim.decay_norm_and_bias=true"]) == [
+    assert unused(configure, [*words, "optim.decay_norm_and_bias=true"]) == [
         "optim.bias_lr=2.0 has no effect, because no layer has a bias that is trained",
         "optim.decay_norm_and_bias=True has no effect, because the network has no biases and no batch normalization "
         "that are trained",
@@ -156,25 +156,25 @@ def test_biases_that_are_missing_are_named(
     ],
 )
 def test_a_key_with_an_effect_is_not_named(configure: Configure, words: list[str]) -> None:
-    assert notes(configure, words) == []
+    assert unused(configure, words) == []
 
 
-def test_the_result_has_the_notes(smoke: Configure) -> None:
+def test_the_result_has_the_warnings(smoke: Configure) -> None:
     words = ("method=twn", "optim.quantizer_lr=0.1", "pretrain.optim.decay_until=0.5", "pretrain.optim.weight_decay=0")
     result = run(planned_run(smoke(*words)))
     line = "optim.quantizer_lr=0.1 has no effect, because the quantizers of twn have no learned parameters"
-    assert line in result.notes
+    assert line in result.warnings
     assert result.baseline is not None
     baseline = load_result(Path(result.baseline.run))
     assert baseline is not None
-    assert "pretrain.optim.decay_until=0.5 has no effect, because the weight decay is 0" in baseline.notes
+    assert "pretrain.optim.decay_until=0.5 has no effect, because the weight decay is 0" in baseline.warnings
 
 
 def test_epochs_of_a_baseline_that_is_not_trained_have_a_note(smoke: Configure) -> None:
     line = "pretrain.epochs=5 has no effect, because no float baseline is trained"
-    assert line in run(planned_run(smoke("method=dorefa", "init=scratch", "pretrain.epochs=5"))).notes
+    assert line in run(planned_run(smoke("method=dorefa", "init=scratch", "pretrain.epochs=5"))).warnings
     result = run(planned_run(smoke("method=dorefa", "pretrain.epochs=5")))
-    assert not [note for note in result.notes if "pretrain.epochs" in note]
+    assert not [note for note in result.warnings if "pretrain.epochs" in note]
 
 
 def test_a_loss_of_the_method_ignores_label_smoothing(configure: Configure) -> None:

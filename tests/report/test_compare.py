@@ -36,7 +36,7 @@ from qbench.report.html.page import html
 from qbench.report.tables.table import FORMATS, Table
 from qbench.runs.directory import PACKED_FILE
 from qbench.runs.reader import FROM_LOGS, RunRecord, dump_records, read, with_baselines
-from qbench.runs.result import BaselineResult, Result, with_checksum
+from qbench.runs.result import BaselineResult, Result, TrainingSpeed, with_checksum
 
 
 def identity_of(path: Path) -> str:
@@ -707,6 +707,45 @@ def test_filters(several: str, words: list[str], settings_found: set[tuple[str, 
     assert baseline_seeds == (
         [sorted({run.seed for s in rows if not s.is_baseline for run in s.runs})] if settings_found else []
     )
+
+
+def test_labels_name_options_that_are_not_at_their_defaults(configure: Configure) -> None:
+    """All runs have the same option, so no difference between runs would show it."""
+    plant(configure("method=lsq", "bits=w2a2", "method.channel=true"), 97.0, 98.0)
+    plant(configure("method=ttq", "activation=dorefa", "activation.activation=abs", "bits=w2a2"), 97.0, 98.0)
+    plant(configure("method=dorefa", "bits=w2a2"), 97.0, 98.0)
+    labels = [label for table in tables(configure()) for label in (s.label for s in settings_of(table))]
+    assert labels == ["float", "dorefa", "lsq channel=true", "ttq+dorefa activation.activation=abs"]
+
+
+def test_a_note_names_a_layer_policy_that_is_not_the_default(configure: Configure) -> None:
+    plant(configure("method=lsq", "bits=w2a2", "layers.first=8", "layers.rules={fc: 4}"), 97.0, 98.0)
+    (table,) = tables(configure())
+    assert "not the default layer policy: layers.first=8 layers.rules={'fc': 4}" in table.notes
+    plant(configure("method=lsq", "bits=w2a2", f"out={configure().out}-default"), 97.0, 98.0)
+    (table,) = compare(read([f"{configure().out}-default"]))
+    assert not [note for note in table.notes if "layer policy" in note]
+
+
+def test_speeds_under_different_conditions_have_a_warning(configure: Configure) -> None:
+    speed = TrainingSpeed(images_per_second=100.0, seconds_per_epoch=1.0, peak_bytes=10)
+    conditions = (
+        {"device": "cpu", "threads": 1, "processes": 1},
+        {"device": "cpu", "threads": 2, "processes": 1},
+        {"device": "cpu", "threads": 2, "processes": 2},
+        {"device": "cuda", "device_name": "GPU", "threads": 2, "processes": 1},
+    )
+    for seed, manifest in enumerate(conditions):
+        path = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0, speed=speed)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    out = configure().out
+    (table,) = command.tables(command.parse([out, "--columns", "speed"]))
+    assert (
+        "warning: speeds and memory were measured under different conditions: cpu, 1 thread (1 run); cpu, 2 threads "
+        "(1 run); cpu, 2 threads, 2 processes (1 run); cuda GPU, 2 threads (1 run)"
+    ) in table.notes
+    for words in ([out], [out, "--columns", "speed", "seed=0"]):
+        assert not [note for table in command.tables(command.parse(words)) for note in table.notes if "speeds" in note]
 
 
 def test_columns_order_and_parts(several: str) -> None:

@@ -19,7 +19,7 @@ from qbench.report.comparison.setting_table import settings_of
 from qbench.report.plots.accuracy_plots import pareto_front
 from qbench.report.plots.plots import KINDS, comparison_figure, plot
 from qbench.report.plots.style import COLOURS, DASHES, MARKERS
-from qbench.report.plots.training_curves import fitted_sqnr, layer_errors, learning_curves
+from qbench.report.plots.training_curves import fitted_sqnr, layer_errors, learning_curves, line_over_seeds
 from qbench.runs.history import epochs, observed
 from qbench.runs.reader import read
 from qbench.runs.result import BaselineResult, with_checksum
@@ -144,6 +144,14 @@ def test_curves_are_the_mean_and_the_extremes_of_seeds(configure: Configure, run
     (panel,) = comparison_figure(tables, found, ["curves"]).subfigs[0].axes
     assert [list(line.get_ydata()) for line in panel.lines[:2]] == [[20.5, 30.0, 40.0], [55.0, 80.0]]
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "3", "2"]
+
+
+def test_curves_end_at_the_last_epoch_that_all_seeds_have() -> None:
+    """With early stopping, the mean over the remaining seeds would jump where a seed ends."""
+    early, late = {1: 50.0, 2: 60.0}, {1: 70.0, 2: 80.0, 3: 90.0}
+    assert line_over_seeds([early, late]) == ([1, 2], [60.0, 70.0], [50.0, 60.0], [70.0, 80.0])
+    assert line_over_seeds([late, {}]) == ([1, 2, 3], [70.0, 80.0, 90.0], [70.0, 80.0, 90.0], [70.0, 80.0, 90.0])
+    assert line_over_seeds([]) is line_over_seeds([{}]) is line_over_seeds([{1: 1.0}, {2: 1.0}]) is None
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -222,6 +222,9 @@ def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Ite
     files = {(_directory_name(r.baseline.run), r.baseline.sha256) for r in results if r.baseline}
     for name, sha256 in sorted((name, sha256) for name, sha256 in files if sha256):
         yield f"float {name}: pretrained weights, sha256 {sha256}"
+    layers = results[0].protocol.keys.get("layers")  # the same for all results of a table
+    if typed := naming.changed_layers(layers if isinstance(layers, dict) else {}):
+        yield f"not the default layer policy: {typed}"
     if any(r.synthetic for r in results):
         yield "synthetic data: not comparable with papers' tables"
 

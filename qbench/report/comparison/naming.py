@@ -3,13 +3,14 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qbench.config.groups import conf_directory, option_file
 from qbench.config.identity import added_defaults
-from qbench.config.schema import RATE
+from qbench.config.schema import RATE, Layers
 from qbench.report.comparison import data_versions
 from qbench.runs.result import Result
 from qbench.system.files import read_yaml
@@ -105,15 +106,18 @@ def run_keys(run: Result) -> dict[str, str]:
 @cache
 def _added_keys(group: str, name: str) -> Mapping[str, object]:
     """Return the keys that runs with an option of qbench leave out at their default values, with these values."""
-    file = option_file(group, name)
-    content = read_yaml(file) if file.is_file() else {}
+    content = _option_file(group, name)
     shared = read_yaml(conf_directory() / "config.yaml").get(group) or {}
     deviations = {key: "none" for key in content if key.endswith("deviation")}
     return {**deviations, **shared.get("added", {}), **content.get("added", {})}
 
 
 def labels(results: Sequence[Result]) -> dict[int, str]:
-    """Return a map from `id(result)` to a label: the method, and its options that differ between the results."""
+    """Return a map from `id(result)` to a label: the method, and the options by which readers tell variants apart.
+
+    These are the options that differ between the results, and options of qbench's methods that are not at their
+    defaults.
+    """
     by_method: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     identities = [method_identity(result) for result in results]
     for identity, result in zip(identities, results, strict=True):
@@ -124,9 +128,33 @@ def labels(results: Sequence[Result]) -> dict[int, str]:
         keys = sorted(set().union(*variants.values()))
         differing = [k for k in keys if len({json.dumps(v.get(k)) for v in variants.values()}) > 1]
         for identity, used in variants.items():
-            typed = [f"{k}={used[k]}" for k in keys if k in used and (k in differing or k.endswith("deviation"))]
+            chosen = {*differing, *(key for key in used if not _is_default(method, key, used[key]))}
+            typed = [f"{k}={_as_typed(used[k])}" for k in keys if k in used and k in chosen]
             named[identity] = " ".join([method, *typed])
     return {id(result): named[identity] for identity, result in zip(identities, results, strict=True)}
+
+
+def _is_default(method: str, key: str, value: object) -> bool:
+    """Return whether an option of a method has its default value. Options without a known default count as defaults."""
+    group, _, option = key.rpartition(".")
+    if option.endswith("deviation"):
+        return False
+    weights, _, activations = method.partition("+")
+    known = {"": weights, "activation": activations}
+    usual = _option_file("method", known[group]) if group in known else {}
+    return option not in usual or usual[option] == value
+
+
+@cache
+def _option_file(group: str, name: str) -> Mapping[str, Any]:
+    """Return the content of an option's YAML file. The result is empty for a user's function, which has no file."""
+    file = option_file(group, name)
+    return read_yaml(file) if file.is_file() else {}
+
+
+def _as_typed(value: object) -> str:
+    """Return a value as on the command line, such as `true`."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def method_identity(result: Result) -> str:
@@ -157,6 +185,13 @@ def variant(result: Result) -> dict[str, object]:
     Runs with different options or network keys belong to different settings.
     """
     return options(result) | {f"model.{key}": value for key, value in result.network.items()}
+
+
+def changed_layers(layers: Mapping[str, object]) -> str:
+    """Return the keys of a layer policy that are not at their defaults, written as `layers.key=value`."""
+    usual = asdict(Layers())
+    typed = {key: value for key, value in layers.items() if key in usual and value != usual[key]}
+    return " ".join(f"layers.{key}={_as_typed(value)}" for key, value in typed.items())
 
 
 def network_keys(result: Result) -> str:

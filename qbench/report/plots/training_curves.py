@@ -104,10 +104,12 @@ def fitted_sqnr(metrics: Mapping[str, object]) -> float | None:
 
 
 def line_over_seeds(seeds: Sequence[Mapping[int, float]]) -> SeedCurve | None:
-    """Return the curve over seeds, or None if no seed has a value.
+    """Return the curve over seeds, or None if the seeds have no position in common.
 
-    The mean, minimum and maximum at a position x are over the seeds that have a value at x.
+    The curve has only the positions x at which all seeds have a value. With early stopping, a mean over the seeds that
+    are still training would jump where a seed ends. Seeds without any value are left out.
     """
-    places = sorted(set().union(*seeds))
-    at = [[seed[x] for seed in seeds if x in seed] for x in places]
+    recorded = [set(seed) for seed in seeds if seed]
+    places = sorted(set.intersection(*recorded)) if recorded else []
+    at = [[seed[x] for seed in seeds if seed] for x in places]
     return SeedCurve(places, [mean(v) for v in at], [min(v) for v in at], [max(v) for v in at]) if places else None
