@@ -77,7 +77,7 @@ import torch
 from torch import Generator, Tensor
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.fused_kernels import divide_codes_, grad_within, scalar, uniform
+from qbench.quant.fused_kernels import divide_codes_, grad_within, scalar, with_noise
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.quant.ops import (
     Cells,
@@ -189,19 +189,22 @@ def quantize_gradient(x: Tensor, bits: int, *, generator: Generator | None = Non
     if bits == FLOAT:
         return x
     n = 2**bits - 1
-    m = _sample_max(x)
-    # noise of the width of one step, uniform in (-1/2, 1/2) / n
-    noise = uniform(x, generator).sub_(0.5).div_(n)
-    # map to [0, 1] and add the noise; m == 0 gives 1/2, which the factor 2 m below turns into 0
-    unit = x.detach().div(torch.where(m == 0, 1.0, 2 * m)).add_(0.5).add_(noise).clamp_(0, 1)
-    # round to k bits and map back
-    return unit.mul_(n).round_().div_(n).sub_(0.5).mul_(2 * m)
+    step = _sample_max(x).mul_(2 / n)  # distance of two levels, which is 0 if all elements of a sample are 0
+    steps = torch.where(step < torch.finfo(step.dtype).tiny, 0.0, 1 / step)
+
+    def rounded(x: Tensor, noise: Tensor, steps: Tensor, step: Tensor) -> Tensor:
+        # map [-m, m] to [0, n], add noise of the width of one step, round, and map back
+        return noise.add_(x.mul(steps).add_(n / 2)).clamp_(0, n).round_().sub_(n / 2).mul_(step)
+
+    return with_noise(rounded, x, steps, step, generator=generator)
 
 
 def _sample_max(x: Tensor) -> Tensor:
     """Return max|x| of every sample, as a tensor (N, 1, ..., 1) without gradient."""
-    axes = tuple(range(1, x.dim()))
-    return x.detach().abs().amax(dim=axes, keepdim=True) if axes else x.detach().abs()
+    x, axes = x.detach(), tuple(range(1, x.dim()))
+    if not axes:
+        return x.abs()
+    return torch.maximum(x.amax(axes, keepdim=True), -x.amin(axes, keepdim=True)).abs()  # abs only makes -0 to 0
 
 
 class DoReFaWeight(Quantizer):

@@ -38,6 +38,10 @@ COMPILE_AFTER = 2**25
 After a few times this number of elements, the compiled code has saved as much time as its compilation took.
 """
 
+FEW_PER_SAMPLE = 2**10
+"""With fewer elements per sample, torch is faster than a program with one number per sample, which runs once for each
+sample."""
+
 FEW_ELEMENTS = 2**17
 """For fewer elements, torch is faster than a program of several stages, so torch executes the function."""
 
@@ -122,25 +126,28 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
     Args:
         function: a function without side effects. Its result must depend only on its arguments, and on the numbers,
             tensors and functions in its closure.
-        tensors: the arguments. A compiled program is used only if all tensors with at least one axis have the same
-            shape and the same strides.
+        tensors: the arguments. A compiled program is used only if each tensor has the shape and the strides of the
+            first one, or no axes, or one element for each index of the first axis, such as the shape (N, 1, 1, 1).
     """
     first = tensors[0]
     ordinary = first.device.type == "cpu" and first.dim() and all(map(_plain, tensors))
     if not (ordinary and _enabled.get() and available()) or _observed():
         return function(*tensors)
     strides = first.stride()
-    full, numbers = [], []
+    full, numbers, examples = [], [], []
     for t in tensors:
-        if t.dim():
+        if t.stride() == strides and t.shape == first.shape:
             full.append(t.detach())
-            if t.stride() != strides or t.shape != first.shape:
-                return function(*tensors)
+            examples.append(t)
+        elif not t.dim() or _per_sample(t, first):
+            numbers.append(t.detach().flatten() if t.dim() else t.detach())
+            examples.append(t.flatten()[0] if t.dim() else t)
         else:
-            numbers.append(t.detach())
+            return function(*tensors)
     key = _Key()
     try:
-        key.parts = (tuple((t.dtype, t.dim() > 0) for t in tensors), _described(function, key))
+        kinds = tuple((t.dtype, t.dim() > 0, e.dim() > 0) for t, e in zip(tensors, examples, strict=True))
+        key.parts = (kinds, _described(function, key))
     except NotRecordable:
         return function(*tensors)
     entry = _entries.get(key.parts)
@@ -158,7 +165,7 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
         entry.elements += first.numel()
         if not entry.tried and entry.elements >= COMPILE_AFTER:
             entry.tried = True
-            entry.program = _program(function, tensors, full, numbers, key.numbers, result)
+            entry.program = _program(function, examples, full, numbers, key.numbers, result)
         return result
     try:
         result, finite = program(full, numbers)
@@ -168,6 +175,13 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
     if found and finite:
         found.remember(first)
     return result
+
+
+def _per_sample(x: Tensor, first: Tensor) -> bool:
+    """Return whether x has one element for each index of the first axis of `first`, and samples have many elements."""
+    count = first.shape[0]
+    one_each = x.dim() == first.dim() and x.shape[0] == count == x.numel()
+    return one_each and first.numel() >= count * FEW_PER_SAMPLE and first.stride(0) * count == first.numel()
 
 
 def _plain(x: Tensor) -> bool:
@@ -191,14 +205,14 @@ def _dense(x: Tensor) -> bool:
 
 
 def _program(
-    function: Function, tensors: Sequence[Tensor], full: list[Tensor], numbers: list[Tensor],
+    function: Function, examples: Sequence[Tensor], full: list[Tensor], numbers: list[Tensor],
     constants: Sequence[Tensor], expected: object,
 ) -> "Compiled | None":  # fmt: skip
     """Return the compiled program of a function, or None if there is none that returns the expected result."""
     try:
         from qbench.quant.native_code import Compiled
 
-        program = Compiled(record(function, tensors, constants))
+        program = Compiled(record(function, examples, constants))
         found, _ = program(full, numbers)
     except (
         Exception

@@ -9,11 +9,12 @@ their inputs.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Generator, Tensor
 
+from qbench.quant import elementwise
 from qbench.quant.recording import recording
 
 Fill = Callable[..., None]
@@ -155,12 +156,31 @@ def uniform(like: Tensor, generator: Generator | None = None) -> Tensor:
     number, and the lower 8 bits are drawn once for the whole tensor. A single number has the same distribution as a
     number from torch.rand, so there is no bias. The shared bits contribute less than 2^-16 to each number.
     """
-    shift = _shared_bits(like, generator).add_(32768)
+    return with_noise(lambda x, noise: noise.add_(0.5), like, generator=generator)
 
-    def fill(block: Tensor, result: Tensor) -> None:
-        result.copy_(uniform_16(len(result), like, generator)).add_(shift).div_(65536)
 
-    return blockwise(like, fill)
+def with_noise(function: Callable[..., Tensor], x: Tensor, *others: Tensor, generator: Generator | None) -> Tensor:
+    """Return `function(x, noise, *others)`. The noise is `uniform` minus 1/2, and so lies in [-1/2, 1/2). No gradient.
+
+    With the extra `fast`, the function is compiled on a CPU.
+
+    Args:
+        function: an elementwise function. It may change the noise in place, but not its other arguments.
+        x: numbers of any shape. The noise has this shape too.
+        others: tensors that can be broadcast to the shape of x.
+        generator: the source of random numbers. If it is None, this is torch's global generator.
+    """
+    shared = _shared_bits(x, generator)
+    draws = torch.empty_like(x, dtype=torch.int16)
+    size = BLOCK if x.device.type == "cpu" else max(1, x.numel())
+    for block in torch.split(draws.as_strided((x.numel(),), (1,)), size):  # in the order of memory
+        block.copy_(uniform_16(len(block), x, generator))
+
+    def from_draws(x: Tensor, draws: Tensor, shared: Tensor, *others: Tensor) -> Tensor:
+        return function(x, draws.to(x.dtype).add_(shared).mul_(2**-16), *others)
+
+    call = from_draws if torch.compiler.is_compiling() else partial(elementwise.call, from_draws)
+    return call(x.detach(), draws, shared, *others)
 
 
 def stochastic_round(x: Tensor, generator: Generator | None = None) -> Tensor:

@@ -51,18 +51,23 @@ class Loop:
 
         Args:
             full: maps the index of an argument operation to a tensor. All have the same shape and memory format.
-            slots: tensors with one element.
+            slots: tensors with one element, or with shape (N,) if each of N samples has its own number. The samples
+                follow each other in memory.
         """
         like = full[self.inputs[0]]
         results = [torch.empty_like(like, dtype=dtype) for dtype in self.types]
         addresses = [t.data_ptr() for t in (*(full[i] for i in self.inputs), *results)]
-        rest = (*addresses, *(slots[i].item() for i in self.numbers))  # type: ignore[union-attr]
+        numbers = [slots[i].tolist() for i in self.numbers]  # type: ignore[union-attr]
         count, threads = like.numel(), torch.get_num_threads()
-        if threads == 1 or count < 2 * CHUNK:
-            return results, not self.code(0, count, *rest)
-        size = max(CHUNK, -(-count // threads))
-        parts = [(start, min(start + size, count)) for start in range(0, count, size)]
-        return results, not any(list(_threads().map(lambda part: self.code(*part, *rest), parts)))  # waits for all
+        samples = max([len(number) for number in numbers if isinstance(number, list)], default=0)
+        alone = threads == 1 or count < 2 * CHUNK
+        size = max(1, count // samples if samples else count if alone else max(CHUNK, -(-count // threads)))
+        parts = [
+            (start, min(start + size, count), *addresses, *(n[i] if isinstance(n, list) else n for n in numbers))
+            for i, start in enumerate(range(0, count, size))
+        ]
+        run = map if alone else _threads().map
+        return results, not any(list(run(lambda part: self.code(*part), parts)))  # waits for all
 
 
 @cache
@@ -219,7 +224,7 @@ def _processor() -> binding.TargetMachine:
     """Return LLVM's description of this machine. An engine owns its description, so every engine needs a new one."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features().flatten()
+    features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
     return binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=features, opt=3
     )
@@ -272,8 +277,10 @@ class Compiled:
 
         Args:
             full: arguments with the same shape and memory format.
-            numbers: arguments and constants with one element.
+            numbers: arguments and constants with one element, or with one element for each sample.
         """
+        if self.count and any(number.dim() for number in numbers):
+            raise RuntimeError("calls expect tensors with one element")
         tensors = dict(zip(self.arguments, full, strict=True))
         slots: list[Tensor | None] = [*numbers, *[None] * self.count]
         finite = False

@@ -107,6 +107,62 @@ def test_quantizers_return_the_bits_of_torch(name: str, dtype: torch.dtype, mode
         assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_quantized_gradients_have_the_bits_of_torch(layout: Any, dtype: torch.dtype, threads: int) -> None:
+    """Each sample has its own scale, and every element its own random number."""
+    draw = torch.Generator().manual_seed(6)
+    x = torch.randn(5, 40, 9, 11, generator=draw) * torch.tensor([1.0, 1e-30, 0.0, 3e38, 1e-42]).view(5, 1, 1, 1)
+    x = x.to(dtype).to(memory_format=layout)
+
+    def quantized() -> Tensor:
+        return dorefa.quantize_gradient(x, 6, generator=torch.Generator().manual_seed(7))
+
+    with elementwise.torch_operations():
+        expected = quantized()
+    quantized()
+    assert compiled() == [True]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert same_bits(quantized(), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_number_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(x: Tensor, s: Tensor) -> Tensor:
+        return x.mul(s).round_().div_(s)
+
+    def found(x: Tensor, s: Tensor) -> list[bool]:
+        elementwise._entries.clear()
+        with elementwise.torch_operations():
+            expected = elementwise.call(function, x, s)
+        for _ in range(2):
+            assert same_bits(elementwise.call(function, x, s), expected)
+        return compiled()
+
+    x = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(8))
+    each = torch.tensor([3.0, 5.0, 7.0])
+    assert found(x, each.view(3, 1, 1, 1)) == found(x.view(3, -1), each.view(3, 1)) == [True]
+    # torch executes: numbers along another axis, samples that are not one part of memory each, and small samples
+    assert found(x.transpose(0, 1), each.view(1, 3, 1, 1)) == found(x[:, :, :4], each.view(3, 1, 1, 1)) == []
+    apart = x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    assert found(apart, each.view(3, 1, 1, 1)) == []
+    monkeypatch.setattr(elementwise, "FEW_PER_SAMPLE", 1025)
+    assert found(x, each.view(3, 1, 1, 1)) == []
+
+
+def test_sums_with_one_number_for_each_sample_are_left_to_torch() -> None:
+    def function(x: Tensor, s: Tensor) -> Tensor:
+        return x.mul(s) - x.sum()
+
+    x, s = torch.randn(2, 2048, generator=torch.Generator().manual_seed(9)), torch.tensor([[3.0], [5.0]])
+    for _ in range(2):
+        assert same_bits(elementwise.call(function, x, s), function(x, s))
+
+
 @pytest.mark.parametrize("name", ["dorefa 2 bits", "lsq", "apot"])
 def test_non_finite_gradients_pass_as_in_torch(name: str) -> None:
     x = values().requires_grad_()
