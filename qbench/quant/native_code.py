@@ -224,7 +224,7 @@ def _processor() -> binding.TargetMachine:
     """Return LLVM's description of this machine. An engine owns its description, so every engine needs a new one."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+    features = binding.get_host_cpu_features().flatten()
     return binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=features, opt=3
     )
