@@ -38,6 +38,9 @@ MAX_CELLS = 2**8 + 3
 This number is enough for one cell per level of an 8-bit quantizer, and for the cells beyond both ends.
 """
 
+FEW_ELEMENTS = 2**17
+"""With fewer elements, `activation_memory("recompute")` saves the result too, which costs little memory."""
+
 TRANSFORMS = (
     "quantizers do not work inside torch.func.grad, vmap, jvp and other transforms of functions\n"
     "use torch.autograd.grad, with create_graph=True for second derivatives"
@@ -364,7 +367,8 @@ def fused_quantizer(
     else:
         made = _computed(forms.value, x.detach(), *fixed)
     result = _apply(_Fused, x, [made], codes, gradients, forms.plain, *learned)
-    if repeatable and mode != "keep":
+    few = mode == "recompute" and x.numel() < FEW_ELEMENTS
+    if repeatable and mode != "keep" and not few:
         saved = x.detach() if codes is None else codes
         unchanged = _raise_if_changed(saved, *fixed)
 

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.methods import dorefa, gupta, hwgq, lsq, pact
+from qbench.quant import ops
 from qbench.quant.install import install
 from qbench.quant.method import Method
 from qbench.quant.ops import activation_memory
 
 MODES = ["keep", "recompute", "codes"]
+
+
+@pytest.fixture(autouse=True)
+def recompute_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "FEW_ELEMENTS", 0)
 
 
 class Net(nn.Module):

@@ -225,7 +225,8 @@ def saved(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     "build", tiered([dorefa.build, pact.build, xnor.build, hwgq.build, lsq.build], [dorefa.build, lsq.build])
 )
-def test_memory_for_backward_is_about_that_of_float(build) -> None:
+def test_memory_for_backward_is_about_that_of_float(build, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "FEW_ELEMENTS", 0)
     method = build() if build in (xnor.build, hwgq.build) else build(w=2, a=2)
     float_model, model = network(), network(method)
     assert alive(model) <= 1.05 * alive(float_model)
@@ -236,6 +237,14 @@ def test_memory_for_backward_is_about_that_of_float(build) -> None:
         with ops.activation_memory("codes"):
             assert saved(model) <= 0.65 * saved(float_model)
             assert alive(model) <= 0.68 * alive(float_model)
+
+
+def test_small_results_are_saved_and_not_computed_again(monkeypatch) -> None:
+    monkeypatch.setattr(ops, "FEW_ELEMENTS", 100)
+    for mode, count, recomputed in (("recompute", 99, False), ("recompute", 100, True), ("codes", 99, True)):
+        with ops.activation_memory(mode):
+            x = torch.rand(count, requires_grad=True)
+            assert hasattr(dorefa.quantize_activation(x, 2), "recompute") is recomputed
 
 
 class CountPasses(TorchDispatchMode):

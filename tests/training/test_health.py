@@ -85,11 +85,11 @@ class Zero(nn.Module):
 
 
 def warnings_of(config: Any) -> tuple[list[str], list[str]]:
-    """Run a configuration; return the warnings in the result, without those of a short run, and those in log.txt."""
+    """Run a configuration; return the warnings in the result about training, and the warnings in log.txt."""
     result = run(planned_run(config), RunContext(ProgressReporter(quiet=True)))
     assert result.status == "done", result.reason
     log = (Path(result.run) / "log.txt").read_text().splitlines()
-    warnings = [warning for warning in result.warnings if not is_evidence(warning)]
+    warnings = [text for text in result.warnings if not is_evidence(text) and " has no effect, " not in text]
     return warnings, [line for line in log if " warning: " in line]
 
 
