@@ -42,8 +42,11 @@ FEW_PER_SAMPLE = 2**10
 """With fewer elements per sample, torch is faster than a program with one number per sample, which runs once for each
 sample."""
 
-FEW_ELEMENTS = 2**17
-"""For fewer elements, torch is faster than a program of several stages, so torch executes the function."""
+FEW_ELEMENTS = 2**16
+"""For fewer elements, torch executes the function, because finding its program takes as long as executing it."""
+
+FEW_ELEMENTS_OF_STAGES = 2**17
+"""For fewer elements, torch is faster than a program of several stages."""
 
 Result = TypeVar("Result")
 Function = Callable[..., object]
@@ -131,7 +134,7 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """
     first = tensors[0]
     ordinary = first.device.type == "cpu" and first.dim() and all(map(_plain, tensors))
-    if not (ordinary and _enabled.get() and available()) or _observed():
+    if not (ordinary and _enabled.get() and available()) or _observed() or first.numel() < FEW_ELEMENTS:
         return function(*tensors)
     strides = first.stride()
     full, numbers, examples = [], [], []
@@ -160,7 +163,7 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
         return function(*tensors)
     numbers += key.numbers
     program = entry.program
-    if program is None or (program.stages > 1 and first.numel() < FEW_ELEMENTS):
+    if program is None or (program.stages > 1 and first.numel() < FEW_ELEMENTS_OF_STAGES):
         result = function(*tensors)
         entry.elements += first.numel()
         if not entry.tried and entry.elements >= COMPILE_AFTER:

@@ -52,6 +52,7 @@ def at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile functions at their first call."""
     monkeypatch.setattr(elementwise, "COMPILE_AFTER", 0)
     monkeypatch.setattr(elementwise, "FEW_ELEMENTS", 0)
+    monkeypatch.setattr(elementwise, "FEW_ELEMENTS_OF_STAGES", 0)
     monkeypatch.setattr(elementwise, "_entries", {})
     monkeypatch.setattr(elementwise, "_variants", type(elementwise._variants)())
 
@@ -353,12 +354,13 @@ def test_torch_computes_few_elements_faster_if_there_are_several_stages(monkeypa
     assert entry.program.stages > 1
     used = []
     monkeypatch.setattr(type(entry.program), "__call__", lambda self, *args: used.append(args) or (x, True))
-    monkeypatch.setattr(elementwise, "FEW_ELEMENTS", x.numel() + 1)
-    dorefa.quantize_weight(x, 3)
-    assert not used
-    monkeypatch.setattr(elementwise, "FEW_ELEMENTS", x.numel())
-    dorefa.quantize_weight(x, 3)
-    assert used
+    for name in ("FEW_ELEMENTS_OF_STAGES", "FEW_ELEMENTS"):
+        monkeypatch.setattr(elementwise, name, x.numel() + 1)
+        dorefa.quantize_weight(x, 3)
+        assert not used
+        monkeypatch.setattr(elementwise, name, x.numel())
+        dorefa.quantize_weight(x, 3)
+        assert used.pop()
 
 
 def test_a_function_is_compiled_once_it_has_computed_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
