@@ -341,6 +341,7 @@ def test_the_extra_fast_gives_identical_weights(
 ) -> None:
     pytest.importorskip("llvmlite", reason="needs the extra fast")
     monkeypatch.setattr(elementwise, "COMPILE_AFTER", 2000)  # each function runs in torch first, and then compiled
+    monkeypatch.setattr(elementwise, "FEW_ELEMENTS", 0)
     monkeypatch.setattr(elementwise, "_entries", {})
     monkeypatch.setattr(elementwise, "_variants", Counter())
     with elementwise.torch_operations():
