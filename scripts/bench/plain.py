@@ -58,6 +58,7 @@ def training_step(
     after: Hook = lambda: None,
     update: Hook | None = None,
     batch: int = BATCH,
+    shape: tuple[int, int, int] = SHAPE,
 ) -> Work:
     """Return a function that makes one training step on a fixed batch.
 
@@ -66,7 +67,7 @@ def training_step(
     """
     placed(net, device, layout).train()
     optimizer = optimizer or sgd(net.parameters())
-    images, labels = data(device, layout, batch)
+    images, labels = data(device, layout, batch, shape)
     update = update or optimizer.step
     weights = WeightsFirst()
 
@@ -85,10 +86,12 @@ def training_step(
     return work
 
 
-def data(device: Device, layout: Layout, batch: int = BATCH) -> tuple[Tensor, Tensor]:
+def data(
+    device: Device, layout: Layout, batch: int = BATCH, shape: tuple[int, int, int] = SHAPE
+) -> tuple[Tensor, Tensor]:
     """Return random images and labels, which are the same in every call."""
     draw = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *SHAPE, generator=draw).to(device, memory_format=layout)
+    images = torch.randn(batch, *shape, generator=draw).to(device, memory_format=layout)
     return images, torch.randint(CLASSES, (batch,), generator=draw).to(device)
 
 
