@@ -120,8 +120,11 @@ def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
 
 def _recipe(optim: Optim, epochs: int, result: Result | None) -> str:
     """Return this run's recipe as text. The recipe of its float baseline is not included."""
-    untrained = result is not None and result.final is not None and result.final.epoch is None
-    return "nothing was trained" if untrained else recipe_text(optim, epochs)
+    last = result.final.epoch if result is not None and result.final is not None else epochs - 1
+    if last is None:
+        return "nothing was trained"
+    stopped = f"; optim.patience stopped training after epoch {last + 1}" if last + 1 < epochs else ""
+    return recipe_text(optim, epochs) + stopped
 
 
 def recipe_text(optim: Optim, epochs: int) -> str:

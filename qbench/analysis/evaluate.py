@@ -21,6 +21,7 @@ from qbench.data.dataset import Dataset
 from qbench.data.dataset_check import dataset_notes, trained_images
 from qbench.errors import ConfigError
 from qbench.experiment.builders import build_dataset
+from qbench.experiment.earlier_run import image_warnings
 from qbench.quant.probe import Batch
 from qbench.report.tables.table import Table
 from qbench.runs.result import Accuracy
@@ -98,7 +99,7 @@ def evaluate(
     trained = f"{result.method} {result.widths}, {result.model} trained on {result.dataset}"
     debug = setup.config.debug
     evaluated = table(run, trained, weights, data, measured, other=bool(words), debug=debug)
-    evaluated.notes += [f"warning: {problem}" for problem in problems]
+    evaluated.notes += [f"warning: {problem}" for problem in [*problems, *image_warnings(result)]]
     stored = result.final if weights == "last" else result.best
     if not words and stored and stored.test.top1 != measured.accuracy.top1:
         evaluated.notes.append(

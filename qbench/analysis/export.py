@@ -193,7 +193,12 @@ def evaluate_file(
         batches = Loader(data, 1, 0, torch.device("cpu"), 0).unaugmented("test")
         measured = measure(model, model, batches, predictions)
     made = table(file, about.title, about.weights, data, measured, other=bool(words), debug=about.debug)
-    made.notes += [f"warning: {problem}" for problem in dataset_notes(data)] if words else []
+    if words:
+        made.notes += [f"warning: {problem}" for problem in dataset_notes(data)]
+        made.notes.append(
+            "the file does not contain the training images, so it is not known whether some of these test images are "
+            "among them; to find out, evaluate the run: qbench evaluate RUN KEY=VALUE"
+        )
     verified = verify_export.VERIFIED_IN.get(about.form, ("torch",))
     if runtime is None or runtime in verified:
         return made

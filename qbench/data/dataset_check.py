@@ -83,7 +83,7 @@ def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
     if split.dtype != data.train.dtype:
         yield f"images are {split.dtype}, but train images are {data.train.dtype}: must be equal"
     if isinstance(split, Split):
-        yield from _value_problems(split.images)
+        yield from _value_problems(split.images, scaled=any(std != 1 for std in data.std))
     shape, expected, crop = split.shape, data.train.shape, data.augment.size
     if shape[0] != expected[0] or (not crop and shape != expected):
         yield f"images are {shape}, but train images are {expected}: must be equal"
@@ -93,7 +93,8 @@ def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
         yield f"images are {shape}: must be at least {crop} x {crop} pixels, the size of a crop"
 
 
-def _value_problems(images: Tensor) -> Iterator[str]:
+def _value_problems(images: Tensor, *, scaled: bool) -> Iterator[str]:
+    """Yield what is wrong with pixel values. `scaled` says whether the data set has a deviation to divide by."""
     # torch may copy what it reduces, so only a part of the images is reduced at once
     ends = torch.stack([torch.stack(part.aminmax()) for part in torch.split(images, CHECKED)])
     low, high = ends[:, 0].min().item(), ends[:, 1].max().item()
@@ -102,7 +103,7 @@ def _value_problems(images: Tensor) -> Iterator[str]:
             yield f"the largest pixel value is {high}: must be 0 to 255\nto convert images from 0 to 1: 255 * images"
     elif not math.isfinite(high - low):  # also false for NaN
         yield "the images contain inf or nan"
-    elif low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
+    elif not scaled and low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
         yield (
             f"the float images are whole numbers from {low:g} to {high:g}, which are not normalized\n"
             "return them as 8-bit images: images.to(torch.uint8), in NumPy images.astype('uint8')"

@@ -67,6 +67,7 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
     train, test = parts["train"], parts["test"]
     classes = int(train.labels.max()) + 1 if len(train) else 0
     _check_first_label(parts)
+    _check_class_names(dict(zip(names, returned, strict=True)))
     if "val" in parts:
         validation = parts["val"]
     else:
@@ -80,9 +81,35 @@ def as_dataset(name: str, returned: object, val: float) -> Dataset:
 
 def _class_names(train: object, classes: int) -> tuple[str, ...]:
     """Return the attribute `classes` of a torch data set, or () if it does not contain one name per class."""
-    names = getattr(train, "classes", ())
-    fits = isinstance(names, list | tuple) and len(names) == classes and all(isinstance(name, str) for name in names)
-    return tuple(names) if fits else ()
+    names = _names(train)
+    return names if len(names) == classes else ()
+
+
+def _check_class_names(sources: Mapping[str, object]) -> None:
+    """Raise `DataError` if a label has one name in a torch data set and another name in another one.
+
+    Data sets that read a folder for each class number the folders in alphabetical order. If a folder is missing in one
+    part, the classes after it have other numbers there.
+    """
+    named = {part: names for part, source in sources.items() if (names := _names(source))}
+    first, *others = named or [""]
+    for part in others:
+        for label, (one, other) in enumerate(zip(named[first], named[part], strict=False)):
+            if one != other:
+                raise DataError(
+                    f"label {label} is {one!r} in {first} and {other!r} in {part}: `classes` must begin alike\n"
+                    f"give {part} the labels of {first}, for example with target_transform"
+                )
+
+
+def _names(source: object) -> tuple[str, ...]:
+    """Return the attribute `classes` of a torch data set, or of the data set of a `Subset`.
+
+    The result is () if there is no such list of names.
+    """
+    names: object = getattr(source, "classes", None) or getattr(getattr(source, "dataset", None), "classes", ())
+    texts = [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
+    return tuple(texts) if isinstance(names, list | tuple) and len(texts) == len(names) else ()
 
 
 def _check_first_label(parts: Mapping[str, Split | DrawnSplit]) -> None:

@@ -19,20 +19,17 @@ from qbench.experiment.setup import ExperimentSetup
 from qbench.experiment.trained_network import LAYERS, load_weights
 from qbench.experiment.unused_keys import replaced_widths, unused_keys
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
-from qbench.quant.verify import NotQuantized, clipped_negatives, verify
+from qbench.quant.verify import NotQuantized, negatives_warning, verify
 from qbench.runs import manifest
 from qbench.runs.result import BaselineResult, Evaluation, Result, short_commit
 from qbench.runs.tensorboard import levels_figure
 from qbench.runs.tensorboard_tags import QUANT
 from qbench.training.checkpoint import cpu_copy
 from qbench.training.digests import weights_sha256
-from qbench.training.evaluation import evaluate, returns_probabilities, state_outside, unsteady_evaluation
+from qbench.training.evaluation import evaluate, outputs_of_activation, state_outside, unsteady_evaluation
 from qbench.training.health import remedy
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
-
-NOTED_SHARE = 0.01
-"""If at least this share of a layer's inputs is negative and therefore becomes 0, the run has a warning."""
 
 VERIFIED_IMAGES = 64
 """Number of training images on which the levels of activations and gradients are verified."""
@@ -69,6 +66,7 @@ def final_result(
     commits = manifest.code_versions(session.directory.path / "manifest.json")
     notes = [
         *_baseline_note(baseline),
+        *_stop_note(setup, state),
         *setup.notes,
         *_notes(setup, verified),
         *_commit_notes(commits),
@@ -133,6 +131,16 @@ def _debug_warning(setup: ExperimentSetup) -> list[str]:
     return [f"debug=true: trained on {len(setup.data.train)} images in one step; the accuracy means nothing"]
 
 
+def _stop_note(setup: ExperimentSetup, state: State) -> list[str]:
+    """Return a note if `optim.patience` stopped the training early, or an empty list."""
+    if not state.stopped or state.epoch >= setup.epochs:
+        return []
+    prefix = "pretrain." if setup.is_baseline else ""
+    return [
+        f"{prefix}optim.patience={setup.optim.patience} stopped training after {state.epoch} of {setup.epochs} epochs"
+    ]
+
+
 def _baseline_note(baseline: BaselineResult | None) -> list[str]:
     """Return a note that names the checkpoint file, if the float baseline comes from a file."""
     if baseline is None or baseline.sha256 is None:
@@ -175,17 +183,11 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
             "the initial weights are the same for every seed (the network's function loads weights or sets its "
             "own seed), so seeds differ less than they should"
         )
-    if returns_probabilities(model, images):
-        warnings.append("the network returns probabilities; the loss treats them as logits and applies softmax again")
+    if kind := outputs_of_activation(model, images):
+        warnings.append(f"the network returns {kind}; the loss treats them as logits and applies softmax")
     warnings += idle_layers(model, setup.macs, images)
     warnings += filter(None, (coverage(model, setup.macs), values_outside(model, images[:1])))
-    clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
-    if clipped:
-        worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
-        warnings.append(
-            f"{len(clipped)} layers set negative inputs to 0 ({worst} of the inputs), because no level is negative"
-        )
-    return warnings
+    return [*warnings, *filter(None, [negatives_warning(model, images)])]
 
 
 def _reload_warnings(setup: ExperimentSetup, model: nn.Module, untrained: nn.Module, images: Tensor) -> list[str]:

@@ -15,6 +15,7 @@ from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import has_other_data, other_data_error
 from qbench.experiment.device import loss_scaler, reset_peak_memory, slow_half
+from qbench.experiment.earlier_run import earlier_run_warnings
 from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
@@ -202,12 +203,7 @@ def _initial_model(
         weights = setup.load_file(model)
         session.context.reporter.say(weights.message)
         setup.notes.append(weights.message)
-        source = load_result(Path(setup.config.init)) if Path(setup.config.init).is_dir() else None
-        if source and source.dataset == setup.data.name and not _same_images(source, setup):
-            setup.warnings.append(
-                f"init={setup.config.init} was trained on other images or another split of dataset={source.dataset}; "
-                "some test or validation images of this run may be among its training images"
-            )
+        setup.warnings.extend(earlier_run_warnings(setup, session.directory.identity))
         if weights.unused:
             setup.warnings.append(f"init={setup.config.init} also contains {', '.join(weights.unused)}, not used here")
         if weights.is_float:
@@ -223,10 +219,6 @@ def _initial_model(
             setup.find_layers(model)
     setup.restore_layers(session.saved or {})
     return setup.install(model).to(setup.device), compared
-
-
-def _same_images(source: Result, setup: ExperimentSetup) -> bool:
-    return source.data_sha256 in (None, images_sha256(setup.data))
 
 
 def _file_baseline(setup: ExperimentSetup, model: nn.Module, loader: Loader, context: RunContext) -> BaselineResult:

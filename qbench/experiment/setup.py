@@ -64,6 +64,10 @@ DEBUG_IMAGES = 64
 """Number of validation images, and number of test images, in a debug run."""
 
 
+OTHER_IMAGES = "was trained on other images"
+"""Part of the warnings about initial weights or a teacher that may have seen test images of the run."""
+
+
 @dataclass(frozen=True)
 class ExperimentSetup:
     """The parts of an experiment. The parts are checked for contradictions before anything is written.
@@ -350,8 +354,8 @@ class ExperimentSetup:
             )
         if images_sha256(teacher.data) != images_sha256(data):
             warning = (
-                f"{named} was trained on other images of dataset={dataset}, on another split, or on images of another "
-                "size than this run"
+                f"{named} {OTHER_IMAGES} of dataset={dataset}, on another split, or on images of another size than "
+                "this run"
             )
             self.warnings.extend([] if warning in self.warnings else [warning])
         teacher.restore_layers(state)

@@ -72,6 +72,20 @@ def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
     return _count_levels(f"{name}: weights", layer.weight_q, layer.weight, weights)
 
 
+NOTED_SHARE = 0.01
+"""If at least this share of a layer's inputs is negative and therefore becomes 0, `negatives_warning` says so."""
+
+
+def negatives_warning(model: nn.Module, images: Tensor) -> str:
+    """Return a warning that names layers without negative input levels whose inputs are often negative, or ""."""
+    clipped = {name: share for name, share in clipped_negatives(model, images).items() if share >= NOTED_SHARE}
+    if not clipped:
+        return ""
+    worst = ", ".join(f"{n} {100 * clipped[n]:.0f} %" for n in sorted(clipped, key=clipped.__getitem__)[:-4:-1])
+    count = "1 layer sets" if len(clipped) == 1 else f"{len(clipped)} layers set"
+    return f"{count} negative inputs to 0 ({worst} of the inputs), because no level is negative"
+
+
 def clipped_negatives(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Return the fraction of negative inputs, for each layer whose input levels are all at least 0.
 

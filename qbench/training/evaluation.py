@@ -142,8 +142,15 @@ def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str 
 
 
 @torch.no_grad()
-def returns_probabilities(model: nn.Module, images: Tensor) -> bool:
-    """Return whether a network's outputs for images (N, C, H, W) are probabilities. The loss needs logits."""
+def outputs_of_activation(model: nn.Module, images: Tensor) -> str:
+    """Return what a network's outputs for images (N, C, H, W) seem to be if they are not logits, else "".
+
+    The loss needs logits, which can have any size.
+    """
     with eval_mode_keeping_rng(model):
         outputs = model(images.clone()).float()
-    return bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=1e-4)
+    if outputs.amin() < 0:
+        return ""
+    if torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=1e-4):
+        return "probabilities"
+    return "numbers from 0 to 1 only, as after a sigmoid" if outputs.amax() <= 1 else ""

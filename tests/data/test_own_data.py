@@ -12,7 +12,7 @@ import torch
 from conftest import Configure
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from qbench.analysis.evaluate import Expected, other_dataset
 from qbench.data import own_data
@@ -437,3 +437,36 @@ def test_class_names_come_from_a_torch_data_set() -> None:
     named.classes = ["ant", "bee"]  # type: ignore[attr-defined]
     assert as_dataset("mine:build", (named, named), 0).class_names == ()
     assert as_dataset("mine:build", ((images, labels), (images, labels)), 0).class_names == ()
+
+
+def test_a_label_with_two_names_is_refused() -> None:
+    """A folder without images of one class gives all later classes other labels."""
+
+    def part(names: list[str], labels: list[int]) -> TensorDataset:
+        made = TensorDataset(torch.rand(len(labels), 1, 4, 4), torch.tensor(labels))
+        made.classes = names  # type: ignore[attr-defined]
+        return made
+
+    train, whole = part(["ant", "bee", "cat"], [0, 1, 2] * 2), part(["ant", "bee", "cat"], [0, 2])
+    for test in (whole, part(["ant", "bee"], [0, 1]), part([], [0, 1])):
+        assert as_dataset("mine:build", (train, test), 0).class_names == ("ant", "bee", "cat")
+    missing, renamed = part(["ant", "cat"], [0, 1]), part(["ant", "bee", "dog"], [0, 1, 2])
+    for parts, label, names in (
+        ((train, missing), 1, "'bee' in train and 'cat' in test"),
+        ((train, renamed), 2, "'cat' in train and 'dog' in test"),
+        ((train, missing, whole), 1, "'bee' in train and 'cat' in val"),
+        ((Subset(train, range(6)), Subset(missing, [1])), 1, "'bee' in train and 'cat' in test"),
+    ):
+        with pytest.raises(DataError, match=f"label {label} is {names}: `classes` must begin alike"):
+            as_dataset("mine:build", parts, 0)
+
+
+@pytest.mark.parametrize(("std", "accepted"), [((64.0,) * 3, True), ((1.0,) * 3, False)])
+def test_float_images_of_the_scale_of_bytes_need_a_deviation(std: tuple[float, ...], accepted: bool) -> None:
+    split = Split(IMAGES.float(), LABELS)
+    data = Dataset(name="x", train=split, val=split, test=split, classes=4, mean=(128.0,) * 3, std=std)
+    if accepted:
+        check_dataset(data, "x")
+        return
+    with pytest.raises(DataError, match="the float images are whole numbers from 0 to 255"):
+        check_dataset(data, "x")

@@ -157,9 +157,11 @@ def test_speed_in_words_is_that_of_the_table() -> None:
 
 
 def test_a_training_loop_of_ones_own() -> None:
-    (code,) = re.findall(r"```python\n(from qbench.methods .*?)```", text(DOCS / "guides" / "own-code.md"), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(import qbench\nfrom qbench.methods .*?)```", text(DOCS / "guides" / "own-code.md"), re.DOTALL
+    )
     model = mlp.build((1, 4, 4), 3, hidden=2, width=8)
-    exec(code, {"model": model})
+    exec(code, {"model": model, "images": torch.randn(2, 1, 4, 4)})
     model(torch.randn(2, 1, 4, 4)).sum().backward()
     assert model.get_submodule("fc2").weight_q(model.get_submodule("fc2").weight).unique().numel() <= 4
 

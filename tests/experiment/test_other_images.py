@@ -12,10 +12,12 @@ from PIL import Image
 
 import qbench
 from qbench.analysis.evaluate import evaluate
+from qbench.analysis.export import evaluate_file, export
 from qbench.analysis.overrides import override_dataset
 from qbench.data.dataset_check import trained_images
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import build_dataset
+from qbench.experiment.earlier_run import image_warnings
 from qbench.runs.result import Result
 
 SMOKE = ("experiment=smoke", "runtime.tensorboard=false", "optim.batch_size=8", "pretrain.optim.batch_size=8")
@@ -101,6 +103,47 @@ def test_initial_weights_from_a_run_on_another_split_are_named(train: Callable[.
     assert any(f"init={source} was trained on other images or another split" in w for w in other.warnings)
     same = train(*words, "dataset.test=0.2", f"init={source}")
     assert not [w for w in same.warnings if "another split" in w]
+
+
+def test_the_warning_on_seen_images_is_passed_on(train: Callable[..., Result]) -> None:
+    """The second run started from a network that was trained on some of its test images, and the third from the second.
+
+    A run's file of weights is its directory in this respect.
+    """
+    write_photos(Path("photos"), {".": 20})
+    words = ("dataset.root=photos", "method=dorefa")
+    first = Path(train(*words, "bits=w4a4", "dataset.test=0.2").run)
+    other = (*words, "dataset.test=0.6")
+    second = train(*other, "bits=w3a3", f"init={first}")
+    third = train(*other, "bits=w2a2", f"init={Path(second.run) / 'last.pt'}")
+    text = f"init={first} was trained on other images or another split of dataset=folder; "
+    for result, warning in ((second, text), (third, f"init={second.run}/last.pt: {text}")):
+        assert [found for found in result.warnings if found.startswith(warning)], result.warnings
+        assert [note for note in evaluate(Path(result.run)).notes if note.startswith(f"warning: {warning}")]
+    for file, bits in (("best.pt", "bits=w8a8"), ("last.pt", "bits=w7a7")):
+        started = train(*other, bits, f"init={first / file}")
+        assert [found for found in started.warnings if found.startswith(f"init={first / file} was trained on other")]
+    unseen = train(*words, "dataset.test=0.2", "bits=w2a2", f"init={first / 'last.pt'}")
+    assert not image_warnings(unseen)
+
+
+def test_initial_weights_of_another_function_are_named(train: Callable[..., Result]) -> None:
+    write_photos(Path("photos"), {".": 20})
+    words = ("dataset.root=photos", "dataset.test=0.2", "method=dorefa", "bits=w2a2")
+    first = train(*words)
+    for key, then, now in (("model.shortcut", "A", "A_stride"), ("dataset.normalize", "imagenet", "half")):
+        result = train(*words, f"{key}={now}", f"init={first.run}")
+        assert f"init={first.run} was trained with {key}={then}, but this run has {key}={now}" in result.warnings
+    again = train(*words, f"init={first.run}")
+    assert not [warning for warning in again.warnings if "was trained with" in warning]
+
+
+def test_exported_files_say_that_their_training_images_are_not_known(train: Callable[..., Result]) -> None:
+    write_photos(Path("photos"), {".": 20})
+    run = Path(train("dataset.root=photos", "dataset.test=0.2", "method=dorefa", "bits=w2a2").run)
+    file = export(run, "packed").path
+    assert [note for note in evaluate_file(file, ["dataset.test=0.6"]).notes if "it is not known whether" in note]
+    assert not [note for note in evaluate_file(file).notes if "it is not known whether" in note]
 
 
 def test_a_teacher_with_other_classes_is_refused_and_one_with_other_images_is_named(

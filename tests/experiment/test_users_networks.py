@@ -128,6 +128,10 @@ class Softmax(Dropout):
     def forward(self, x):
         return self.net(x).softmax(1)
 
+class Sigmoid(Dropout):
+    def forward(self, x):
+        return self.net(x).sigmoid()
+
 class LogSoftmax(Dropout):
     def forward(self, x):
         return self.net(x).log_softmax(1)
@@ -351,7 +355,7 @@ def test_the_row_names_what_is_left_float(configure: Configure, words: list[str]
 
 def test_signed_activations_before_unsigned_levels_are_noted(configure: Configure, words: list[str]) -> None:
     notes = run(planned_run(configure(*words, "model=users_networks:silu"))).warnings
-    (note,) = (line for line in notes if line.startswith("1 layers set negative inputs to 0 (3 "))
+    (note,) = (line for line in notes if line.startswith("1 layer sets negative inputs to 0 (3 "))
     assert " % of the inputs), because no level is negative" in note
     signed = run(planned_run(configure(*words, "model=users_networks:silu", "method=lsq"))).warnings
     assert not any("negative inputs" in line for line in signed)
@@ -372,7 +376,12 @@ OTHER_IMAGES = (
         ("Counting", "two evaluations of the same images differ"),
         ("Centred", OTHER_IMAGES),
         ("NeverInEval", OTHER_IMAGES),
-        ("Softmax", "the network returns probabilities; the loss treats them as logits and applies softmax again"),
+        ("Softmax", "the network returns probabilities; the loss treats them as logits and applies softmax"),
+        (
+            "Sigmoid",
+            "the network returns numbers from 0 to 1 only, as after a sigmoid; the loss treats them as logits "
+            "and applies softmax",
+        ),
         ("LogSoftmax", None),
         ("Steady", None),
     ],

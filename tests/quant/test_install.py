@@ -377,8 +377,9 @@ class Routed(nn.Module):
 def test_layers_that_the_example_does_not_reach_are_named(caplog: pytest.LogCaptureFixture) -> None:
     qbench.install(dorefa.build(w=2, a=2), Routed(), example=torch.ones(2, 6))
     assert [record.getMessage() for record in caplog.records] == [
+        "1 layer sets negative inputs to 0 (experts.1 67 % of the inputs), because no level is negative",
         "layers that do not run on the example stay in float: experts.0, experts.2; "
-        "if other images use them, pass more images"
+        "if other images use them, pass more images",
     ]
     caplog.clear()
     model = qbench.install(dorefa.build(w=2, a=2), Routed(), example=torch.tensor([[1.0] * 6, [-1.0] * 6]))
@@ -399,3 +400,42 @@ def test_functions_that_a_training_loop_must_call_are_named(
     text = " ".join(record.getMessage() for record in caplog.records)
     assert [function for function in ("prepare", "on_epoch", "step") if f"{function}(model" in text] == functions
     assert (f"{name} needs more than its quantizers" in text) is bool(functions)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.Hardswish, lambda: nn.LeakyReLU(0.3), nn.ReLU])
+@pytest.mark.parametrize("name", ["dorefa", "pact", "apot", "hwgq", "lsq"])
+def test_negative_inputs_that_become_0_are_named(
+    name: str, act: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 3))
+    method = registry.create("method", {"name": name} | ({} if name == "hwgq" else {"w": 3, "a": 3}))
+    qbench.install(method, model, example=torch.randn(50, 6))
+    texts = [record.getMessage() for record in caplog.records if "negative inputs to 0" in record.getMessage()]
+    assert len(texts) == (name != "lsq" and act is not nn.ReLU)
+    assert all(text.startswith("1 layer sets negative inputs to 0 (2 ") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hwgq", "needs batch normalization without scale and shift"),
+        ("gupta", "trains from random weights"),
+        ("qd", "a distillation loss and a float network as teacher"),
+        ("dq", "a distillation loss and a float network as teacher"),
+        ("lsq", ""),
+    ],
+)
+def test_what_a_run_does_besides_is_named(name: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    def net(affine: bool) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4, affine=affine), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4)
+        )
+
+    def named(affine: bool) -> bool:
+        caplog.clear()
+        qbench.install(registry.create("method", {"name": name}), net(affine))
+        assert not words or not caplog.text or "as qbench.run does" in caplog.text
+        return bool(words) and words in caplog.text
+
+    assert (named(True), named(False)) == (bool(words), bool(words) and name != "hwgq")

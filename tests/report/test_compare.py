@@ -189,6 +189,19 @@ def test_a_method_trained_from_scratch_says_how_many_epochs_it_lacks(configure: 
     assert any("for at most 30 epochs; other methods have at most 50 more epochs" in note for note in notes)
 
 
+def test_early_stopping_is_a_note_with_the_numbers_of_epochs(configure: Configure) -> None:
+    words = ("optim.patience=2", "epochs=20", "pretrain.optim.patience=3", "pretrain.epochs=30")
+    for method, seed, last in (("dorefa", 0, 3), ("dorefa", 1, 7), ("dorefa", 2, 19), ("twn", 0, 4), ("ttq", 0, 19)):
+        final = replace(evaluation(95.0), epoch=last)
+        plant(configure(f"method={method}", f"seed={seed}", *words), 95.0, 98.0, final=final)
+    (table,) = tables(configure())
+    assert [note for note in table.notes if "stopped training" in note] == [
+        "float w32a32g32: pretrain.optim.patience=3 stopped training after 1 of 30 epochs (3 of 3 runs)",
+        "dorefa w2a32g32: optim.patience=2 stopped training after 4-8 of 20 epochs (2 of 3 runs)",
+        "twn w2a32g32: optim.patience=2 stopped training after 5 of 20 epochs",
+    ]
+
+
 def test_warnings_of_runs_are_footnotes_of_their_settings(configure: Configure) -> None:
     for seed in range(3):
         found = ["test holds 3 images of train", *(["0.weight had no gradient"] if seed else [])]

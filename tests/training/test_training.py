@@ -13,6 +13,7 @@ from conftest import Configure, tiered
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qbench.analysis.description import description
 from qbench.config.identity import run_identity
 from qbench.config.schema import Optim
 from qbench.distributed.group import Group
@@ -165,6 +166,8 @@ def test_seconds_per_epoch_is_the_mean_of_the_trained_epochs(smoke: Configure) -
     records = [json.loads(line) for line in (Path(result.run) / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(record["seconds"] for record in records if record["kind"] == "epoch")
     assert result.speed.seconds_per_epoch == pytest.approx(seconds / epochs)
+    assert f"optim.patience=2 stopped training after {epochs} of 40 epochs" in result.notes
+    assert f"optim.patience stopped training after epoch {epochs}" in description(Path(result.run))
 
 
 def test_an_incremental_method_has_no_best_before_it_is_complete() -> None:

@@ -138,7 +138,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
         logged = [r for r in members if r.run in context.from_logs]
         source = FROM_LOGS if logged else "result.json"
         settings.append(aggregate(label, members, source, context.file_bytes, learning_rate))
-        notes.extend(_member_notes(settings[-1], logged))
+        notes.extend([*_member_notes(settings[-1], logged), *_stop_notes(settings[-1], members)])
 
     for label, baselines in _baselines(results, context):
         add(label, baselines)
@@ -202,6 +202,21 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
     if logged:
         names = ", ".join(Path(r.run).name for r in sorted(logged, key=lambda r: (r.seed, r.run)))
         yield f"{setting.name}: {FROM_LOGS}: {names}"
+
+
+def _stop_notes(setting: Setting, members: Sequence[Result]) -> Iterator[str]:
+    """Yield a note if `optim.patience` stopped the training of some runs early. Their numbers of epochs then differ."""
+    keys = naming.flat(members[0].protocol.keys)
+    prefix = "pretrain." if setting.is_baseline else ""
+    patience, epochs = keys.get(f"{prefix}optim.patience", "null"), keys.get(f"{prefix}epochs", "")
+    if patience == "null" or not epochs.isdecimal():
+        return
+    trained = [run.final.epoch + 1 for run in members if run.final and run.final.epoch is not None]
+    if stopped := [count for count in trained if count < int(epochs)]:
+        span = f"{min(stopped)}" if len(set(stopped)) == 1 else f"{min(stopped)}-{max(stopped)}"
+        runs = "" if len(members) == 1 else f" ({len(stopped)} of {len(members)} runs)"
+        key = f"{prefix}optim.patience={patience}"
+        yield f"{setting.name}: {key} stopped training after {span} of {epochs} epochs{runs}"
 
 
 def _diverged_notes(setting: Setting, failed: Sequence[Result]) -> Iterator[str]:

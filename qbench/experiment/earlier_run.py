@@ -1,0 +1,64 @@
+"""Compares a run with the earlier run from whose weights it starts."""
+
+from pathlib import Path
+
+from qbench.config.identity import RunIdentity
+from qbench.experiment.builders import images_sha256
+from qbench.experiment.setup import OTHER_IMAGES, ExperimentSetup
+from qbench.runs.result import Result, load_result
+
+SAME_FUNCTION = frozenset(("head", "act", "norm", "bn_momentum"))
+"""Keys of networks that may differ between a run and the run it starts from.
+
+The last layer can be new, quantizers can replace activation functions, and other normalization has other tensors.
+"""
+
+
+def earlier_run_warnings(setup: ExperimentSetup, identity: RunIdentity) -> list[str]:
+    """Return warnings about initial weights from another run. The list is empty if they come from any other file.
+
+    Some test images of this run may be training images of the other run, or of a run from which that one started. The
+    weights may also belong to another function, if the other run had another shortcut or other normalization.
+    """
+    init = setup.config.init
+    source = earlier_run(Path(init))
+    if source is None:
+        return []
+    warnings = []
+    if source.dataset == setup.data.name:
+        if source.data_sha256 not in (None, images_sha256(setup.data)):
+            warnings.append(
+                f"init={init} {OTHER_IMAGES} or another split of dataset={source.dataset}; some test or validation "
+                "images of this run may be among its training images"
+            )
+        warnings += [f"init={init}: {text}" for text in image_warnings(source)]
+    if differing := _differing_keys(source, identity):
+        warnings.append(f"init={init} was trained with {differing}")
+    return warnings
+
+
+def earlier_run(path: Path) -> Result | None:
+    """Return the result of a run. `path` is the run's directory, or best.pt or last.pt in this directory."""
+    if path.is_dir():
+        return load_result(path)
+    return load_result(path.parent) if path.name in ("best.pt", "last.pt") else None
+
+
+def image_warnings(result: Result) -> list[str]:
+    """Return a run's warnings that its initial weights or its teacher may have seen its test images."""
+    return [text for text in result.warnings if OTHER_IMAGES in text]
+
+
+def _differing_keys(source: Result, identity: RunIdentity) -> str:
+    """Return the keys that change the function of a network and differ between a run and the run it starts from.
+
+    These are the keys of the network, and the normalization of the images if both runs have the same data set.
+    """
+    groups = {"model": set(identity.protocol["model"]) - SAME_FUNCTION, "dataset": {"normalize"}}
+    texts = []
+    for group, keys in groups.items():
+        then, now = source.protocol.keys.get(group), identity.protocol[group]
+        if isinstance(then, dict) and then.get("name") == now["name"]:
+            differing = [key for key in sorted(keys & then.keys() & now.keys()) if then[key] != now[key]]
+            texts += [f"{group}.{key}={then[key]}, but this run has {group}.{key}={now[key]}" for key in differing]
+    return "; ".join(texts)
