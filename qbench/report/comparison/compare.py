@@ -206,13 +206,15 @@ def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
 
 def _stop_notes(setting: Setting, members: Sequence[Result]) -> Iterator[str]:
     """Yield a note if `optim.patience` stopped the training of some runs early. Their numbers of epochs then differ."""
-    keys = naming.flat(members[0].protocol.keys)
+    keys: object = members[0].protocol.keys
     prefix = "pretrain." if setting.is_baseline else ""
-    patience, epochs = keys.get(f"{prefix}optim.patience", "null"), keys.get(f"{prefix}epochs", "")
-    if patience == "null" or not epochs.isdecimal():
+    recipe = keys.get("pretrain") if prefix and isinstance(keys, dict) else keys
+    optim, epochs = (recipe.get("optim"), recipe.get("epochs")) if isinstance(recipe, dict) else (None, None)
+    patience = optim.get("patience") if isinstance(optim, dict) else None
+    if patience is None or not isinstance(epochs, int):
         return
     trained = [run.final.epoch + 1 for run in members if run.final and run.final.epoch is not None]
-    if stopped := [count for count in trained if count < int(epochs)]:
+    if stopped := [count for count in trained if count < epochs]:
         span = f"{min(stopped)}" if len(set(stopped)) == 1 else f"{min(stopped)}-{max(stopped)}"
         runs = "" if len(members) == 1 else f" ({len(stopped)} of {len(members)} runs)"
         key = f"{prefix}optim.patience={patience}"
