@@ -141,6 +141,12 @@ def check_outputs(model: nn.Module, data: Dataset, name: str) -> None:
         ConfigError: the network does not fit the images or the classes.
     """
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    for key, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                f"model={name}: {key} in the network's state_dict is a {type(value).__name__}, but runs store only "
+                "tensors\nkeep this state in a buffer (register_buffer) instead of get_extra_state"
+            )
     try:
         with eval_mode_keeping_rng(model), torch.no_grad():
             compute_logits(model, torch.zeros(2, *data.shape, device=device), data.classes)

@@ -31,7 +31,7 @@ from qbench.runs.result import BaselineResult, Evaluation, Result, load_result
 from qbench.training import optimizer
 from qbench.training.checkpoint import Saved, first_nonfinite
 from qbench.training.divergence import must_be_finite
-from qbench.training.evaluation import evaluate
+from qbench.training.evaluation import evaluate, unsteady_training
 from qbench.training.health import remedy
 from qbench.training.initial_weights import is_intact, load_initial_weights, load_quantizers
 from qbench.training.loop import train
@@ -41,6 +41,8 @@ from qbench.training.task import Task
 
 PROBE_IMAGES = 256
 """Number of training images on which methods measure statistics."""
+UNSTEADY_IMAGES = 16
+"""Number of images on which two training passes are compared (`unsteady_training`)."""
 
 
 def run(
@@ -158,6 +160,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         probe = Probe(list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
             method.prepare(model, probe)
+        if setup.epochs and (unsteady := unsteady_training(model, probe.batches[0][0][:UNSTEADY_IMAGES])):
+            setup.warnings.append(unsteady)
         task = Task(
             model=model, method=method, optim=setup.optim, epochs=setup.epochs, steps=loader.steps,
             train=loader.train, validate=lambda: context.evaluation_batches(loader, "val"), probe=probe,

@@ -205,7 +205,10 @@ class ExperimentSetup:
             device: the device on which the network is created.
             seed: the seed of the initial weights; by default, the run's seed.
         """
-        return build_model(self.config.model, self.data, self.method, self.seed if seed is None else seed, device)
+        seed = self.seed if seed is None else seed
+        model = build_model(self.config.model, self.data, self.method, seed, device)
+        configure_torch(self.runtime)  # a user's network can change the number of threads
+        return model
 
     def find_layers(self, model: nn.Module) -> None:
         """Set `order` and `macs` to the values for a float network with its current weights.

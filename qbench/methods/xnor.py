@@ -226,10 +226,13 @@ def weight_quantizer(layer: FloatLayer, gradient: str, center: bool) -> BinaryWe
 
 
 def center_and_clamp(model: nn.Module, *, center: bool, clamp: bool) -> None:
-    """Center latent weights over input channels and clamp them to [-1, 1], in place, as the authors' code does."""
+    """Center latent weights over input channels and clamp them to [-1, 1], in place, as the authors' code does.
+
+    Weights that are not trained stay as they are.
+    """
     with torch.no_grad():
         for layer in quantized_layers(model).values():
-            if isinstance(layer.weight_q, BinaryWeight):
+            if isinstance(layer.weight_q, BinaryWeight) and layer.weight.requires_grad:
                 if center:
                     layer.weight.sub_(layer.weight.mean(1, keepdim=True))
                 if clamp:

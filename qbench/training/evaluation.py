@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.distributed.group import Group
-from qbench.quant.graph import eval_mode_keeping_rng
+from qbench.quant.graph import eval_mode_keeping_rng, state_restored
 from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
+from qbench.training.random_state import random_state, set_random_state
 
 RELOAD_TOLERANCE = 1e-3
 """Maximum relative difference between the outputs of a network and of its reloaded copy.
@@ -138,6 +139,38 @@ def state_outside(model: nn.Module, reloaded: nn.Module, images: Tensor) -> str 
         "the network has state that is not in its state_dict (an attribute, or a buffer with persistent=False), so "
         "networks loaded from best.pt or last.pt have other outputs, and so do continued runs; the accuracy `best` was "
         "measured with the state after the last epoch"
+    )
+
+
+def unsteady_training(model: nn.Module, images: Tensor) -> str | None:
+    """Return a warning if the outputs in training depend on more than the state_dict and the usual random numbers.
+
+    Two passes in training mode start from the same state_dict and the same state of all random number generators. The
+    network and the generators are restored afterwards, but not objects outside the network, such as global variables.
+
+    Args:
+        images: (N, C, H, W).
+    """
+    if images.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return None  # equal passes can then differ in rounding errors
+    random = random_state()
+    with state_restored(model):
+        stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        outputs = []
+        for _ in range(2):
+            set_random_state(random)
+            for name, tensor in model.state_dict().items():  # the first pass may have added tensors
+                if name in stored:
+                    tensor.copy_(stored[name])
+            outputs.append(model.train()(images.clone()))
+    set_random_state(random)
+    logits = [output.detach().nan_to_num() for output in outputs if isinstance(output, Tensor)]
+    if len(logits) < 2 or torch.equal(*logits):  # `compute_logits` refuses other outputs
+        return None
+    return (
+        "in training, the network has state that is not in its state_dict (an attribute, a global variable, or its own "
+        "random generator), so continued runs, runs on several processes, and runs after others in one process end "
+        "with other weights; keep the state in a buffer (register_buffer), and draw from torch's generator"
     )
 
 

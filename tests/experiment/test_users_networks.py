@@ -128,6 +128,58 @@ class Softmax(Dropout):
     def forward(self, x):
         return self.net(x).softmax(1)
 
+STEPS = [0]
+
+class Scheduled(Dropout):
+    # the rate of dropout depends on the number of training steps, which is counted in an attribute
+    steps = 0
+
+    def forward(self, x):
+        if not self.training:
+            return self.net(x)
+        self.steps += 1
+        return self.net(nn.functional.dropout(x, min(0.5, self.steps / 20)))
+
+class GlobalSteps(Dropout):
+    def forward(self, x):
+        STEPS[0] += self.training
+        return self.net(nn.functional.dropout(x, STEPS[0] % 7 / 20, self.training))
+
+class OwnGenerator(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return self.net(x + torch.randn(x.shape, generator=self.generator) if self.training else x)
+
+class Buffered(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps += self.training
+        return self.net(nn.functional.dropout(x, min(0.5, float(self.steps) / 20), self.training))
+
+class Threads(Dropout):
+    def __init__(self, shape, classes):
+        super().__init__(shape, classes)
+        torch.set_num_threads(2)
+        torch.use_deterministic_algorithms(False)
+
+    def forward(self, x):
+        assert torch.get_num_threads() == 1 or not self.training
+        assert torch.are_deterministic_algorithms_enabled() or not self.training
+        return self.net(x)
+
+class ExtraState(Dropout):
+    def get_extra_state(self):
+        return {"steps": 1}
+
+    def set_extra_state(self, state):
+        pass
+
 class Sigmoid(Dropout):
     def forward(self, x):
         return self.net(x).sigmoid()
@@ -367,6 +419,30 @@ OTHER_IMAGES = (
     "the output for an image depends on the other images of its batch, even in eval mode, "
     "so the accuracy would change with other batches"
 )
+
+
+@pytest.mark.parametrize(
+    ("network", "noted"),
+    [("Scheduled", True), ("GlobalSteps", True), ("OwnGenerator", True), ("Buffered", False), ("Dropout", False),
+     ("Centred", False), ("Steady", False)],
+)  # fmt: skip
+def test_state_that_acts_only_in_training_is_noted(
+    configure: Configure, words: list[str], network: str, noted: bool
+) -> None:
+    """Such a run would continue with other weights after it was stopped, without any other sign of it."""
+    result = run(planned_run(configure(*words, f"model=users_networks:{network}", "method=dorefa", "bits=w2a2")))
+    found = [line for line in result.warnings if line.startswith("in training, the network has state that is not in")]
+    assert bool(found) is noted
+
+
+def test_a_network_does_not_change_the_threads_of_its_run(configure: Configure, words: list[str]) -> None:
+    config = configure(*words, "model=users_networks:Threads", "method=dorefa", "bits=w2a2", "runtime.threads=1")
+    assert run(planned_run(config)).status == "done"
+
+
+def test_extra_state_is_refused(configure: Configure, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="_extra_state in the network's state_dict is a dict, but runs store only"):
+        run(planned_run(configure(*words, "model=users_networks:ExtraState", "method=dorefa", "bits=w2a2")))
 
 
 @pytest.mark.parametrize(
