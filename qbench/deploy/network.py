@@ -174,7 +174,9 @@ def quantize(x: Tensor, thresholds: Tensor, levels: Tensor) -> Tensor:
         rows = x.movedim(1, 0)
         codes = torch.searchsorted(thresholds, rows.reshape(len(rows), -1), right=True)
         values = levels.gather(1, codes).reshape(rows.shape).movedim(0, 1)
-    return torch.empty_like(x).copy_(values)  # with the strides of x, on which sums in later steps may depend
+    # Sums in later steps may depend on the strides. Image quantizers and most others call clamp, whose result can have
+    # other strides than x if an axis has one element, such as the channels of grey images.
+    return x.clamp(0, 1).copy_(values)
 
 
 FUNCTIONS: Mapping[str, Callable[..., object]] = {

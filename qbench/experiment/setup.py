@@ -63,7 +63,6 @@ from qbench.training.initial_weights import InitialWeights, load_initial_weights
 DEBUG_IMAGES = 64
 """Number of validation images, and number of test images, in a debug run."""
 
-
 OTHER_IMAGES = "was trained on other images"
 """Part of the warnings about initial weights or a teacher that may have seen test images of the run."""
 

@@ -37,8 +37,9 @@ from qbench.deploy.trace import NotExportable, trace
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run as train_run
-from qbench.methods import dorefa, lsq
+from qbench.methods import dorefa, lsq, pact
 from qbench.models import resnet
+from qbench.quant.image import ImageQuantizer
 from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
 from qbench.quant.policy import Policy
@@ -114,6 +115,20 @@ def test_every_method_at_every_width_has_the_same_bits(name: str, place: str, co
 )
 def test_options_and_networks_have_the_same_bits(words: tuple[str, ...], configure: Configure) -> None:
     check_packed(*quantized(configure, *words))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_quantized_images_have_the_strides_of_the_run(channels: int) -> None:
+    """The strides decide how torch computes a convolution, and a grey image has strides of either memory format."""
+    images = torch.rand(9, 8, 8, channels, generator=torch.Generator().manual_seed(0)).movedim(3, 1)
+    quantizers: list[Quantizer] = [ImageQuantizer(8, (0.0,) * channels, (1.0,) * channels)]
+    for method in (dorefa.build(w=2, a=2), pact.build(w=2, a=2)):
+        assert method.input
+        quantizers.append(method.input("layer", nn.Conv2d(channels, 4, 3), 2))
+    for quantizer in quantizers:
+        levels = quantizer.grid(images).points[0, :, 0].detach()
+        found = quantize(images, (levels[1:] + levels[:-1]) / 2, levels)
+        assert found.stride() == quantizer(images).stride()
 
 
 def test_levels_of_one_channel_are_not_those_of_another() -> None:
