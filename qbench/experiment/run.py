@@ -160,14 +160,14 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         probe = Probe(list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
             method.prepare(model, probe)
-        if setup.epochs and (unsteady := unsteady_training(model, probe.batches[0][0][:UNSTEADY_IMAGES])):
-            setup.warnings.append(unsteady)
         task = Task(
             model=model, method=method, optim=setup.optim, epochs=setup.epochs, steps=loader.steps,
             train=loader.train, validate=lambda: context.evaluation_batches(loader, "val"), probe=probe,
             forward=setup.forward(model), classes=setup.data.classes, shards=setup.shards,
         )  # fmt: skip
         state = _state(task, loss_scaler(setup.runtime, setup.device), session.saved, setup.seed)
+        if setup.epochs and (unsteady := unsteady_training(model, probe.batches[0][0][:UNSTEADY_IMAGES])):
+            setup.warnings.append(unsteady)
         anomalies = torch.is_anomaly_enabled() or setup.config.debug
         with activation_memory(setup.runtime.activation_memory), torch.autograd.set_detect_anomaly(anomalies):
             train(task, state, session.watch(task, state, loader.batch_size))
