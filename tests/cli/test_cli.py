@@ -154,7 +154,7 @@ def test_a_repeat_prints_the_stored_row_without_torch(
 ) -> None:
     out, first = run_once
     (tmp_path / "torch.py").write_text("raise AssertionError('a repeat imported torch')")
-    again = qbench(*REPEATED, f"out={out}", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    again = qbench(*REPEATED, f"out={out}", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", QBENCH_TRACEBACK="1")
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
 
