@@ -19,7 +19,7 @@ from qbench.config.identity import ADDED
 from qbench.config.schema import Node, did_you_mean
 from qbench.config.signature import FILLED, Factory, arguments, check_missing, default_values, has_type, type_name
 from qbench.config.users_code import users_function
-from qbench.config.users_modules import search_working_directory
+from qbench.config.users_modules import executed_digest, search_working_directory
 from qbench.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ VAL = 0.1
 
 RECIPE = {"pretrain": 60, "finetune": 30, "lr": 1e-3, "lr_end": 1e-5}
 """Epochs and learning rates of Adam for a user's data set, if no YAML file states a recipe for this data set."""
+
+DIGITS = 12
+"""Number of digits of the digest of a user's file that a configuration stores."""
 
 NOT_ARGUMENTS = ("name", "family", "recipe", "source", "deviation", ADDED)
 """Keys of a node that are not arguments of the function that the node names."""
@@ -178,6 +181,7 @@ def checked(
     """
     name = str(node["name"])
     factory = find(group, str(node.get("family", name)))
+    _refuse_edited(name, node)
     options = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
     known = arguments(group, name, factory)
     _refuse_reserved(group, name, known)
@@ -192,6 +196,16 @@ def checked(
         if isinstance(known[key].default, float) and isinstance(value, int):
             options[key] = float(value)
     return factory, options, known
+
+
+def _refuse_edited(name: str, node: Mapping[str, object]) -> None:
+    """Raise `ConfigError` if a user's file was edited after a command had read it, for example during a sweep."""
+    module, user, _ = name.partition(":")
+    if user and (digest := executed_digest(module)) and node.get("source") not in (None, digest[:DIGITS]):
+        raise ConfigError(
+            f"{module} was edited after this command had started, so this run would belong to the old file but use the "
+            "new code\nto run the new code, repeat the command"
+        )
 
 
 def _refuse_reserved(group: str, name: str, known: Collection[str]) -> None:
@@ -240,7 +254,7 @@ def users_file(name: str) -> Path | None:
 
 def source_digest(file: Path) -> str:
     """Return the digest of a user's file. The configuration stores it as `source`, next to the function's name."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:DIGITS]
 
 
 def _requirements(factory: Factory) -> dict[str, str]:

@@ -6,11 +6,13 @@ the first import. The identity would then belong to the current file, but the ru
 
 import hashlib
 import importlib
+import importlib.util
 import os
 import sys
 import time
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 _executed: dict[str, str] = {}
 """Module -> sha256 of its file at the last import."""
@@ -60,8 +62,51 @@ def import_current(name: str) -> ModuleType:
         _forget(package)
     if name in sys.modules and _is_stale(name, sys.modules[name]):
         _forget(name)
-    module = importlib.import_module(name)
-    _executed[name] = _digest(module)
+    if name in sys.modules:
+        module = sys.modules[name]
+        _executed[name] = _digest(module)
+        return module
+    return _imported(name)
+
+
+def executed_digest(name: str) -> str:
+    """Return the sha256 of the file of a module at its last import, or "" if the module has no file."""
+    return _executed.get(name, "")
+
+
+class _SourceLoader(SourceFileLoader):
+    """Executes a module's file, never its bytecode in `__pycache__`.
+
+    Python uses the bytecode of another file if both files have the same size and the same time in whole seconds.
+    """
+
+    digest = ""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        source = self.get_data(path)
+        self.digest = hashlib.sha256(source).hexdigest()
+        return self.source_to_code(source, path)
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module, and remember the digest of the source that was executed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not isinstance(spec.loader, SourceFileLoader):
+        module = importlib.import_module(name)
+        _executed[name] = _digest(module)
+        return module
+    loader = spec.loader = _SourceLoader(spec.loader.name, spec.loader.path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    package, _, last = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], last, module)
+    _executed[name] = loader.digest
     return module
 
 

@@ -1,6 +1,8 @@
 """The Python interface: it does what the command line does, and leaves the user's process as it was."""
 
 import logging
+import os
+import py_compile
 import re
 import shutil
 import signal
@@ -33,6 +35,8 @@ from qbench.data.file_stream import FileSplit
 from qbench.errors import CheckpointError, ConfigError, DataError, Diverged
 from qbench.experiment import session
 from qbench.experiment.device import REDUCING_VARIABLES
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
 from qbench.report.tables.table import Table
 from qbench.training.evaluation import evaluate
 
@@ -653,3 +657,46 @@ def test_warnings_are_logged(out: Path, caplog: pytest.LogCaptureFixture) -> Non
     manifest.write_text(text)
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("this result was computed with torch 0.")
+
+
+WIDTH = """
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self, shape, num_classes):
+        width = {}
+        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 8), nn.Linear(8, num_classes))
+"""
+
+
+def test_code_of_the_same_size_and_time_is_not_taken_from_the_bytecode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python would execute the bytecode of the first file again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file, widths = Path("same_time.py"), list[int]()
+    for width in (4, 8):
+        file.write_text(WIDTH.format(width))
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        py_compile.compile(str(file), doraise=True)
+        file.write_text(WIDTH.format(12 - width))
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        monkeypatch.delitem(sys.modules, "same_time", raising=False)
+        result = qbench.run(*SMOKE, "model=same_time:Net", "method=dorefa", "bits=w2", out=tmp_path / "out")
+        widths.append(len(qbench.load_model(result, trust=True).get_submodule("1").weight))
+    assert widths == [8, 4]
+
+
+def test_a_file_that_is_edited_during_a_sweep_ends_the_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path("edited.py")
+    file.write_text(WIDTH.format(4))
+    (config,) = configurations([*SMOKE, "model=edited:Net", "method=dorefa", f"out={tmp_path / 'out'}"])
+    file.write_text(WIDTH.format(8))
+    with pytest.raises(ConfigError, match="edited was edited after this command had started"):
+        run(planned_run(config))
+    assert qbench.run(*SMOKE, "model=edited:Net", "method=dorefa", "bits=w2", out=tmp_path / "out").status == "done"
