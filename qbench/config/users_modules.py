@@ -10,12 +10,17 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
 _executed: dict[str, str] = {}
 """Module -> sha256 of its file at the last import."""
+
+_kept: list[bool] = []
+"""One element for each block of `keep_modules` that is being executed."""
 
 _searched: list[str] = []
 """Contains the working directory that was added to `sys.path`. Empty if `sys.path` already contained it."""
@@ -44,8 +49,21 @@ def search_working_directory() -> None:
                 _forget(name)
 
 
+@contextmanager
+def keep_modules() -> Iterator[None]:
+    """Do not import a module again within a `with` block or a decorated function, even if its file was edited.
+
+    A run builds its network several times. If the file were read again, an edit would change a run in progress.
+    """
+    _kept.append(True)
+    try:
+        yield
+    finally:
+        _kept.pop()
+
+
 def import_current(name: str) -> ModuleType:
-    """Return a module as a new process would import it.
+    """Return a module as a new process would import it, or as it is within `keep_modules`.
 
     A module that is imported again is a new module object. Objects that the old module created keep the old code.
 
@@ -56,6 +74,8 @@ def import_current(name: str) -> ModuleType:
         raise ImportError(
             "a function in a notebook or script cannot be used by name; move it to a file, such as my_code.py"
         )
+    if _kept and name in sys.modules and name in _executed:
+        return sys.modules[name]
     package = name.partition(".")[0]
     file = _found_file(package)
     if package in sys.modules and file and file != os.path.realpath(_file(sys.modules[package])):

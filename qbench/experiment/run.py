@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qbench.config.identity import file_sha256
+from qbench.config.users_modules import keep_modules
 from qbench.data.dataset import Loader
 from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.builders import images_sha256
@@ -45,6 +46,7 @@ UNSTEADY_IMAGES = 16
 """Number of images on which two training passes are compared (`unsteady_training`)."""
 
 
+@keep_modules()
 def run(
     planned: PlannedRun, context: RunContext | None = None, *, intact: bool = False, replace_other_data: bool = False
 ) -> Result:

@@ -689,14 +689,20 @@ def test_code_of_the_same_size_and_time_is_not_taken_from_the_bytecode(
     assert widths == [8, 4]
 
 
-def test_a_file_that_is_edited_during_a_sweep_ends_the_other_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_edited_during_a_sweep_changes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the same process keep the code. A process that reads the file later refuses it."""
     monkeypatch.chdir(tmp_path)
     file = Path("edited.py")
     file.write_text(WIDTH.format(4))
+    words = (*SMOKE, "model=edited:Net", "method=dorefa", "bits=w2", f"out={tmp_path / 'out'}")
+    configs = [*configurations([*words, "seed=1"]), *configurations([*words, "seed=2"])]
+    file.write_text(WIDTH.format(8))
+    for config in configs:
+        assert len(torch.load(Path(run(planned_run(config)).run) / "last.pt")["model"]["1.weight"]) == 4
+    file.write_text(WIDTH.format(4))
     (config,) = configurations([*SMOKE, "model=edited:Net", "method=dorefa", f"out={tmp_path / 'out'}"])
     file.write_text(WIDTH.format(8))
+    monkeypatch.delitem(sys.modules, "edited")
     with pytest.raises(ConfigError, match="edited was edited after this command had started"):
         run(planned_run(config))
     assert qbench.run(*SMOKE, "model=edited:Net", "method=dorefa", "bits=w2", out=tmp_path / "out").status == "done"
