@@ -248,6 +248,11 @@ def _plain(value: Any) -> Any:
 
 @cached_for_command(256)
 def file_sha256(key: str, path: str) -> str:
+    """Return the sha256 of the checkpoint at `path` when this command first asked for it (`current_sha256`)."""
+    return current_sha256(key, path)
+
+
+def current_sha256(key: str, path: str) -> str:
     """Return the sha256 of the checkpoint at `path`.
 
     Args:

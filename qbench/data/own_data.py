@@ -108,8 +108,9 @@ def _names(source: object) -> tuple[str, ...]:
     The result is () if there is no such list of names.
     """
     names: object = getattr(source, "classes", None) or getattr(getattr(source, "dataset", None), "classes", ())
-    texts = [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
-    return tuple(texts) if isinstance(names, list | tuple) and len(texts) == len(names) else ()
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return ()
 
 
 def _check_first_label(parts: Mapping[str, Split | DrawnSplit]) -> None:

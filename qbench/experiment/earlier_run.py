@@ -1,8 +1,9 @@
-"""Compares a run with the earlier run from whose weights it starts."""
+"""Checks the initial weights and the teacher of a run, and compares the run with the run that they come from."""
 
 from pathlib import Path
 
-from qbench.config.identity import RunIdentity
+from qbench.config.identity import RunIdentity, current_sha256
+from qbench.errors import CheckpointError
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.setup import OTHER_IMAGES, ExperimentSetup
 from qbench.runs.result import Result, load_result
@@ -35,6 +36,26 @@ def earlier_run_warnings(setup: ExperimentSetup, identity: RunIdentity) -> list[
     if differing := _differing_keys(source, identity):
         warnings.append(f"init={init} was trained with {differing}")
     return warnings
+
+
+def refuse_replaced_files(setup: ExperimentSetup, identity: RunIdentity) -> None:
+    """Refuse initial weights or a teacher whose file was replaced after the run's identity had been computed.
+
+    Call this after the files were loaded.
+
+    Raises:
+        CheckpointError: a file has another content than the identity says.
+    """
+    config, expected = setup.config, {}
+    if config.starts_from_file:
+        expected["init", config.init] = identity.keys["init"]
+    if config.distill.on and not config.distill.by_baseline:
+        expected["distill.teacher", config.distill.teacher] = identity.keys["distill"]["teacher"]
+    for (key, path), digest in expected.items():
+        if current_sha256(key, path) != digest:
+            raise CheckpointError(
+                f"{key}={path} was replaced after this command had started\nto use the new file, repeat the command"
+            )
 
 
 def earlier_run(path: Path) -> Result | None:

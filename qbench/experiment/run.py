@@ -16,7 +16,7 @@ from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import has_other_data, other_data_error
 from qbench.experiment.device import loss_scaler, reset_peak_memory, slow_half
-from qbench.experiment.earlier_run import earlier_run_warnings
+from qbench.experiment.earlier_run import earlier_run_warnings, refuse_replaced_files
 from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
@@ -159,6 +159,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         baseline_path = Path(baseline.run) if baseline else None
         method = setup.with_teacher(baseline_path)
         model, compared = _initial_model(setup, baseline, loader, session)
+        refuse_replaced_files(setup, directory.identity)
         probe = Probe(list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
             method.prepare(model, probe)

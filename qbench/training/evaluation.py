@@ -89,11 +89,9 @@ def _in_order(parts: list[list[_Measured]]) -> Iterator[_Measured]:
 def unsteady_evaluation(model: nn.Module, images: Tensor) -> str | None:
     """Return a text that says why a network's accuracy depends on more than its weights, or None if it does not.
 
-
-
-    The output for an image must not depend on when the image is evaluated, or on the other images of
-    its batch. Outputs are compared bit for bit. All compared batches therefore have the same shape, because other
-    shapes cause other rounding errors. The buffers of the network are restored afterwards.
+    The output for an image must not depend on when the image is evaluated, or on the other images of its batch. Outputs
+    are compared bit for bit. All compared batches therefore have the same shape, because other shapes cause other
+    rounding errors. The buffers of the network are restored afterwards.
 
     Args:
         images: the images to evaluate, of shape (N, C, H, W). If N < 2, batches are not compared.

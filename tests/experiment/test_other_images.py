@@ -14,10 +14,13 @@ import qbench
 from qbench.analysis.evaluate import evaluate
 from qbench.analysis.export import evaluate_file, export
 from qbench.analysis.overrides import override_dataset
+from qbench.config.compose import configurations
 from qbench.data.dataset_check import trained_images
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import build_dataset
 from qbench.experiment.earlier_run import image_warnings
+from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
 from qbench.runs.result import Result
 
 SMOKE = ("experiment=smoke", "runtime.tensorboard=false", "optim.batch_size=8", "pretrain.optim.batch_size=8")
@@ -136,6 +139,23 @@ def test_initial_weights_of_another_function_are_named(train: Callable[..., Resu
         assert f"init={first.run} was trained with {key}={then}, but this run has {key}={now}" in result.warnings
     again = train(*words, f"init={first.run}")
     assert not [warning for warning in again.warnings if "was trained with" in warning]
+
+
+@pytest.mark.parametrize("key", ["init", "distill.teacher"])
+def test_weights_that_are_replaced_after_the_start_are_refused(key: str, train: Callable[..., Result]) -> None:
+    """For example in a sweep, whose runs load the file one after another."""
+    write_photos(Path("photos"), {".": 20})
+    words = ("dataset.root=photos", "dataset.test=0.2", "method=dorefa")
+    first, other = (Path(train(*words, bits).run) for bits in ("bits=w4a4", "bits=w3a3"))
+    distilled = () if key == "init" else ("distill=kd",)
+    (config,) = configurations(
+        [*SMOKE, "dataset=folder", *SIZES, *words, "bits=w2a2", *distilled, f"{key}={first}", "out=late"]
+    )
+    planned = planned_run(config)
+    for name in ("best.pt", "last.pt", "config.yaml", "result.json"):
+        shutil.copy(other / name, first / name)
+    with pytest.raises(CheckpointError, match=f"{key}={first} was replaced after this command had started"):
+        run(planned)
 
 
 def test_exported_files_say_that_their_training_images_are_not_known(train: Callable[..., Result]) -> None:

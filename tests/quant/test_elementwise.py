@@ -162,6 +162,7 @@ def test_sums_with_one_number_for_each_sample_are_left_to_torch() -> None:
     x, s = torch.randn(2, 2048, generator=torch.Generator().manual_seed(9)), torch.tensor([[3.0], [5.0]])
     for _ in range(2):
         assert same_bits(elementwise.call(function, x, s), function(x, s))
+    assert compiled() == [False]
 
 
 @pytest.mark.parametrize("name", ["dorefa 2 bits", "lsq", "apot"])

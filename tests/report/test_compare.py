@@ -754,8 +754,9 @@ def test_speeds_under_different_conditions_have_a_warning(configure: Configure) 
     out = configure().out
     (table,) = command.tables(command.parse([out, "--columns", "speed"]))
     assert (
-        "warning: speeds and memory were measured under different conditions: cpu, 1 thread (1 run); cpu, 2 threads "
-        "(1 run); cpu, 2 threads, 2 processes (1 run); cuda GPU, 2 threads (1 run)"
+        "warning: speeds and memory were measured under different conditions: cpu, threads 1, processes 1 (1 run); "
+        "cpu, threads 2, processes 1 (1 run); cpu, threads 2, processes 2 (1 run); "
+        "cuda, GPU, threads 2, processes 1 (1 run)"
     ) in table.notes
     for words in ([out], [out, "--columns", "speed", "seed=0"]):
         assert not [note for table in command.tables(command.parse(words)) for note in table.notes if "speeds" in note]

@@ -24,13 +24,9 @@ def speed_notes(table: Table) -> list[str]:
 
 
 def _conditions(manifest: Mapping[str, object]) -> str:
-    """Return a text with the device and the numbers of threads and processes in a manifest."""
-    device = manifest.get("device")
-    if not device:
-        return ""
-    name = manifest.get("device_name") if device == "cuda" else ""
-    words = [" ".join(str(word) for word in (device, name) if word)]
-    for key, word in (("threads", "thread"), ("processes", "process")):
-        if isinstance(count := manifest.get(key), int) and (key == "threads" or count > 1):
-            words.append(f"{count} {word}{'' if count == 1 else 'es' if key == 'processes' else 's'}")
-    return ", ".join(words)
+    """Return a text with the device, the threads and the processes in a manifest, or "" if it names no device."""
+    device, name = manifest.get("device"), manifest.get("device_name")
+    counts = [f"{key} {manifest.get(key, 1)}" for key in ("threads", "processes")]
+    return (
+        ", ".join(str(word) for word in (device, name if device == "cuda" else "", *counts) if word) if device else ""
+    )
