@@ -47,7 +47,7 @@ def _outcome(path: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """Yield the lines about the run, its status, its accuracy, and the accuracy of its float baseline."""
     result = record.result
     yield "run", str(path)
-    yield "status", f"{record.status}{f': {record.reason}' if record.reason else ''}"
+    yield "status", f"{record.status}{f': {record.reason}' if record.reason else ''}".replace("\n", "; ")
     if result is None:
         return
     yield "what", f"{result.method} {result.widths} of {result.model} on {result.dataset}, seed {result.seed}"

@@ -226,6 +226,8 @@ def allocate_and_freeze(model: nn.Module, probe: Probe, allocation: str) -> None
         return
     norms: dict[str, float] = {}
     if allocation == "gradient":
+        for layer, _ in sites.values():
+            layer.weight.requires_grad_(True)  # the norm counts for layers that the network freezes, too
         with float_mode(model):
             gradients = probe.gradients(model)
         norms = {name: gradients[f"{name}.weight"].norm().item() for name in sites}

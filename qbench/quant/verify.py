@@ -33,7 +33,8 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
 
     Returns:
         For each layer and each of its quantized tensors (w, a, g): the largest number of levels that was found in a
-        scale group, and the allowed number.
+        scale group, and the allowed number. g is left out if a layer has no gradient, such as the first layers if their
+        weights are frozen.
 
     Raises:
         NotQuantized: a value is not on the grid, a quantizer declares no grid, or evaluation does not call a layer. The
@@ -49,16 +50,31 @@ def verify(model: nn.Module, images: Tensor) -> dict[str, dict[str, LevelCount]]
         passed = {slot: (before, after) for slot, before, after in calls}
         if missing := [name for name in layers if f"{name}.weight_q" not in passed]:
             raise NotQuantized(f"{missing[0]}: evaluation does not call the layer")
-        gradient_slots = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]
-        if gradient_slots:
-            # Wrong labels ensure that the gradients are not zero.
-            loss = F.cross_entropy(logits, (logits.detach().argmax(1) + 1) % logits.shape[1])
-            # The gradient that arrives at a quantizer is the gradient of the quantizer's output;
-            # the gradient that leaves is the gradient of the quantizer's input.
-            tensors = [t for slot in gradient_slots for t in (passed[slot][1], passed[slot][0])]
-            gradients = iter(torch.autograd.grad(loss, tensors))
-            passed |= {slot: (next(gradients), next(gradients)) for slot in gradient_slots}
+        outputs = [f"{name}.output_q" for name, layer in layers.items() if layer.bits.g < FLOAT]
+        passed |= _gradients(logits, {slot: passed.pop(slot) for slot in outputs})
     return {name: _verify_layer(name, layer, passed) for name, layer in layers.items()}
+
+
+def _gradients(logits: Tensor, outputs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the gradients that arrive at quantizers of gradients, and those that leave them.
+
+    Quantizers without gradient are left out.
+
+    Args:
+        logits: the network's output.
+        outputs: for each quantizer, the output of its layer before and after it.
+    """
+    with_gradient = {slot: pair for slot, pair in outputs.items() if pair[0].requires_grad}
+    if not with_gradient:
+        return {}
+    # Wrong labels ensure that the gradients are not zero.
+    loss = F.cross_entropy(logits, (logits.detach().argmax(1) + 1) % logits.shape[1])
+    # The gradient that arrives at a quantizer is the gradient of the quantizer's output; the gradient that leaves is
+    # the gradient of the quantizer's input.
+    tensors = [t for before, after in with_gradient.values() for t in (after, before)]
+    gradients = iter(torch.autograd.grad(loss, tensors, allow_unused=True))
+    pairs = {slot: (next(gradients), next(gradients)) for slot in with_gradient}
+    return {slot: pair for slot, pair in pairs.items() if pair[0] is not None}
 
 
 def verify_weights(name: str, layer: QLayer, weights: Tensor) -> LevelCount:
@@ -118,7 +134,7 @@ def _verify_layer(name: str, layer: QLayer, passed: dict[str, tuple[Tensor, Tens
     return {
         key: _count_levels(f"{name}: {what}", quantizer, *passed[f"{name}.{slot}"])
         for key, bits, what, slot, quantizer in slots
-        if bits < FLOAT
+        if bits < FLOAT and (key != "g" or f"{name}.{slot}" in passed)
     }
 
 

@@ -165,6 +165,7 @@ def test_the_message_holds_the_fix(
     out, err = capsys.readouterr()
     unsupported = "unsupported" in out  # is the row of the run, with the reason below it
     assert fix in (out if unsupported else err)
+    assert "\\n" not in out, "a line break is not written as an escape sequence"
     assert len(err.splitlines()) <= 3
     assert "Traceback" not in err + out
     assert unsupported or (err.startswith("qbench: ") and not out)

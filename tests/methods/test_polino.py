@@ -435,6 +435,9 @@ def test_the_points_are_allocated_by_the_gradients_of_the_float_network() -> Non
     assert sum(counts) == 4 * len(counts)
     assert len(set(counts)) > 1, "layers differ"
     assert counts.index(max(counts)) == norms.index(max(norms))
+    frozen = deepcopy(plain)
+    frozen.get_parameter(f"{next(iter(sites))}.weight").requires_grad_(False)
+    assert [site.report()["points"] for site in dq_weights(prepared(frozen)).values()] == counts, "a frozen layer"
     even = dq_weights(prepared(deepcopy(plain), allocation="even"))
     assert {site.report()["points"] for site in even.values()} == {4}
 

@@ -38,6 +38,18 @@ def test_levels_are_counted_in_a_forward_pass() -> None:
     assert counts["conv1"]["w"].allowed == 256
 
 
+def test_gradients_are_counted_only_where_there_are_gradients() -> None:
+    model = net(dorefa.build(w=2, a=2, g=4))
+    later = ("layer1.0.bn2", "layer1.0.conv2", "layer2", "layer3", "fc")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(later))
+    counts = verify(model, X)
+    assert set(counts["layer1.0.conv1"]) == {"w", "a"}, "neither its input nor its weights need a gradient"
+    assert all(set(counts[name]) == {"w", "a", "g"} for name in counts if name != "layer1.0.conv1")
+    model.requires_grad_(False)
+    assert all(set(count) == {"w", "a"} for count in verify(model, X).values())
+
+
 @pytest.mark.parametrize("part", ["w", "a", "g"])
 def test_a_network_that_is_not_quantized_is_detected(part: str) -> None:
     model = net(dorefa.build(w=2, a=2, g=4))

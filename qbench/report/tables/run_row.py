@@ -56,7 +56,7 @@ def _remarks(result: Result) -> list[str]:
     top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"
-    remarks = [result.reason] if result.reason else [top1]
+    remarks = result.reason.splitlines() if result.reason else [top1]
     remarks += [f"{key}={value}: not the paper's method" for key, value in result.options.items() if key in DEVIATIONS]
     remarks += result.notes + [f"warning: {warning}" for warning in result.warnings]
     remarks += [f"warning: float baseline: {text}" for text in _baseline_warnings(result)]
