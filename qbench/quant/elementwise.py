@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from types import CodeType, FunctionType
@@ -48,17 +48,11 @@ FEW_ELEMENTS = 2**16
 FEW_ELEMENTS_OF_STAGES = 2**17
 """For fewer elements, torch is faster than a program of several stages."""
 
+FULL, PER_SAMPLE, ONE = "a value for each element", "one element for each sample", "one element"
+"""Kinds of arguments."""
+
 Result = TypeVar("Result")
 Function = Callable[..., object]
-
-
-@dataclass
-class _Key:
-    """The values that determine the program of a function."""
-
-    parts: object = None
-    codes: list[CodeType] = field(default_factory=list)  #: the code of the function and of all functions that it uses
-    numbers: list[Tensor] = field(default_factory=list)  #: tensors with one element that these functions read
 
 
 @dataclass
@@ -133,42 +127,44 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
             first one, or no axes, or one element for each index of the first axis, such as the shape (N, 1, 1, 1).
     """
     first = tensors[0]
-    ordinary = first.device.type == "cpu" and first.dim() and all(map(_plain, tensors))
-    if not (ordinary and _enabled.get() and available()) or _observed() or first.numel() < FEW_ELEMENTS:
+    if not (_enabled.get() and available() and _readable(tensors)) or first.numel() < FEW_ELEMENTS:
         return function(*tensors)
-    strides = first.stride()
-    full, numbers, examples = [], [], []
+    shape, strides = first.shape, first.stride()
+    full: list[Tensor] = []
+    numbers: list[Tensor] = []
+    kinds: list[tuple[torch.dtype, str]] = []
     for t in tensors:
-        if t.stride() == strides and t.shape == first.shape:
-            full.append(t.detach())
-            examples.append(t)
-        elif not t.dim() or _per_sample(t, first):
-            numbers.append(t.detach().flatten() if t.dim() else t.detach())
-            examples.append(t.flatten()[0] if t.dim() else t)
-        else:
+        kind = FULL if t.stride() == strides and t.shape == shape else PER_SAMPLE if t.dim() else ONE
+        if kind == PER_SAMPLE and not _per_sample(t, first):
             return function(*tensors)
-    key = _Key()
+        kinds.append((t.dtype, kind))
+        t = t.detach() if t.requires_grad else t
+        (full if kind == FULL else numbers).append(t.flatten() if kind == PER_SAMPLE else t)
+    codes: list[CodeType] = []
+    constants: list[Tensor] = []
     try:
-        kinds = tuple((t.dtype, t.dim() > 0, e.dim() > 0) for t, e in zip(tensors, examples, strict=True))
-        key.parts = (kinds, _described(function, key))
+        key = (*kinds, _described(function, codes, constants))
     except NotRecordable:
         return function(*tensors)
-    entry = _entries.get(key.parts)
+    entry = _entries.get(key)
     if entry is None:
-        if _variants[tuple(key.codes)] == MAX_VARIANTS:
+        if _variants[tuple(codes)] == MAX_VARIANTS:
             return function(*tensors)
-        _variants[tuple(key.codes)] += 1
-        entry = _entries[key.parts] = _Entry(function)
+        _variants[tuple(codes)] += 1
+        entry = _entries[key] = _Entry(function)
     if not _dense(first):
         return function(*tensors)
-    numbers += key.numbers
+    numbers += constants
     program = entry.program
     if program is None or (program.stages > 1 and first.numel() < FEW_ELEMENTS_OF_STAGES):
         result = function(*tensors)
         entry.elements += first.numel()
         if not entry.tried and entry.elements >= COMPILE_AFTER:
             entry.tried = True
-            entry.program = _program(function, examples, full, numbers, key.numbers, result)
+            examples = [
+                t.flatten()[0] if kind == PER_SAMPLE else t for t, (_, kind) in zip(tensors, kinds, strict=True)
+            ]
+            entry.program = _program(function, examples, full, numbers, constants, result)
         return result
     try:
         result, finite = program(full, numbers)
@@ -187,15 +183,20 @@ def _per_sample(x: Tensor, first: Tensor) -> bool:
     return one_each and first.numel() >= count * FEW_PER_SAMPLE and first.stride(0) * count == first.numel()
 
 
-def _plain(x: Tensor) -> bool:
-    """Return whether the memory of x contains its values. Tensors that torch.export traces may have no memory."""
-    return type(x) in (Tensor, Parameter) and x.layout == torch.strided and not x.is_neg()
+def _readable(tensors: Sequence[Tensor]) -> bool:
+    """Return whether a compiled program may read the memory of tensors.
 
-
-def _observed() -> bool:
-    """Return whether torch's operations are traced or counted. A compiled program would not be traced or counted."""
+    Tensors that torch.export traces may have no memory. If torch's operations are traced or counted, a program would
+    not be traced or counted.
+    """
+    for x in tensors:
+        if type(x) not in (Tensor, Parameter) or x.layout != torch.strided or x.is_neg():
+            return False
+    first = tensors[0]
+    if first.device.type != "cpu" or not first.dim():
+        return False
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return modes > 0 or torch._C._get_tracing_state() is not None
+    return not modes and torch._C._get_tracing_state() is None
 
 
 def _dense(x: Tensor) -> bool:
@@ -238,30 +239,37 @@ def _identical(a: object, b: object) -> bool:
     return bool((same | (a.isnan() & b.isnan())).all())
 
 
-def _described(value: object, key: _Key) -> object:
+def _described(value: object, codes: list[CodeType], numbers: list[Tensor]) -> object:
     """Return a description of a function or of a value in its closure.
 
-    Functions with equal descriptions differ at most in the values of `key.numbers`. The function appends code objects
-    and one-element tensors to `key`.
+    Functions with equal descriptions differ at most in the values of `numbers`.
+
+    Args:
+        value: the function or the value.
+        codes: the code objects of all functions that were found are appended to this list.
+        numbers: the tensors with one element that were found are appended to this list.
     """
     if isinstance(value, float):
         return "float", value.hex()
     if value is None or isinstance(value, int | str | torch.dtype | torch.device):
         return type(value), value
+    if isinstance(value, FunctionType):
+        code = value.__code__
+        codes.append(code)
+        parts = [_described(cell.cell_contents, codes, numbers) for cell in value.__closure__ or ()]
+        for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+            parts.append(_described(default, codes, numbers))
+        return id(code), id(value.__globals__), *parts
     if isinstance(value, Tensor):
         if value.device.type != "cpu" or value.numel() > MAX_CONSTANTS:
             raise NotRecordable("a large tensor")
         if value.dim():
             return value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
-        key.numbers.append(value.detach())
+        numbers.append(value.detach())
         return value.dtype, "one element"
-    if isinstance(value, FunctionType):
-        key.codes.append(value.__code__)
-        parts = [cell.cell_contents for cell in value.__closure__ or ()]
-        parts += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        return id(value.__code__), id(value.__globals__), *(_described(part, key) for part in parts)
     if isinstance(value, partial):
-        return "partial", *(_described(part, key) for part in (value.func, value.args, *sorted(value.keywords.items())))
+        bound = (value.func, value.args, *sorted(value.keywords.items()))
+        return "partial", *(_described(part, codes, numbers) for part in bound)
     if isinstance(value, tuple):
-        return type(value), *(_described(part, key) for part in value)
+        return type(value), *(_described(part, codes, numbers) for part in value)
     raise NotRecordable(f"a closure over {type(value).__name__}")

@@ -61,6 +61,8 @@ class Loop:
         count, threads = like.numel(), torch.get_num_threads()
         samples = max([len(number) for number in numbers if isinstance(number, list)], default=0)
         alone = threads == 1 or count < 2 * CHUNK
+        if alone and not samples:
+            return results, not self.code(0, count, *addresses, *numbers)
         size = max(1, count // samples if samples else count if alone else max(CHUNK, -(-count // threads)))
         parts = [
             (start, min(start + size, count), *addresses, *(n[i] if isinstance(n, list) else n for n in numbers))

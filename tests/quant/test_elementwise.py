@@ -479,6 +479,18 @@ def test_large_finite_inputs_are_accepted(network: nn.Module) -> None:
     assert any(compiled())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_inputs_of_every_type_are_checked(network: nn.Module, dtype: torch.dtype) -> None:
+    layer = network[2].to(dtype)
+    x = torch.full((2, 4, 10, 10), 0.9 * torch.finfo(dtype).max, dtype=dtype)  # the sum overflows
+    with elementwise.torch_operations():
+        assert layer(x).isfinite().all()
+        for bad in (math.inf, -math.inf, math.nan):
+            x[1, 2, 3, 4] = bad
+            with pytest.raises(NotFinite, match=r"1 of 800 values of its input"):
+                layer(x)
+
+
 def test_the_check_is_of_the_layers_own_input(network: nn.Module) -> None:
     """If a quantizer computes something else first, the layer's input is checked separately."""
 
