@@ -226,7 +226,12 @@ def _processor() -> binding.TargetMachine:
     """Return LLVM's description of this machine. An engine owns its description, so every engine needs a new one."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features().flatten()
+    found = binding.get_host_cpu_features()
+    features = found.flatten()
+    if found.get("avx512f"):
+        # By default, LLVM uses half of the register on most processors, because wide instructions can lower their clock
+        # rate. torch's convolutions use the whole register anyway.
+        features += ",-prefer-256-bit"
     return binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=features, opt=3
     )
