@@ -127,7 +127,7 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
             first one, or no axes, or one element for each index of the first axis, such as the shape (N, 1, 1, 1).
     """
     first = tensors[0]
-    if not (_enabled.get() and available() and _readable(tensors)) or first.numel() < FEW_ELEMENTS:
+    if not (_enabled.get() and available() and readable(tensors)) or first.numel() < FEW_ELEMENTS:
         return function(*tensors)
     shape, strides = first.shape, first.stride()
     full: list[Tensor] = []
@@ -152,7 +152,7 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
             return function(*tensors)
         _variants[tuple(codes)] += 1
         entry = _entries[key] = _Entry(function)
-    if not _dense(first):
+    if not is_dense(first):
         return function(*tensors)
     numbers += constants
     program = entry.program
@@ -183,8 +183,8 @@ def _per_sample(x: Tensor, first: Tensor) -> bool:
     return one_each and first.numel() >= count * FEW_PER_SAMPLE and first.stride(0) * count == first.numel()
 
 
-def _readable(tensors: Sequence[Tensor]) -> bool:
-    """Return whether a compiled program may read the memory of tensors.
+def readable(tensors: Sequence[Tensor]) -> bool:
+    """Return whether compiled code may read the memory of tensors on a CPU. The first tensor has at least one axis.
 
     Tensors that torch.export traces may have no memory. If torch's operations are traced or counted, a program would
     not be traced or counted.
@@ -199,7 +199,7 @@ def _readable(tensors: Sequence[Tensor]) -> bool:
     return not modes and torch._C._get_tracing_state() is None
 
 
-def _dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Return whether the elements of x fill one part of memory without gaps."""
     return (
         x.is_contiguous()

@@ -214,7 +214,7 @@ def stochastic_rounding_fill(like: Tensor, generator: Generator | None = None) -
     return fill
 
 
-def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
+def blockwise(x: Tensor, fill: Fill, scratch: int = 0, block: int = BLOCK) -> Tensor:
     """Compute a tensor with `fill`, block by block, and return the tensor. No gradient.
 
     The result has the shape and strides of x.
@@ -225,10 +225,11 @@ def blockwise(x: Tensor, fill: Fill, scratch: int = 0) -> Tensor:
     Args:
         fill: see `Fill`.
         scratch: number of additional tensors that `fill` may write to. Each has the size of a block.
+        block: number of elements per block.
     """
     result = torch.empty_like(x)
     source = x.detach() if x.stride() == result.stride() else torch.empty_like(result).copy_(x.detach())
-    size = min(BLOCK, x.numel()) if x.device.type == "cpu" else x.numel()
+    size = min(block, x.numel()) if x.device.type == "cpu" else x.numel()
     # Make one-dimensional views in the order of memory, and cut the views into blocks.
     blocks = [torch.split(t.as_strided((x.numel(),), (1,)), max(1, size)) for t in (source, result)]
     spare = x.new_empty(scratch, size)

@@ -26,7 +26,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import saved_tensors_hooks
 
 from qbench.quant import elementwise
-from qbench.quant.fused_kernels import at_least
+from qbench.quant.fused_kernels import at_least, blockwise
 
 P = ParamSpec("P")
 Setting = TypeVar("Setting", bool, str)
@@ -40,6 +40,9 @@ This number is enough for one cell per level of an 8-bit quantizer, and for the 
 
 FEW_ELEMENTS = 2**17
 """With fewer elements, `activation_memory("recompute")` saves the result too, which costs little memory."""
+
+HALF_BLOCK = 2**17
+"""Number of half-precision elements that are converted to float32 together. As floats, they take half a megabyte."""
 
 TRANSFORMS = (
     "quantizers do not work inside torch.func.grad, vmap, jvp and other transforms of functions\n"
@@ -247,11 +250,18 @@ class _Forms(NamedTuple):
     value: Values
     backward: Gradients
 
-    def in_float32(self, dtype: torch.dtype, masks: bool) -> "_Forms":
+    def in_float32(self, dtype: torch.dtype, masks: bool, pointwise: bool) -> "_Forms":
         """Return the forms for half-precision x. They compute in float32, and their results have the type `dtype`.
 
-        If the backward pass is only a mask of the gradient, it computes in half precision, with the same result.
+        If the backward pass is only a mask of the gradient, it computes in half precision, with the same result. If
+        each element of the result depends on one element of x alone, `value` converts x block by block, so that the
+        converted numbers stay in the processor's cache.
         """
+
+        def value(x: Tensor, *learned: Tensor) -> Tensor:
+            if pointwise:
+                return blockwise(x, lambda y, result: result.copy_(self.value(y.float(), *learned)), block=HALF_BLOCK)
+            return self.value(x.float(), *learned).to(dtype)
 
         def backward(grad: Tensor, x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
             half = masks and x.dtype == dtype
@@ -261,7 +271,7 @@ class _Forms(NamedTuple):
 
         return _Forms(
             lambda x, *learned: self.plain(x.float(), *learned).to(dtype),
-            lambda x, *learned: self.value(x.float(), *learned).to(dtype),
+            value,
             backward,
         )
 
@@ -350,7 +360,7 @@ def fused_quantizer(
     forms = _Forms(plain, value, backward)
     learned = tuple(t.to(wide_type(x)) for t in learned)
     if x.dtype in HALF:
-        forms = forms.in_float32(x.dtype, masks)
+        forms = forms.in_float32(x.dtype, masks, cells is not None and not any(t.dim() for t in learned))
     if torch.compiler.is_compiling() or not _fused.get():
         return forms.plain(x, *learned)
     fixed = [parameter.detach() for parameter in learned]

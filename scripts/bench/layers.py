@@ -60,6 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
+    if not elementwise.available():
+        parser.error("this script needs the extra: pip install -e '.[fast]'")
     torch.set_num_threads(1)
     tune_malloc()
     elementwise.COMPILE_AFTER = 0

@@ -31,7 +31,7 @@ def enter(path: Path, packages: Sequence[str] = PEERS) -> None:
 
 
 def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
-    """Make an environment with this clone of the project and the peers, and return the environment's interpreter.
+    """Make an environment with this clone of the project, the extra `fast` and the peers. Return its interpreter.
 
     Each package is tried only once, and a file in `path` stores whether the installation succeeded. To try again,
     delete this file. Peers that pip cannot install are left out.
@@ -48,9 +48,10 @@ def ensure(path: Path, packages: Sequence[str] = PEERS) -> Path:
     if not python.exists():
         progress(f"making {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
         subprocess.run([sys.executable, "-m", "venv", str(path)], check=True)
-    failure = install_once(path, python, "qbench", ["-e", str(ROOT)])
+    project = f"{ROOT}[fast]"
+    failure = install_once(path, python, "qbench_fast", ["-e", project])
     if failure:
-        (path / "qbench.tried").unlink()
+        (path / "qbench_fast.tried").unlink()
         raise SystemExit(f"the peers' environment cannot be made: {failure}")
     for package in packages:
         failure = install_once(path, python, package, package.split())

@@ -220,7 +220,8 @@ def main() -> None:
             makes[f"{name}, runtime.activation_memory={mode}"] = remembering(mode, makes[name])
     plain_names = {"fp32 channels_last", "fp32 stock", PUBLIC}
     quantized_names = [name for name in makes if not name.startswith("fp32") and "compile" not in name]
-    makes |= {f"{name}, extra fast": makes[name] for name in quantized_names if name not in plain_names}
+    if elementwise.available():
+        makes |= {f"{name}, extra fast": makes[name] for name in quantized_names if name not in plain_names}
     makes |= {name: without_extra(makes[name]) for name in quantized_names}
     elementwise.COMPILE_AFTER = 0
     if not options.no_peers:
