@@ -259,7 +259,7 @@ class _Forms(NamedTuple):
         """
 
         def value(x: Tensor, *learned: Tensor) -> Tensor:
-            if pointwise:
+            if pointwise and x.dtype == dtype:  # `_with_codes` passes float32
                 return blockwise(x, lambda y, result: result.copy_(self.value(y.float(), *learned)), block=HALF_BLOCK)
             return self.value(x.float(), *learned).to(dtype)
 
