@@ -99,7 +99,8 @@ def evaluate(
     trained = f"{result.method} {result.widths}, {result.model} trained on {result.dataset}"
     debug = setup.config.debug
     evaluated = table(run, trained, weights, data, measured, other=bool(words), debug=debug)
-    evaluated.notes += [f"warning: {problem}" for problem in [*problems, *image_warnings(result)]]
+    problems += [*image_warnings(result), *filter(None, [finished.changed])]
+    evaluated.notes += [f"warning: {problem}" for problem in problems]
     stored = result.final if weights == "last" else result.best
     if not words and stored and stored.test.top1 != measured.accuracy.top1:
         evaluated.notes.append(

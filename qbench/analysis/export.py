@@ -27,12 +27,15 @@ from qbench.deploy.integer_file import pack_integers, unpack_integers
 from qbench.deploy.kernel_runtime import in_numba
 from qbench.deploy.onnx_file import to_onnx
 from qbench.deploy.runtimes import RUNTIMES, about_onnx
-from qbench.deploy.trace import trace
+from qbench.deploy.trace import NotExportable, trace
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import images_sha256
 from qbench.report.tables.table import Table
 from qbench.runs.directory import PACKED_FILE
+from qbench.runs.result import load_result
 from qbench.system import files
+from qbench.training.digests import weights_sha256
+from qbench.training.initial_weights import load_published
 
 
 class Export(NamedTuple):
@@ -58,6 +61,8 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
             values.
     """
     finished = load_finished_run(run, weights, "cpu")
+    if finished.changed:
+        raise NotExportable(f"{finished.changed}\nto train the run again, add rerun=true to its command")
     path = out or run / DEFAULT_NAMES[to]
     network, about = trace(finished.model, verify_export.first_images(finished, 5)), _about(finished, weights, to)
     if to == "packed":
@@ -92,7 +97,7 @@ def _about(finished: FinishedRun, weights: str, form: str) -> About:
         identity=result.identity, weights=weights, dataset=dict(config.dataset), shape=data.shape,
         classes=data.classes, mean=data.mean, std=data.std, white=data.white,
         threads=config.runtime.threads, data_sha256=None if config.debug else result.data_sha256,
-        debug=config.debug, class_names=data.class_names,
+        debug=config.debug, class_names=data.class_names, weights_sha256=weights_sha256(finished.model.state_dict()),
     )  # fmt: skip
 
 
@@ -199,11 +204,30 @@ def evaluate_file(
             "the file does not contain the training images, so it is not known whether some of these test images are "
             "among them; to find out, evaluate the run: qbench evaluate RUN KEY=VALUE"
         )
+    made.notes += [f"warning: {problem}" for problem in _other_weights(file, about)]
     verified = verify_export.VERIFIED_IN.get(about.form, ("torch",))
     if runtime is None or runtime in verified:
         return made
     note = f"the export was verified in {' and '.join(verified)}, not in {runtime}, whose results may differ"
     return replace(made, notes=[*made.notes, note])
+
+
+def _other_weights(file: Path, about: About) -> list[str]:
+    """Return a warning if an exported file lies in the directory of its run and the run has other weights by now."""
+    run = file.parent
+    result = load_result(run)
+    if result is None or result.identity != about.identity or about.weights_sha256 is None:
+        return []
+    try:
+        now = weights_sha256(load_published(run, f"{about.weights}.pt")["model"])
+    except (OSError, CheckpointError):
+        return []
+    if now == about.weights_sha256:
+        return []
+    return [
+        f"the run was trained again after this file had been exported, so {run}/{about.weights}.pt contains other "
+        f"weights; to replace the file, type: qbench export {run} --to {about.form}"
+    ]
 
 
 @contextmanager

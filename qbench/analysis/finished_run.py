@@ -12,17 +12,22 @@ from qbench.experiment.data_check import check_same_data
 from qbench.experiment.device import HALF_TYPES
 from qbench.experiment.run import PROBE_IMAGES
 from qbench.experiment.setup import ExperimentSetup, assemble
-from qbench.experiment.trained_network import LAYERS, load_weights, stored_run
+from qbench.experiment.trained_network import LAYERS, load_weights, other_outputs, stored_run
 from qbench.quant.probe import Batch
 from qbench.runs.result import Result, load_result
 
 
 class FinishedRun(NamedTuple):
-    """The result, the setup and the network of a finished run. The network is in eval mode and on the run's device."""
+    """The result, the setup and the network of a finished run. The network is in eval mode and on the run's device.
+
+    `changed` is the warning of `other_outputs`. It is empty if the network has the outputs of the network that was
+    trained.
+    """
 
     result: Result
     setup: ExperimentSetup
     model: nn.Module
+    changed: str
 
 
 def load_finished_run(
@@ -60,10 +65,10 @@ def load_finished_run(
         raise ConfigError(
             f'{run} has no best epoch, because {_why_no_best(result)}\ntype --weights last (in Python: weights="last")'
         )
-    setup, model = load_finished_network(run, weights=weights, device=device, images=images)
+    setup, model, changed = load_finished_network(run, weights=weights, device=device, images=images)
     if result is None:  # `load_finished_network` has already raised an error if result.json is damaged
         raise CheckpointError(f"{run / 'result.json'} is missing")
-    return FinishedRun(result, setup, model.to(setup.device).eval())
+    return FinishedRun(result, setup, model.to(setup.device).eval(), changed)
 
 
 def _why_no_best(result: Result) -> str:
@@ -117,8 +122,8 @@ def half_precision_note(finished: FinishedRun, weights: str = "last") -> list[st
 
 def load_finished_network(
     run: Path, *, weights: str = "best", device: str = "cpu", images: bool = True
-) -> tuple[ExperimentSetup, nn.Module]:
-    """Return the setup of a finished run and its quantized network, on the CPU.
+) -> tuple[ExperimentSetup, nn.Module, str]:
+    """Return the setup of a finished run, its quantized network, on the CPU, and the warning of `other_outputs` or "".
 
     Args:
         run: the directory of the run.
@@ -138,4 +143,6 @@ def load_finished_network(
         setup = assemble(config)
         check_same_data(run, images_sha256(setup.data), setup.data.name)
     setup.restore_layers(state)
-    return setup, load_weights(setup.install(setup.float_model()), state, f"{run}: {weights}.pt")
+    named = f"{run}: {weights}.pt"
+    model = load_weights(setup.install(setup.float_model()), state, named)
+    return setup, model, other_outputs(model, state.get(LAYERS, {}), named)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.analysis.finished_run import load_finished_network, probe_batches
+from qbench.errors import CheckpointError
 from qbench.methods.hwgq import HWGQActivation
 from qbench.quant.quantizer import Quantizer
 from qbench.report.tables.table import Table
@@ -151,8 +152,13 @@ def mismatch_of_run(run: Path, backwards: Sequence[str]) -> Mismatch:
     """Return the gradient mismatch of a finished run's network.
 
     The loss is cross entropy on the probe, which is a fixed set of training images.
+
+    Raises:
+        CheckpointError: the network has other outputs than the network that was trained.
     """
-    setup, model = load_finished_network(run, weights="last", device="auto")
+    setup, model, changed = load_finished_network(run, weights="last", device="auto")
+    if changed:
+        raise CheckpointError(changed)
     return gradient_mismatch(model.to(setup.device), probe_batches(setup), F.cross_entropy, backwards)
 
 

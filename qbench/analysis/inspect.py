@@ -91,7 +91,7 @@ def inspect(
             order of the layers in the network.
     """
     finished = load_finished_run(run, weights, device)
-    _, setup, model = finished
+    setup, model = finished.setup, finished.model
     batches, images_note = validation_batches(setup, images)
     layers = quantized_layers(model)
     table = Table(HEAD, title=f"{run}, weights of {weights}.pt")
@@ -113,6 +113,7 @@ def inspect(
     table.notes += [
         f"{images_note}; quantizers of all layers {_accuracy_text('on', ablation)}; {_accuracy_text('off', ablation)}",
         *half_precision_note(finished, weights),
+        *([f"warning: {finished.changed}"] if finished.changed else []),
         "off: loss or top-1 with only this layer in float (latent weights), minus the value with all layers quantized; "
         "only: loss or top-1 with only this layer quantized, minus the value with all layers in float",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",

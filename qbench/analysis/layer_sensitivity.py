@@ -29,6 +29,7 @@ from qbench.config.schema import STARTS
 from qbench.cost.count import count_cost, storage
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.experiment.trained_network import other_outputs
 from qbench.quant.layers import effective_weight, quantized_layers
 from qbench.quant.method import Unsupported
 from qbench.quant.probe import Batch, Probe
@@ -44,7 +45,8 @@ class FloatBaseline(NamedTuple):
     Args:
         batches: the validation images on which accuracy is measured.
         images_note: a note that states the number of images in `batches`, and the split of these images.
-        precision_note: a note if the run was evaluated in half precision, or nothing.
+        notes: a note if the run was evaluated in half precision, and warnings if a network has other outputs than
+            the network that was trained.
         probe: the training images on which methods measure statistics.
         bn_batches: the images on which batch normalization statistics are recomputed (see `measure_accuracy`).
     """
@@ -55,7 +57,7 @@ class FloatBaseline(NamedTuple):
     probe: Probe
     bn_batches: Sequence[Batch] = ()
     images_note: str = ""
-    precision_note: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def quantized(self, widths: Mapping[str, int]) -> nn.Module:
         """Return the network with some layers quantized and all other layers in float.
@@ -146,7 +148,8 @@ def load_float_baseline(
                 f"norm\nchoose a run of method {setup.method_name}"
             )
         model = setup.float_model()
-        load_initial_weights(model, weights, identity)
+        loaded = load_initial_weights(model, weights, identity)
+        changed = [finished.changed, other_outputs(model, loaded.layers, str(weights)) if identity else ""]
         setup.find_layers(model)
         batches, images_note = validation_batches(setup, images)
         training = probe_batches(setup)
@@ -157,7 +160,7 @@ def load_float_baseline(
             probe=Probe(training, F.cross_entropy),
             bn_batches=training if recompute_bn else (),
             images_note=images_note,
-            precision_note=half_precision_note(finished),
+            notes=[*half_precision_note(finished), *(f"warning: {text}" for text in changed if text)],
         )
     except Unsupported as reason:
         raise ConfigError(str(reason)) from None

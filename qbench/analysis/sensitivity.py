@@ -112,7 +112,7 @@ def sensitivity(
     added = [f"layers=@{out}", *(word for word in words if not word.lstrip("+").startswith(in_file))]
     tables[0].notes += [
         f"{baseline.images_note}; the float network: loss {accuracy.loss:.4f}, top-1 {accuracy.top1:.2f} %",
-        *baseline.precision_note,
+        *baseline.notes,
         "predicted: float loss plus the sum of the layers' loss increases; measured: loss with all layers quantized, "
         "without training",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",

@@ -212,6 +212,8 @@ def load_model(
                 f"{path} contains other weights than the result that was passed, because the run was repeated or the "
                 "working directory was changed\npass the directory of the run, as an absolute path"
             )
+        if finished.changed:
+            logger.warning("%s", finished.changed)
         data, network = finished.setup.data, finished.model
         constants = torch.tensor([data.mean, data.std], device=finished.setup.device)[:, :, None, None]
         network.image_mean, network.image_std = constants

@@ -159,14 +159,20 @@ def prepare_image(
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the pixels are floats or too large.
+        ValueError: the pixels are floats or too large, or integers of 16 bits that use at most 12 bits.
     """
     if not isinstance(image, Image.Image):
         with Image.open(image) as opened:
             opened.load()
             return prepare_image(opened, shape=shape, side=side, mean=mean, std=std)
     channels, height, width = shape
+    deep = is_deep(image) if isinstance(image, ImageFile.ImageFile) else image.mode.startswith("I")
     whole = to_rgb(image)
+    if deep and (brightest := int(np.asarray(whole).max())) < 16:
+        raise ValueError(
+            f"an image of 16 bits in which no value is above {(brightest << 8) + 255}: its values seem to have 12 bits "
+            f"or fewer\nwhite must have the value {MAX_DEEP}: scale the values, or convert the image to 8 bits"
+        )
     whole = whole if channels == 3 else whole.convert("L")
     if side is None:
         crop = whole.resize((width, height), Image.Resampling.BILINEAR)

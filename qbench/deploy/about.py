@@ -27,6 +27,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             run has no digest, because it used only a few of the images that `dataset` describes.
         debug: whether the run had debug=true. The accuracy of such a run is meaningless.
         class_names: the name of each class, or empty if the data set has no names.
+        weights_sha256: the digest of the checkpoint's weights (`Result.weights_sha256`), or None in older files.
     """
 
     form: str
@@ -43,6 +44,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     data_sha256: str | None = None
     debug: bool = False
     class_names: tuple[str, ...] = ()
+    weights_sha256: str | None = None
 
 
 IMAGE_ROUNDING = 1e-5
@@ -56,9 +58,9 @@ def image_range(about: About) -> tuple[np.ndarray, np.ndarray]:
 
 
 def about_fields(about: About) -> dict[str, object]:
-    """Return the fields of a description as a file contains them. Empty class names are left out."""
+    """Return the fields of a description as a file contains them. Empty class names and digests are left out."""
     fields: dict[str, object] = msgspec.to_builtins(about)
-    return {name: value for name, value in fields.items() if value or name != "class_names"}
+    return {name: value for name, value in fields.items() if value or name not in ("class_names", "weights_sha256")}
 
 
 def read_about(values: Mapping[str, object], source: str) -> About:

@@ -16,7 +16,7 @@ from qbench.experiment.builders import images_sha256
 from qbench.experiment.evidence import evidence_warnings
 from qbench.experiment.session import TrainingSession
 from qbench.experiment.setup import ExperimentSetup
-from qbench.experiment.trained_network import LAYERS, load_weights
+from qbench.experiment.trained_network import LAYERS, example_outputs, load_weights
 from qbench.experiment.unused_keys import replaced_widths, unused_keys
 from qbench.quant.layers import effective_weight, fully_quantized, quantized_layers, reports
 from qbench.quant.verify import NotQuantized, negatives_warning, verify
@@ -53,16 +53,19 @@ def final_result(
         last = cpu_copy(model.state_dict())
     best_weights = state.best.model if state.best else last
     state_sha256 = state.digest(model)
+    images_format = setup.layers(model)["input"]
     best = _evaluate(task, best_weights, state.best.epoch, loader, session) if state.best else None
+    best_outputs = example_outputs(model, images_format) if best else None
     answers: list[Tensor] = []
     final = _evaluate(task, last, state.epoch - 1 if state.epoch else None, loader, session, answers)
+    last_outputs = example_outputs(model, images_format)
     if not fully_quantized(model):
         raise NotQuantized("some weights are still float after the last epoch")
     images = next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0]
     verified = verify(model, images)
     session.write_predictions(torch.cat(answers))
-    session.write_weights("last.pt", last, model)
-    session.write_weights("best.pt", best_weights, model)
+    session.write_weights("last.pt", last, model, last_outputs)
+    session.write_weights("best.pt", best_weights, model, best_outputs if best else last_outputs)
     commits = manifest.code_versions(session.directory.path / "manifest.json")
     notes = [
         *_baseline_note(baseline),

@@ -21,7 +21,7 @@ from qbench.experiment.final_result import final_result
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
 from qbench.experiment.setup import ExperimentSetup, assemble
-from qbench.experiment.trained_network import check_quantized
+from qbench.experiment.trained_network import check_quantized, other_outputs
 from qbench.quant.layers import NotFinite
 from qbench.quant.method import Unsupported
 from qbench.quant.ops import activation_memory
@@ -220,10 +220,12 @@ def _initial_model(
         return model.to(setup.device), compared
     if baseline is not None and baseline.final is not None:
         compared = BaselineResult(run=baseline.run, final=baseline.final, best=baseline.best)
-        if setup.starts_from_baseline and not session.saved:
+        if setup.starts_from_baseline:
             weights = load_initial_weights(model, Path(baseline.run), setup.baseline.identity.digest)
-            session.context.reporter.say(weights.message)
-            setup.find_layers(model)
+            setup.warn(other_outputs(model, weights.layers, f"float baseline {baseline.run}: best.pt"))
+            if not session.saved:
+                session.context.reporter.say(weights.message)
+                setup.find_layers(model)
     setup.restore_layers(session.saved or {})
     return setup.install(model).to(setup.device), compared
 

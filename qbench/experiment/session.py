@@ -143,9 +143,14 @@ class TrainingSession:
         self.directory.save_state(state.step, data)
         self._saved_at = time.perf_counter()
 
-    def write_weights(self, name: str, weights: dict[str, Tensor], model: nn.Module) -> None:
-        """Write last.pt or best.pt of the quantized network `model`."""
-        content = {"model": weights, "identity": self.directory.identity.digest, LAYERS: self.layers(model)}
+    def write_weights(
+        self, name: str, weights: dict[str, Tensor], model: nn.Module, outputs: Tensor | None
+    ) -> None:  # fmt: skip
+        """Write last.pt or best.pt of the quantized network `model`. See `StoredLayers` for `outputs`."""
+        layers = self.layers(model)
+        if outputs is not None:
+            layers["outputs"] = outputs
+        content = {"model": weights, "identity": self.directory.identity.digest, LAYERS: layers}
         self.directory.write_artifact(name, pack(content))
 
     def write_predictions(self, answers: Tensor) -> None:

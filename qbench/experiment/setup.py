@@ -49,7 +49,7 @@ from qbench.experiment.checks import (
 from qbench.experiment.data_check import check_same_data
 from qbench.experiment.device import HALF_TYPES, check_float32, choose_device, configure_torch, with_autocast
 from qbench.experiment.planned_run import PlannedRun, planned_run
-from qbench.experiment.trained_network import LAYERS, StoredLayers, load_weights, stored_run
+from qbench.experiment.trained_network import LAYERS, StoredLayers, load_weights, other_outputs, stored_run
 from qbench.quant.combine import distilled
 from qbench.quant.graph import call_inner_layers
 from qbench.quant.install import install
@@ -290,6 +290,10 @@ class ExperimentSetup:
         dtype = HALF_TYPES.get(self.runtime.precision)
         return run if dtype is None else with_autocast(run, self.device, dtype)
 
+    def warn(self, warning: str) -> None:
+        """Add a warning to `warnings`, unless it is empty or is there already."""
+        self.warnings.extend([warning] if warning and warning not in self.warnings else [])
+
     def with_teacher(self, baseline: Path | None) -> Method:
         """Return the method, with a teacher if the configuration has one.
 
@@ -359,9 +363,11 @@ class ExperimentSetup:
                 f"{named} {OTHER_IMAGES} of dataset={dataset}, on another split, or on images of another size than "
                 "this run"
             )
-            self.warnings.extend([] if warning in self.warnings else [warning])
+            self.warn(warning)
         teacher.restore_layers(state)
-        return load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
+        model = load_weights(teacher.install(teacher.float_model()), state, f"{named}: best.pt")
+        self.warn(other_outputs(model, state.get(LAYERS, {}), f"{named}: best.pt"))
+        return model
 
 
 def assemble(

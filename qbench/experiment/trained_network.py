@@ -1,15 +1,19 @@
 """Reads the configuration and the weights of a finished run, from which its network can be rebuilt."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qbench.config.foreign_code import refuse_edited_code
 from qbench.config.schema import Config, Distill, to_dict
 from qbench.data.spec import InputFormat
 from qbench.errors import CheckpointError
+from qbench.quant.graph import eval_mode_keeping_rng, state_restored
 from qbench.quant.layers import quantized_layers, quantized_parts
 from qbench.runs.result import load_result
 from qbench.runs.stored_config import stored_config
@@ -26,18 +30,31 @@ Checkpoints of earlier versions have no `LAYERS`. `stored_run` then reads these 
 """
 
 
+OTHER_OUTPUTS = 0.01
+"""Relative difference of outputs above which a rebuilt network is not taken for the run's network.
+
+The difference is the median over the example images. On another device or with another number of threads, rounding
+errors are much smaller for most images.
+"""
+
+PATTERNS = 8
+"""Number of example images."""
+
+
 class StoredLayers(TypedDict):
     """The layers of a run's network, in a checkpoint. They can depend on the weights from which the run started.
 
     `order` contains the layers in the order of their first execution, `macs` the multiply-accumulates of each layer,
-    and `quantized` the quantized parts (`quantized_parts`). `input` is the format of the images. Checkpoints of earlier
-    versions do not contain `input`.
+    and `quantized` the quantized parts (`quantized_parts`). `input` is the format of the images. `outputs` contains the
+    outputs of the network for the example images (`example_outputs`), in last.pt and best.pt. Checkpoints of earlier
+    versions do not contain `input` and `outputs`.
     """
 
     order: list[str]
     macs: dict[str, int]
     quantized: dict[str, str]
     input: NotRequired[InputFormat]
+    outputs: NotRequired[Tensor]
 
 
 def stored_run(run: Path, named: str, weights: str = "best", device: str = "cpu") -> tuple[Config, Saved]:
@@ -112,3 +129,60 @@ def check_quantized(model: nn.Module, state: Saved, named: str) -> None:
             "which layers this network executes depends on its weights or on random numbers\n"
             "to train the run again, add rerun=true"
         )
+
+
+def example_outputs(model: nn.Module, images: InputFormat) -> Tensor | None:
+    """Return the outputs of a network for `PATTERNS` example images, as (PATTERNS, classes) in float32 on the CPU.
+
+    The images are waves with different directions and lengths, over the whole range of pixel values. They need no data
+    set, so they are the same wherever the run's network is loaded. The network's state does not change.
+
+    Returns:
+        None if the network returns no tensor, raises an error, or has outputs that are not finite for these images.
+    """
+    channels, height, width = images["shape"]
+    down, right = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
+    waves = [
+        (1 + torch.sin(2 * math.pi * (i % 3 * down + i // 3 * right + i / PATTERNS + c / channels))) / 2
+        for i in range(PATTERNS)
+        for c in range(channels)
+    ]
+    pixels = torch.stack(waves).view(PATTERNS, channels, height, width)
+    if images["ends"]:
+        low, high = (torch.tensor(end).view(-1, 1, 1) for end in images["ends"])
+        pixels = low + (high - low) * pixels
+    mean, std = (torch.tensor(images[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    device = next(model.parameters()).device
+    try:
+        with state_restored(model), eval_mode_keeping_rng(model), torch.no_grad():
+            outputs = model(((pixels - mean) / std).to(device, memory_format=torch.channels_last))
+        return outputs.float().cpu() if outputs.isfinite().all() else None
+    except Exception:  # a user's network can refuse images that are no photographs
+        return None
+
+
+def other_outputs(model: nn.Module, layers: Mapping[str, Any], named: str) -> str:
+    """Return a warning if a rebuilt network with the weights of a checkpoint has other outputs than the run's network.
+
+    The reason can be code that the identity of a run does not contain, such as a module that a user's file imports.
+
+    Args:
+        model: the network, with the weights of the checkpoint.
+        layers: the `StoredLayers` of the checkpoint. It is empty in checkpoints of other programs.
+        named: name of the checkpoint in the warning.
+
+    Returns:
+        "" if the outputs are the same except for rounding errors, or if the checkpoint contains no outputs.
+    """
+    stored: Tensor | None = layers.get("outputs")
+    found = example_outputs(model, layers["input"]) if stored is not None else None
+    if stored is None or found is None or found.shape != stored.shape:
+        return ""
+    difference = ((found - stored).norm(dim=1) / stored.norm(dim=1).clamp(min=1e-12)).median().item()
+    if difference <= OTHER_OUTPUTS:
+        return ""
+    return (
+        f"{named}: with these weights, the rebuilt network has other outputs than the network that was trained (they "
+        f"differ by {100 * difference:.2g} %); code that the network or the method uses has changed since the run, "
+        "another version of qbench or torch computes something else, or the outputs depend on more than the weights"
+    )

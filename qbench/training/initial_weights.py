@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,12 +37,14 @@ class InitialWeights(NamedTuple):
             network, or if the last layer is new.
         quantizers: the tensors of quantizers in the file. The run also starts from these tensors.
         unused: names of other state_dicts in the file, such as averaged weights.
+        layers: the `StoredLayers` of a run's checkpoint. Empty for other files.
     """
 
     message: str
     is_float: bool
     quantizers: dict[str, Tensor]
     unused: list[str]
+    layers: Mapping[str, Any]
 
 
 def is_intact(file: Path, identity: str) -> bool:
@@ -118,7 +120,9 @@ def load_initial_weights(
     notes += ["latent weights of a quantized network"] if latent else []
     message = f"weights from {file}: {len(tensors) - len(skipped)} tensors loaded"
     is_float = not (skipped or quantizers or new_head or latent)
-    return InitialWeights(message + "".join(f"; {note}" for note in notes), is_float, quantizers, unused)
+    layers = content.get("layers") if "identity" in content else None
+    layers = layers if isinstance(layers, dict) else {}
+    return InitialWeights(message + "".join(f"; {note}" for note in notes), is_float, quantizers, unused, layers)
 
 
 def _is_quantized(content: Mapping[str, object], path: Path) -> bool:

@@ -19,7 +19,10 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     if optim.decay_until < 1:
         groups = [group | {FULL_DECAY: group["weight_decay"]} for group in groups]
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
+        if optim.momentum:
+            sgd.register_step_pre_hook(_add_momentum_buffers)
+        return sgd
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, eps=optim.eps, fused=True)
     if optim.name == "radam":  # torch has no fused form
@@ -27,12 +30,25 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=optim.lr, eps=optim.eps, fused=True)
 
 
+def _add_momentum_buffers(sgd: torch.optim.Optimizer, *_: object) -> None:
+    """Give a zero momentum buffer to each parameter that has its first gradient after others had theirs.
+
+    torch's fused SGD raises an error if only some parameters have a buffer. Networks that skip layers in some steps, as
+    with stochastic depth, have such parameters. A step from a zero buffer is the same as a step without a buffer.
+    """
+    parameters = [p for group in sgd.param_groups for p in group["params"]]
+    if 0 < len(sgd.state) < len(parameters):
+        for p in parameters:
+            if p.grad is not None and p not in sgd.state:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
     """Return groups of parameters. All parameters of a group have the same learning-rate factor and weight decay.
 
-    Weight decay applies to weights with two or more dimensions. With `decay_norm_and_bias` it also applies to biases
-    and batch normalization. `bias_lr` is the learning-rate factor for the biases of all layers that have weights with
-    two or more dimensions.
+    Weight decay applies to parameters with two or more dimensions that do not belong to a normalization and are not
+    biases. With `decay_norm_and_bias` it applies to all parameters. `bias_lr` is the learning-rate factor for the
+    biases of all layers that have weights with two or more dimensions.
 
     Each quantizer module sets the learning-rate factor of its parameters in the attribute `lr_scale` (default 1), and
     their weight decay in the attribute `weight_decay` (default 0). `quantizer_lr` multiplies this factor, and
@@ -41,7 +57,10 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, object]]:
     small_decay = optim.weight_decay if optim.decay_norm_and_bias else 0.0
     rules: dict[int, tuple[float, float]] = {}  # id of a parameter -> its learning-rate factor and decay
     for module in model.modules():
-        rules |= {id(bias): (optim.bias_lr, small_decay) for bias in layer_biases(module)}
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):  # the other normalizations have parameters of one dimension
+            rules |= {id(p): (1.0, small_decay) for p in module.parameters(recurse=False)}
+        else:
+            rules |= {id(bias): (optim.bias_lr, small_decay) for bias in layer_biases(module)}
     for layer in (m for m in model.modules() if isinstance(m, QLayer)):
         for quantizer in (layer.weight_q, layer.input_q, layer.output_q):
             for module in quantizer.modules():

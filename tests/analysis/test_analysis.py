@@ -637,7 +637,7 @@ def test_wrong_arguments_are_reported_without_torch(run: Path, tmp_path: Path) -
 
 
 def test_the_loaded_network_has_the_stored_weights(run: Path) -> None:
-    setup, model = load_finished_network(run, weights="last")
+    setup, model, _ = load_finished_network(run, weights="last")
     stored = torch.load(run / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
     assert setup.config.method_name == "dorefa"

@@ -334,6 +334,25 @@ def test_a_prepared_image_is_what_the_run_sees_of_it(
     torch.testing.assert_close(found, batch[: len(found)])
 
 
+def test_images_of_12_bits_are_refused_instead_of_prepared_as_black(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = qbench.load_model(qbench.run(*SMOKE[:2], "method=dorefa", "bits=w4a4", out="out"))
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    expected = model.prepare(Image.fromarray((255 * ramp).astype(np.uint8)))  # type: ignore[operator]
+    for white, kind, name in ((65535, np.uint16, "a.png"), (65535, np.int32, "a.tif")):
+        Image.fromarray((white * ramp).astype(kind)).save(name)
+        torch.testing.assert_close(model.prepare(name), expected, atol=0.1, rtol=0)  # type: ignore[operator]
+        assert model.prepare(Image.open(name)).shape == expected.shape  # type: ignore[operator]
+    for white, kind, name in ((4095, np.uint16, "b.png"), (1020, np.uint16, "c.png"), (255, np.int32, "d.tif")):
+        image = Image.fromarray((white * ramp).astype(kind))
+        image.save(name)
+        for given in (name, image, Image.open(name)):
+            with pytest.raises(ValueError, match=f"no value is above {white | 255}.*12 bits"):
+                model.prepare(given)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
 def test_a_network_is_loaded_without_its_data_set(
     pixels: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -352,7 +371,7 @@ def test_a_network_is_loaded_without_its_data_set(
     monkeypatch.chdir(tmp_path)
     words = ("experiment=smoke", "dataset=vanishing:build", "method=dorefa", "bits=w2a2", "layers.input=4")
     result = qbench.run(*words, "model.form=post", out=tmp_path / "out")
-    _, setup, with_data = load_finished_run(Path(result.run))
+    _, setup, with_data, _ = load_finished_run(Path(result.run))
 
     def missing(*args: object) -> None:
         raise DataError("the data set is missing")

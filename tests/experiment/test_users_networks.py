@@ -602,7 +602,7 @@ def test_a_stored_run_quantizes_the_layers_that_its_network_executed(configure: 
     assert result.cost.bitops == (64 * 16 + 16 * 10) * 32 * 32 + 16 * 16 * 2 * 2
     assert not [line for line in result.warnings if "state_dict" in line]
     for name in ("last.pt", "best.pt"):
-        setup, model = load_finished_network(path, weights=name.removesuffix(".pt"))
+        setup, model, _ = load_finished_network(path, weights=name.removesuffix(".pt"))
         assert list(quantized_layers(model)) == ["experts.1.0"]
         assert setup.macs["experts.1.0"] == 256
     stored = unpack((path / "last.pt").read_bytes(), "last.pt")
@@ -621,7 +621,7 @@ def test_a_stored_run_of_an_earlier_version_loads(configure: Configure, words: l
     stored = unpack((path / "last.pt").read_bytes(), "last.pt")
     del stored["layers"]
     (path / "last.pt").write_bytes(pack(stored))
-    _, model = load_finished_network(path, weights="last")
+    _, model, _ = load_finished_network(path, weights="last")
     assert quantized_layers(model)
 
 

@@ -1,6 +1,7 @@
 """Optimizers and their parameter groups: learning-rate factors and weight decay of every kind of parameter."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,6 +86,17 @@ def test_norms_and_biases_decay_only_if_asked_and_quantizers_never() -> None:
     assert {without[name] for name in alphas} == {whole[name] for name in alphas} == {(1.0, 2e-4)}
 
 
+def test_normalization_never_decays_and_other_parameters_decay_from_two_axes_on() -> None:
+    model = nn.ModuleDict({
+        "layer": nn.LayerNorm((2, 4)), "rms": nn.RMSNorm((2, 4)), "group": nn.GroupNorm(2, 4),
+        "embedding": nn.Embedding(3, 4), "prelu": nn.PReLU(), "lstm": nn.LSTM(4, 4),
+        "own": nn.ParameterDict({"row": torch.ones(1, 8), "vector": torch.ones(8)}),
+    })  # fmt: skip
+    decayed = {name for name, (_, decay) in rules(model, weight_decay=0.5).items() if decay}
+    assert decayed == {"embedding.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "own.row"}
+    assert set(rules(model, weight_decay=0.5, decay_norm_and_bias=True).values()) == {(1.0, 0.5)}
+
+
 def test_quantizers_have_a_learning_rate_and_a_decay_of_their_own() -> None:
     for method, name in ((pact.build(w=2, a=2), "alpha"), (lsq.build(w=2, a=2), "step")):
         model = install(method, mlp.build((1, 4, 4), 3, hidden=2, width=16))
@@ -114,6 +126,28 @@ def test_a_step_is_that_of_torch(name: str, kind: Any) -> None:
             layer(torch.ones(1, 3)).square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam", "sgd"])
+def test_layers_that_are_skipped_in_some_steps_are_trained_as_by_torch(name: str, nesterov: bool) -> None:
+    """As with stochastic depth. torch's fused SGD fails if a parameter has its first gradient in a later step."""
+    recipe = Optim(name=name, lr=0.1, weight_decay=0.5, momentum=0.9, nesterov=nesterov, decay_norm_and_bias=True)
+    ours, theirs = (nn.ModuleList(nn.Linear(3, 3) for _ in range(4)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+    plain = kinds.get(name, partial(torch.optim.SGD, momentum=0.9, nesterov=nesterov, fused=False))
+    optimizers = optim.build_optimizer(ours, recipe), plain(theirs.parameters(), lr=0.1, weight_decay=0.5)
+    for used in ((0,), (0, 1), (2,), (0, 1, 2), (1, 2)):  # the last layer is never used
+        for layers, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            x = torch.ones(2, 3)
+            for i in used:
+                x = layers[i](x)
+            x.square().sum().backward()
+            optimizer.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_weight_decay_ends_and_begins_again_with_a_phase() -> None:
