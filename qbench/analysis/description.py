@@ -1,5 +1,6 @@
 """Describes a stored run as text, from the files in its directory. This module does not import torch."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,13 @@ def _setup(
     values: Node | str, recipe: str, result: Result | None, manifest: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Yield the lines about the command, the method, the layers, the data and the recipe."""
-    typed = " ".join(map(str, manifest.get("command") or ()))
+    typed = shlex.join(map(str, manifest.get("command") or ()))
     if isinstance(values, str):
         yield "config", values
     else:
         command = command_line(values, recorded_files(result))
         why = "the run uses code of your own" if foreign_code(values) else "no command gives this configuration"
-        yield "command", command or f"{why}; the run was started with: qbench {typed}"
+        yield "command", command or why + (f"; the run was started with: qbench {typed}" if typed else "")
         yield from _methods(values["method"], values["activation"])
     if result and result.verified:
         widths = [f"{name} {' '.join(f'{key}:{levels.found}' for key, levels in counts.items())}"

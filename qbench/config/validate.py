@@ -76,6 +76,7 @@ def from_node(node: DictConfig) -> Config:
         ConfigError: a key does not exist, or a value has the wrong type or is out of range.
     """
     try:
+        node = _with_text_patterns(node)
         _check_nodes(Config, node)
         merged = OmegaConf.merge(OmegaConf.structured(Config), node)
         config = OmegaConf.to_object(merged)
@@ -96,6 +97,16 @@ def from_node(node: DictConfig) -> Config:
     _check(config)
     _check_plain(config)
     return _filled(config)
+
+
+def _with_text_patterns(node: DictConfig) -> DictConfig:
+    """Return a configuration in which layer rules have text as keys. `nn.Sequential` names its layers 0, 1, ..."""
+    rules = OmegaConf.select(node, "layers.rules")
+    if not isinstance(rules, DictConfig) or not any(type(pattern) is int for pattern in rules):
+        return node
+    changed = node.copy()
+    changed.layers.rules = {str(key) if type(key) is int else key: value for key, value in rules.items()}
+    return changed
 
 
 def with_digests(config: Config) -> Config:

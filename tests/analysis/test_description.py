@@ -1,6 +1,7 @@
 """`qbench describe RUN`: the description of a run, from the files in its directory."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,3 +95,19 @@ def test_a_run_from_python_records_its_own_arguments(tmp_path: Path, monkeypatch
     assert "seed=1" in command
     assert not {"--mine", "train.py"} & {*command}
     assert sys.argv == ["train.py", "--mine"]
+
+
+def test_the_command_of_a_run_with_own_code_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "described_network.py").write_text(
+        "from torch import nn\n\ndef build(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[1] * shape[2], 8), nn.ReLU(), nn.Linear(8, classes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["experiment=smoke", "method=dorefa", "bits=w2a2", "model=described_network:build", "debug=true"]
+    result = qbench.run(*words, "layers.rules={1: w4, 3: w3}", out=tmp_path)
+    (command,) = [line for line in description(Path(result.run)).splitlines() if line.startswith("command")]
+    typed = command.partition("started with: qbench ")[2]
+    assert shlex.split(typed) == json.loads((Path(result.run) / "manifest.json").read_text())["command"]
+    (Path(result.run) / "manifest.json").unlink()
+    (command,) = [line for line in description(Path(result.run)).splitlines() if line.startswith("command")]
+    assert command.endswith("the run uses code of your own")

@@ -423,3 +423,17 @@ def test_own_yaml_is_read_like_omegaconfs_and_no_key_is_there_twice(tmp_path: Pa
     file.write_text("lr: 1\nwidth: 2\nlr: 3\n")
     with pytest.raises(ConfigError, match="line 3: lr occurs twice"):
         read_yaml(file, OwnYaml)
+
+
+def test_numbers_are_names_of_layers(configure: Configure, tmp_path: Path) -> None:
+    """`nn.Sequential` names its layers 0, 1, ..."""
+    (tmp_path / "rules.yaml").write_text("0: 4\n10: 3\n")
+    typed = configure("method=dorefa", "layers.rules={0: 4, 10: 3}")
+    assert typed.layers.rules == {"0": 4, "10": 3}
+    assert typed == configure("method=dorefa", f"layers=@{tmp_path / 'rules.yaml'}")
+    assert (
+        run_identity(typed).digest
+        == run_identity(configure("method=dorefa", "+layers.rules.0=4", "+layers.rules.10=3")).digest
+    )
+    with pytest.raises(ConfigError, match=r"Key 1\.5"):
+        configure("method=dorefa", "layers.rules={1.5: 4}")
