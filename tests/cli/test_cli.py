@@ -51,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
 @pytest.fixture(scope="module")
 def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("out")
-    done = qbench(*REPEATED, f"out={out}")
+    done = qbench(*REPEATED, f"out={out}", XDG_CACHE_HOME=f"{out}-cache")  # another clone can use the user's own cache
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -154,7 +154,8 @@ def test_a_repeat_prints_the_stored_row_without_torch(
 ) -> None:
     out, first = run_once
     (tmp_path / "torch.py").write_text("raise AssertionError('a repeat imported torch')")
-    again = qbench(*REPEATED, f"out={out}", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", QBENCH_TRACEBACK="1")
+    python_path = f"{tmp_path}{os.pathsep}{ROOT}"
+    again = qbench(*REPEATED, f"out={out}", PYTHONPATH=python_path, XDG_CACHE_HOME=f"{out}-cache", QBENCH_TRACEBACK="1")
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
 
