@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, LevelCount
-from qbench.cost.count import count_cost, coverage, idle_layers, values_outside
+from qbench.cost.count import count_cost, coverage, idle_layers, storage, values_outside
 from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
 from qbench.errors import CheckpointError, Diverged
@@ -30,6 +30,8 @@ from qbench.training.evaluation import evaluate, outputs_of_activation, state_ou
 from qbench.training.health import remedy
 from qbench.training.state import State, evaluated_weights
 from qbench.training.task import Task
+
+TENSORS = {"w": "weights", "a": "activations", "g": "gradients"}
 
 VERIFIED_IMAGES = 64
 """Number of training images on which the levels of activations and gradients are verified."""
@@ -78,7 +80,8 @@ def final_result(
     evidence = evidence_warnings(setup, float_evaluation, state.step)
     warnings = [*_debug_warning(setup), *_start_warning(baseline, state.step), *evidence]
     warnings += [*setup.warnings, *_batch_warning(setup, loader)]
-    warnings += [*_warnings(setup, model, images), *session.monitor.warned.values(), *unused_keys(setup, model)]
+    warnings += [*_warnings(setup, model, images), *_level_warnings(model, verified)]
+    warnings += [*session.monitor.warned.values(), *unused_keys(setup, model)]
     result = replace(
         session.directory.new_result("done"),
         network=setup.network, synthetic=setup.data.synthetic, final=final, best=best, verified=verified,
@@ -102,6 +105,26 @@ def _levels(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]], 
     allowed = {name: counts["w"].allowed for name, counts in verified.items() if "w" in counts}
     at_width = [count for name, count in allowed.items() if layers[name].bits.w == width]
     return max(at_width or allowed.values(), default=None)
+
+
+def _level_warnings(model: nn.Module, verified: Mapping[str, Mapping[str, LevelCount]]) -> list[str]:
+    """Return a warning for each tensor with more levels than its declared storage or its width allows.
+
+    The size of the network and the number of operations are computed from the storage and from the widths.
+    """
+    found: dict[str, list[str]] = {}
+    for name, layer in quantized_layers(model).items():
+        for key, count in verified.get(name, {}).items():
+            width = storage(layer).code_bits if key == "w" else getattr(layer.bits, key)
+            spare = 0 if key == "w" else 1  # a symmetric grid with zero has one level more or less
+            if count.allowed > 2**width + spare:
+                what = f"bytes(w) declares codes of {width} bits" if key == "w" else f"bits.{key} is {width}"
+                text = f"{TENSORS[key]} have {count.allowed} levels, but {what}, which is enough for {2**width}"
+                found.setdefault(text, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more layers' if names[1:] else ''}: {text}; sizes and BitOps are too small"
+        for text, names in found.items()
+    ]
 
 
 def _start_warning(baseline: BaselineResult | None, steps: int) -> list[str]:

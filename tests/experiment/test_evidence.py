@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import Configure
 
+import qbench
 from qbench.experiment.evidence import FEW_STEPS, coarse_test_split, few_steps, skipped_phases, weak_baseline
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
@@ -115,3 +116,53 @@ def test_an_untrained_run_names_the_accuracy_of_the_weights_from_which_it_starte
     assert f"whose test top-1 is {best:.2f} %;" in line
     trained = run(planned_run(smoke("method=dorefa", *words)))
     assert not [line for line in trained.warnings if line.startswith("nothing was trained")]
+
+
+METHOD = """
+import torch
+from qbench.bits import Bits
+from qbench.quant.method import Method
+from qbench.quant.ops import straight_through
+from qbench.quant.quantizer import Grid, Quantizer, Storage
+
+class Quantized(Quantizer):
+    def __init__(self, levels, bits):
+        super().__init__()
+        self.most, self.bits = levels // 2, bits
+
+    def forward(self, x):
+        return straight_through(x, (x * 50).round().clamp(-self.most, self.most) / 50)
+
+    def grid(self, x):
+        return Grid((torch.arange(-self.most, self.most + 1) / 50).reshape(1, -1, 1))
+
+    def bytes(self, w):
+        return Storage(w.numel(), self.bits, 4)
+
+def build(*, w: int = 2, a: int = 3, weight_levels: int = 3, input_levels: int = 9):
+    return Method(
+        name="counted", bits=Bits(w, a), supported_bits={"w": (2, 32), "a": (3, 32), "g": (32,)},
+        weight=lambda name, layer, bits: Quantized(weight_levels, bits),
+        input=lambda name, layer, bits: Quantized(input_levels, bits),
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), []),
+        (("method.weight_levels=5",), ["weights have 5 levels, but bytes(w) declares codes of 2 bits"]),
+        (("method.input_levels=11",), ["activations have 11 levels, but bits.a is 3"]),
+    ],
+)
+def test_levels_that_do_not_fit_into_the_declared_bits_are_a_warning(
+    words: tuple[str, ...], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes and BitOps are computed from the declared bits."""
+    (tmp_path / "counted_levels.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = qbench.run("experiment=smoke", "init=scratch", "method=counted_levels:build", *words, out=tmp_path)
+    found = [text for text in result.warnings if "sizes and BitOps are too small" in text]
+    assert [text.partition(": ")[2].partition(", which")[0] for text in found] == expected
+    assert all(text.startswith("layer1.0.conv1 and 5 more layers: ") for text in found)
