@@ -1,7 +1,7 @@
 """Installs a method's quantizers in a float network."""
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def _check_layer(name: str, layer: FloatLayer) -> None:
         )
 
 
-def _check_shared(model: nn.Module, quantized: Iterable[str]) -> None:
+def _check_shared(model: nn.Module, quantized: Collection[str]) -> None:
     """Raise `Unsupported` if a quantized layer and another module have the same weights.
 
     The other module would use the weights in float, or would quantize them with its own quantizer.
@@ -146,7 +146,7 @@ def _check_shared(model: nn.Module, quantized: Iterable[str]) -> None:
         if sharing:
             raise Unsupported(
                 f"{name} and {sharing[0] or 'the network itself'} share a weight; this weight cannot be "
-                f"quantized for {name} alone\n{float_rule(name)}"
+                f"quantized for {name} alone\n{float_rule(name, *(other for other in sharing if other in quantized))}"
             )
 
 

@@ -42,9 +42,10 @@ def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
         )
 
 
-def float_rule(layer_name: str) -> str:
-    """Return a line for an error message that says what to type to leave a layer in float."""
-    return f"leave it float: 'layers.rules={{{layer_name}: float}}'"
+def float_rule(*layer_names: str) -> str:
+    """Return a line for an error message that says what to type to leave layers in float."""
+    rules = ", ".join(f"{name}: float" for name in layer_names)
+    return f"leave {'them' if layer_names[1:] else 'it'} float: 'layers.rules={{{rules}}}'"
 
 
 @dataclass(frozen=True)
