@@ -117,6 +117,7 @@ def inspect(
         "off: loss or top-1 with only this layer in float (latent weights), minus the value with all layers quantized; "
         "only: loss or top-1 with only this layer quantized, minus the value with all layers in float",
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
+        f"levels: used and allowed levels on the first {min(VERIFIED_IMAGES, len(batches[0][0]))} of these images",
         f"SQNR: quantized output compared with float output for the same input, in dB, at most {MAX_SQNR:.0f}; "
         "fitted: SQNR after the best gain and offset per channel",
         "clipped: inputs beyond the outermost levels; dead: channels that are constant over these images",

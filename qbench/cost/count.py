@@ -240,9 +240,9 @@ def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
     """Return the cost of a quantized or float network whose layers have the given MACs."""
     layers = quantized_layers(model)
     stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
-    codes = sum(s.codes for s in stored.values())
+    weights = sum(layers[name].weight.numel() for name in stored)
     params = sum(p.numel() for n, p in model.named_parameters() if not is_quantizer_key(n, model))
-    float_bytes = 4 * (params - sum(layers[name].weight.numel() for name in stored))
+    float_bytes = 4 * (params - weights)
     bits = {name: layers[name].bits if name in layers else Bits() for name in macs}
     return NetworkCost(
         params=params,
@@ -251,7 +251,7 @@ def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
         bytes_float=4 * params,
         bytes_ideal=float_bytes + sum(s.ideal for s in stored.values()),
         bytes_packed=float_bytes + sum(s.packed for s in stored.values()),
-        bits_per_weight=8 * sum(s.ideal for s in stored.values()) / codes if codes else float(FLOAT),
+        bits_per_weight=8 * sum(s.ideal for s in stored.values()) / weights if weights else float(FLOAT),
     )
 
 

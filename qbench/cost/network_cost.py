@@ -10,7 +10,7 @@ class NetworkCost:
     `bitops` are MACs x weight bits x activation bits, summed over the layers. `bytes_ideal` is the
     size if every code takes exactly its bit width. `bytes_packed` is the size if every code takes
     1, 2, 4, 8, 16 or 32 bits. Both sizes include scales and codebooks. `bits_per_weight` is the
-    mean over quantized weights, or 32 if no weights are quantized.
+    mean over quantized weights, or 32 if no weights are quantized. One code can stand for several weights.
     """
 
     params: int

@@ -146,7 +146,13 @@ def _count_levels(what: str, quantizer: Quantizer, before: Tensor, after: Tensor
             raise NotQuantized(f"{what}: {type(quantizer).__name__} declares no grid")
         if not grid.points.shape[1]:
             raise NotQuantized(f"{what}: the grid has no levels")
-        index, distance = nearest_points(grid.arrange(after), grid.points)
+        arranged = grid.arrange(after)
+        if len(arranged) != len(grid.points):
+            raise NotQuantized(
+                f"{what}: the grid has {len(grid.points)} scale groups, but its function arrange makes "
+                f"{len(arranged)} groups"
+            )
+        index, distance = nearest_points(arranged, grid.points)
     off = ~(distance <= _tolerance(grid.points))  # also true for NaN
     if off.any():
         raise NotQuantized(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from qbench.distributed.group import Group
 from qbench.quant.graph import eval_mode_keeping_rng, state_restored
+from qbench.quant.layers import float_mode
 from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 from qbench.training.random_state import random_state, set_random_state
@@ -180,7 +181,9 @@ def outputs_of_activation(model: nn.Module, images: Tensor) -> str:
     """
     with eval_mode_keeping_rng(model):
         outputs = model(images.clone()).float()
-    if outputs.amin() < 0:
+        with float_mode(model):  # quantized activations are bounded
+            strong = model(1000 * images).float()  # logits that lie between 0 and 1 by chance become larger
+    if min(outputs.amin(), strong.amin()) < 0 or strong.amax() > 1:
         return ""
     if torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=1e-4):
         return "probabilities"

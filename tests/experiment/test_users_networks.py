@@ -184,6 +184,11 @@ class Sigmoid(Dropout):
     def forward(self, x):
         return self.net(x).sigmoid()
 
+class Small(Dropout):
+    # logits from 0 to 1, which are not the outputs of a sigmoid
+    def forward(self, x):
+        return self.net(x).square() * 1e-3
+
 class LogSoftmax(Dropout):
     def forward(self, x):
         return self.net(x).log_softmax(1)
@@ -459,6 +464,7 @@ def test_extra_state_is_refused(configure: Configure, words: list[str]) -> None:
             "and applies softmax",
         ),
         ("LogSoftmax", None),
+        ("Small", None),
         ("Steady", None),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qbench.bits import Bits, LevelCount
 from qbench.config import registry
 from qbench.cost.count import count_cost, count_macs
-from qbench.methods import dorefa, hwgq, lsq
+from qbench.methods import dorefa, hwgq, lsq, qcnn
 from qbench.models import mlp, resnet
 from qbench.quant.install import install
 from qbench.quant.layers import BypassedActivation, NotFinite, float_mode, is_quantizer_key, quantized_layers
@@ -104,6 +104,22 @@ def test_the_tolerance_is_per_scale_group_and_limited_by_the_step() -> None:
         verify(model, X)
 
 
+def test_groups_of_points_that_do_not_fit_the_groups_of_weights_are_named() -> None:
+    class Filters(Quantizer):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return torch.ones_like(w)
+
+        def grid(self, w: torch.Tensor) -> Grid:
+            return Grid(torch.ones(len(w), 1, 1))  # without `arrange`, all weights are one group
+
+    model = net(dorefa.build(w=2))
+    quantized_layers(model)["layer1.0.conv1"].weight_q = Filters()
+    with pytest.raises(
+        NotQuantized, match=r"layer1.0.conv1: weights: the grid has 4 scale groups, but .* makes 1 groups"
+    ):
+        verify(model, X)
+
+
 def test_nan_weights_are_refused() -> None:
     model = net(dorefa.build(w=2))
     with torch.no_grad():
@@ -146,6 +162,24 @@ def test_one_bit_weights_include_the_bytes_of_their_scale() -> None:
     model = mlp.build((1, 2, 2), 3, hidden=2, width=6)
     cost = count_cost(install(dorefa.build(w=1), model), count_macs(model, (1, 2, 2)))
     assert cost.bits_per_weight == pytest.approx((36 + 32) / 36)
+
+
+def test_bits_are_per_weight_if_a_code_stands_for_several_weights() -> None:
+    """A layer of 6 x 6 weights: 6 codes of 4 bits and 5 bytes, or Q-CNN's codes for 3 weights each."""
+
+    class Rows(IdentityQuantizer):
+        def bytes(self, w: torch.Tensor) -> Storage:
+            return Storage(len(w), 4, 5)
+
+    model = mlp.build((1, 2, 2), 3, hidden=2, width=6)
+    macs = count_macs(model, (1, 2, 2))
+    quantized = install(dorefa.build(w=2), copy.deepcopy(model))
+    quantized_layers(quantized)["fc2"].weight_q = Rows()
+    assert count_cost(quantized, macs).bits_per_weight == pytest.approx(8 * (3 + 5) / 36)
+    groups = install(qcnn.build(w=1, fc_subspace=3, fc_codewords=2), model)
+    storage = quantized_layers(groups)["fc2"].weight_q.bytes(model.get_parameter("fc2.weight"))
+    assert (storage.codes, storage.code_bits) == (12, 1)
+    assert count_cost(groups, macs).bits_per_weight == pytest.approx((12 + 8 * storage.extra_bytes) / 36)
 
 
 def test_macs_agree_with_hand_counts_of_a_residual_network() -> None:
