@@ -114,8 +114,11 @@ def test_an_exported_file_of_an_earlier_training_is_named(
     words = ("method=dorefa", "bits=w2a2", "init=scratch")
     run = Path(train(*words).run)
     paths = [
-        export(run, form, weights=weights, out=run / f"{form}-{weights}{end}").path
-        for form, end in (("packed", ".qbench"), ("onnx", ".onnx"))
+        export(
+            run,
+            weights=weights,
+            out=run / f"{weights}.qbench",
+        ).path
         for weights in ("last", "best")
     ]
 
