@@ -15,6 +15,9 @@ from qbench.quant.probe import Batch
 from qbench.runs.result import Accuracy
 from qbench.training.random_state import random_state, set_random_state
 
+ROUNDING = 1e-4
+"""Largest rounding error of a probability or of a sum of probabilities."""
+
 RELOAD_TOLERANCE = 1e-3
 """Maximum relative difference between the outputs of a network and of its reloaded copy.
 
@@ -181,10 +184,12 @@ def outputs_of_activation(model: nn.Module, images: Tensor) -> str:
     """
     with eval_mode_keeping_rng(model):
         outputs = model(images.clone()).float()
+        if outputs.amin() < 0 or outputs.amax() > 1 + ROUNDING:
+            return ""
         with float_mode(model):  # quantized activations are bounded
             strong = model(1000 * images).float()  # logits that lie between 0 and 1 by chance become larger
-    if min(outputs.amin(), strong.amin()) < 0 or strong.amax() > 1:
+    if strong.amin() < 0 or strong.amax() > 1 + ROUNDING:
         return ""
-    if torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=1e-4):
+    if torch.allclose(outputs.sum(1), outputs.new_ones(len(outputs)), atol=ROUNDING):
         return "probabilities"
-    return "numbers from 0 to 1 only, as after a sigmoid" if outputs.amax() <= 1 else ""
+    return "numbers from 0 to 1 only, as after a sigmoid"
