@@ -169,11 +169,11 @@ def _layer_cells(layer: LayerCost) -> tuple[str, ...]:
 def _format_levels(levels: Levels | None) -> str:
     """Return the number of levels as text, such as 4.
 
-    For product quantization, a text such as `128 of 8` means 128 codewords of 8 weights each.
+    For product quantization, a text such as `128 codewords of 8` means codewords of 8 weights each.
     """
     if levels is None:
         return "-"
-    return str(levels.number) if levels.dimension == 1 else f"{levels.number} of {levels.dimension}"
+    return str(levels.number) if levels.dimension == 1 else f"{levels.number} codewords of {levels.dimension}"
 
 
 def format_bytes(count: float) -> str:

@@ -523,7 +523,8 @@ def test_parameters_without_a_gradient_are_named(
     assert found == (
         [
             f"parameters not trained: {parameters} had no gradient in the first 18 steps; "
-            "probably forward() detaches or copies a tensor, or does not use them"
+            "probably forward() does not use them, detaches or copies a tensor, or clips all values that depend on "
+            "them, as quantizers can"
         ]
         if parameters
         else []

@@ -180,8 +180,8 @@ def test_accuracy_at_chance_gives_a_warning_after_enough_steps(
     monkeypatch.setattr(health, "MIN_STEPS", 30)
     notes, _ = warnings_of(configure(*words, "model=test_health:blind"))
     assert notes[1:] == [
-        "parameters not trained: 2.weight had no gradient in the first 54 steps; probably forward() detaches or copies "
-        "a tensor, or does not use them"
+        "parameters not trained: 2.weight had no gradient in the first 54 steps; probably forward() does not use "
+        "them, detaches or copies a tensor, or clips all values that depend on them, as quantizers can"
     ]
     assert "% with 10 classes, which is not better than chance, in epoch 1, step 36; probably optim.lr" in notes[0]
     assert warnings_of(configure(*words))[0] == []

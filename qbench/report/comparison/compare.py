@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from qbench.bits import FLOAT
@@ -45,7 +44,7 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
     runs, duplicate_notes = without_duplicates(runs)
     results = separate_data_versions([run.result for run in runs if run.status == DONE and run.result is not None])
     context = _Context(
-        baselines={_directory_name(r.run): r for r in results if naming.is_baseline(r)},
+        baselines={naming.directory_name(r.run): r for r in results if naming.is_baseline(r)},
         labels=naming.labels(results),
         from_logs={str(run.path) for run in runs if FROM_LOGS in run.notes},
         failed=_by_setting(r.result for r in runs if r.status != DONE and r.result),
@@ -104,8 +103,8 @@ def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
     baseline's accuracy.
     """
     quantized = [r for r in results if not naming.is_baseline(r)]
-    used = {_directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}
-    unused = [r for r in results if naming.is_baseline(r) and _directory_name(r.run) not in used]
+    used = {naming.directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}
+    unused = [r for r in results if naming.is_baseline(r) and naming.directory_name(r.run) not in used]
     blocks: dict[naming.Block, list[Result]] = defaultdict(list)
     for result in [*quantized, *unused]:
         blocks[naming.Block(result.dataset, result.model, result.protocol.hash)].append(result)
@@ -172,7 +171,7 @@ def _baselines(results: Sequence[Result], context: _Context) -> list[tuple[str, 
     grouped: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in results:
         if result.baseline:
-            name = _directory_name(result.baseline.run)
+            name = naming.directory_name(result.baseline.run)
             pretrained = result.baseline.pretrained
             file = name if pretrained else ""
             label = " ".join(word for word in ("float", naming.network_keys(result), file) if word)
@@ -197,10 +196,10 @@ def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple
 def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
     """Yield notes on seeds with several runs, and on runs that were read from logs."""
     if len({run.seed for run in setting.runs}) < len(setting.runs):
-        names = ", ".join(Path(run.run).name for run in setting.runs)
+        names = ", ".join(naming.directory_name(run.run) for run in setting.runs)
         yield f"{setting.name}: some seeds have several runs, which are averaged: {names}"
     if logged:
-        names = ", ".join(Path(r.run).name for r in sorted(logged, key=lambda r: (r.seed, r.run)))
+        names = ", ".join(naming.directory_name(r.run) for r in sorted(logged, key=lambda r: (r.seed, r.run)))
         yield f"{setting.name}: {FROM_LOGS}: {names}"
 
 
@@ -236,7 +235,7 @@ def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Ite
     changes = {(labels[id(r)], _with_epochs(change, r)) for r in results for change in r.protocol_changes}
     for label, change in sorted(changes):
         yield f"{label}: {change}"
-    files = {(_directory_name(r.baseline.run), r.baseline.sha256) for r in results if r.baseline}
+    files = {(naming.directory_name(r.baseline.run), r.baseline.sha256) for r in results if r.baseline}
     for name, sha256 in sorted((name, sha256) for name, sha256 in files if sha256):
         yield f"float {name}: pretrained weights, sha256 {sha256}"
     layers = results[0].protocol.keys.get("layers")  # the same for all results of a table
@@ -254,7 +253,7 @@ def _retrained_notes(results: Sequence[Result], labels: Mapping[int, str], conte
     started: dict[str, list[tuple[Result, Evaluation]]] = defaultdict(list)
     for result in results:
         if result.baseline and not result.baseline.pretrained:
-            started[_directory_name(result.baseline.run)].append((result, result.baseline.final))
+            started[naming.directory_name(result.baseline.run)].append((result, result.baseline.final))
     for name, pairs in sorted(started.items()):
         found = context.baselines.get(name)
         shown = found.final if found and found.same_data(pairs[0][0]) else pairs[-1][1]  # as in `_baselines`
@@ -294,7 +293,7 @@ def _with_epochs(change: str, result: Result) -> str:
 
 def _commit_notes(results: Sequence[Result], context: _Context) -> Iterator[str]:
     """Yield a note if different commits of qbench trained the runs of a table and their float baselines."""
-    names = {_directory_name(r.baseline.run) for r in results if r.baseline}
+    names = {naming.directory_name(r.baseline.run) for r in results if r.baseline}
     every = [*results, *(context.baselines[name] for name in sorted(names & set(context.baselines)))]
     counts = Counter(" then ".join(map(short_commit, r.commits)) for r in every if r.commits)
     if len(counts) > 1:
@@ -342,9 +341,3 @@ def _recorded_baseline(result: Result, *, other_run: bool) -> Result:
         best=result.baseline.best,
         synthetic=result.synthetic,
     )
-
-
-@lru_cache(2**17)  # a comparison needs each name several times
-def _directory_name(run: str) -> str:
-    """Return the name of a run's directory, which stays the same when a parent folder is moved."""
-    return Path(run).name

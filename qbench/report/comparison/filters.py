@@ -139,15 +139,11 @@ def _matching(
 def _with_baselines(kept: Sequence[RunRecord], runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Return the selected runs and their float baselines, in the order of `runs`."""
     starts = [run.result.baseline for run in kept if run.result and run.result.baseline]
-    baseline_names = {_directory_name(baseline.run) for baseline in starts if not baseline.pretrained}
+    baseline_names = {naming.directory_name(baseline.run) for baseline in starts if not baseline.pretrained}
     chosen = {id(run) for run in kept}
     baselines = [r for r in runs if r.result and r.status == DONE and naming.is_baseline(r.result)]
-    chosen |= {id(run) for run in baselines if _directory_name(str(run.path)) in baseline_names}
+    chosen |= {id(run) for run in baselines if naming.directory_name(str(run.path)) in baseline_names}
     return [run for run in runs if id(run) in chosen]
-
-
-def _directory_name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
 
 
 def _keys_of_directory(run: RunRecord) -> dict[str, str]:

@@ -53,6 +53,11 @@ def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
     return named
 
 
+def directory_name(run: str) -> str:
+    """Return the name of a run's directory, which stays the same when a parent folder is moved."""
+    return run.rstrip("/").rpartition("/")[2]
+
+
 def differing_keys(protocols: Iterable[Mapping[str, object]]) -> list[str]:
     """Return the keys whose values differ between protocols, such as `optim.lr`."""
     return _differing([_protocol_keys(keys) for keys in protocols])
