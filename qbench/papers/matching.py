@@ -1,11 +1,13 @@
 """Finds published results for the settings of a comparison, and computes the differences from our results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from qbench.papers import published_table as published
 from qbench.papers.published_figures import names, papers, published_rows
+from qbench.papers.recipe_differences import holds
 from qbench.papers.row_types import PROVENANCES, Paper, PublishedRow
+from qbench.report.comparison.naming import is_default_option
 from qbench.report.comparison.setting import PublishedMatch, Setting
 from qbench.report.comparison.setting_table import settings_of
 from qbench.report.tables.table import Table
@@ -28,34 +30,69 @@ def _with_published(table: Table) -> Table:
     settings = settings_of(table)
     if not settings:
         return table
-    dataset, net = _dataset_key(settings[0].dataset), _net_key(settings[0].model, settings[0].model_keys)
-    matched = [replace(s, published=tuple(_match(row, s) for row in rows_for(s, dataset, net))) for s in settings]
+    dataset = _dataset_key(settings[0].dataset)
+    net = next((net for net in names().nets if _is_network(net, (), settings[0])), None)
+    matched = [replace(s, published=tuple(_match(row, s) for row in rows_for(s, dataset))) for s in settings]
     return replace(table, values=[*matched], notes=[*table.notes, *_notes(matched, dataset, net)])
 
 
-def rows_for(setting: Setting, dataset: str | None, net: str | None) -> list[PublishedRow]:
+def rows_for(setting: Setting, dataset: str | None) -> list[PublishedRow]:
     """Return the published top-1 rows for a setting.
 
-    A row matches only if the row and the setting have the same known deviations from the method. Rows with a value come
-    first. Among these, results of the method's authors come before results of others. Then, better provenance comes
-    before worse provenance.
+    A row matches only if the row and the setting have the same known deviations from the method. The rows are sorted by
+    these criteria, most important first:
+
+    1. The row has a value.
+    2. The setting has all keys of the row's experiment, and the experiment has many.
+    3. Few options of the method differ.
+    4. The method's authors trained the row's network.
+    5. The provenance of the row.
+    6. Few other keys differ.
 
     Args:
         setting: a setting of a comparison.
         dataset: the name of the setting's data set in the published rows, or None if no row uses this data set.
-        net: the name of the setting's network in the published rows, or None if no row uses this network.
     """
-    options = setting.options.items()
-    deviations = {f"method.{key}={value}" for key, value in options if key.endswith("deviation")}
+    deviations = {f"method.{key}={value}" for key, value in setting.options.items() if key.endswith("deviation")}
     found = [
         row
         for row in published_rows()
-        if (row.method, row.dataset, row.net) == (setting.method, dataset, net)
+        if (row.method, row.dataset) == (setting.method, dataset)
         and (row.bits.w, row.bits.a, row.bits.g) == setting.bits
         and row.metric.startswith("top1")
         and deviations == {word for word in row.words if word.startswith("method.deviation=")}
+        and any(_is_network(row.net, words, setting) for words in ((), _experiment_words(row)))
     ]
-    return sorted(found, key=lambda row: (row.value is None, not row.by_authors, PROVENANCES.index(row.provenance)))
+
+    def rank(row: PublishedRow) -> tuple[bool, int, int, bool, int, int]:
+        config = {**setting.keys, "method": {"name": setting.method, **setting.options}, "bits": setting.bits._asdict()}
+        words = _experiment_words(row)
+        broken = sum(not holds(key, value, config) for key, _, value in (word.partition("=") for word in words))
+        return (
+            row.value is None, 0 if broken else -len(words), _differing_options(row, setting), not row.by_authors,
+            PROVENANCES.index(row.provenance), broken,
+        )  # fmt: skip
+
+    return sorted(found, key=rank)
+
+
+def _experiment_words(row: PublishedRow) -> tuple[str, ...]:
+    """Return the keys and values of a row's experiment as `key=value`. The result is empty if the row cannot be run.
+
+    Words such as `optim@pretrain.optim=sgd`, which choose the default values of a group of keys, are left out.
+    """
+    if published.missing_requirements(row):
+        return ()
+    return tuple(word for word in published.command_words(row) if "@" not in word)
+
+
+def _differing_options(row: PublishedRow, setting: Setting) -> int:
+    """Return the number of options of the method that differ between a row and a setting."""
+    words = (word.removeprefix("method.") for word in _experiment_words(row) or row.words if word.startswith("method."))
+    expected = dict(word.split("=", 1) for word in words)
+    ours = setting.options
+    others = [key for key in ours if key not in expected and not is_default_option(setting.method, key, ours[key])]
+    return len(others) + sum(not holds(key, value, {key: ours.get(key)}) for key, value in expected.items())
 
 
 def _match(row: PublishedRow, setting: Setting) -> PublishedMatch:
@@ -146,17 +183,22 @@ def _dataset_key(name: str) -> str | None:
     return next((key for key, known in names().datasets.items() if known.words == (f"dataset={name}",)), None)
 
 
-def _net_key(model: str, keys: Mapping[str, object]) -> str | None:
-    """Return the name of a network with these keys in `figures/names.yaml`, or None if the network is not listed."""
+def _is_network(net: str, words: Sequence[str], setting: Setting) -> bool:
+    """Return whether a setting's network is the network with this name in `figures/names.yaml`.
+
+    Args:
+        net: the name of the network.
+        words: further command-line overrides. Those of other keys than the network's are ignored.
+        setting: the setting of a comparison.
+    """
     from qbench.config.groups import conf_directory
 
-    file = conf_directory() / "model" / f"{model}.yaml"
+    own = dict(word.split("=", 1) for word in names().nets[net].words)
+    if own.pop("model", None) != setting.model:
+        return False
+    file = conf_directory() / "model" / f"{setting.model}.yaml"
     defaults = read_yaml(file) if file.is_file() else {}
-    for key, net in names().nets.items():
-        words = dict(word.split("=", 1) for word in net.words)
-        if words.pop("model", None) != model:
-            continue
-        expected = {k: str(v) for k, v in defaults.items()} | {k.removeprefix("model."): v for k, v in words.items()}
-        if all(str(value) == expected.get(k) for k, value in keys.items() if k not in METHOD_KEYS):
-            return key
-    return None
+    typed = dict(word.split("=", 1) for word in words) | own
+    expected = {k: str(v) for k, v in defaults.items()} | {k.removeprefix("model."): v for k, v in typed.items()}
+    keys = setting.model_keys
+    return all(k in expected and holds(k, expected[k], keys) for k in keys if k not in METHOD_KEYS)

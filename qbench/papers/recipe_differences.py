@@ -85,11 +85,11 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
     net = f"model={run.model}" in names().nets[row.net].words
     equal_widths = sum(getattr(row.bits, key) == getattr(run.bits, key) for key in "wag")
     wanted = dict(word.partition("=")[::2] for word in command_words(row))
-    broken = sum(not _holds(key, value, run.config) for key, value in wanted.items())
+    broken = sum(not holds(key, value, run.config) for key, value in wanted.items())
     return dataset and net, net, dataset, equal_widths, -broken, row.by_authors
 
 
-def _holds(key: str, value: str, config: Mapping[str, object]) -> bool:
+def holds(key: str, value: str, config: Mapping[str, object]) -> bool:
     """Return whether a dotted key has the given value in a configuration of nested dictionaries."""
     node: object = config
     for part in key.split("."):

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,30 @@ def read(names: Iterable[str]) -> list[RunRecord]:
         ConfigError: a path does not exist, or a file is not a record that `dump_records` made.
     """
     found: dict[Path, RunRecord] = {}
-    recorded: dict[Path, RunRecord] = {}
+    records: dict[str, list[RunRecord]] = {}
     for name in names:  # os.path does not raise an error for a name that is empty or too long
         if os.path.isfile(name):
-            recorded |= {run.path: run for run in load_records(Path(name))}
+            records[name] = load_records(Path(name))
         elif os.path.isdir(name):
             found |= _read_directory(Path(name))
         else:
             raise ConfigError(f"{name}: no such directory or file\ntype a directory of runs, such as outputs")
-    runs = [run for run in found.values() if not _is_debug(run)]
-    return sorted([*runs, *recorded.values()], key=lambda run: str(run.path).replace(os.sep, "\0"))  # folder by folder
+    found = {path: run for path, run in found.items() if not _is_debug(run)}
+    for name, runs in records.items():
+        found |= {run.path: run for run in (_renamed(run, name, found) for run in runs)}
+    return sorted(found.values(), key=lambda run: str(run.path).replace(os.sep, "\0"))  # folder by folder
+
+
+def _renamed(run: RunRecord, file: str, others: Mapping[Path, RunRecord]) -> RunRecord:
+    """Return a recorded run. If another run has its path, the file of the record becomes part of the path.
+
+    Different machines may use the same relative paths, and a record may be older than the directory.
+    """
+    other = others.get(run.path)
+    if other is None or (other.recorded and replace(other, hits=None) == replace(run, hits=None)):
+        return run
+    path = Path(f"{file}/{run.path}")
+    return replace(run, path=path, result=run.result and replace(run.result, run=str(path)))
 
 
 def _read_directory(root: Path) -> dict[Path, RunRecord]:
@@ -143,8 +157,9 @@ def dump_records(runs: Sequence[RunRecord]) -> str:
         record |= {"notes": run.notes} if FROM_LOGS in run.notes else {}
         if run.result:
             result = {key: value for key, value in asdict(run.result).items() if key not in LEFT_OUT}
-            protocols[result["protocol"]["hash"]] = result["protocol"]["keys"]
-            result["protocol"] = result["protocol"] | {"keys": None}
+            if result["protocol"]["hash"]:  # without a hash, the protocol is only known in part
+                protocols[result["protocol"]["hash"]] = result["protocol"]["keys"]
+                result["protocol"] = result["protocol"] | {"keys": None}
             record["result"] = result
             top1 = run.result.top1
             if top1 is not None and (hits := run.hits or load_hits(run.path, top1)):
@@ -174,7 +189,9 @@ def _load_record(record: dict[str, Any], protocols: Mapping[str, Any]) -> RunRec
         raise ValueError(path)
     run = RunRecord(path=path, status=status, reason=reason, notes=notes, recorded=True)
     if values := record.get("result"):
-        protocol = values["protocol"] | {"keys": protocols[values["protocol"]["hash"]]}
+        protocol = values["protocol"]
+        if protocol["keys"] is None:
+            protocol = protocol | {"keys": protocols[protocol["hash"]]}
         run.result = parse_result(values | {"run": str(path), "protocol": protocol})
         if run.result.status != status:
             raise ValueError(path)
@@ -227,20 +244,33 @@ def _is_named(path: Path, identity: str) -> bool:
 
 
 def _run_directories(root: Path) -> Iterator[Path]:
-    """Yield the directories that contain a run's files. Links to directories are not searched further."""
-    waiting = [(str(root), True)]  # strings, because a Path for each folder and each file would take longer
-    while waiting:
-        path, search = waiting.pop()
+    """Yield the directories that contain a run's files. A link is followed if its target is not searched anyway."""
+    waiting, links = [str(root)], list[str]()  # strings, because a Path for each folder and file would take longer
+    searched = [os.path.realpath(root)]
+    while waiting or links:
+        if not waiting:
+            path = links.pop()
+            target = os.path.realpath(path)
+            if any(_is_below(target, folder) or _is_below(folder, target) for folder in searched):
+                continue  # also prevents endless loops
+            searched.append(target)
+            waiting.append(path)
+        path = waiting.pop()
         is_run = False
         with suppress(PermissionError), os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
                 if name in RUN_FILES or name.startswith(EVENT_FILES):
                     is_run = True
-                elif search and entry.is_dir():
-                    waiting.append((entry.path, not entry.is_symlink()))
+                elif entry.is_dir():
+                    (links if entry.is_symlink() else waiting).append(entry.path)
         if is_run:
             yield Path(path)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    """Return whether an absolute path is a folder or lies below it."""
+    return os.path.commonpath((path, folder)) == folder
 
 
 def _progress(lines: list[Line]) -> str:

@@ -182,8 +182,8 @@ def untrained(names: Sequence[str], steps: int) -> HealthWarnings:
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return {
         "gradient": f"parameters not trained: {', '.join(names[:MOST_NAMES])}{more} had no gradient in the first "
-        f"{min(steps, FIRST_STEPS)} steps; probably forward() does not use them, detaches or copies a tensor, or clips all "
-        "values that depend on them, as quantizers can"
+        f"{min(steps, FIRST_STEPS)} steps; probably forward() does not use them, detaches or copies a tensor, or clips "
+        "all values that depend on them, as quantizers can"
     }
 
 

@@ -402,10 +402,12 @@ def test_training_imports_what_it_uses(tmp_path: Path) -> None:
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     words = ["experiment=smoke", "method=dorefa", "runtime.tensorboard=false", f"out={tmp_path}"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    own = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}  # other clones of qbench share the user's cache
+    shared: dict[str, Any] = {"capture_output": True, "text": True, "cwd": ROOT, "env": own}
+    done = subprocess.run([sys.executable, "-c", code, *words], **shared, timeout=120)
     assert done.returncode == 0, done.stderr
     again = code.replace("'scipy'", "'scipy', 'torch'")
-    done = subprocess.run([sys.executable, "-c", again, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", again, *words], **shared, timeout=60)
     assert done.returncode == 0, "a finished run's repeat needs no torch: " + done.stderr
 
 

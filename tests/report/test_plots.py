@@ -269,7 +269,7 @@ def test_widths_are_named_without_what_is_float() -> None:
     def short(bits: Bits) -> str:
         run = SeedAccuracy(seed=0, run="r", top1=90.0)
         return Setting(
-            label="m", method="m", options={}, bits=bits, network={}, dataset="d", model="m", model_keys={},
+            label="m", method="m", options={}, bits=bits, network={}, dataset="d", model="m", keys={},
             protocol="p", is_baseline=False, source="result.json", runs=(run,), top1=estimate([90.0]),
         ).short_widths  # fmt: skip
 

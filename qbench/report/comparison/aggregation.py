@@ -43,8 +43,8 @@ def aggregate(
         network=first.network,
         dataset=first.dataset,
         model=first.model,
-        model_keys=first.protocol.keys.get("model") or {},
         protocol=first.protocol.hash[:8],
+        keys=first.protocol.keys,
         is_baseline=naming.is_baseline(first),
         fine_tuned=not any(change.startswith(NOT_FINE_TUNED) for change in first.protocol_changes),
         source=source,
@@ -111,7 +111,9 @@ def _over_control(setting: Setting, settings: Sequence[Setting]) -> Estimate | N
     controls = [s for s in settings if _is_control(s) and s.network == setting.network]
     if len(controls) != 1 or not _can_have_control(setting):
         return None
-    by_seed = {run.seed: run.top1 for run in controls[0].runs}
+    control = controls[0].runs
+    seeds = dict.fromkeys(run.seed for run in control)
+    by_seed = dict(zip(seeds, _by_seed(control, [run.top1 for run in control]), strict=True))
     runs = [run for run in setting.runs if run.seed in by_seed]
     return estimate(_by_seed(runs, [run.top1 - by_seed[run.seed] for run in runs])) if runs else None
 

@@ -42,12 +42,14 @@ def compare(runs: Sequence[RunRecord], by: Sequence[str] = ()) -> list[Table]:
         by: keys of `naming.run_keys`. Runs with different values of these keys go to separate tables.
     """
     runs, duplicate_notes = without_duplicates(runs)
-    results = separate_data_versions([run.result for run in runs if run.status == DONE and run.result is not None])
+    done = [run.result for run in runs if run.status == DONE and run.result is not None]
+    results = separate_data_versions(done)
     context = _Context(
         baselines={naming.directory_name(r.run): r for r in results if naming.is_baseline(r)},
         labels=naming.labels(results),
         from_logs={str(run.path) for run in runs if FROM_LOGS in run.notes},
         failed=_by_setting(r.result for r in runs if r.status != DONE and r.result),
+        unmarked={id(result): own for result, own in zip(results, done, strict=True)},
         file_bytes={str(run.path): run.file_bytes for run in runs if run.file_bytes is not None},
     )
     blocks = _blocks(results)
@@ -76,7 +78,8 @@ class _Context:
         baselines: results of float baselines by directory name.
         labels: map from `id(result)` to the label of the result's method.
         from_logs: paths of the runs that were read from logs.
-        failed: results of runs that did not finish, by `naming.setting_key`.
+        failed: results of runs that did not finish, by `naming.setting_key`. Which images they used is not known.
+        unmarked: map from `id(result)` to the result before `separate_data_versions` changed its protocol.
         file_bytes: sizes of exported packed files, by path of the run.
     """
 
@@ -85,6 +88,11 @@ class _Context:
     from_logs: set[str]
     file_bytes: Mapping[str, int]
     failed: Mapping[tuple[str, ...], Sequence[Result]]
+    unmarked: Mapping[int, Result]
+
+    def failed_like(self, result: Result) -> Sequence[Result]:
+        """Return the failed results of the setting of a result."""
+        return self.failed.get(naming.setting_key(self.unmarked[id(result)]), ()) if self.failed else ()
 
 
 def _by_setting(results: Iterable[Result]) -> dict[tuple[str, ...], list[Result]]:
@@ -99,16 +107,23 @@ def _blocks(results: Sequence[Result]) -> dict[naming.Block, list[Result]]:
 
     The results of a block share data set, network and protocol.
 
-    A baseline is kept if other runs only loaded its weights as a pretrained checkpoint, because no other row shows the
-    baseline's accuracy.
+    A baseline is kept in two cases. Either other runs only loaded its weights as a pretrained checkpoint, so that no
+    other row shows the baseline's accuracy. Or runs that do not start from it were trained by the same protocol.
     """
     quantized = [r for r in results if not naming.is_baseline(r)]
     used = {naming.directory_name(r.baseline.run) for r in quantized if r.baseline and not r.baseline.pretrained}
-    unused = [r for r in results if naming.is_baseline(r) and naming.directory_name(r.run) not in used]
     blocks: dict[naming.Block, list[Result]] = defaultdict(list)
-    for result in [*quantized, *unused]:
-        blocks[naming.Block(result.dataset, result.model, result.protocol.hash)].append(result)
+    for result in quantized:
+        blocks[_block(result)].append(result)
+    for result in results:
+        if naming.is_baseline(result) and (naming.directory_name(result.run) not in used or _block(result) in blocks):
+            blocks[_block(result)].append(result)
     return blocks
+
+
+def _block(result: Result) -> naming.Block:
+    protocol = result.protocol.hash or naming.unknown_protocol(result.protocol.keys)
+    return naming.Block(result.dataset, result.model, protocol)
 
 
 def _split(results: Sequence[Result], by: Sequence[str]) -> list[tuple[str, list[Result]]]:
@@ -143,7 +158,7 @@ def _table(title: str, results: Sequence[Result], context: _Context) -> Table:
         add(label, baselines)
     labels = {id(r): context.labels[id(r)] for r in results}
     for label, members in _members(results, labels):
-        failed = context.failed.get(naming.setting_key(members[0]), ()) if context.failed else ()
+        failed = context.failed_like(members[0])
         if not is_candidate(members[0]):
             add(label, members)
             notes += _diverged_notes(settings[-1], failed)

@@ -3,7 +3,7 @@
 The same run may be in two directories, or in a directory and in a record (a JSON file with the results of many runs).
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from qbench.runs.reader import DONE, RunRecord
 
@@ -13,16 +13,16 @@ def without_duplicates(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
     If a run is in a directory and in a record of many runs, the run in the directory is returned.
     """
-    kept: dict[Hashable, RunRecord] = {}
-    duplicates: list[RunRecord] = []
+    kept: dict[Hashable, list[RunRecord]] = {}
+    duplicates: list[tuple[RunRecord, RunRecord]] = []
     for run in sorted(runs, key=lambda r: (r.recorded, str(r.path))):
         finished = run.result is not None and run.status in (DONE, "unsupported")
-        identity = (run.result.identity if finished and run.result else "") or id(run)
-        if identity in kept and _same_images(run, kept[identity]):
-            duplicates.append(run)
+        alike = kept.setdefault((run.result.identity if finished and run.result else "") or id(run), [])
+        if original := next((other for other in alike if _same_images(run, other)), None):
+            duplicates.append((run, original))
         else:
-            kept[(identity, run.path) if identity in kept else identity] = run
-    return list(kept.values()), list(_notes(duplicates, kept))
+            alike.append(run)
+    return [run for alike in kept.values() for run in alike], list(_notes(duplicates))
 
 
 def _same_images(run: RunRecord, other: RunRecord) -> bool:
@@ -34,13 +34,13 @@ def _same_images(run: RunRecord, other: RunRecord) -> bool:
     return len(digests) < 2
 
 
-def _notes(duplicates: Sequence[RunRecord], kept: Mapping[Hashable, RunRecord]) -> Iterator[str]:
-    """Yield a note on duplicates that are left out, and a note on duplicates with a different accuracy."""
+def _notes(duplicates: Sequence[tuple[RunRecord, RunRecord]]) -> Iterator[str]:
+    """Yield notes on pairs of a duplicate and the run that is kept, and on pairs with different accuracies."""
     if not duplicates:
         return
-    yield f"duplicate runs are left out: {duplicates[0].path}{_more(duplicates)}"
-    pairs = [(run, kept[run.result.identity]) for run in duplicates if run.result]
-    different = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs if _top1(run) != _top1(other)]
+    yield f"duplicate runs are left out: {duplicates[0][0].path}{_more(duplicates)}"
+    pairs = [(run, other) for run, other in duplicates if _top1(run) != _top1(other)]
+    different = [f"{run.path} {_top1(run)}, kept {_top1(other)}" for run, other in pairs]
     if different:
         yield (
             f"duplicates with a different top-1 ({len(different)}), because of another version or machine: "

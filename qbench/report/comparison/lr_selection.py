@@ -72,7 +72,11 @@ def select_learning_rate(name: str, runs: Sequence[Result], failed: Sequence[Res
     keys = runs[0].protocol.keys
     stops_early = keys["optim"].get("patience") is not None
     epochs = ("at most " if stops_early else "") + str(keys.get("epochs", "?"))
-    notes = [f"{name}: {_selection_note(selected, epochs)}", *_missing_notes(name, rates, accuracies, failed)]
+    tried = [rate for rate in rates if any(run.options[RATE] == rate for run in (*runs, *failed))]
+    notes = [
+        f"{name}: {_selection_note(selected, tried, epochs)}",
+        *_missing_notes(name, tried, accuracies, failed),
+    ]
     return Selection(selected, kept, notes)
 
 
@@ -83,16 +87,20 @@ def _grid(run: Result) -> tuple[float, list[float]]:
     return recipe_rate, sorted({scaled(recipe_rate, factor) for factor in keys["lr_grid"]["factors"]})
 
 
-def _selection_note(selected: SelectedLearningRate, epochs: str) -> str:
+def _selection_note(selected: SelectedLearningRate, tried: Sequence[float], epochs: str) -> str:
+    """Return a note on a selection from the rates of a grid. `tried` are the rates with a run, in ascending order."""
     rates = list(selected.validation)
     if selected.rate is None:
         return (
             f"{RATE}: none of {len(rates)} rates is selected, because no seed has a validation accuracy at all "
             "rates that converged"
         )
-    note = f"{RATE}={selected.rate:g} is the best of {len(rates)} by validation top-1, {_seeds(selected.seeds)}"
-    note += f"; the search cost {len(rates)} x {epochs} epochs per seed"
-    if selected.rate == rates[0]:
+    note = f"{RATE}={selected.rate:g} is the best of {len(tried)} by validation top-1, {_seeds(selected.seeds)}"
+    note += f"; the search cost {len(tried)} x {epochs} epochs per seed"
+    if len(tried) < len(rates):  # not trained yet, or the user compares only some of the runs
+        others = ", ".join(f"{rate:g}" for rate in rates if rate not in tried)
+        note += f"; the compared runs have no other rate of the grid: {others}"
+    elif selected.rate == rates[0]:
         note += "; it is the lowest rate of the grid, so a lower rate may be better"
     elif selected.rate == rates[-1]:
         note += "; it is the highest rate of the grid, so a higher rate may be better"

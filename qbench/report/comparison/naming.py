@@ -19,12 +19,20 @@ from qbench.system.files import read_yaml
 class Block(NamedTuple):
     """The data set, network and protocol hash that all runs in a table share.
 
-    The hash is "" if the protocol is not known.
+    If only a part of the protocol is known, `unknown_protocol` returns the value in place of the hash.
     """
 
     dataset: str
     model: str
     protocol: str
+
+
+UNKNOWN = "protocol not known"
+
+
+def unknown_protocol(keys: Mapping[str, object]) -> str:
+    """Return a text in place of a protocol's hash, with the keys that are known."""
+    return ", ".join([UNKNOWN, *(f"{key}={value}" for key, value in keys.items())])
 
 
 def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
@@ -35,13 +43,13 @@ def titles(blocks: Mapping[Block, Sequence[Result]]) -> dict[Block, str]:
     protocols = {block: _protocol_keys(runs[0].protocol.keys) for block, runs in blocks.items()}
     same_network: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for block, keys in protocols.items():
-        same_network[block.dataset, block.model] += [keys] if block.protocol else []
+        same_network[block.dataset, block.model] += [] if block.protocol.startswith(UNKNOWN) else [keys]
     differing = {network: _differing(protocols) for network, protocols in same_network.items()}
     named = {}
     for block, keys in protocols.items():
         title = f"{block.model} on {block.dataset}"
-        if not block.protocol:  # event files do not contain the protocol
-            named[block] = f"{title}; protocol not known"
+        if block.protocol.startswith(UNKNOWN):  # event files do not contain the protocol
+            named[block] = f"{title}; {block.protocol}"
             continue
         names = differing[block.dataset, block.model]
         if keys.get("lr_search") == '"grid"':
@@ -133,13 +141,13 @@ def labels(results: Sequence[Result]) -> dict[int, str]:
         keys = sorted(set().union(*variants.values()))
         differing = [k for k in keys if len({json.dumps(v.get(k)) for v in variants.values()}) > 1]
         for identity, used in variants.items():
-            chosen = {*differing, *(key for key in used if not _is_default(method, key, used[key]))}
+            chosen = {*differing, *(key for key in used if not is_default_option(method, key, used[key]))}
             typed = [f"{k}={_as_typed(used[k])}" for k in keys if k in used and k in chosen]
             named[identity] = " ".join([method, *typed])
     return {id(result): named[identity] for identity, result in zip(identities, results, strict=True)}
 
 
-def _is_default(method: str, key: str, value: object) -> bool:
+def is_default_option(method: str, key: str, value: object) -> bool:
     """Return whether an option of a method has its default value. Options without a known default count as defaults."""
     group, _, option = key.rpartition(".")
     if option.endswith("deviation"):

@@ -117,8 +117,9 @@ class Setting:
         label: the method's name, followed by the options (as typed) that differ between runs of the method.
         method, options, bits: the method's name, options and widths.
         network: the network keys that the method requires, with their values.
-        dataset, model, model_keys: names of the data set and the network, and the network's keys in the protocol.
+        dataset, model: names of the data set and the network.
         protocol: first 8 digits of the protocol's hash.
+        keys: the keys of the protocol, nested as in the configuration.
         is_baseline: whether the network is a float network that was trained from scratch. Other runs start from this
             network.
         fine_tuned: whether the network started from its float baseline and was trained for the protocol's epochs.
@@ -147,7 +148,7 @@ class Setting:
     network: Mapping[str, str]
     dataset: str
     model: str
-    model_keys: Mapping[str, object]
+    keys: Mapping[str, object]
     protocol: str
     is_baseline: bool
     source: str
@@ -166,6 +167,12 @@ class Setting:
     published: tuple[PublishedMatch, ...] | None = None
     bytes_group: int | None = None
     fine_tuned: bool = True
+
+    @property
+    def model_keys(self) -> Mapping[str, object]:
+        """The network's keys in the protocol."""
+        keys = self.keys.get("model")
+        return keys if isinstance(keys, Mapping) else {}
 
     @property
     def name(self) -> str:

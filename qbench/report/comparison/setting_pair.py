@@ -46,7 +46,7 @@ class SettingPair:
         d = self.difference
         if d is None:
             return Verdict.NO_SPREAD
-        if d.mean == d.standard_error == 0:  # all seeds and images have the same result: nothing to test
+        if d.items and d.mean == d.standard_error == 0:  # the same result for all seeds and images: nothing to test
             return Verdict.IDENTICAL
         if self.p_holm < ALPHA:
             return Verdict.ABOVE if d.mean > 0 else Verdict.BELOW

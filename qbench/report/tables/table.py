@@ -82,22 +82,35 @@ def markdown(tables: Sequence[Table], *, links: bool = False) -> str:
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
-    """Return all tables as one CSV text.
+    """Return all tables as one CSV text. The header contains the columns of all tables.
 
-    The first column contains the title of the table. In rows with a note, the first column contains `note`.
+    The first column contains the title of the table. A row is empty in columns that its table does not have. In rows
+    with a note, the first column contains `note`.
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    head = next((table.head for table in tables if table.rows), ())
+    filled = [table for table in tables if table.rows]
+    head = _all_columns([table.head for table in filled])
     lines = [["table", *head]]
-    for table in tables:
-        lines += ([table.title, *row] for row in table.rows if table.head == head)
-    for table in tables:
-        if table.head != head:
-            lines += ([table.title, *row] for row in table.rows)
-        lines += (["note", note] for note in table.notes)
-    writer.writerows(map(escape.csv, line) for line in lines)
+    for table in filled:
+        places = [head.index(name) for name in table.head]
+        for row in table.rows:
+            cells = dict(zip(places, row, strict=True))
+            lines.append([table.title, *(cells.get(i, "") for i in range(len(head)))])
+    lines += (["note", note] for table in tables for note in table.notes)
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(map(escape.csv, line) for line in lines)
     return buffer.getvalue().rstrip("\n")
+
+
+def _all_columns(heads: Sequence[Sequence[str]]) -> list[str]:
+    """Return the names of the columns of all tables. A column stays behind the column that precedes it in its table."""
+    merged: list[str] = []
+    for head in heads:
+        place = 0 if set(head) & set(merged) else len(merged)
+        for name in head:
+            if name not in merged:
+                merged.insert(place, name)
+            place = merged.index(name) + 1
+    return merged
 
 
 def as_json(tables: Sequence[Table]) -> str:
