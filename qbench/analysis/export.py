@@ -65,6 +65,7 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
         raise NotExportable(f"{finished.changed}\nto train the run again, add rerun=true to its command")
     path = out or run / DEFAULT_NAMES[to]
     network, about = trace(finished.model, verify_export.first_images(finished, 5)), _about(finished, weights, to)
+    verify_export.verify_trace(finished, network)
     if to == "packed":
         data = packed.pack_network(network, about)
         agreement, how = verify_export.verify_packed(finished, data, path)

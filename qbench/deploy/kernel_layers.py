@@ -84,17 +84,16 @@ def floats(window: Window, count: int) -> Source:
 
 
 def pool(
-    window: Window, height: int, width: int, stride: tuple[int, int], padding: tuple[int, int], mean: bool
+    window: Window, height: int, width: int, stride: tuple[int, int], padding: tuple[int, int], mean: bool, inside: bool
 ) -> Source:
     """Return the source of max pooling or average pooling. With windows of one pixel, the source copies a map.
 
     Args:
         height, width: size of the input in pixels. Pixels outside the input count neither in the maximum nor in the
             mean.
+        inside: whether all windows lie completely inside the input.
     """
     rows, row, columns, column, down, right, _, _ = window
-
-    inside = padding == (0, 0) and rows <= height and columns <= width and height % stride[0] == width % stride[1] == 0
 
     @compiled
     def values(memory: Bytes, at: At, y: int, x: int, output: int, o: int) -> Vector:

@@ -51,7 +51,7 @@ def in_numba(network: Network, about: About) -> Callable[[Tensor], Tensor]:
         if not images.isfinite().all():
             raise ValueError("the images contain inf or nan")
         logits = np.empty((len(images), about.classes), np.float32)
-        compiled(images.contiguous().numpy(), logits, memory)
+        compiled(images.float().contiguous().numpy(), logits, memory)
         return torch.from_numpy(logits)
 
     return run

@@ -89,7 +89,9 @@ class Planner(Protocol):
 
 def pooled(x: Map, kernel: Pair, stride: Pair, padding: Pair, size: Size, mean: bool) -> Computed:
     """Return the source of max pooling or average pooling."""
-    source = f"pool({x.windows(kernel, stride)}, {x.height}, {x.width}, {stride}, {padding}, {mean})"
+    reach = tuple((count - 1) * step + length for count, step, length in zip(size[1:], stride, kernel, strict=True))
+    inside = padding == (0, 0) and reach[0] <= x.height and reach[1] <= x.width  # ceil_mode=True can exceed the map
+    source = f"pool({x.windows(kernel, stride)}, {x.height}, {x.width}, {stride}, {padding}, {mean}, {inside})"
     return Computed(source, At(input=x.start(padding)), size, identity_ramp(size[0]), FLOAT_NUMBERS)
 
 

@@ -40,7 +40,12 @@ def step_function(function: Callable[[Tensor], Tensor], example: Tensor) -> tupl
     def at(x: Tensor) -> Tensor:
         """Return the quantizer's results (n, C) for values (n,). Each value is the input of all channels."""
         places = x.reshape(-1, *[1] * len(shape)).expand(-1, *shape).contiguous()
-        return function(places).flatten(2)[..., 0] if len(shape) > 1 else function(places)
+        if len(shape) == 1:
+            return function(places)
+        results = function(places).flatten(2)
+        if results.shape[2] > 1:  # parameters of the quantizer have another axis than the second
+            raise NotSteps("the levels differ along another axis than the channels")
+        return results[..., 0]
 
     def of_channel(channel: int) -> Callable[[Tensor], Tensor]:
         return lambda x: at(x)[:, channel]

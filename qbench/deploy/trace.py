@@ -6,9 +6,11 @@ and the method is replaced by the torch functions that it calls.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import isfunction, signature
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qbench.bits import FLOAT
 from qbench.deploy.codes import Encoded, NotEncodable, encode
@@ -159,6 +161,7 @@ class _Tracer(Recorder):
             assert isinstance(result, Tensor)
             self._add_quantizer(module, x, result)
             return
+        args = _without_inplace(kind, args)
         if kind == "__getitem__" and isinstance(args[0], Tensor):
             args = args[0], _without_ellipsis(args[1], args[0].dim())
         if (
@@ -237,6 +240,13 @@ class _Tracer(Recorder):
         if isinstance(value, tuple | list):
             return tuple(map(self._arguments, value))
         return value
+
+
+def _without_inplace(kind: str, args: tuple[object, ...]) -> tuple[object, ...]:
+    """Return the positional arguments of a function in torch.nn.functional without `inplace`, which is the last one."""
+    function = getattr(F, kind, None)
+    parameters = list(signature(function).parameters) if isfunction(function) else []
+    return args[: parameters.index("inplace")] if "inplace" in parameters else args
 
 
 def _without_ellipsis(index: object, axes: int) -> object:

@@ -161,12 +161,15 @@ class Recorder(TorchFunctionMode):
         self, func: Forward, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        version = None if first is None else first._version
         result = func(*args, **kwargs)
-        if not self._paused:
-            name = resolve_name(func) or getattr(func, "__name__", str(func))
-            kind = name.removesuffix(".__get__").rpartition(".")[2]
-            changes_argument = kind == "__setitem__" or (kind.endswith("_") and not kind.endswith("__"))
-            self.add(None, kind, (args, kwargs), result, kwargs.get("out"), args[0] if changes_argument else None)
+        changed = None if first is None or first._version == version else first  # such as relu(x, inplace=True)
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        kind = name.removesuffix(".__get__").rpartition(".")[2]
+        self.add(None, kind, (args, kwargs), result, kwargs.get("out"), changed)
         return result
 
     def call_module(

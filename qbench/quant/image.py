@@ -49,7 +49,9 @@ class ImageQuantizer(Quantizer):
         channel = torch.arange(len(low)).reshape(1, -1, 1, 1) if channel is None else channel.cpu()
         self.register_buffer("channel", channel, persistent=False)
         self.register_buffer("low", torch.tensor(low)[channel], persistent=False)
-        self.register_buffer("span", (torch.tensor(high) - torch.tensor(low))[channel], persistent=False)
+        span = torch.tensor(high) - torch.tensor(low)
+        span[span == 0] = 1  # a channel that has one value in all images
+        self.register_buffer("span", span[channel], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rounded input of the layer, with the shape of the input."""

@@ -118,13 +118,21 @@ SIZES = {
     "stride": (nn.Conv2d(20, 40, 3, 2, 1), nn.Identity()),
     "max": (nn.Conv2d(20, 7, 5, 1, 2, bias=False), nn.MaxPool2d(3, 2, 1)),
     "mean": (nn.Conv2d(20, 33, 1), nn.AvgPool2d(2)),
+    "max beyond the edge": (nn.Conv2d(20, 7, 1), nn.MaxPool2d(3, 2, ceil_mode=True)),
+    "mean beyond the edge": (nn.Conv2d(20, 7, 1), nn.AvgPool2d(3, 2, ceil_mode=True)),
     "unequal": (nn.Conv2d(20, 16, (3, 1), (1, 2), (0, 2)), nn.AdaptiveAvgPool2d((2, 2))),
     "dilation": (nn.Conv2d(20, 16, 3, 1, (2, 3), dilation=(2, 3)), nn.Identity()),
     "groups": (nn.Conv2d(48, 96, 3, 1, 1, groups=3), nn.Identity()),
 }
 """Name -> a convolution of codes, and the pooling after it."""
 
-FAST_SIZES = [("max", "w1a1"), ("dilation", "w2a2"), ("groups", "w1a2")]
+FAST_SIZES = [
+    ("max", "w1a1"),
+    ("max beyond the edge", "w2a2"),
+    ("mean beyond the edge", "w2a2"),
+    ("dilation", "w2a2"),
+    ("groups", "w1a2"),
+]
 
 
 @pytest.mark.parametrize("case", tiered(product(SIZES, ["w1a1", "w1a2", "w2a2"]), FAST_SIZES), ids=" ".join)
@@ -141,6 +149,7 @@ def test_sizes_and_pooling(case: tuple[str, str], monkeypatch: pytest.MonkeyPatc
     # torch itself rounds sums, so a code at a threshold may differ in few images
     agree = ((logits - expected).abs().amax(1) < 1e-4).float().mean().item()
     assert agree >= 0.95
+    assert torch.equal(in_numba(trace(model, images), about_digits("packed"))(images.double()), logits)
     if has("avx2"):
         others = not kernel_formats.tables_are_faster()
         monkeypatch.setattr(kernel_formats, "tables_are_faster", lambda: others)

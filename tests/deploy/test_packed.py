@@ -22,6 +22,7 @@ import torch
 from conftest import Configure, long_tier, tiered
 from exported import about_digits, header_change, quantized
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qbench.analysis import evaluate
 from qbench.analysis.export import evaluate_file, export, load_exported
@@ -260,6 +261,51 @@ def test_networks_that_cannot_be_traced_are_refused(change: Any, message: str) -
     model, images = Odd(change), torch.randn(6, 1, 4, 4)
     install(dorefa.build(w=2), model, example=images[:1])
     assert re.search(message, refusal(model, images))
+
+
+IN_PLACE = {
+    "relu": lambda x: F.relu(x, inplace=True), "relu6": lambda x: F.relu6(x, True), "silu": nn.SiLU(inplace=True),
+    "hardtanh": nn.Hardtanh(-0.1, 0.2, inplace=True), "leaky": nn.LeakyReLU(0.3, inplace=True),
+    "elu": nn.ELU(0.5, inplace=True), "hardswish": nn.Hardswish(inplace=True), "a method": lambda x: x.relu_(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_functions_that_change_their_argument_are_exported(name: str) -> None:
+    torch.manual_seed(0)
+    model, images = Odd(IN_PLACE[name]), torch.randn(6, 1, 4, 4)
+    install(dorefa.build(w=2), model, example=images[:1])
+    assert torch.equal(trace(model, images).function()(images), model.eval()(images))
+
+
+def test_a_network_whose_trace_computes_something_else_is_refused(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form of the file does not matter, because every file is made from the trace."""
+    words = ["experiment=smoke", "method=dorefa", "bits=w2a2", "model=test_packed:through_a_view"]
+    path = Path(train_run(planned_run(configure(*words))).run)
+    for form in ("packed", "onnx", "integer"):
+        with pytest.raises(NotExportable, match=r"compute other logits for \d+ of \d+ test images"):
+            export(path, form)
+
+
+def through_a_view(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Return a network that changes a tensor through a view, which a trace does not see."""
+
+    def change(x: Tensor) -> Tensor:
+        x.transpose(2, 3).relu_()
+        return x
+
+    net = Odd(change)
+    net.conv, net.fc = nn.Conv2d(shape[0], 2, 3, padding=1), nn.Linear(2, classes)
+    return net
+
+
+def test_levels_along_another_axis_than_the_channels_are_refused() -> None:
+    """A linear layer over (images, tokens, channels) reads pixels whose channels have different ranges."""
+    levels = ImageQuantizer(4, (-1.0, -2.0, 0.0), (1.0, 3.0, 0.5), torch.arange(3).reshape(1, 1, 3))
+    with pytest.raises(NotSteps, match="another axis"):
+        step_function(levels, torch.zeros(2, 4, 3))
 
 
 def test_sizes_may_depend_on_the_number_of_images() -> None:

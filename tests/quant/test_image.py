@@ -211,3 +211,12 @@ def test_a_users_class_with_the_name_of_a_rearranging_module_does_not_pass_the_i
     model = nn.Sequential(Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 10))
     with pytest.raises(Unsupported, match="does not read the image but the result of own Flatten 0"):
         install(dorefa.build(w=2, a=2), model, POLICY, example=X)
+
+
+def test_a_channel_with_one_value_is_kept() -> None:
+    """A mask channel that is 1 everywhere has no range to divide by."""
+    levels = ImageQuantizer(8, (0.0, 1.0), (1.0, 1.0))
+    x = torch.rand(2, 2, 4, 4)
+    x[:, 1] = 1
+    assert torch.equal(levels(x)[:, 1], x[:, 1])
+    torch.testing.assert_close(levels(x), x, atol=0.5 / 255, rtol=0)
