@@ -78,12 +78,12 @@ def _why_no_best(result: Result) -> str:
 
 
 def validation_batches(setup: ExperimentSetup, images: int) -> tuple[list[Batch], str]:
-    """Return batches of the first validation images, and a note that names the split of these images.
+    """Return batches of a sample of the validation images, and a note that names the split of these images.
 
     If the run has no validation split, the batches contain training images.
     """
     split = "val" if len(setup.data.val) else "train"
-    batches = list(setup.loader().unaugmented(split, images))
+    batches = list(setup.loader().sample(split, images))
     count = sum(len(labels) for _, labels in batches)
     if split == "val":
         return batches, f"measured on {count} validation images; the test split is not used"
@@ -95,7 +95,7 @@ def probe_batches(setup: ExperimentSetup) -> list[Batch]:
 
     Batch normalization statistics are also recomputed on these images.
     """
-    return list(setup.loader().unaugmented("train", PROBE_IMAGES))
+    return list(setup.loader().sample("train", PROBE_IMAGES))
 
 
 def bn_note(recompute: bool) -> str:

@@ -1,5 +1,6 @@
 """Replaces the data set, the method or the layer policy of a finished run, according to command-line overrides."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -25,8 +26,22 @@ def override_dataset(node: Node, words: Sequence[str]) -> Node:
     if any(word.startswith("dataset=") and word != own for word in words):
         return _compose(words).dataset
     composed = _compose([own, *(word for word in words if word != own)]).dataset
-    typed = {word.partition("=")[0].partition(".")[2] for word in words}
-    return dict(node) | {key: value for key, value in composed.items() if key in typed}
+    result = copy.deepcopy(dict(node))
+    for word in words:
+        _, *path = word.partition("=")[0].split(".")
+        _copy_value(result, composed, path)
+    return result
+
+
+def _copy_value(target: Node, source: Node, path: Sequence[str]) -> None:
+    """Copy the value at a path of keys from one node to another. Nothing is copied if the path is empty."""
+    for place, key in enumerate(path):
+        if place == len(path) - 1:
+            target[key] = source[key]
+            return
+        if not isinstance(target.get(key), dict):
+            target[key] = {}
+        target, source = target[key], source[key]
 
 
 def override_method(config: Config, words: Sequence[str]) -> Config:

@@ -42,7 +42,7 @@ largest logit. A rounding error can move an activation to the neighbouring level
 """
 
 ROUNDING = 1e-5
-"""Largest difference of logits, relative to the largest logit, that rounding explains without other activation levels."""
+"""Largest difference of logits, relative to the largest logit, that rounding explains if activation levels agree."""
 
 
 def verify_trace(finished: FinishedRun, traced: Network) -> None:

@@ -56,9 +56,10 @@ def refuse_edited_code(run: Path, values: Mapping[str, object]) -> None:
     Raises:
         CheckpointError: the digest of a file differs from the digest in the configuration.
     """
-    nodes = [node for group in (*GROUPS, "activation") if isinstance(node := values.get(group), Mapping)]
-    for node in nodes:
-        file = users_file(str(node.get("name", "")))
+    groups = {**dict.fromkeys(GROUPS, ""), "activation": "method"}
+    nodes = [(own or key, node) for key, own in groups.items() if isinstance(node := values.get(key), Mapping)]
+    for group, node in nodes:
+        file = users_file(group, node)
         if file and node.get("source") not in (None, source_digest(file)):
             raise CheckpointError(
                 f"{file} was edited after the run {run}; the run's weights belong to the old code\n"

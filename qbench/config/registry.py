@@ -242,12 +242,27 @@ def defaults(group: str, name: str) -> Node:
     return {"name": name} | node
 
 
-def users_file(name: str) -> Path | None:
-    """Return the file of a user's function `package.module:function`. Return None for other names or missing files."""
-    if ":" not in name:
+def users_file(group: str, node: Mapping[str, object]) -> Path | None:
+    """Return the file of the function that a node names, if the function is not part of qbench.
+
+    Such a function is written as `package.module:function`, or another installed package registers it. The result is
+    None if the function belongs to qbench, or if its file is missing.
+    """
+    name = str(node.get("name", ""))
+    if ":" in name:
+        search_working_directory()
+        return _module_file(name.partition(":")[0])
+    own = str(node.get("family", name))
+    if own in ("", "none") or (own.isidentifier() and find_spec(f"qbench.{GROUPS[group]}.{own}")):
         return None
-    search_working_directory()
-    spec = find_spec(name.partition(":")[0])
+    return next((_module_file(entry.module) for entry in _entry_points(group).select(name=own)), None)
+
+
+def _module_file(module: str) -> Path | None:
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # the package of the module
+        return None
     file = None if spec is None or spec.origin is None else Path(spec.origin)
     return file if file is not None and file.is_file() else None
 

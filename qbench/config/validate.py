@@ -110,12 +110,13 @@ def _with_text_patterns(node: DictConfig) -> DictConfig:
 
 
 def with_digests(config: Config) -> Config:
-    """Add `source`, the digest of the user's file, to each node that names a function in such a file.
+    """Add `source`, the digest of a file, to each node that names a function in a file outside qbench.
 
     The code in the file can change the result of a run.
     """
-    for node in (config.method, config.activation, config.model, config.dataset):
-        if file := users_file(str(node["name"])):
+    nodes = {"model": config.model, "dataset": config.dataset}
+    for group, node in (("method", config.method), ("method", config.activation), *nodes.items()):
+        if file := users_file(group, node):
             node["source"] = source_digest(file)
     return config
 

@@ -325,9 +325,25 @@ class Loader:
         count = len(split) if limit is None else min(limit, len(split))
         size = self._evaluation_size(size)
         starts = range(0, count, size)[first::every]
-        indices = [torch.arange(start, min(start + size, count)) for start in starts]
+        yield from self._batches(split, [torch.arange(start, min(start + size, count)) for start in starts])
+
+    def sample(self, name: str, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of at most `limit` images of a split, without augmentation.
+
+        These are the first images. If a class of the split is not among them, as in a folder that is sorted by class,
+        these are evenly spaced images instead.
+        """
+        split = self.splits[name]
+        count = min(limit, len(split))
+        index = torch.arange(count)
+        if len(set(split.labels[:count].tolist())) < len(set(split.labels.tolist())):
+            index = index * len(split) // max(count, 1)
+        yield from self._batches(split, list(torch.split(index, self._evaluation_size(500))))
+
+    def _batches(self, split: StoredSplit, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalized images and labels, one batch for each index tensor."""
         for index, images in zip(indices, self._crops(split, indices, None), strict=True):
-            yield self.normalize(images), split.labels[index[0] : index[-1] + 1]
+            yield self.normalize(images), split.labels[index]
 
     def batch_count(self, name: str, size: int = 500) -> int:
         """Return the number of batches that `unaugmented` yields for all images of a split."""
@@ -351,10 +367,14 @@ class Loader:
                 yield split.read(index, None if draws is None else draws[index]).to(self.device)
             return
         for index in indices:
-            if draws is None:  # consecutive images: use a slice instead of a copy
+            if draws is None and index[-1] - index[0] + 1 == len(index):  # use a slice instead of a copy
                 yield center_crop(split.images[index[0] : index[-1] + 1], self.augment.size)
-            else:  # channels last, so that index_select copies whole rows of memory
-                images = split.images.movedim(1, 3).index_select(0, index).movedim(3, 1)
+                continue
+            # channels last, so that index_select copies whole rows of memory
+            images = split.images.movedim(1, 3).index_select(0, index.to(split.images.device)).movedim(3, 1)
+            if draws is None:
+                yield center_crop(images, self.augment.size)
+            else:
                 yield crop_and_flip(images, draws[index], self.augment)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:

@@ -83,7 +83,11 @@ def _image_problems(split: StoredSplit, data: Dataset) -> Iterator[str]:
     if split.dtype != data.train.dtype:
         yield f"images are {split.dtype}, but train images are {data.train.dtype}: must be equal"
     if isinstance(split, Split):
+        if data.augment.area:
+            yield "augment: area is for a FileSplit; images in memory are cropped by size and pad"
         yield from _value_problems(split.images, scaled=any(std != 1 for std in data.std))
+    elif data.augment.replicate:
+        yield "augment: replicate is for images in memory; a FileSplit is padded with black"
     shape, expected, crop = split.shape, data.train.shape, data.augment.size
     if shape[0] != expected[0] or (not crop and shape != expected):
         yield f"images are {shape}, but train images are {expected}: must be equal"

@@ -63,7 +63,7 @@ def final_result(
     last_outputs = example_outputs(model, images_format)
     if not fully_quantized(model):
         raise NotQuantized("some weights are still float after the last epoch")
-    images = next(iter(loader.unaugmented("train", VERIFIED_IMAGES)))[0]
+    images = next(iter(loader.sample("train", VERIFIED_IMAGES)))[0]
     verified = verify(model, images)
     session.write_predictions(torch.cat(answers))
     session.write_weights("last.pt", last, model, last_outputs)

@@ -160,7 +160,7 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         method = setup.with_teacher(baseline_path)
         model, compared = _initial_model(setup, baseline, loader, session)
         refuse_replaced_files(setup, directory.identity)
-        probe = Probe(list(loader.unaugmented("train", PROBE_IMAGES)), F.cross_entropy)
+        probe = Probe(list(loader.sample("train", PROBE_IMAGES)), F.cross_entropy)
         if method.prepare and not session.saved:
             method.prepare(model, probe)
         task = Task(

@@ -1,6 +1,7 @@
 """Combines a weight method with an activation method, or a method with distillation from a teacher network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.bits import FLOAT, Bits
-from qbench.quant.layers import QLayer
-from qbench.quant.method import Loss, Method, OutputFactory, Requires, Step, Unsupported
+from qbench.quant.image import ImageQuantizer
+from qbench.quant.layers import BypassedActivation, QLayer, quantized_layers
+from qbench.quant.method import Loss, Method, OutputFactory, Prepare, Requires, Step, Unsupported
 from qbench.quant.probe import Batch, Probe
-from qbench.quant.quantizer import Quantizer
+from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 
 class _SteppedOptimizer(torch.optim.Optimizer):
@@ -63,11 +65,13 @@ def combine(weight: Method, activation: Method) -> Method:
             "g": owner.supported_bits.get("g", ()),
         },
         requires=_combined_requirements(weight, activation),
-        traits=_input_traits(activation.traits) | (weight.traits - _input_traits(weight.traits)),
+        traits=_input_traits(activation.traits)
+        | (weight.traits - _input_traits(weight.traits))
+        | (owner.traits & {"fixed_point_gradients"}),
         weight=weight.weight,
         input=activation.input,
         output=_combined_output(weight, activation, owner),
-        prepare=_in_turn(weight.prepare, activation.prepare),
+        prepare=_combined_prepare(weight.prepare, activation.prepare),
         phases=lambda epochs: sorted({*weight.phases(epochs), *activation.phases(epochs)}),
         on_epoch=_in_turn(weight.on_epoch, activation.on_epoch),
         loss=weight.loss or activation.loss,
@@ -171,6 +175,44 @@ def _in_turn(first: Callable[..., None] | None, second: Callable[..., None] | No
         second(*args)
 
     return call
+
+
+def _combined_prepare(weight: Prepare | None, activation: Prepare | None) -> Prepare | None:
+    """Return a `prepare` function that prepares the weights with float activations, then the activations.
+
+    The ranges of the activations are not known before the second function has run.
+    """
+    if weight is None or activation is None:
+        return weight or activation
+
+    def prepare(model: nn.Module, probe: Probe) -> None:
+        with _float_inputs(model):
+            weight(model, probe)
+        activation(model, probe)
+
+    return prepare
+
+
+@contextmanager
+def _float_inputs(model: nn.Module) -> Iterator[None]:
+    """Make quantized layers read float inputs within a `with` block, except images."""
+    layers = [
+        (layer, layer.input_q)
+        for layer in quantized_layers(model).values()
+        if layer.bits.a < FLOAT and not isinstance(layer.input_q, ImageQuantizer)
+    ]
+    activations = [module for module in model.modules() if isinstance(module, BypassedActivation)]
+    try:
+        for layer, _ in layers:
+            layer.input_q = IdentityQuantizer()
+        for activation in activations:
+            activation.active = True
+        yield
+    finally:
+        for layer, quantizer in layers:
+            layer.input_q = quantizer
+        for activation in activations:
+            activation.active = False
 
 
 def _combined_step(weight: Method, activation: Method) -> Step | None:

@@ -127,7 +127,7 @@ def call(function: Callable[..., Result], *tensors: Tensor) -> Result:
             first one, or no axes, or one element for each index of the first axis, such as the shape (N, 1, 1, 1).
     """
     first = tensors[0]
-    if first.numel() < FEW_ELEMENTS or not (_enabled.get() and available() and readable(tensors)):
+    if not (_enabled.get() and available() and readable(tensors)) or first.numel() < FEW_ELEMENTS:
         return function(*tensors)
     shape, strides = first.shape, first.stride()
     full: list[Tensor] = []

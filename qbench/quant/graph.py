@@ -88,14 +88,22 @@ def _intercepted_calls_of(name: str, module: nn.Module, interceptor: Interceptor
 
 @contextmanager
 def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[list[Call]]:
-    """Record the calls of the named modules within a `with` block, in execution order."""
+    """Record the calls of the named modules within a `with` block, in execution order.
+
+    Without gradients, tensors are copied, because the network may change them in place later, as ReLU(inplace=True) or
+    `out += shortcut` do. With gradients, they are the network's own tensors.
+    """
     calls: list[Call] = []
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor if torch.is_grad_enabled() or isinstance(tensor, nn.Parameter) else tensor.clone()
 
     def record(
         name: str, module: nn.Module, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
+        first = kept(next(tensors((args, kwargs))))
         output = forward(*args, **kwargs)
-        calls.append(Call(name, next(tensors((args, kwargs))), next(tensors(output))))
+        calls.append(Call(name, first, kept(next(tensors(output)))))
         return output
 
     with intercepted_calls(model, names, record):

@@ -36,7 +36,7 @@ from qbench.analysis.finished_run import load_finished_network
 from qbench.analysis.layer_ablation import PrecedingActivation, ablate_layers, quantizers_disabled
 from qbench.analysis.layer_sensitivity import FloatBaseline, measure_sensitivity, squared_error
 from qbench.analysis.layer_signals import layer_signals
-from qbench.analysis.overrides import override_method
+from qbench.analysis.overrides import override_dataset, override_method
 from qbench.analysis.sensitivity import choose_widths
 from qbench.bits import Bits
 from qbench.cli.main import main as cli
@@ -665,6 +665,19 @@ def test_signals_of_layers_called_with_and_without_a_batch(kind: Callable[[], An
     assert signal.dead_channels("in")[1] == 6
     assert signal.high["out"].max() == outputs.max()
     assert signal.count == outputs.numel() / 4
+
+
+def with_options(noise: float = 0.0, opts: object = None) -> object:
+    """Return nothing: only the arguments of this data set are read."""
+
+
+def test_nested_keys_of_the_data_set_can_be_overridden() -> None:
+    own = {"name": "test_analysis:with_options", "noise": 1.0, "opts": {"a": 1, "b": {"c": 2, "d": 3}}}
+    found = override_dataset(own, ["+dataset.opts.b.c=7", "+dataset.opts.e=8", "dataset.noise=0.5"])
+    assert (found["noise"], found["opts"]) == (0.5, {"a": 1, "b": {"c": 7, "d": 3}, "e": 8})
+    assert own["opts"] == {"a": 1, "b": {"c": 2, "d": 3}}
+    assert override_dataset({**own, "opts": None}, ["+dataset.opts.a=2"])["opts"] == {"a": 2}
+    assert override_dataset(own, ["dataset.opts={a: 2}"])["opts"] == {"a": 2}
 
 
 def test_typed_layers_change_only_these_keys_of_the_run(configure: Configure) -> None:

@@ -1,9 +1,11 @@
 """The configuration: what is refused and how, what follows from a key, which runs are the same."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml

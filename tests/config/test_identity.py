@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import Configure
 
+from qbench.config import compose
 from qbench.config.fields import marked, one_of, within
 from qbench.config.identity import decisive_keys, digest, run_identity
 from qbench.config.schema import SCHEMA, Config, Layers, LearningRateGrid, Optim, Runtime, to_dict
@@ -192,3 +193,26 @@ def test_the_order_of_layer_rules_counts_if_they_may_match_the_same_layer(
     one, two = (run_identity(configure("method=dorefa", f"layers.rules={text}")) for text in (rules, other))
     assert (one.digest != two.digest) is decisive
     assert (one.protocol_hash != two.protocol_hash) is decisive
+
+
+def test_the_code_of_an_installed_package_is_part_of_the_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method that another package registers changes with the package, as a user's file does."""
+    package, about = tmp_path / "registered.py", tmp_path / "registered-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: registered\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[qbench.methods]\nmine = registered:build\n")
+    package.write_text("from qbench.methods.uniform import build\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def digest_of(method: str) -> str:
+        (config,) = compose.configurations([f"method={method}", "bits=w4a4"])
+        assert ("source" in config.method) == (method == "mine")
+        return run_identity(config).digest
+
+    first, own = digest_of("mine"), digest_of("uniform")
+    assert first == digest_of("mine")
+    package.write_text("from qbench.methods.uniform import build  # edited\n")
+    assert digest_of("mine") != first
+    assert digest_of("uniform") == own

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from itertools import islice, product
 
 import numpy as np
@@ -226,6 +227,22 @@ def test_batches_are_normalized_and_in_channels_last() -> None:
     low, high = (torch.tensor(t).reshape(1, -1, 1, 1) for t in data.image_range)
     assert (x >= low - 1e-5).all()
     assert (x <= high + 1e-5).all()
+
+
+@pytest.mark.parametrize("sorted_by_class", [False, True])
+def test_a_sample_of_a_split_contains_all_classes(sorted_by_class: bool) -> None:
+    """Methods are calibrated on such samples, and folders of images are sorted by class."""
+    labels = torch.arange(300) // 30 if sorted_by_class else torch.arange(300) % 10
+    images = torch.arange(300).remainder(256).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    data = small_dataset()
+    data = replace(data, train=Split(images.contiguous(), labels), mean=(0.0,), std=(1.0,))
+    batches = list(Loader(data, 10, 0, CPU).sample("train", 50))
+    found = torch.cat([y for _, y in batches])
+    assert sum(len(x) for x, _ in batches) == len(found) == 50
+    assert found.unique().tolist() == list(range(10))
+    pixels = (255 * torch.cat([x for x, _ in batches])[:, 0, 0, 0]).round().int()
+    expected = range(0, 300, 6) if sorted_by_class else range(50)
+    assert pixels.tolist() == [number % 256 for number in expected]
 
 
 def test_batch_size_is_limited_to_the_number_of_images() -> None:

@@ -76,6 +76,16 @@ WRONG: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
     "test images of another size": (with_images("test", lambda x: x[..., 1:]), "test: images are (1, 8, 7), but train"),
     "test images in colour": (with_images("test", lambda x: x.repeat(1, 3, 1, 1)), "test: images are (3, 8, 8), but"),
     "crops larger than images": (with_crops_of(9), "train: images are (1, 8, 8): must be at least 9 x 9 pixels"),
+    "crops of random area": (
+        lambda data: replace(data, augment=Augment(size=8, area=0.5)),
+        "augment: area is for a FileSplit; images in memory are cropped by size and pad",
+    ),
+    "files with repeated borders": (
+        lambda data: replace(
+            data, augment=Augment(1, replicate=True), test=FileSplit("/x", ("a.png",), torch.tensor([1]), 8)
+        ),
+        "test: augment: replicate is for images in memory; a FileSplit is padded with black",
+    ),
     "float64 images": (with_images("train", lambda x: x.double()), "torch.float64 (36, 1, 8, 8): must be uint8 (N, C"),
     "std of 0": (lambda data: replace(data, std=(0.0,)), "std=(0.0,): must be above 0"),
     "std of NaN": (lambda data: replace(data, std=(float("nan"),)), "std=(nan,): must be above 0"),

@@ -3,6 +3,7 @@ combinations.
 """
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +20,15 @@ from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
-from qbench.methods import bwn, dorefa, gupta, hwgq, inq, lsq, pact, ttq, xnor
+from qbench.methods import bwn, dorefa, gupta, hwgq, inq, lsq, pact, ptq, qcnn, ttq, uniform, xnor
 from qbench.methods import float as float_method
 from qbench.models import mlp
 from qbench.quant.combine import combine, distilled
 from qbench.quant.install import install
 from qbench.quant.layers import NotFinite, quantized_layers
-from qbench.quant.method import Unsupported
+from qbench.quant.method import Method, Unsupported
+from qbench.quant.probe import Probe
+from qbench.quant.quantizer import IdentityQuantizer
 from qbench.runs.directory import directory_name
 from qbench.runs.result import Result
 
@@ -60,6 +63,28 @@ def test_both_methods_finish_the_step_and_the_optimizer_steps_once() -> None:
     assert layer.input_q.step > 0, "the second method clamps its step"
 
 
+@pytest.mark.parametrize("weights", [qcnn.build(w=2), ptq.build(w=3, a=32)], ids=["qcnn", "ptq"])
+@pytest.mark.parametrize("activations", [uniform.build(w=32, a=8), ptq.build(w=32, a=8), lsq.build(w=32, a=8)])
+def test_weights_are_prepared_before_activations_have_ranges(weights: Method, activations: Method) -> None:
+    """The range of activations is a placeholder at first. Statistics and codes must not depend on it."""
+    if weights.name == activations.name:
+        return
+    torch.manual_seed(0)
+    net = mlp.build(SHAPE, 3, hidden=3, width=8)
+    images = torch.randn(64, *SHAPE)
+    net.train()(images)
+    probe = Probe([(images, torch.randint(3, (64,)))], F.cross_entropy)
+    alone, combined = (install(method, deepcopy(net)) for method in (weights, combine(weights, activations)))
+    for method, model in ((weights, alone), (combine(weights, activations), combined)):
+        assert method.prepare
+        method.prepare(model, probe)
+    assert not any(isinstance(layer.input_q, IdentityQuantizer) for layer in quantized_layers(combined).values())
+    values, expected = combined.state_dict(), alone.state_dict()
+    if activations.name == "ptq":  # then estimates the statistics of batch normalization again
+        expected = {key: value for key, value in expected.items() if "weight_q" in key}
+    assert all(torch.equal(values[key], value) for key, value in expected.items())
+
+
 def test_gradients_belong_to_the_method_that_supports_them() -> None:
     assert combine(dorefa.build(w=2, g=4), pact.build(w=32, a=2)).bits.g == 4
     assert combine(ttq.build(), dorefa.build(w=32, a=2, g=4)).bits.g == 4
@@ -77,6 +102,13 @@ def test_a_method_for_gradients_of_one_bit_alone_gives_its_gradients() -> None:
 def test_phases_and_training_from_scratch_come_from_either_method() -> None:
     assert list(combine(inq.build(), dorefa.build(w=32, a=2)).phases(8)) == list(inq.build().phases(8))
     assert combine(gupta.build(a=32, g=32), lsq.build(w=32, a=4)).requires.start == "scratch"
+
+
+def test_rounded_gradients_of_the_second_method_are_declared() -> None:
+    """float16 would multiply the loss, and so the gradients, by a scale that a fixed step does not follow."""
+    traits = combine(ttq.build(), gupta.build(w=32, a=16, g=16)).traits
+    assert "fixed_point_gradients" in traits
+    assert "fixed_point_gradients" not in combine(ttq.build(), lsq.build(w=32, a=4)).traits
 
 
 def test_methods_that_exclude_each_other_are_refused() -> None:

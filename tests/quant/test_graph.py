@@ -85,3 +85,26 @@ def test_calls_are_recorded_without_hooks_and_through_forward() -> None:
     assert [call.name for call in calls] == ["0", "2"]
     assert calls[0].input is X
     assert calls[0].output is h
+
+
+class InPlace(nn.Module):
+    """A layer whose input and output are changed in place after the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        y += x
+        x.mul_(0)
+        return y.relu_()
+
+
+def test_recorded_calls_keep_what_the_call_read_and_returned() -> None:
+    model, images = InPlace(), torch.randn(2, 2, 3, 3)
+    with torch.no_grad(), recorded_calls(model, ["conv"]) as calls:
+        model(images.clone())
+    ((_, x, y),) = calls
+    assert torch.equal(x, images)
+    assert torch.equal(y, model.conv(images))
