@@ -64,12 +64,10 @@ def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
         SystemExit: no pair of setting and seed has a run with every recipe.
     """
     found: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
-    for run in runs:
-        result = run.result
-        if run.status != DONE or result is None or result.method == "float" or not (result.final and result.final.val):
-            continue
-        setting = f"{result.method} {result.widths}"
-        found[recipe_name(result.protocol.keys["optim"])][setting, result.seed] = result.final.val.top1
+    done = [run.result for run in runs if run.status == DONE and run.result and run.result.method != "float"]
+    for result, name in zip(done, recipe_names([result.protocol.keys["optim"] for result in done]), strict=True):
+        if result.final and result.final.val:
+            found[name][f"{result.method} {result.widths}", result.seed] = result.final.val.top1
     common = set.intersection(*map(set, found.values())) if found else set()
     if not common:
         raise SystemExit("no setting and seed has a validation accuracy with each of the recipes")
@@ -85,9 +83,12 @@ def recipe_table(runs: Sequence[RunRecord]) -> tuple[Table, str]:
     return table, max(means, key=lambda recipe: means[recipe])
 
 
-def recipe_name(optim: dict[str, object]) -> str:
-    """Return a text that distinguishes a recipe from the others."""
-    return json.dumps({key: optim.get(key) for key in ("name", "lr", "schedule")}, separators=(", ", "=")).strip("{}")
+def recipe_names(recipes: Sequence[dict[str, object]]) -> list[str]:
+    """Return a text for each recipe, with the keys that differ between recipes."""
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    differing = [key for key in keys if len({json.dumps(recipe.get(key)) for recipe in recipes}) > 1]
+    shown = dict.fromkeys(["name", "lr", "schedule", *differing])
+    return [json.dumps({k: recipe.get(k) for k in shown}, separators=(", ", "=")).strip("{}") for recipe in recipes]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from pathlib import Path
 from qbench.bits import FLOAT, Bits
 from qbench.config import compose
 from qbench.config.fields import parse_bits
-from qbench.errors import Interrupted, QbenchError
+from qbench.errors import ConfigError, Interrupted, QbenchError
 from qbench.experiment.jobs import outcome, run_catching
 from qbench.experiment.planned_run import PlannedRun, planned_runs
 from qbench.report.comparison.compare import compare
@@ -192,9 +192,17 @@ def train(
         note: makes the note of the stored file.
 
     Raises:
+        ConfigError: the file has results of another protocol.
         Interrupted: a signal was received.
     """
     recorded = {run.path.name: run for run in stored_results(record)[0] if run.status == DONE}
+    protocols = {run.directory.identity.protocol_hash for run in runs}
+    others = [name for name, run in recorded.items() if run.result and run.result.protocol.hash not in protocols]
+    if runs and others:
+        raise ConfigError(
+            f"{record} has results of another protocol, such as {others[0]}, whose tables cannot be mixed\n"
+            "type --record FILE with another file"
+        )
     records = list(recorded.values())
     with stop_on_signals() as stop:
         for number, run in enumerate(runs, 1):

@@ -95,6 +95,12 @@ Some of these claims were also tested with ResNet-20 on CIFAR-10 ([results](resu
 """
 
 
+def seeds_as_typed(seeds: list[int]) -> str:
+    """Return seeds as on the command line, such as 0-4 or 0,1,5."""
+    whole = list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds))
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/claims.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="claims to train; default: all")
@@ -311,7 +317,7 @@ def write_report(
     files.write_json(Path(out) / "claims.json", values)
     files.make_directory(docs.parent)
     options = [] if out == "outputs/claims" else ["--out", out]
-    command = " ".join(["scripts/claims.py", "--seeds", f"{seeds[0]}-{seeds[-1]}", *options])
+    command = " ".join(["scripts/claims.py", "--seeds", seeds_as_typed(seeds), *options])
     parts = [PREFACE.format(command=command, family=len(results)), markdown([table]) + "\n"]
     for claim in claims:
         of_claim = [one for one in results if one.comparison.claim == claim.name]

@@ -303,11 +303,10 @@ def footer(typed: Sequence[str], records: Sequence[RunRecord]) -> str:
     Overrides that do not change results, such as `out`, are left out.
     """
     seconds = [run.result.wall_seconds or 0 for run in records if run.result and run.status == DONE]
-    times = [file.stat().st_mtime for run in records for file in run.path.glob("*.json")]
     command = " ".join(["scripts/unified.py", *(word for word in typed if not word.startswith(("out=", "hydra")))])
     return (
         f"`{command}`: {len(seconds)} runs are done, which include float baselines. "
-        f"Wall time: {max(times) - min(times):.0f} s. Sum of the times of the runs: {sum(seconds):.0f} s, "
+        f"Sum of the times of the runs: {sum(seconds):.0f} s, "
         f"with one thread per run ({os.cpu_count()} cores, "
         f"{platform.machine()}, {platform.system()}, torch {version('torch')})."
     )

@@ -142,7 +142,7 @@ def load_float_baseline(
     config = replace(override_method(trained.config, words), init="scratch")
     try:
         setup = assemble(config)
-        if setup.network != trained.network:
+        if setup.network.get("norm") != trained.network.get("norm"):
             raise ConfigError(
                 f"{setup.method_name} requires model.norm={setup.method.requires.norm}; {run} has another "
                 f"norm\nchoose a run of method {setup.method_name}"

@@ -22,6 +22,7 @@ from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.session import TrainingSession, record_failure
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.experiment.trained_network import check_quantized, other_outputs
+from qbench.quant import elementwise
 from qbench.quant.layers import NotFinite
 from qbench.quant.method import Unsupported
 from qbench.quant.ops import activation_memory
@@ -98,7 +99,7 @@ def run(
         except BaseException as error:
             status = "diverged" if isinstance(error, Diverged) else "failed"
             if context.writes:
-                record_failure(directory, error, status, traceback.format_exc())
+                record_failure(directory, error, status, traceback.format_exc(), setup.network)
             raise
         finally:
             context.reporter.stop()
@@ -190,6 +191,10 @@ def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: Tr
     manifest.write(
         path,
         numerics=directory.identity.keys["runtime"],
+        speed={
+            "activation_memory": setup.runtime.activation_memory,
+            "compiled_quantizers": setup.device.type == "cpu" and elementwise.available(),
+        },
         device=setup.device,
         data=setup.data.fingerprint(),
         resumed=resumed,

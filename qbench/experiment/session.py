@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,14 +208,16 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def record_failure(directory: RunDirectory, error: BaseException, status: str, trace: str) -> None:
+def record_failure(
+    directory: RunDirectory, error: BaseException, status: str, trace: str, network: dict[str, str]
+) -> None:
     """Write a result with status `failed` or `diverged`, and the traceback.
 
-    If writing fails, print the reason instead.
+    If writing fails, print the reason instead. `network` contains the keys of the run's network, as in `Result`.
     """
     try:
         reason = str(error) if isinstance(error, QbenchError) else error_text(error)
-        directory.finish(directory.new_result(status, reason))
+        directory.finish(replace(directory.new_result(status, reason), network=network))
         files.convert_os_errors(lambda: _append(directory, trace), directory.path)
     except Exception as second:
         print(f"qbench: could not record the failure in {directory.path}: {second}", file=sys.stderr)

@@ -165,9 +165,14 @@ class ExperimentSetup:
 
     @property
     def network(self) -> dict[str, str]:
-        """The network's normalization, such as {"norm": "no_affine"}, or an empty map for the default."""
+        """Keys of the network that differ from their defaults and are not part of the protocol.
+
+        These are the normalization, such as {"norm": "no_affine"}, and `act`, if the method allows several values.
+        """
         norm = self.method.requires.norm or self.config.model.get("norm", "auto")
-        return {} if norm in ("auto", "affine") else {"norm": str(norm)}
+        act = self.config.model.get("act", "auto")
+        keys = {} if norm in ("auto", "affine") else {"norm": str(norm)}
+        return keys if act == "auto" or self.method.requires.act != "either" else keys | {"act": str(act)}
 
     @property
     def protocol_changes(self) -> list[str]:

@@ -67,6 +67,7 @@ def write(
     numerics: Mapping[str, Json],
     device: "torch.device",
     data: Mapping[str, Json],
+    speed: Mapping[str, Json] | None = None,
     resumed: bool = False,
     processes: int = 1,
 ) -> None:
@@ -79,6 +80,7 @@ def write(
         numerics: the configuration keys below `runtime` that can change numerical results.
         device: the device on which the run computes.
         data: the data set's fingerprint.
+        speed: settings that change only the speed and the memory.
         resumed: whether the run continues an interrupted run. If true, the code versions in the old manifest are kept.
         processes: number of processes that compute the run together.
     """
@@ -101,6 +103,7 @@ def write(
             "processes": processes,
             "precision": "fp32",
             **numerics,
+            **(speed or {}),
             "equal_under": EQUAL_UNDER,
             "data": data,
             "command": sys.argv[1:],

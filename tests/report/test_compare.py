@@ -26,6 +26,7 @@ from qbench.config.schema import Config
 from qbench.cost.network_cost import NetworkCost
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
+from qbench.experiment.setup import assemble
 from qbench.papers.published_figures import published_rows
 from qbench.papers.published_table import absence_note
 from qbench.report.comparison.compare import compare
@@ -742,6 +743,21 @@ def test_a_note_names_a_layer_policy_that_is_not_the_default(configure: Configur
     assert not [note for note in table.notes if "layer policy" in note]
 
 
+def test_networks_with_other_activations_are_other_settings(configure: Configure) -> None:
+    """With model.act=fused, a quantizer replaces the activation function, so the network computes something else."""
+    for seed in range(4):
+        config = configure("method=dorefa", "bits=w2a2", f"model.act={'fused' if seed > 1 else 'auto'}", f"seed={seed}")
+        plant(config, 97.0 - seed, 98.0, network=assemble(config).network)
+    plant(configure("method=float", "init=float"), 97.5, 98.0)
+    (table,) = compare(read([configure().out]))
+    rows = {setting.label: (setting.top1.mean, setting.top1.n) for setting in settings_of(table)}
+    assert (rows["dorefa"], rows["dorefa model.act=fused"]) == ((96.5, 2), (94.5, 2))
+    assert all(s.over_control for s in settings_of(table) if s.method == "dorefa" and s.runs[0].seed == 0)
+    assert not [note for note in table.notes if "float baseline use" in note or "normalization" in note]
+    (fused,) = command.tables(command.parse([configure().out, "model.act=fused"]))
+    assert [s.label for s in settings_of(fused) if s.method == "dorefa"] == ["dorefa"]
+
+
 def test_speeds_under_different_conditions_have_a_warning(configure: Configure) -> None:
     speed = TrainingSpeed(images_per_second=100.0, seconds_per_epoch=1.0, peak_bytes=10)
     conditions = (
@@ -749,6 +765,8 @@ def test_speeds_under_different_conditions_have_a_warning(configure: Configure) 
         {"device": "cpu", "threads": 2, "processes": 1},
         {"device": "cpu", "threads": 2, "processes": 2},
         {"device": "cuda", "device_name": "GPU", "threads": 2, "processes": 1},
+        {"device": "cpu", "threads": 1, "processes": 1, "compile": True, "deterministic": False},
+        {"device": "cpu", "threads": 1, "processes": 1, "activation_memory": "keep", "compiled_quantizers": True},
     )
     for seed, manifest in enumerate(conditions):
         path = plant(configure("method=dorefa", f"seed={seed}"), 97.0, 98.0, speed=speed)
@@ -758,7 +776,8 @@ def test_speeds_under_different_conditions_have_a_warning(configure: Configure) 
     assert (
         "warning: speeds and memory were measured under different conditions: cpu, threads 1, processes 1 (1 run); "
         "cpu, threads 2, processes 1 (1 run); cpu, threads 2, processes 2 (1 run); "
-        "cuda, GPU, threads 2, processes 1 (1 run)"
+        "cuda, GPU, threads 2, processes 1 (1 run); cpu, threads 1, processes 1, compile, not deterministic (1 run); "
+        "cpu, threads 1, processes 1, activation_memory=keep, extra fast (1 run)"
     ) in table.notes
     for words in ([out], [out, "--columns", "speed", "seed=0"]):
         assert not [note for table in command.tables(command.parse(words)) for note in table.notes if "speeds" in note]

@@ -77,8 +77,9 @@ def control_notes(settings: Sequence[Setting]) -> list[str]:
     controls = [setting for setting in settings if _is_control(setting)]
     missing: dict[str, list[str]] = defaultdict(list)
     for setting in settings:
-        if _can_have_control(setting) and not any(control.network == setting.network for control in controls):
-            typed = " ".join(f"model.{key}={value}" for key, value in setting.network.items()) or "model.norm=auto"
+        if _can_have_control(setting) and not any(_same_norm(control, setting) for control in controls):
+            keys = naming.normalization(setting.network)
+            typed = " ".join(f"model.{key}={value}" for key, value in keys.items()) or "model.norm=auto"
             missing[typed].append(setting.name)
     notes = [
         f"{', '.join(names)}: no float control has the same normalization; "
@@ -99,6 +100,10 @@ def _is_control(setting: Setting) -> bool:
     return setting.method == "float" and not setting.is_baseline
 
 
+def _same_norm(control: Setting, setting: Setting) -> bool:
+    return naming.normalization(control.network) == naming.normalization(setting.network)
+
+
 def _can_have_control(setting: Setting) -> bool:
     return setting.fine_tuned and setting.method != "float"
 
@@ -108,7 +113,7 @@ def _over_control(setting: Setting, settings: Sequence[Setting]) -> Estimate | N
 
     The result is None if no control, or more than one control, has a network with the same normalization.
     """
-    controls = [s for s in settings if _is_control(s) and s.network == setting.network]
+    controls = [s for s in settings if _is_control(s) and _same_norm(s, setting)]
     if len(controls) != 1 or not _can_have_control(setting):
         return None
     control = controls[0].runs

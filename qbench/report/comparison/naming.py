@@ -207,9 +207,14 @@ def changed_layers(layers: Mapping[str, object]) -> str:
     return " ".join(f"layers.{key}={_as_typed(value)}" for key, value in typed.items())
 
 
+def normalization(network: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of a network that its float baseline has too, as the normalization. `act` needs quantizers."""
+    return {key: value for key, value in network.items() if key != "act"}
+
+
 def network_keys(result: Result) -> str:
-    """Return the network keys that the method requires, written as `key=value`."""
-    return " ".join(f"{key}={value}" for key, value in sorted(result.network.items()))
+    """Return the network keys that a run shares with its float baseline, written as `key=value`."""
+    return " ".join(f"{key}={value}" for key, value in sorted(normalization(result.network).items()))
 
 
 def is_baseline(result: Result) -> bool:

@@ -116,7 +116,7 @@ class Setting:
     Args:
         label: the method's name, followed by the options (as typed) that differ between runs of the method.
         method, options, bits: the method's name, options and widths.
-        network: the network keys that the method requires, with their values.
+        network: keys of the network that differ from their defaults and are not part of the protocol.
         dataset, model: names of the data set and the network.
         protocol: first 8 digits of the protocol's hash.
         keys: the keys of the protocol, nested as in the configuration.

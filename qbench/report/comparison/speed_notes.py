@@ -10,9 +10,10 @@ from qbench.system import files
 
 
 def speed_notes(table: Table) -> list[str]:
-    """Return a warning if the runs of a table differ in device or threads, or an empty list.
+    """Return a warning if the runs of a table were measured under different conditions, or an empty list.
 
-    Device, threads and processes come from the manifests of the runs. Runs without a manifest are left out.
+    The conditions, such as the device and the threads, come from the manifests of the runs. Runs without a manifest are
+    left out.
     """
     runs = [run.run for setting in settings_of(table) if setting.speed for run in setting.runs]
     found = (_conditions(files.read_json(Path(run) / "manifest.json") or {}) for run in runs)
@@ -24,9 +25,15 @@ def speed_notes(table: Table) -> list[str]:
 
 
 def _conditions(manifest: Mapping[str, object]) -> str:
-    """Return a text with the device, the threads and the processes in a manifest, or "" if it names no device."""
+    """Return a text with the device, counts and options in a manifest, or "" if the manifest names no device."""
     device, name = manifest.get("device"), manifest.get("device_name")
-    counts = [f"{key} {manifest.get(key, 1)}" for key in ("threads", "processes")]
-    return (
-        ", ".join(str(word) for word in (device, name if device == "cuda" else "", *counts) if word) if device else ""
-    )
+    if not device:
+        return ""
+    words = [device, name if device == "cuda" else ""]
+    words += [f"{key} {manifest.get(key, 1)}" for key in ("threads", "processes")]
+    words += [option for option in ("compile", "tf32") if manifest.get(option)]
+    words += [] if manifest.get("deterministic", True) else ["not deterministic"]
+    memory = manifest.get("activation_memory", "recompute")
+    words += [] if memory == "recompute" else [f"activation_memory={memory}"]
+    words += ["extra fast" if manifest.get("compiled_quantizers") else ""]
+    return ", ".join(str(word) for word in words if word)

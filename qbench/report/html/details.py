@@ -144,13 +144,14 @@ def _run_line(run: SeedAccuracy, result: Result | None) -> RunLine:
 
 
 def _options(results: Iterable[Result]) -> list[Note]:
-    """Return the method's options and the network keys that the method requires, each with a remark."""
+    """Return the method's options and the keys of its network, each with a remark."""
     notes = []
     for result in results:
         for key, value in result.options.items():
             deviates = key.endswith("deviation") and value not in (None, "none")
             notes.append(Note(f"method.{key}={value}", "not the paper's method" if deviates else ""))
-        notes += [Note(f"model.{key}={value}", "required by the method") for key, value in result.network.items()]
+        for key, value in result.network.items():
+            notes.append(Note(f"model.{key}={value}", "" if key == "act" else "required by the method"))
         notes += [Note("protocol", change) for change in result.protocol_changes]
     return notes
 
