@@ -63,6 +63,11 @@ def export(run: Path, to: str = "packed", out: Path | None = None, *, weights: s
     finished = load_finished_run(run, weights, "cpu")
     if finished.changed:
         raise NotExportable(f"{finished.changed}\nto train the run again, add rerun=true to its command")
+    if to == "integer" and finished.setup.data.train.dtype != torch.uint8:
+        raise NotExportable(
+            f"a file of the form integer takes 8-bit images, but {finished.setup.data.name} has float images\n"
+            "choose another form, such as --to int8"
+        )
     path = out or run / DEFAULT_NAMES[to]
     network, about = trace(finished.model, verify_export.first_images(finished, 5)), _about(finished, weights, to)
     verify_export.verify_trace(finished, network)

@@ -213,7 +213,9 @@ def _weight_gradients(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replace(quantizer))
     weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    total = torch.stack([loss(model(images), labels) * len(labels) for images, labels in batches]).sum()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same dropout masks for all quantizers
+        total = torch.stack([loss(model(images), labels) * len(labels) for images, labels in batches]).sum()
     mean_loss = total / sum(len(labels) for _, labels in batches)
     grads = torch.autograd.grad(mean_loss, list(weights.values()), allow_unused=True)
     return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), grads, strict=True)}

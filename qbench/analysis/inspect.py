@@ -41,7 +41,7 @@ class InspectedLayer:
         bits: the layer's widths.
         levels: for the tensors w and a, the number of levels found and the number of levels allowed.
         sqnr: the SQNR of the layer's output in dB, or None if the output is zero.
-        fitted: the SQNR in dB after the best gain and offset are applied to each channel.
+        fitted: the variance over the error after the best gain and offset of each channel, in dB.
         clipped: percentage of inputs beyond the outermost levels, or None if inputs are not quantized.
         dead_in: the number of constant input channels, and the number of all input channels.
         dead_out: the number of constant output channels, and the number of all output channels.
@@ -119,7 +119,7 @@ def inspect(
         f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
         f"levels: used and allowed levels on the first {min(VERIFIED_IMAGES, len(batches[0][0]))} of these images",
         f"SQNR: quantized output compared with float output for the same input, in dB, at most {MAX_SQNR:.0f}; "
-        "fitted: SQNR after the best gain and offset per channel",
+        "fitted: as SQNR, but variance over the error after the best gain and offset per channel",
         "clipped: inputs beyond the outermost levels; dead: channels that are constant over these images",
     ]
     return table

@@ -63,8 +63,9 @@ class LayerSignal:
 
     @property
     def fitted_sqnr(self) -> float | None:
-        """Return the SQNR after the best gain and offset are applied to each channel of y_hat.
+        """Return the variance of y divided by the error after the best gain and offset of y_hat per channel, in dB.
 
+        The SQNR divides the power of y, which also contains the mean, so `fitted_sqnr` can be smaller than `sqnr`.
         Gain and offset have no effect on the network, because the next normalization layer removes them.
         """
         y, z, yy, zz, yz = (self.sums[key] / self.count for key in ("y", "z", "yy", "zz", "yz"))

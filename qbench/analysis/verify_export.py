@@ -115,7 +115,7 @@ def verify_onnx(
         logits: Logits = []
         found = compare(finished.model, function, run_images(finished), logits)
         allowed = max(tolerance * max(1.0, found.magnitude), noise)
-        where = f"{found.images:,} test images{_in_float32(finished)}"
+        where = f"{found.images:,} test images{_in_float32(finished)}{OPTIONS.get(name, '')}"
         if found.same_class == found.images and found.largest <= allowed:
             lines.append(
                 f"verified in {name} on {where}: the classes are equal; logits differ by at most {found.largest:.2g} "
@@ -133,6 +133,9 @@ def verify_onnx(
         agreements.append(found)
     return max(agreements, key=lambda agreement: agreement.largest), lines
 
+
+OPTIONS: Mapping[str, str] = {"openvino": " with INFERENCE_PRECISION_HINT=f32"}
+"""Runtime -> text on the options with which it runs a file. OpenVINO may compute in bfloat16 by default."""
 
 VERIFIED_IN: Mapping[str, Sequence[str]] = {
     "onnx": ("onnxruntime",), "int8": ("onnxruntime", "openvino"), "qonnx": ("qonnx",),

@@ -1,8 +1,9 @@
 """Counts a network's parameters, multiply-accumulates (MACs), BitOps, bytes and bits per weight.
 
-The BitOps of a layer are its MACs x weight bits x activation bits, where float tensors have 32 bits. The BitOps of a
-network are the sum over all layers and over other matrix products, such as those in attention. Bytes include
-parameters, scales and codebooks, but not batch-norm statistics.
+The BitOps of a layer are its MACs x weight bits x activation bits, where float tensors have 32 bits. The bits are the
+nominal widths; the codes of a layer can have more bits (`wide_codes`). The BitOps of a network are the sum over all
+layers and over other matrix products, such as those in attention. Bytes include parameters, scales and codebooks of
+weights, but neither batch-norm statistics nor the constants of activation quantizers (steps, clips, ranges).
 """
 
 import warnings
@@ -252,6 +253,21 @@ def count_cost(model: nn.Module, macs: Mapping[str, int]) -> NetworkCost:
         bytes_ideal=float_bytes + sum(s.ideal for s in stored.values()),
         bytes_packed=float_bytes + sum(s.packed for s in stored.values()),
         bits_per_weight=8 * sum(s.ideal for s in stored.values()) / weights if weights else float(FLOAT),
+    )
+
+
+def wide_codes(model: nn.Module) -> str:
+    """Return a note on layers whose weight codes have more bits than the nominal width, or an empty text."""
+    layers = quantized_layers(model)
+    stored = {name: storage(layer) for name, layer in layers.items() if layer.bits.w < FLOAT}
+    bits = [
+        s.code_bits for n, s in stored.items() if s.codes == layers[n].weight.numel() and s.code_bits > layers[n].bits.w
+    ]
+    if not bits:
+        return ""
+    return (
+        f"weight codes of {len(bits)} layer{'s' * (len(bits) > 1)} have up to {max(bits)} bits; the size counts these "
+        "bits, but BitOps count the nominal width"
     )
 
 

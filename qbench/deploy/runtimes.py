@@ -34,7 +34,7 @@ def in_onnxruntime(data: bytes, about: About, source: str) -> Function:
 
     def run(images: Tensor) -> Tensor:
         with _named_errors(source, "ONNX Runtime"):
-            return torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+            return torch.from_numpy(session.run(["logits"], {"images": images.float().contiguous().numpy()})[0])
 
     return run
 
@@ -54,7 +54,7 @@ def in_openvino(data: bytes, about: About, source: str) -> Function:
 
     def run(images: Tensor) -> Tensor:
         with _named_errors(source, "OpenVINO"):
-            return torch.from_numpy(model({"images": images.contiguous().numpy()})["logits"].copy())
+            return torch.from_numpy(model({"images": images.float().contiguous().numpy()})["logits"].copy())
 
     return run
 
@@ -85,7 +85,7 @@ def in_qonnx(data: bytes, about: About, source: str) -> Function:
 
     def run(images: Tensor) -> Tensor:
         with _named_errors(source, "qonnx"):
-            inputs = {"images": images.contiguous().numpy()}
+            inputs = {"images": images.float().contiguous().numpy()}
             return torch.from_numpy(execution.execute_onnx(model_for(len(images)), inputs)["logits"].copy())
 
     return run

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.bits import FLOAT, LevelCount
-from qbench.cost.count import count_cost, coverage, idle_layers, storage, values_outside
+from qbench.cost.count import count_cost, coverage, idle_layers, storage, values_outside, wide_codes
 from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
 from qbench.errors import CheckpointError, Diverged
@@ -72,13 +72,14 @@ def final_result(
     notes = [
         *_baseline_note(baseline),
         *_stop_note(setup, state),
+        *filter(None, [wide_codes(model)]),
         *setup.notes,
         *_notes(setup, verified),
         *_commit_notes(commits),
     ]
     float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
     evidence = evidence_warnings(setup, float_evaluation, state.step)
-    warnings = [*_debug_warning(setup), *_start_warning(baseline, state.step), *evidence]
+    warnings = [*_debug_warning(setup), *_start_warning(setup, baseline, state.step), *evidence]
     warnings += [*setup.warnings, *_batch_warning(setup, loader)]
     warnings += [*_warnings(setup, model, images), *_level_warnings(model, verified)]
     warnings += [*session.monitor.warned.values(), *unused_keys(setup, model)]
@@ -127,13 +128,15 @@ def _level_warnings(model: nn.Module, verified: Mapping[str, Mapping[str, LevelC
     ]
 
 
-def _start_warning(baseline: BaselineResult | None, steps: int) -> list[str]:
+def _start_warning(setup: ExperimentSetup, baseline: BaselineResult | None, steps: int) -> list[str]:
     """Return a warning if nothing was trained and `diff` is not the effect of quantization, or an empty list.
 
     A run starts from the float baseline's weights with the best validation accuracy, but the tables show the accuracy
     of the baseline after its last epoch.
     """
-    if steps or baseline is None or baseline.best is None or baseline.best.test.top1 == baseline.final.test.top1:
+    if steps or not setup.starts_from_baseline or baseline is None or baseline.best is None:
+        return []
+    if baseline.best.test.top1 == baseline.final.test.top1:
         return []
     return [
         "nothing was trained, and the run started from the weights of the float baseline with the best validation "

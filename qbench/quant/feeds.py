@@ -107,7 +107,8 @@ def _readers_of_activations(
     dictionary contains a text that says what else reads the activation.
     """
     activations = [operation for operation in graph if operation.module and operation.kind == "ReLU"]
-    readers = {operation.name: list(_readers(graph, operation.name)) for operation in activations}
+    rectified = _rectified(graph, [operation.name for operation in activations])
+    readers = {operation.name: list(_readers(graph, operation.name, rectified)) for operation in activations}
     found: dict[str, tuple[str, ...]] = {}
     others: dict[str, str] = {}
     for module in dict.fromkeys(operation.module for operation in activations if operation.module):
@@ -123,13 +124,25 @@ def _readers_of_activations(
     return found, others
 
 
-def _readers(graph: Sequence[Operation], name: str) -> Iterator[Operation]:
-    """Yield the operations that read the result of `name`, directly or through operations that commute with ReLU."""
+def _rectified(graph: Sequence[Operation], activations: Sequence[str]) -> set[str]:
+    """Return the operations whose results come only from ReLUs, through operations that commute with ReLU."""
+    found = set(activations)
+    for operation in graph:
+        if operation.kind in COMMUTING and operation.reads and found.issuperset(operation.reads):
+            found.add(operation.name)
+    return found
+
+
+def _readers(graph: Sequence[Operation], name: str, rectified: Collection[str]) -> Iterator[Operation]:
+    """Yield the operations that read the result of `name`, directly or through operations that commute with ReLU.
+
+    An operation that also reads a tensor without ReLU, such as a concatenation, does not count as commuting.
+    """
     passed = {name}
     for operation in graph:
         if passed.isdisjoint(operation.reads):
             continue
-        if operation.kind in COMMUTING:
+        if operation.name in rectified:
             passed.add(operation.name)
         else:
             yield operation

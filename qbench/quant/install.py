@@ -74,7 +74,16 @@ def install(
     bypass_activations(method, model, assigned, image, act, example)
     for name, bits in assigned.items():
         _quantize_layer(method, name, layers[name], bits, image.get(name))
+    if any(bits.g < FLOAT for bits in assigned.values()):
+        _keep_outputs(model)
     return model
+
+
+def _keep_outputs(model: nn.Module) -> None:
+    """Make torch's modules return new tensors, because autograd refuses to change a quantizer's output in place."""
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.nn.") and getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
 
 
 def _quantize_layer(method: Method, name: str, layer: FloatLayer, bits: Bits, image: ImageQuantizer | None) -> None:

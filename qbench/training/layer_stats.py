@@ -158,7 +158,7 @@ def layer_metrics(
         if trace.inputs is not None:
             values["a.clipped"] = _clipped_share(trace.inputs)
         if trace.weights is not None and name in last_codes and last_codes[name].shape == trace.weights.codes.shape:
-            values["w.flips"] = (last_codes[name] != trace.weights.codes).float().mean().item()
+            values["w.flips"] = (last_codes[name] != _from_top(trace.weights)).float().mean().item()
         if isinstance(quantizer := layers[name].weight_q, FrozenWeight):
             values["w.frozen"] = quantizer.frozen.float().mean().item()
         values |= _output_similarity(float_outputs[name], trace.output) | gradients.get(name, {})
@@ -169,13 +169,21 @@ def layer_metrics(
 
 
 def weight_codes(traces: Mapping[str, LayerTrace]) -> dict[str, Tensor]:
-    """Return the codes of every layer's weights. The next observation compares new codes with these codes."""
+    """Return the codes of every layer's weights, 0 for the highest level.
+
+    The next observation compares new codes with these codes.
+    """
     codes = {}
     for name, trace in traces.items():
         if trace.weights is not None:
             fits_in_byte = trace.weights.grid.points.shape[1] <= 2**8
-            codes[name] = trace.weights.codes.to(torch.uint8 if fits_in_byte else torch.int32)
+            codes[name] = _from_top(trace.weights).to(torch.uint8 if fits_in_byte else torch.int32)
     return codes
+
+
+def _from_top(weights: QuantizedTensor) -> Tensor:
+    """Return the code of each weight, 0 for the highest level. A grid may get more levels at its lower end only."""
+    return weights.grid.points.shape[1] - 1 - weights.codes
 
 
 def gradient_norms(model: nn.Module) -> LayerMetrics:

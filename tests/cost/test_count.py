@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qbench.cost.count import count_cost, count_macs, coverage, values_outside
+from qbench.cost.count import count_cost, count_macs, coverage, values_outside, wide_codes
 from qbench.cost.layers import layer_costs
 from qbench.methods import dorefa, lsq, uniform
 from qbench.models import mlp
 from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
 from qbench.quant.policy import Policy
+from qbench.quant.quantizer import Storage
 
 SHAPE, X = (3, 8, 8), torch.zeros(1, 3, 8, 8)
 
@@ -213,6 +214,22 @@ def test_values_that_are_not_counted_in_the_size_are_named(case: str) -> None:
     hold, use, expected = HOLDING[case]
     found = values_outside(Holding(hold, use), torch.ones(2, 4))
     assert expected in found if expected and found else found == expected
+
+
+def test_codes_that_are_wider_than_the_nominal_width_are_named() -> None:
+    """dq divides its levels between layers, so a layer can need more bits than W."""
+
+    class Wide(dorefa.DoReFaWeight):
+        def bytes(self, w: Tensor) -> Storage:
+            return Storage(w.numel(), 5, 0)
+
+    model = install(dorefa.build(w=4), nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))))
+    assert wide_codes(model) == ""
+    for name in ("1", "2"):
+        model.get_submodule(name).weight_q.__class__ = Wide
+    assert wide_codes(model) == (
+        "weight codes of 2 layers have up to 5 bits; the size counts these bits, but BitOps count the nominal width"
+    )
 
 
 def test_values_of_quantizers_are_not_outside() -> None:

@@ -114,6 +114,8 @@ def test_an_untrained_run_names_the_accuracy_of_the_weights_from_which_it_starte
     assert abs(best - last) > 2, "the best epoch was not the last one"
     (line,) = (line for line in result.warnings if line.startswith("nothing was trained"))
     assert f"whose test top-1 is {best:.2f} %;" in line
+    scratch = run(planned_run(smoke("method=gupta", "epochs=0", *words)))
+    assert not [line for line in scratch.warnings if line.startswith("nothing was trained")], "from random weights"
     trained = run(planned_run(smoke("method=dorefa", *words)))
     assert not [line for line in trained.warnings if line.startswith("nothing was trained")]
 

@@ -55,6 +55,16 @@ def test_cosine_and_bias_by_hand() -> None:
         mismatch.cosine_and_bias(torch.ones(2), torch.zeros(2))
 
 
+def test_mismatch_does_not_depend_on_dropout_masks() -> None:
+    torch.manual_seed(0)
+    net = _Net()
+    net.two = nn.Sequential(nn.Dropout(0.3), net.two)  # type: ignore[assignment]
+    batches = [(torch.randn(16, 1, 8, 8), torch.randint(3, (16,)))]
+    one, other = (mismatch.gradient_mismatch(net, batches, F.cross_entropy, ["clipped"]) for _ in range(2))
+    assert one == other
+    assert set(one["0.5"]["clipped"]) == {"one"}, "the layer after the quantizer has the same gradient"
+
+
 class _Net(nn.Module):
     """conv - batch norm - half-wave quantizer - conv: only the first conv's gradient comes through the quantizer."""
 

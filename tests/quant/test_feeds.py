@@ -107,6 +107,30 @@ def test_what_cannot_be_replaced_is_named(how: str, reason: str) -> None:
     assert all(layer.bits.a == 32 for layer in layers.values())
 
 
+class Concatenated(nn.Module):
+    """A layer reads the output of a ReLU together with another tensor, which has a ReLU of its own or none."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1), nn.Linear(4, 5)
+        self.one, self.other = nn.ReLU(), nn.ReLU() if both else nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y: Tensor = self.last(self.second(torch.cat([self.one(x), self.other(x)], 1)).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_relu_that_is_joined_with_signed_values_is_not_replaced(both: bool) -> None:
+    model = Concatenated(both)
+    found = trace_feeds(model, X, execution_order(model, X))
+    assert found.feeds == ({"one": ("second",), "other": ("second",)} if both else {})
+    if not both:
+        with pytest.raises(Unsupported, match="second: the layer reads the result of BatchNorm2d other"):
+            install(xnor.build(), model, example=X)
+
+
 METHODS: Mapping[str, Any] = {
     "pact": lambda: pact.build(w=2, a=2),
     "dorefa": lambda: dorefa.build(w=2, a=2),

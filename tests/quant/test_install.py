@@ -440,3 +440,13 @@ def test_what_a_run_does_besides_is_named(name: str, words: str, caplog: pytest.
         return bool(words) and words in caplog.text
 
     assert (named(True), named(False)) == (bool(words), bool(words) and name != "hwgq")
+
+
+def test_modules_that_work_in_place_train_with_quantized_gradients() -> None:
+    """The output of such a layer passes through a function of its own, and autograd refuses to change it in place."""
+    layers = [nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU6(inplace=True), nn.Linear(4, 2)]
+    model = install(dorefa.build(w=2, a=2, g=6), nn.Sequential(*layers), example=torch.zeros(1, 4))
+    model(torch.randn(3, 4)).sum().backward()
+    assert model[2].weight.grad is not None
+    kept = install(dorefa.build(w=2, a=2), nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)))
+    assert kept[1].inplace

@@ -758,6 +758,16 @@ def test_networks_with_other_activations_are_other_settings(configure: Configure
     assert [s.label for s in settings_of(fused) if s.method == "dorefa"] == ["dorefa"]
 
 
+def test_seeds_with_the_same_weights_have_a_warning(configure: Configure) -> None:
+    for seed, weights in enumerate("xyx"):
+        plant(configure("method=ptq", f"seed={seed}"), 97.0, 98.0, weights_sha256=weights * 64)
+    (table,) = compare(read([configure().out]))
+    assert [note for note in table.notes if "same weights" in note] == [
+        "warning: ptq w8a8g32: seeds 0, 2 have the same weights; they are one network, and show nothing about other "
+        "seeds"
+    ]
+
+
 def test_speeds_under_different_conditions_have_a_warning(configure: Configure) -> None:
     speed = TrainingSpeed(images_per_second=100.0, seconds_per_epoch=1.0, peak_bytes=10)
     conditions = (

@@ -372,6 +372,29 @@ def test_runs_are_identical_only_if_they_agree_for_every_image() -> None:
     assert any("is identical to b" in note for note in table.notes)
 
 
+def test_copies_of_one_network_are_not_seeds() -> None:
+    """If nothing in a run depends on the seed, further seeds are no further evidence."""
+    hits = {
+        f"{name}{seed}": Hits("labels", np.arange(50) < 40 + 5 * (name == "a")) for name in "ab" for seed in range(4)
+    }
+
+    def made(label: str, top1: list[float], weights: list[str | None], seeds: Sequence[int] | None = None) -> Setting:
+        one = setting(label, top1, seeds)
+        return replace(one, runs=tuple(replace(r, weights_sha256=w) for r, w in zip(one.runs, weights, strict=True)))
+
+    a, b = made("a", [90.0] * 4, ["x"] * 4), made("b", [80.0] * 4, ["y"] * 4)
+    (table,) = conclude([Table((), values=[a, b])], 0.5, hits)
+    (pair,) = pairs_of(table)
+    assert (pair.verdict, pair.p) == (Verdict.NO_SPREAD, None)
+    assert pair.p_mcnemar == pytest.approx(2 * 0.5**5), "the networks differ for five images, all in one direction"
+    (pair,) = pairs_of(concluded(a, made("c", A, ["1", "2", "3", "4"])))
+    assert pair.n == 4, "one network can be compared with four"
+    (pair,) = pairs_of(concluded(made("a", [90.0] * 2, ["x"] * 2, [7, 8]), made("c", A, ["1", "2", "3", "4"])))
+    assert pair.p is None
+    (pair,) = pairs_of(concluded(made("a", [90.0] * 4, [None] * 4), made("b", [80.0] * 4, [None] * 4)))
+    assert pair.n == 4, "weights that are not known may differ"
+
+
 def test_one_seed_has_no_spread() -> None:
     table = concluded(setting("a", [97.0]), setting("b", [90.0]))
     (pair,) = conclusions(table)[0].pairs

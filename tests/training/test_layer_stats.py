@@ -122,6 +122,14 @@ def test_flips_are_weights_on_another_level() -> None:
     )
 
 
+def test_a_new_level_below_the_others_is_no_flip_of_all_weights() -> None:
+    """The grid of APoT's edge layers gets further levels at its lower end if a weight needs them."""
+    model, layer = small_network()
+    before = layer_stats.weight_codes(layer_stats.trace_layers(model, INPUT))
+    layer.weight_q.points = (-2.0, -1.0, 0.0, 1.0)  # type: ignore[assignment]
+    assert metrics_of(model, before)["w.flips"] == 0
+
+
 def test_negative_levels_clip_low_values_too() -> None:
     model, layer = small_network()
     layer.input_q = Nearest(-0.5, 0.5)

@@ -127,8 +127,9 @@ def _seed_accuracy(result: Result) -> SeedAccuracy:
     assert result.top1 is not None, "a run that is done has an accuracy"
     baseline = result.baseline.run if result.baseline else None
     return SeedAccuracy(
-        seed=result.seed, run=result.run, top1=result.top1, baseline=baseline, baseline_top1=result.baseline_top1
-    )
+        seed=result.seed, run=result.run, top1=result.top1, baseline=baseline, baseline_top1=result.baseline_top1,
+        weights_sha256=result.weights_sha256,
+    )  # fmt: skip
 
 
 def _by_seed(runs: Sequence[SeedAccuracy], values: Sequence[float]) -> list[float]:

@@ -209,10 +209,19 @@ def _members(results: Sequence[Result], labels: Mapping[int, str]) -> list[tuple
 
 
 def _member_notes(setting: Setting, logged: Sequence[Result]) -> Iterator[str]:
-    """Yield notes on seeds with several runs, and on runs that were read from logs."""
+    """Yield notes on seeds with several runs or with the same network, and on runs that were read from logs."""
     if len({run.seed for run in setting.runs}) < len(setting.runs):
         names = ", ".join(naming.directory_name(run.run) for run in setting.runs)
         yield f"{setting.name}: some seeds have several runs, which are averaged: {names}"
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for run in setting.runs:
+        if run.weights_sha256:
+            seeds[run.weights_sha256].add(run.seed)
+    for same in (sorted(group) for group in seeds.values() if len(group) > 1):
+        yield (
+            f"warning: {setting.name}: seeds {', '.join(map(str, same))} have the same weights; they are one network, "
+            "and show nothing about other seeds"
+        )
     if logged:
         names = ", ".join(naming.directory_name(r.run) for r in sorted(logged, key=lambda r: (r.seed, r.run)))
         yield f"{setting.name}: {FROM_LOGS}: {names}"

@@ -152,7 +152,7 @@ def _pairs(settings: Sequence[Setting], cache: dict[str, RunAccuracy]) -> list[S
         accuracies = [_accuracies(setting, cache) for setting in ranked]
         for i, j in combinations(range(len(ranked)), 2):
             pair = partial(SettingPair, first=ranked[i], second=ranked[j], leading=i == 0)
-            pairs.append(_compared(pair, accuracies[i], accuracies[j]))
+            pairs.append(_compared(pair, (ranked[i], ranked[j]), (accuracies[i], accuracies[j])))
     return pairs
 
 
@@ -160,27 +160,40 @@ Accuracies = dict[int, Callable[[], RunAccuracy]]
 """Maps a seed to a function that returns the accuracy of the seed's runs. The function may read predictions."""
 
 
-def _compared(pair: Callable[..., SettingPair], first: Accuracies, second: Accuracies) -> SettingPair:
+def _compared(
+    pair: Callable[..., SettingPair], settings: tuple[Setting, Setting], groups: tuple[Accuracies, Accuracies]
+) -> SettingPair:
     """Return a pair with its difference or its McNemar p-value.
 
     If the settings have two or more seeds in common, the difference is paired by seed. Otherwise, if both settings have
     two or more seeds, the difference is Welch's unpaired difference. If one setting has a single seed that the other
-    setting also has, McNemar's test compares the two networks.
+    setting also has, McNemar's test compares the two networks. Seeds with the same networks as an earlier seed are left
+    out.
     """
-    groups = [first, second]
-    seeds = sorted(first.keys() & second.keys())
+    common = sorted(groups[0].keys() & groups[1].keys())
+    seeds = _independent(common, settings)
     if len(seeds) > 1:
         runs = [[group[seed]() for seed in seeds] for group in groups]
         d = with_seed_dof(paired_difference(*runs))
         return pair(difference=d, paired_by="seed and test image" if d.items else "seed")
-    if min(map(len, groups)) > 1:
-        top1 = [[run().top1 for run in group.values()] for group in groups]
+    own = [_independent(list(group), [setting]) for group, setting in zip(groups, settings, strict=True)]
+    if len(common) < 2 and min(map(len, own)) > 1:
+        top1 = [[group[seed]().top1 for seed in own_seeds] for group, own_seeds in zip(groups, own, strict=True)]
         return pair(difference=unpaired(*top1))
     if seeds:
         one, other = (group[seeds[0]]() for group in groups)
         if same_test_images([one, other]) and one.hits is not None and other.hits is not None:
             return pair(p_mcnemar=mcnemar(one.hits, other.hits))
     return pair()
+
+
+def _independent(seeds: Sequence[int], settings: Sequence[Setting]) -> list[int]:
+    """Return the seeds without those for which all settings have the same weights as for an earlier seed."""
+    kept: dict[object, int] = {}
+    for seed in seeds:
+        weights = [run.weights_sha256 for setting in settings for run in setting.runs if run.seed == seed]
+        kept.setdefault(seed if None in weights else tuple(weights), seed)
+    return list(kept.values())
 
 
 def _accuracies(setting: Setting, cache: dict[str, RunAccuracy]) -> Accuracies:

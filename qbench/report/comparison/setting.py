@@ -47,6 +47,7 @@ class SeedAccuracy:
         top1: test top-1 in percent.
         baseline: directory of the run's float baseline, or None if there is no baseline.
         baseline_top1: test top-1 of the float baseline in percent.
+        weights_sha256: sha256 of the run's weights, or None if it is not known.
     """
 
     seed: int
@@ -54,6 +55,7 @@ class SeedAccuracy:
     top1: float
     baseline: str | None = None
     baseline_top1: float | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
