@@ -171,5 +171,5 @@ def test_a_users_file_is_found_in_the_working_directory(tmp_path: Path, monkeypa
     monkeypatch.setattr("sys.path", [place for place in sys.path if place not in ("", ".", str(tmp_path))])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "found_here.py").write_text("")
-    assert registry.users_file("found_here:Net") == tmp_path / "found_here.py"
-    assert registry.users_file("resnet20") is None
+    assert registry.users_file("model", {"name": "found_here:Net"}) == tmp_path / "found_here.py"
+    assert registry.users_file("model", {"name": "resnet20", "family": "resnet"}) is None
