@@ -23,6 +23,7 @@ from qbench.papers.row_types import PublishedRow
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.setting_table import settings_of
 from qbench.report.tables.table import Table, comma_separated
+from qbench.report.tables.units import si_format
 from qbench.runs import reader
 from qbench.runs.reader import FROM_LOGS, RunRecord, dump_records, read
 from qbench.runs.result import BaselineResult, Protocol, Result
@@ -163,6 +164,23 @@ def test_several_control_runs_of_a_seed_are_averaged(configure: Configure) -> No
     (setting,) = (s for s in settings_of(table) if s.method == "dorefa")
     assert setting.over_control is not None
     assert setting.over_control.mean == 0
+
+
+def test_a_control_without_common_seeds_has_a_note(configure: Configure) -> None:
+    plant(configure("method=float", "init=float", "seed=7"), 90.0, 98.0)
+    plant(configure(*WORDS), 91.0, 98.0)
+    (table,) = compare(read([configure().out]))
+    assert [note for note in table.notes if "over float" in note] == [
+        "dorefa w2a2g32: over float is missing, because the float control has no run with its seeds"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 "), (999.4, "999 "), (999.6, "1 k"), (999_600, "1 M"), (-999.9, "-1 k"), (5e15, "5e+03 T")],
+)
+def test_numbers_with_prefixes(number: float, text: str) -> None:
+    assert si_format(number) == text
 
 
 def test_a_float_run_stays_beside_runs_of_its_own_protocol(configure: Configure) -> None:

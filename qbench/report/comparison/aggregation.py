@@ -81,13 +81,17 @@ def control_notes(settings: Sequence[Setting]) -> list[str]:
             keys = naming.normalization(setting.network)
             typed = " ".join(f"model.{key}={value}" for key, value in keys.items()) or "model.norm=auto"
             missing[typed].append(setting.name)
+    start = "float" if not settings or settings[0].keys.get("init") in (None, "float", "scratch") else "FILE"
     notes = [
         f"{', '.join(names)}: no float control has the same normalization; "
-        f"to add one, run method=float init=float {typed}"
+        f"to add one, run method=float init={start} {typed}"
         for typed, names in missing.items()
         if controls
     ]
     for setting in settings:
+        own = [control for control in controls if _same_norm(control, setting)]
+        if len(own) == 1 and _can_have_control(setting) and not setting.over_control:
+            notes.append(f"{setting.name}: over float is missing, because the float control has no run with its seeds")
         if setting.over_control and setting.over_control.n < setting.top1.n:
             notes.append(
                 f"{setting.name}: over float is a mean over {setting.over_control.n} of {setting.top1.n} seeds, "
