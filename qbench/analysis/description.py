@@ -77,7 +77,10 @@ def _setup(
         yield "config", values
     else:
         command = command_line(values, recorded_files(result))
+        init = str(values.get("init"))
+        missing = "/" in init and not Path(init).exists()
         why = "the run uses code of your own" if foreign_code(values) else "no command gives this configuration"
+        why = f"init={init} is not found from this folder" if missing and not foreign_code(values) else why
         yield "command", command or why + (f"; the run was started with: qbench {typed}" if typed else "")
         yield from _methods(values["method"], values["activation"])
     if result and result.verified:

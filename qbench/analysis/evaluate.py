@@ -21,7 +21,7 @@ from qbench.data.dataset import Dataset
 from qbench.data.dataset_check import dataset_notes, trained_images
 from qbench.errors import ConfigError
 from qbench.experiment.builders import build_dataset
-from qbench.experiment.earlier_run import image_warnings
+from qbench.experiment.setup import image_warnings
 from qbench.quant.probe import Batch
 from qbench.report.tables.table import Table
 from qbench.runs.result import Accuracy

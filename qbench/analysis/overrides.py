@@ -78,7 +78,9 @@ def _override_layers(own: Layers, composed: Layers, words: Sequence[str]) -> Lay
     changed = {key[0]: getattr(composed, key[0]) for key in keys}
     if "rules" in changed and ["rules"] not in keys:  # single rules were typed, such as layers.rules.conv1=8
         typed = dict(composed.rules or {})
-        changed["rules"] = typed | {k: v for k, v in (own.rules or {}).items() if k not in typed}  # the first one counts
+        changed["rules"] = typed | {
+            k: v for k, v in (own.rules or {}).items() if k not in typed
+        }  # the first one counts
     return dataclasses.replace(own, **changed)
 
 

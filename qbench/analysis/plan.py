@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from qbench.analysis.export_forms import export_lines, refused_forms
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun, network_key
 from qbench.bits import FLOAT
-from qbench.config.schema import baseline_config
+from qbench.config.schema import Config, Runtime, baseline_config
 from qbench.cost.count import coverage, idle_layers
 from qbench.cost.gpu_speed import SHARES, training_seconds
 from qbench.cost.layers import LayerCost, Levels, layer_costs
@@ -59,6 +59,7 @@ def plan(planned: Sequence[PlannedRun], say: Callable[[str], object] = lambda te
     if device == "cpu" and total > LONG_SECONDS:
         table.notes.append(_on_gpus(table, planned[-1]))
     table.notes.append("memory: weights, gradients, optimizer state, and tensors kept for the backward pass")
+    table.notes += _not_estimated([each.config for each in planned])
     if estimator.estimated:
         table.notes.append(f"the time of {estimator.estimated} of these networks is estimated from MACs, not measured")
     if len(planned) > 1 or not isinstance(last, RunCost):
@@ -95,10 +96,21 @@ def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[Planned
     return [replace(cost.setup, config=planned.config).baseline, planned]
 
 
+def _not_estimated(configs: Sequence[Config]) -> list[str]:
+    """Return a note on keys that change the time or the memory of a run, but not their estimates, or an empty list."""
+    usual, found = Runtime(), list[str]()
+    for config in configs:
+        for key in ("precision", "compile", "activation_memory"):
+            if (value := getattr(config.runtime, key)) != getattr(usual, key):
+                found.append(f"runtime.{key}={str(value).lower()}")
+        found += ["the teacher"] if config.distill.on else []
+    return [f"time and memory are estimated without {', '.join(dict.fromkeys(found))}"] if found else []
+
+
 def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) -> float:
     """Add the row of a run to the table, and return the run's remaining training time in seconds."""
     directory = planned.directory
-    path, stored = str(directory.path), directory.stored()
+    path, stored = str(directory.path), None if planned.config.rerun else directory.stored()
     if isinstance(cost, UnsupportedRun):
         reason, *advice = cost.reason.splitlines()
         table.rows.append((path, f"unsupported: {reason}", *"-" * (len(HEAD) - 2)))

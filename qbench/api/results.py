@@ -220,8 +220,11 @@ def load_model(
         network.image_shape, network.class_names = data.shape, list(data.class_names)  # type: ignore[assignment]
         if data.white != 1 and data.shape[0] in (1, 3):
             node = finished.setup.config.dataset  # a user's function may have an argument `resize` of another meaning
-            side = None if ":" in node["name"] else node.get("resize")
-            prepare = partial(prepare_image, shape=data.shape, side=side, mean=constants[0], std=constants[1])
+            own = str(node["name"]) if "source" in node else ""  # code that is not part of qbench
+            side = None if own else node.get("resize")
+            prepare = partial(
+                prepare_image, shape=data.shape, side=side, mean=constants[0], std=constants[1], prepared_by=own
+            )
             network.prepare = prepare  # type: ignore[assignment]
         dtype = HALF_TYPES.get(finished.setup.runtime.precision)
         return network if dtype is None else as_half_network(network, dtype)

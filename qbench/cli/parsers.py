@@ -166,7 +166,8 @@ def plan() -> SubcommandParser:
     """
     parser = SubcommandParser(
         "plan",
-        epilog="This subcommand needs no data and trains nothing. It accepts the Hydra flags of a training command.",
+        epilog="This subcommand trains nothing, and needs no images of published data sets. It accepts the Hydra flags "
+        "of a training command.",
     )
     parser.add_argument("overrides", metavar=OVERRIDES, nargs="*", help="arguments of a training command")
     parser.add_argument("-m", "--multirun", action="store_true", help="all combinations of comma-separated values")

@@ -52,6 +52,8 @@ def _trains(config: Config) -> bool:
 
     If the method cannot be built, return True. The run then reports the error.
     """
+    if not config.epochs:
+        return False
     nodes = [node for node in (config.method, config.activation) if node["name"] != "none"]
     try:
         return any(_is_trained(json.dumps([node, dataclasses.asdict(config.bits)], sort_keys=True)) for node in nodes)

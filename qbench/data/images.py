@@ -146,7 +146,13 @@ def fixed_crop(height: int, width: int, augment: Augment, draws: Sequence[float]
 
 
 def prepare_image(
-    image: str | Path | Image.Image, *, shape: tuple[int, int, int], side: int | None, mean: Tensor, std: Tensor
+    image: str | Path | Image.Image,
+    *,
+    shape: tuple[int, int, int],
+    side: int | None,
+    mean: Tensor,
+    std: Tensor,
+    prepared_by: str = "",
 ) -> Tensor:
     """Return an image as a normalized batch of one, (1, C, H, W), as a run prepares its test images.
 
@@ -156,16 +162,24 @@ def prepare_image(
         side: size in pixels to which the shorter side is resized before the crop of the centre. With None, the whole
             image is resized to (H, W).
         mean, std: constants of the normalization, (C, 1, 1), for pixels divided by 255.
+        prepared_by: the data set whose own code resizes and crops images, or an empty text. Only images of H x W pixels
+            are then accepted, because the sizes of this code are not known.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the pixels are floats or too large, or integers of 16 bits that use at most 12 bits.
+        ValueError: the pixels are floats or too large, or integers of 16 bits that use at most 12 bits. Or the image
+            has another size than a data set with its own code needs.
     """
     if not isinstance(image, Image.Image):
         with Image.open(image) as opened:
             opened.load()
-            return prepare_image(opened, shape=shape, side=side, mean=mean, std=std)
+            return prepare_image(opened, shape=shape, side=side, mean=mean, std=std, prepared_by=prepared_by)
     channels, height, width = shape
+    if prepared_by and image.size != (width, height):
+        raise ValueError(
+            f"the image has {image.width} x {image.height} pixels, but the network reads {width} x {height}\n"
+            f"resize and crop the image as the code of dataset={prepared_by} does with test images"
+        )
     deep = is_deep(image) if isinstance(image, ImageFile.ImageFile) else image.mode.startswith("I")
     whole = to_rgb(image)
     if deep and (brightest := int(np.asarray(whole).max())) < 16:

@@ -92,10 +92,12 @@ def check_average(optim: Optim, method: Method) -> None:
         raise Unsupported(f"{method.name} keeps no float weights that could be averaged; remove optim.ema")
 
 
-def check_splits(data: Dataset, optim: Optim, name: str) -> None:
-    """Refuse early stopping without validation images, and an empty test split."""
+def check_splits(data: Dataset, optim: Optim, name: str, lr_search: str) -> None:
+    """Refuse early stopping and a search of learning rates without validation images, and an empty test split."""
     if optim.patience is not None and not len(data.val):
         raise ConfigError("optim.patience needs a validation split; type dataset.val=0.1 or remove optim.patience")
+    if lr_search == "grid" and not len(data.val):
+        raise ConfigError("lr_search=grid needs a validation split; type dataset.val=0.1 or lr_search=none")
     if not len(data.test):
         raise ConfigError(f"dataset={name}: the test split is empty; choose another data set")
 

@@ -30,7 +30,8 @@ def run_on_cluster(runs: Sequence[PlannedRun], settings: JobSettings, stop: Call
     If a job ends without a result and was not cancelled, it is submitted once more. After a signal to this process, the
     jobs stay in the queue.
     """
-    jobs, missing = _ClusterJobs(settings), [planned for planned in runs if not planned.directory.stored()]
+    jobs = _ClusterJobs(settings)
+    missing = [planned for planned in runs if planned.config.rerun or not planned.directory.stored()]
     dependents: dict[Path, list[PlannedRun]] = {}
     baselines = {planned.path: baseline for planned in missing if (baseline := _missing_baseline(planned))}
     for planned in missing:

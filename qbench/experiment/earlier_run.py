@@ -5,7 +5,7 @@ from pathlib import Path
 from qbench.config.identity import RunIdentity, current_sha256
 from qbench.errors import CheckpointError
 from qbench.experiment.builders import images_sha256
-from qbench.experiment.setup import OTHER_IMAGES, ExperimentSetup
+from qbench.experiment.setup import OTHER_IMAGES, ExperimentSetup, image_warnings
 from qbench.runs.result import Result, load_result
 
 SAME_FUNCTION = frozenset(("head", "act", "norm", "bn_momentum"))
@@ -26,7 +26,7 @@ def earlier_run_warnings(setup: ExperimentSetup, identity: RunIdentity) -> list[
     if source is None:
         return []
     warnings = []
-    if source.dataset == setup.data.name:
+    if source.dataset == setup.config.dataset["name"]:
         if source.data_sha256 not in (None, images_sha256(setup.data)):
             warnings.append(
                 f"init={init} {OTHER_IMAGES} or another split of dataset={source.dataset}; some test or validation "
@@ -63,11 +63,6 @@ def earlier_run(path: Path) -> Result | None:
     if path.is_dir():
         return load_result(path)
     return load_result(path.parent) if path.name in ("best.pt", "last.pt") else None
-
-
-def image_warnings(result: Result) -> list[str]:
-    """Return a run's warnings that its initial weights or its teacher may have seen its test images."""
-    return [text for text in result.warnings if OTHER_IMAGES in text]
 
 
 def _differing_keys(source: Result, identity: RunIdentity) -> str:

@@ -28,14 +28,14 @@ def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps
     Args:
         setup: the setup of the run.
         baseline: the evaluation of the float baseline on the run's test split; None without a baseline.
-        steps: number of training steps of the run; 0 if nothing was trained.
+        steps: number of training batches of the run; 0 if nothing was trained.
     """
     if setup.config.debug:
         return []
     labels = setup.data.test.labels
     return [
         *(weak_baseline(baseline.test.top1, labels.bincount().tolist()) if baseline else ()),
-        *few_steps(steps, "pretrain." if setup.is_baseline else ""),
+        *few_steps(-(-steps // setup.optim.accumulate), "pretrain." if setup.is_baseline else ""),
         *skipped_phases(setup.method.phases, setup.epochs),
         *coarse_test_split(len(labels)),
     ]
@@ -64,7 +64,10 @@ def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:
 
 
 def few_steps(steps: int, prefix: str) -> Iterator[str]:
-    """Yield a warning if a run has few training steps. `prefix` is `pretrain.` for a baseline, else empty."""
+    """Yield a warning if a run has few training steps, which are updates of the weights.
+
+    `prefix` is `pretrain.` for a baseline, else empty.
+    """
     if 0 < steps < FEW_STEPS:
         yield (
             f"the run has {steps} training steps, fewer than {FEW_STEPS}; raise {prefix}epochs, or lower "

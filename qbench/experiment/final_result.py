@@ -79,7 +79,7 @@ def final_result(
     ]
     float_evaluation = final if setup.is_baseline else baseline.final if baseline else None
     evidence = evidence_warnings(setup, float_evaluation, state.step)
-    warnings = [*_debug_warning(setup), *_start_warning(setup, baseline, state.step), *evidence]
+    warnings = [*_debug_warning(setup, state.step), *_start_warning(setup, baseline, state.step), *evidence]
     warnings += [*setup.warnings, *_batch_warning(setup, loader)]
     warnings += [*_warnings(setup, model, images), *_level_warnings(model, verified)]
     warnings += [*session.monitor.warned.values(), *unused_keys(setup, model)]
@@ -153,11 +153,12 @@ def _batch_warning(setup: ExperimentSetup, loader: Loader) -> list[str]:
     return [f"the batch size was {loader.batch_size}, the number of training images, instead of {size}"]
 
 
-def _debug_warning(setup: ExperimentSetup) -> list[str]:
+def _debug_warning(setup: ExperimentSetup, steps: int) -> list[str]:
     """Return a warning that the accuracy of a debug run means nothing. Other runs have no such warning."""
     if not setup.config.debug:
         return []
-    return [f"debug=true: trained on {len(setup.data.train)} images in one step; the accuracy means nothing"]
+    done = f"trained on {len(setup.data.train)} images in one step" if steps else "nothing was trained"
+    return [f"debug=true: {done}; the accuracy means nothing"]
 
 
 def _stop_note(setup: ExperimentSetup, state: State) -> list[str]:
@@ -202,15 +203,16 @@ def _warnings(setup: ExperimentSetup, model: nn.Module, images: Tensor) -> list[
     """Return warnings about properties of data and network that make the accuracy or the size misleading."""
     warnings = [*dataset_notes(setup.data), *replaced_widths(setup, model)]
     untrained = setup.float_model()
-    same_for_every_seed = _have_equal_weights(untrained, setup.float_model(seed=setup.seed + 1))
+    same = _share_of_equal_weights(untrained, setup.float_model(seed=setup.seed + 1))
     if unsteady := unsteady_evaluation(model, images):
         warnings.append(unsteady)
     else:
         warnings += _reload_warnings(setup, model, untrained, images)
-    if same_for_every_seed:
+    if same > MOSTLY:
+        share = "the" if same == 1 else f"{100 * same:.0f} % of the"
         warnings.append(
-            "the initial weights are the same for every seed (the network's function loads weights or sets its "
-            "own seed), so seeds differ less than they should"
+            f"{share} initial weights are the same for every seed (the network's function loads weights or sets its "
+            "own seed), so seeds differ less than with random weights"
         )
     if kind := outputs_of_activation(model, images):
         warnings.append(f"the network returns {kind}; the loss treats them as logits and applies softmax")
@@ -233,11 +235,16 @@ def _reload_warnings(setup: ExperimentSetup, model: nn.Module, untrained: nn.Mod
     return [outside] if outside else []
 
 
-def _have_equal_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Return whether two networks have the same weights. Constant tensors are not compared."""
+MOSTLY = 0.5
+"""A warning is given if more than this share of the initial weights does not depend on the seed."""
+
+
+def _share_of_equal_weights(first: nn.Module, second: nn.Module) -> float:
+    """Return the share of weights in tensors that are equal in two networks. Constant tensors are not compared."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     random = [(one, other) for one, other in pairs if one.dim() > 1 and one.min() < one.max()]
-    return bool(random) and all(torch.equal(one, other) for one, other in random)
+    equal = sum(one.numel() for one, other in random if torch.equal(one, other))
+    return equal / max(sum(one.numel() for one, _ in random), 1)
 
 
 def _commit_notes(commits: Sequence[str]) -> list[str]:

@@ -30,6 +30,7 @@ from qbench.quant.probe import Probe
 from qbench.runs import manifest
 from qbench.runs.directory import RunDirectory
 from qbench.runs.result import BaselineResult, Evaluation, Result, load_result
+from qbench.system import files
 from qbench.training import optimizer
 from qbench.training.checkpoint import Saved, first_nonfinite
 from qbench.training.divergence import must_be_finite
@@ -41,6 +42,7 @@ from qbench.training.random_state import seed_everything
 from qbench.training.state import State, WeightAverage
 from qbench.training.task import Task
 
+START_OVER = "to start over, delete the run's directory"
 PROBE_IMAGES = 256
 """Number of training images on which methods measure statistics."""
 UNSTEADY_IMAGES = 16
@@ -85,7 +87,8 @@ def run(
     with context.lock(directory):
         if stored := stored_result():  # another process has finished the run
             return stored
-        repeated = directory.has_result() or planned.config.debug  # an earlier attempt left files
+        starts_over = rerun and not (files.read_json(directory.path / "manifest.json") or {}).get("rerun")
+        repeated = directory.has_result() or planned.config.debug or starts_over  # an earlier attempt left files
         if context.writes and repeated:
             directory.reset(whole=rerun or replace_other_data or directory.stored() is not None)
         try:
@@ -198,6 +201,7 @@ def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: Tr
         device=setup.device,
         data=setup.data.fingerprint(),
         resumed=resumed,
+        rerun=setup.config.rerun,
         processes=session.context.group.size,
     )
 
@@ -265,10 +269,8 @@ def _state(task: Task, scaler: torch.amp.GradScaler | None, saved: Saved | None,
     except Exception as error:  # the digest matches, so the file is intact, but its content does not fit
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
-            f"cannot continue, because the checkpoint does not fit this run: {why}\nto start over, add rerun=true"
+            f"cannot continue, because the checkpoint does not fit this run: {why}\n{START_OVER}"
         ) from error
     if bad := first_nonfinite(must_be_finite(task.model)):
-        raise CheckpointError(
-            f"cannot continue, because the checkpoint contains inf or nan: {bad}\nto start over, add rerun=true"
-        )
+        raise CheckpointError(f"cannot continue, because the checkpoint contains inf or nan: {bad}\n{START_OVER}")
     return state

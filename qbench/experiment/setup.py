@@ -57,6 +57,7 @@ from qbench.quant.layers import fully_quantized, quantized_parts
 from qbench.quant.method import Method
 from qbench.quant.policy import Policy, PolicyError, execution_order
 from qbench.runs import tensorboard
+from qbench.runs.result import Result, load_result
 from qbench.training.checkpoint import DoesNotFit, Saved
 from qbench.training.initial_weights import InitialWeights, load_initial_weights, load_quantizers
 
@@ -64,6 +65,13 @@ DEBUG_IMAGES = 64
 """Number of validation images, and number of test images, in a debug run."""
 
 OTHER_IMAGES = "was trained on other images"
+
+
+def image_warnings(result: Result) -> list[str]:
+    """Return a run's warnings that its initial weights or its teacher may have seen its test images."""
+    return [text for text in result.warnings if OTHER_IMAGES in text]
+
+
 """Part of the warnings about initial weights or a teacher that may have seen test images of the run."""
 
 
@@ -352,6 +360,9 @@ class ExperimentSetup:
                 f"{named} has {teacher.data.classes} classes of {teacher.data.shape} images, but this run has "
                 f"{data.classes} classes of {data.shape} images"
             )
+        result = load_result(run)
+        for text in image_warnings(result) if result else ():
+            self.warn(f"{named}: {text}")
         if (teacher.data.mean, teacher.data.std) != (data.mean, data.std):
             theirs, ours = (f"mean {d.mean}, deviation {d.std}" for d in (teacher.data, data))
             raise ConfigError(
@@ -428,7 +439,7 @@ def assemble(
 def _check_counts(setup: ExperimentSetup) -> None:
     """Check that the data set has enough images for the recipe."""
     config, data, optim = setup.config, setup.data, setup.optim
-    check_splits(data, optim, config.dataset["name"])
+    check_splits(data, optim, config.dataset["name"], config.lr_search)
     if setup.epochs:
         key = "pretrain.optim" if setup.is_baseline else "optim"
         check_updates(data, optim, key, [0, *setup.method.phases(setup.epochs), setup.epochs])

@@ -32,8 +32,9 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
         model: the trained network, with its quantizers.
     """
     found = [*_model_keys(setup, model), *_layer_keys(setup), *_method_keys(setup, model)]
-    trained = setup.config.pretrain.epochs
-    if not (setup.needs_baseline or setup.is_baseline) and trained != _recipe(setup).get("pretrain", trained):
+    trained, typed = setup.config.pretrain.epochs, not setup.config.debug  # debug=true sets this key itself
+    pretrains = setup.needs_baseline or setup.is_baseline
+    if typed and not pretrains and trained != _recipe(setup).get("pretrain", trained):
         found.append((f"pretrain.epochs={trained}", "no float baseline is trained"))
     if setup.runtime.tf32 and setup.device.type != "cuda":
         found.append(("runtime.tf32=true", "the run is not on a GPU"))

@@ -69,6 +69,7 @@ def write(
     data: Mapping[str, Json],
     speed: Mapping[str, Json] | None = None,
     resumed: bool = False,
+    rerun: bool = False,
     processes: int = 1,
 ) -> None:
     """Write manifest.json.
@@ -82,6 +83,7 @@ def write(
         data: the data set's fingerprint.
         speed: settings that change only the speed and the memory.
         resumed: whether the run continues an interrupted run. If true, the code versions in the old manifest are kept.
+        rerun: whether the run was started over, with `rerun=true`.
         processes: number of processes that compute the run together.
     """
     import torch
@@ -101,6 +103,7 @@ def write(
             "device": device.type,
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "processes": processes,
+            "rerun": rerun,
             "precision": "fp32",
             **numerics,
             **(speed or {}),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Configure, long_tier, tiered
-from helpers import write_packed
+from helpers import plant, write_packed
 from torch import nn
 
 from qbench.analysis import plan, step_cost
@@ -184,6 +184,22 @@ def test_every_experiment_plans_without_data(planned: Planned, untimed: None, ex
     for form in FORMATS.values():
         assert form(tables)
     json.loads(FORMATS["json"](tables))
+
+
+def test_a_stored_run_that_is_trained_again_is_not_free(configure: Configure) -> None:
+    words = ["method=float", "init=scratch", "epochs=1"]
+    plant(configure(*words), 90.0)
+    states = [plan.plan([planned_run(configure(*words, f"rerun={again}"))])[0].rows[-1][1] for again in (False, True)]
+    assert states[0] == "stored"
+    assert states[1] != "stored"
+
+
+def test_keys_that_no_estimate_includes_have_a_note(configure: Configure) -> None:
+    words = ["runtime.precision=bf16", "runtime.activation_memory=keep", "distill=kd"]
+    table = plan.plan([planned_run(configure("method=dorefa", "bits=w2a2", *words))])[0]
+    assert (
+        "time and memory are estimated without runtime.precision=bf16, runtime.activation_memory=keep, the teacher"
+    ) in table.notes
 
 
 def test_a_sweep_estimates_each_network_once(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:

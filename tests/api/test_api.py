@@ -30,7 +30,8 @@ from qbench.api.words import command_words
 from qbench.cli.compare import run_compare
 from qbench.cli.main import main as cli
 from qbench.config.compose import configurations
-from qbench.data.dataset import Split
+from qbench.data.augment import Augment
+from qbench.data.dataset import Dataset, Split
 from qbench.data.file_stream import FileSplit
 from qbench.errors import CheckpointError, ConfigError, DataError, Diverged
 from qbench.experiment import session
@@ -332,6 +333,26 @@ def test_a_prepared_image_is_what_the_run_sees_of_it(
         images = [Image.fromarray(image[0].numpy()) for image in split.images[: len(batch)]]
         found = torch.cat([model.prepare(image) for image in images])  # type: ignore[operator]
     torch.testing.assert_close(found, batch[: len(found)])
+
+
+def cropped() -> Dataset:
+    images = torch.randint(256, (60, 1, 12, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    train, val, test = (Split(images[i : i + 20], torch.arange(20) % 2) for i in (0, 20, 40))
+    crop = Augment(size=8)
+    return Dataset(name="cropped", train=train, val=val, test=test, classes=2, mean=(0.5,), std=(0.5,), augment=crop)
+
+
+def test_images_that_only_the_users_code_can_prepare_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run crops its images to 8 x 8 pixels. The whole image, made smaller, would be another image."""
+    monkeypatch.chdir(tmp_path)
+    run = qbench.run(*SMOKE[:2], "method=dorefa", "bits=w4a4", "dataset=test_api:cropped", "model=mlp", out="out")
+    model = qbench.load_model(run, trust=True)
+    whole = Image.fromarray(np.zeros((12, 12), np.uint8))
+    with pytest.raises(ValueError, match=r"12 x 12 pixels, but the network reads 8 x 8\n.*dataset=test_api:cropped"):
+        model.prepare(whole)  # type: ignore[operator]
+    assert model.prepare(whole.crop((2, 2, 10, 10))).shape == (1, 1, 8, 8)  # type: ignore[operator]
 
 
 def test_images_of_12_bits_are_refused_instead_of_prepared_as_black(

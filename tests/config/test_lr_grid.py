@@ -239,6 +239,10 @@ def test_a_rate_that_diverges_for_one_seed_is_not_selected(tmp_path: Path) -> No
     assert rest.rows[0][0] == "diverged"
 
 
+def test_a_run_that_trains_nothing_has_no_grid(configure: Configure) -> None:
+    assert len(compose.configurations(["lr_search=grid", "method=dorefa", "epochs=0", f"out={configure().out}"])) == 1
+
+
 def test_without_validation_accuracy_nothing_is_selected(tmp_path: Path) -> None:
     (first, *_) = tuned(tmp_path, THREE, "method=dorefa")
     plant(first, 97.0, 90.0)

@@ -104,6 +104,11 @@ def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -
     assert text in html(tables, records)
 
 
+def test_few_steps_are_updates_of_the_weights() -> None:
+    assert list(few_steps(500, "")) == list(few_steps(0, "")) == []
+    assert "the run has 28 training steps, fewer than 500" in next(few_steps(28, ""))
+
+
 def test_an_untrained_run_names_the_accuracy_of_the_weights_from_which_it_started(smoke: Configure) -> None:
     """With 16-bit rounding, the run has the accuracy of these weights, which differs from that of the row float."""
     words = ("runtime.observe=off", "pretrain.epochs=5", "pretrain.optim.schedule=constant", "pretrain.optim.lr=0.3")

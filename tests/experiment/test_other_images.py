@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from qbench.analysis.evaluate import evaluate
 from qbench.analysis.export import evaluate_file, export
 from qbench.analysis.overrides import override_dataset
 from qbench.config.compose import configurations
+from qbench.data.dataset import Dataset, Split
 from qbench.data.dataset_check import trained_images
 from qbench.errors import CheckpointError, ConfigError
 from qbench.experiment.builders import build_dataset
-from qbench.experiment.earlier_run import image_warnings
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
+from qbench.experiment.setup import image_warnings
 from qbench.runs.result import Result
 
 SMOKE = ("experiment=smoke", "runtime.tensorboard=false", "optim.batch_size=8", "pretrain.optim.batch_size=8")
@@ -128,6 +130,28 @@ def test_the_warning_on_seen_images_is_passed_on(train: Callable[..., Result]) -
         assert [found for found in started.warnings if found.startswith(f"init={first / file} was trained on other")]
     unseen = train(*words, "dataset.test=0.2", "bits=w2a2", f"init={first / 'last.pt'}")
     assert not image_warnings(unseen)
+
+
+def folds(fold: int = 0) -> Dataset:
+    """Return a data set whose name differs from that of this function, split in one of several ways."""
+    images = torch.randint(256, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    data = Split(images.roll(20 * fold, 0), (torch.arange(60) % 2).roll(20 * fold))
+    parts = [data.take(torch.arange(*ends)) for ends in ((0, 30), (30, 40), (40, 60))]
+    train, val, test = parts
+    return Dataset(name="other name", train=train, val=val, test=test, classes=2, mean=(0.5,), std=(0.5,))
+
+
+def test_the_warning_reaches_data_sets_with_a_name_of_their_own_and_the_students_of_a_network(
+    tmp_path: Path,
+) -> None:
+    words = ("dataset=test_other_images:folds", "method=dorefa", "model=mlp", "model.width=4")
+    train = partial(qbench.run, *SMOKE, *words, out=tmp_path / "out")
+    first = train("bits=w4a4").run
+    second = train("bits=w4a4", "dataset.fold=1", f"init={first}")
+    text = f"init={first} was trained on other images or another split of dataset=test_other_images:folds; "
+    assert [warning for warning in second.warnings if warning.startswith(text)]
+    student = train("bits=w2a2", "dataset.fold=1", "distill=kd", f"distill.teacher={second.run}")
+    assert [warning for warning in student.warnings if warning.startswith(f"distill.teacher={second.run}: {text}")]
 
 
 def test_initial_weights_of_another_function_are_named(train: Callable[..., Result]) -> None:
