@@ -91,7 +91,7 @@ def _cost(name: str, layer: nn.Module, levels_of: LevelsOf, macs: int) -> LayerC
         shape=tuple(layer.weight.shape),
         bits=bits,
         quantizers={k: _title(q) for k, q in quantizers(quantized).items() if q.declares_grid} if quantized else {},
-        weights=levels_of("weight", type(layer), _small_shape(layer), bits.w) if bits.w < FLOAT else None,
+        weights=_weight_levels(quantized, levels_of) if quantized and bits.w < FLOAT else None,
         inputs=_input_levels(quantized, levels_of) if quantized else None,
         rescaled=quantized is not None and bits.g == FLOAT and type(quantized.output_q) is not IdentityQuantizer,
         params=layer.weight.numel() + bias,
@@ -124,6 +124,30 @@ def _float_cost(name: str, module: nn.Module, macs: int) -> LayerCost:
 
 def _title(quantizer: Quantizer) -> str:
     return f"{type(quantizer).__module__.rpartition('.')[2]}.{type(quantizer).__qualname__}"
+
+
+def _weight_levels(layer: QLayer, levels_of: LevelsOf) -> Levels | None:
+    """Return the levels of a layer's weights.
+
+    The number of scale groups and the number of codewords depend on the size of the layer, and come from its own grid.
+    The other values come from a small layer, because the layer may have no values (meta tensors).
+    """
+    small: Levels | None = levels_of("weight", type(layer), _small_shape(layer), layer.bits.w)
+    weight = layer.weight.detach()
+    try:
+        grid = layer.weight_q.grid(weight)
+        if small is None or grid is None:
+            return small
+        groups, points, dimension = grid.points.shape
+        per = _scale_group(groups, len(weight), grid.arrange(weight).shape[1] * dimension)
+    except (RuntimeError, ValueError, NotImplementedError):  # the grid depends on values
+        return small
+    return small._replace(number=points if dimension > 1 else small.number, per=per)
+
+
+def _scale_group(groups: int, outputs: int, size: int) -> str:
+    """Return a text on the weights that share a scale: a layer, a channel, or `size` values."""
+    return "layer" if groups == 1 else "channel" if groups == outputs else f"{size} values"
 
 
 def _input_levels(layer: QLayer, levels_of: LevelsOf) -> Levels | None:
@@ -182,8 +206,8 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
     if not len(first):
         return None
     size = grid.arrange(value).shape[1] * dimension
-    per = "layer" if groups == 1 else "channel" if groups == len(value) else f"{size} values"
-    return Levels(len(first), dimension, per, _steps(first.flatten()) if dimension == 1 else None)
+    steps = _steps(first.flatten()) if dimension == 1 else None
+    return Levels(len(first), dimension, _scale_group(groups, len(value), size), steps)
 
 
 def _steps(points: Tensor) -> int | None:

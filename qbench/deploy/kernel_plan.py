@@ -74,6 +74,8 @@ def plan(network: Network, shape: tuple[int, int, int]) -> Plan:
     for i in range(len(network.steps)):
         planner.add_step(i)
     logits = planner.floats(network.output)
+    if logits.height * logits.width != 1:
+        raise NotRunnable(f"the numba kernels do not support a flattened map as the network's output\n{OTHER_WAYS}")
     if not planner.computes_codes:
         raise NotRunnable(
             "no layer has both weights and activations of 1 or 2 bits; bit-serial kernels need such a layer\n"
@@ -234,6 +236,8 @@ class Planner:
         parts = second_parts = NO_RAMP
         if ramp and any(parts := ramp.parts):
             fields["ramp"] = self.memory.place(ramp.pack())
+        if residual and residual.size[1:] != computed.size[1:]:  # a flattened map is stored pixel by pixel
+            raise NoKernel("the sum of a vector and a flattened map")
         if residual:
             fields["residual"] = residual.address
         if second and any(second_parts := second.parts):

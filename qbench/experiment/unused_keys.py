@@ -59,8 +59,10 @@ def replaced_widths(setup: ExperimentSetup, model: nn.Module) -> list[str]:
     for slot, name in SLOT_NAMES.items():
         width = getattr(setup.method.bits, slot)
         found = sorted({getattr(layer.bits, slot) for layer in quantized_layers(model).values()} - {FLOAT})
-        if width < FLOAT and found and width not in found:
-            widths = ", ".join(map(str, found))
+        widths = ", ".join(map(str, found))
+        if found and width == FLOAT and slot != "g":
+            warnings.append(f"tables show bits.{slot}={FLOAT}, but layers.* sets the {name} of layers to {widths} bits")
+        elif found and width not in found:
             warnings.append(f"no layer has bits.{slot}={width}, because layers.* sets the {name} to {widths} bits")
     return warnings
 

@@ -47,7 +47,7 @@ Results
 
 from qbench.bits import FLOAT, Bits
 from qbench.methods.xnor import center_and_clamp, check_gradient, step_function, weight_quantizer
-from qbench.quant.method import Method
+from qbench.quant.method import Method, factory_for
 
 
 def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: bool = False) -> Method:
@@ -59,7 +59,7 @@ def build(*, w: int = 1, gradient: str = "paper", center: bool = False, clamp: b
         bits=Bits(w),
         supported_bits={"w": (1, FLOAT)},
         traits=frozenset({"odd", "monotone", "idempotent"}),
-        weight=lambda name, layer, bits: weight_quantizer(layer, gradient, center),
+        weight=factory_for(w, lambda name, layer, bits: weight_quantizer(layer, gradient, center)),
         prepare=(lambda model, probe: center_and_clamp(model, center=center, clamp=clamp)) if changes_weights else None,
         step=step_function(w, gradient, center, clamp),
     )

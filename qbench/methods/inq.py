@@ -25,7 +25,7 @@ Schedule
     There is one phase per portion. A portion is the fraction of a layer's weights that is frozen
     after a phase. All phases have equal length. At the start of each phase, the learning-rate
     schedule restarts and momentum is set to zero. In the last phase (portion 1), only batch
-    normalization and biases are trained. With variant=authors, the last phase consists of the last
+    normalization, biases and float layers are trained. With variant=authors, the last phase consists of the last
     epoch only. In this epoch no parameter is trained, but the running averages of batch
     normalization are still updated.
 
@@ -79,7 +79,7 @@ from torch import Tensor
 from qbench.bits import FLOAT, Bits
 from qbench.quant.layers import quantized_layers
 from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
-from qbench.quant.method import Method
+from qbench.quant.method import Method, factory_for
 from qbench.quant.ops import in_float32
 from qbench.quant.quantizer import Grid, Storage
 
@@ -218,7 +218,7 @@ def build(
         name="inq",
         bits=Bits(w),
         supported_bits={"w": (*range(2, 9), FLOAT)},
-        weight=lambda name, layer, bits: INQWeight(layer.weight.detach(), bits, variant),
+        weight=factory_for(w, lambda name, layer, bits: INQWeight(layer.weight.detach(), bits, variant)),
         phases=(lambda epochs: stage_borders(epochs, len(stages), short_end)) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
         step=optimizer_step if short_end and w < FLOAT else None,

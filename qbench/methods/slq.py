@@ -23,7 +23,8 @@ Schedule
     clustered again, with frozen centroids fixed. If the nearest centroid of a free weight is
     frozen, the weight is frozen at this centroid. Then the free clusters are ranked, and the first
     clusters of the ranking are frozen. The learning-rate schedule restarts, and momentum is set to
-    zero. In the last phase, only batch normalization and biases are trained.
+    zero. In the last phase, only batch normalization, biases and float layers
+    are trained.
 
 Sites
     weight.
@@ -88,7 +89,7 @@ from qbench.methods.inq import check_portions
 from qbench.quant.kmeans import kmeans
 from qbench.quant.layers import quantized_layers
 from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
-from qbench.quant.method import Method
+from qbench.quant.method import Method, factory_for
 from qbench.quant.probe import Probe
 from qbench.quant.quantizer import Grid, Storage
 
@@ -297,7 +298,7 @@ def build_incremental(
         name=name,
         bits=Bits(w),
         supported_bits={"w": (*range(2, 9), FLOAT)},
-        weight=lambda name, layer, bits: quantizer(layer.weight.detach(), bits),
+        weight=factory_for(w, lambda name, layer, bits: quantizer(layer.weight.detach(), bits)),
         phases=(lambda epochs: stage_borders(epochs, len(stages))) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
     )

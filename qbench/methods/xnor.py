@@ -77,7 +77,7 @@ from torch.nn import functional as F
 from qbench.bits import FLOAT, Bits
 from qbench.quant.fused_kernels import above, at_least, grad_between
 from qbench.quant.layers import FloatLayer, QLayer, quantized_layers
-from qbench.quant.method import Method, Requires, Step, Unsupported, check_kind
+from qbench.quant.method import Method, Requires, Step, Unsupported, check_kind, factory_for
 from qbench.quant.ops import Cells, fused_quantizer, in_float32, on_backward, sign, straight_through, surrogate
 from qbench.quant.quantizer import Grid, Quantizer, Storage
 
@@ -188,7 +188,8 @@ class InputScale(Quantizer):
         k = self._k(layer, x.detach().abs())
         if layer.bias is None:
             return y * k
-        return y * k + layer.bias.reshape(-1, *[1] * (y.dim() - 2)) * (1 - k)
+        bias = layer.bias.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else layer.bias
+        return y * k + bias * (1 - k)
 
     def _k(self, layer: nn.Conv2d | nn.Linear, magnitude: Tensor) -> Tensor:
         """Return K with a shape that can be broadcast to the layer's output."""
@@ -292,7 +293,7 @@ def build(
         option_slots={"gradient": "w", "center": "w", "clamp": "w", "scale": "a"},
         requires=Requires(act="fused"),
         traits=frozenset({"odd", "monotone", "idempotent"} | SIGN_TRAITS),
-        weight=lambda name, layer, bits: weight_quantizer(layer, gradient, center),
+        weight=factory_for(w, lambda name, layer, bits: weight_quantizer(layer, gradient, center)),
         input=lambda name, layer, bits: BinaryActivation(),
         output=(lambda name, layer, bits: _input_scale(name, layer)) if scale == "K" else None,
         prepare=(lambda model, probe: center_and_clamp(model, center=center, clamp=clamp)) if changes_weights else None,

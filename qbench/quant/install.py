@@ -203,5 +203,5 @@ def _check_transposed(method: Method, name: str, layer: FloatLayer, bits: int) -
     if grid is not None and (grid.points.shape[0] > 1 or grid.points.shape[2] > 1):
         raise Unsupported(
             f"{name} is a {type(sample).__name__}; {method.name} cannot quantize its weights, because {method.name} "
-            f"has separate scales for a layer's outputs\n{float_rule(name)}"
+            f"has separate scales for parts of the weights\n{float_rule(name)}"
         )

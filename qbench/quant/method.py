@@ -42,6 +42,21 @@ def check_kind(method_name: str, layer_name: str, layer: nn.Module) -> None:
         )
 
 
+def factory_for(bits: int, factory: QuantizerFactory) -> QuantizerFactory:
+    """Return `factory`, or a factory that refuses every layer if the method was built with float weights.
+
+    Methods with phases or with steps of their own use this function, because `bits.w=32` switches these off.
+    """
+
+    def refuse(name: str, layer: FloatLayer, width: int) -> Quantizer:
+        raise Unsupported(
+            f"{name}: layers.* sets its weights to {width} bits, but bits.w={FLOAT} switches off the method's own "
+            f"training of weights\nset bits.w={width}, and keep other layers float with layers.rules"
+        )
+
+    return refuse if bits == FLOAT else factory
+
+
 def float_rule(*layer_names: str) -> str:
     """Return a line for an error message that says what to type to leave layers in float."""
     rules = ", ".join(f"{name}: float" for name in layer_names)

@@ -17,6 +17,8 @@ COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "
 
 def _arithmetic(name: str) -> Callable[..., int]:
     def make(r: Builder, a: object, b: object) -> int:
+        if all(isinstance(x, Tensor) and x.dtype == torch.bool for x in (a, b)):  # a logical operation in torch
+            raise NotRecordable(f"{name} of bool tensors")
         return _rounded(r, r.add(name, r.number(a), r.number(b)), a, b)
 
     return make
@@ -46,6 +48,10 @@ def _function(name: str) -> Callable[..., int]:
 
 def _comparison(name: str) -> Callable[..., int]:
     def make(r: Builder, a: object, b: object) -> int:
+        half = any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in (a, b))
+        numbers = [x for x in (a, b) if isinstance(x, int | float)]
+        if half and any(torch.tensor(float(x)).bfloat16().double().item() != x for x in numbers):
+            raise NotRecordable("a comparison with a number that torch rounds to bfloat16")
         return r.add(name, r.number(a), r.number(b), dtype=torch.bool)
 
     return make
@@ -78,7 +84,10 @@ def _clamp(r: Builder, x: Tensor, min: object = None, max: object = None) -> int
 def _extreme(comparison: str) -> Callable[..., int]:
     def make(r: Builder, a: object, b: object) -> int:
         first, second = r.operand(a), r.operand(b)
-        return _rounded(r, _select(r, r.add(comparison, first, second, dtype=torch.bool), first, second), a, b)
+        # If `first` is nan, it is the result. If `second` is nan, the comparison is false.
+        wins = r.add(comparison, first, second, dtype=torch.bool)
+        wins = r.add("or", wins, r.add("ne", first, first, dtype=torch.bool), dtype=torch.bool)
+        return _rounded(r, _select(r, wins, first, second), a, b)
 
     return make
 

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from qbench.cost.count import count_cost, count_macs, coverage, values_outside, wide_codes
 from qbench.cost.layers import layer_costs
-from qbench.methods import dorefa, lsq, uniform
+from qbench.methods import dorefa, lsq, qcnn, qd, uniform
 from qbench.models import mlp
 from qbench.quant.install import install
 from qbench.quant.layers import quantized_layers
+from qbench.quant.method import Method
 from qbench.quant.policy import Policy
 from qbench.quant.quantizer import Storage
 
@@ -150,6 +151,22 @@ def test_convolutions_of_all_kinds_are_counted_and_quantized() -> None:
     assert {name: levels and (levels.number, levels.per) for name, levels in weights.items()} == {
         "0": None, "1": (4, "layer"), "4": (4, "layer"), "7": (4, "layer"), "9": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (qcnn.build(w=2), (128, 4, "512 values")), (qd.build(w=4), (16, 1, "256 values")),
+        (qd.build(w=4, bucket=128), (16, 1, "channel")), (lsq.build(w=2), (4, 1, "layer")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_scale_groups_are_those_of_the_whole_layer(method: Method, expected: tuple[int, int, str], device: str) -> None:
+    """The number of groups and of codewords depends on the layer's size."""
+    net = install(method, nn.Sequential(nn.Linear(8, 128), nn.Linear(128, 128), nn.Linear(128, 8))).to(device)
+    levels = layer_costs(net, method, {"1": 1})[0].weights
+    assert levels is not None
+    assert (levels.number, levels.dimension, levels.per) == expected
 
 
 def test_functions_of_torch_that_hold_weights_are_not_forgotten() -> None:

@@ -23,6 +23,7 @@ from qbench.deploy.trace import trace
 from qbench.errors import ConfigError
 from qbench.methods import dorefa
 from qbench.quant.install import install
+from qbench.quant.policy import Policy
 
 pytest.importorskip("numba", reason="needs the extra fast")
 
@@ -148,6 +149,29 @@ def test_sizes_and_pooling(case: tuple[str, str], monkeypatch: pytest.MonkeyPatc
         others = not kernel_formats.tables_are_faster()
         monkeypatch.setattr(kernel_formats, "tables_are_faster", lambda: others)
         assert torch.equal(in_numba(trace(model, images), about_digits("packed"))(images), logits)
+
+
+class Flattened(nn.Module):
+    """A network that adds a flattened map to a vector, or returns a flattened map."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.adds, self.first, self.conv = adds, nn.Conv2d(1, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 4, 1)
+        self.fc, self.last = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(self.first(x).relu()).flatten(1)
+        return self.last(y + self.fc(y.relu())) if self.adds else y
+
+
+@pytest.mark.parametrize(("adds", "reason"), [(True, "a vector and a flattened map"), (False, "network's output")])
+def test_flattened_maps_are_no_vectors(adds: bool, reason: str) -> None:
+    """Kernels store maps pixel by pixel, and flattening gives the order channel by channel."""
+    images = torch.randn(5, 1, 8, 8)
+    model = install(dorefa.build(w=1, a=2), Flattened(adds), Policy(last="same"), example=images[:1]).eval()
+    with pytest.raises(NotRunnable, match=reason):
+        in_numba(trace(model, images), about_digits("packed"))
 
 
 def test_the_largest_sums_do_not_overflow() -> None:

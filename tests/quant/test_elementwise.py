@@ -537,3 +537,25 @@ def test_a_quantizer_in_a_users_file_is_compiled_too() -> None:
     assert compiled() == [True, True]
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[2], expected[2])  # autograd multiplies by 3 and divides by 3
+
+
+def test_nan_and_numbers_that_bfloat16_rounds() -> None:
+    """A learned bound that is nan must not become an ordinary level."""
+    x, bounds = values(), (torch.tensor(torch.nan), torch.tensor(0.5))
+
+    def between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x / high, low), high).round()
+
+    def above(x: Tensor) -> Tensor:
+        return (x > 0.3).to(x.dtype)
+
+    def either(x: Tensor) -> Tensor:
+        return ((x > 0) + (x > 1)).to(x.dtype)
+
+    for function, arguments in ((between, (x, *bounds)), (above, (values(torch.bfloat16),)), (either, (x,))):
+        expected = function(*arguments)
+        for _ in range(3):
+            assert elementwise._identical(elementwise.call(function, *arguments), expected), function
+    ordinary = (x, torch.tensor(-0.5), torch.tensor(0.5))
+    elementwise.call(between, *ordinary)
+    assert elementwise._identical(elementwise.call(between, x, *bounds), between(x, *bounds))

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import qbench
 from qbench.config import registry
-from qbench.methods import dorefa, gupta, inq, lsq, mlq, slq, ttq
+from qbench.methods import bwn, dorefa, gupta, inq, lsq, mlq, slq, ttq, xnor
 from qbench.quant.fold import fold_quantized_weights
 from qbench.quant.install import install
 from qbench.quant.layers import effective_weight, float_mode, quantized_layers
@@ -440,6 +440,27 @@ def test_what_a_run_does_besides_is_named(name: str, words: str, caplog: pytest.
         return bool(words) and words in caplog.text
 
     assert (named(True), named(False)) == (bool(words), bool(words) and name != "hwgq")
+
+
+@pytest.mark.parametrize("method", [bwn, inq, slq, xnor])
+def test_a_method_for_float_weights_refuses_widths_of_single_layers(method: Any) -> None:
+    """Phases and steps of the method are switched off, so such layers would not be trained as the method says."""
+    net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    with pytest.raises(Unsupported, match=r"2: layers\.\* sets its weights to . bits, but bits\.w=32 switches off"):
+        rules = {"2": 1 if method in (bwn, xnor) else 4}
+        install(method.build(w=32), net, Policy(rules=rules), example=torch.zeros(1, 8))
+
+
+def test_xnors_scale_leaves_the_bias_of_a_layer_over_a_sequence_as_it_is() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    x = torch.randn(3, 8, 6)
+    model = install(xnor.build(scale="K"), layers, example=x)
+    layer = model[2]
+    read = model[0](x)
+    scale = read.abs().mean(-1, keepdim=True)
+    expected = torch.where(read >= 0, 1.0, -1.0) @ layer.weight_q(layer.weight).T * scale + layer.bias
+    torch.testing.assert_close(layer(read), expected)
 
 
 def test_modules_that_work_in_place_train_with_quantized_gradients() -> None:
