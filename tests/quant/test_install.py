@@ -446,8 +446,8 @@ def test_what_a_run_does_besides_is_named(name: str, words: str, caplog: pytest.
 def test_a_method_for_float_weights_refuses_widths_of_single_layers(method: Any) -> None:
     """Phases and steps of the method are switched off, so such layers would not be trained as the method says."""
     net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    rules = {"2": 1 if method in (bwn, xnor) else 4}
     with pytest.raises(Unsupported, match=r"2: layers\.\* sets its weights to . bits, but bits\.w=32 switches off"):
-        rules = {"2": 1 if method in (bwn, xnor) else 4}
         install(method.build(w=32), net, Policy(rules=rules), example=torch.zeros(1, 8))
 
 
