@@ -337,8 +337,11 @@ class ExperimentSetup:
             hard=hard,
         )
 
-    def _load_teacher(self) -> nn.Module:
+    def _load_teacher(self, *, images: bool = True) -> nn.Module:
         """Load the teacher, which is the network of a finished run with the run's best weights.
+
+        Args:
+            images: whether this setup has the images of its data set, which must be those of the teacher.
 
         Raises:
             ConfigError: the teacher was trained on another data set, or its config.yaml names code that is not trusted.
@@ -363,7 +366,7 @@ class ExperimentSetup:
         result = load_result(run)
         for text in image_warnings(result) if result else ():
             self.warn(f"{named}: {text}")
-        if (teacher.data.mean, teacher.data.std) != (data.mean, data.std):
+        if images and (teacher.data.mean, teacher.data.std) != (data.mean, data.std):
             theirs, ours = (f"mean {d.mean}, deviation {d.std}" for d in (teacher.data, data))
             raise ConfigError(
                 f"{named} was trained on images that are normalized with {theirs}\n"
@@ -374,7 +377,7 @@ class ExperimentSetup:
                 f"{named} was trained on the classes {', '.join(teacher.data.class_names[:4])}, ..., but this run has "
                 f"the classes {', '.join(data.class_names[:4])}, ...\nthe teacher's classes must have the same order"
             )
-        if images_sha256(teacher.data) != images_sha256(data):
+        if images and images_sha256(teacher.data) != images_sha256(data):
             warning = (
                 f"{named} {OTHER_IMAGES} of dataset={dataset}, on another split, or on images of another size than "
                 "this run"
@@ -422,7 +425,7 @@ def assemble(
     )  # fmt: skip
     setup = ExperimentSetup(config, data, method, policy, {}, [], device, group or Group())
     if distill.on and not distill.by_baseline:
-        setup._load_teacher()
+        setup._load_teacher(images=not planned)
     check_distill(distill, method)
     check_quantizer_decay(optim, (config.method, config.activation))
     if not stand_in:

@@ -27,6 +27,7 @@ from qbench.cost.runtimes import BINARY, FPGA, INT8, runs_on
 from qbench.data.spec import placeholder_dataset
 from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
+from qbench.experiment.run import run
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.method import Method
 from qbench.quant.quantizer import IdentityQuantizer
@@ -192,6 +193,14 @@ def test_a_stored_run_that_is_trained_again_is_not_free(configure: Configure) ->
     states = [plan.plan([planned_run(configure(*words, f"rerun={again}"))])[0].rows[-1][1] for again in (False, True)]
     assert states[0] == "stored"
     assert states[1] != "stored"
+
+
+def test_a_plan_with_the_network_of_a_run_as_teacher(configure: Configure) -> None:
+    """The plan has no images, so it cannot compare them with the teacher's."""
+    words = ["experiment=smoke", "dataset=synthetic", "model=mlp", "runtime.tensorboard=false"]
+    teacher = run(planned_run(configure(*words, "method=float"))).run
+    student = configure(*words, "method=dorefa", "bits=w2a2", "distill=kd", f"distill.teacher={teacher}")
+    assert plan.plan([planned_run(student)])[0].rows[-1][1] == "new"
 
 
 def test_keys_that_no_estimate_includes_have_a_note(configure: Configure) -> None:
