@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from qbench.analysis.export_forms import export_lines, refused_forms
 from qbench.analysis.step_cost import CostEstimator, RunCost, UnsupportedRun, network_key
 from qbench.bits import FLOAT
-from qbench.config.schema import Config, Runtime, baseline_config
+from qbench.config.schema import Runtime, baseline_config
 from qbench.cost.count import coverage, idle_layers
 from qbench.cost.gpu_speed import SHARES, training_seconds
 from qbench.cost.layers import LayerCost, Levels, layer_costs
@@ -59,7 +59,7 @@ def plan(planned: Sequence[PlannedRun], say: Callable[[str], object] = lambda te
     if device == "cpu" and total > LONG_SECONDS:
         table.notes.append(_on_gpus(table, planned[-1]))
     table.notes.append("memory: weights, gradients, optimizer state, and tensors kept for the backward pass")
-    table.notes += _not_estimated([each.config for each in planned])
+    table.notes += _not_estimated(planned)
     if estimator.estimated:
         table.notes.append(f"the time of {estimator.estimated} of these networks is estimated from MACs, not measured")
     if len(planned) > 1 or not isinstance(last, RunCost):
@@ -96,10 +96,10 @@ def with_baseline(planned: PlannedRun, estimator: CostEstimator) -> list[Planned
     return [replace(cost.setup, config=planned.config).baseline, planned]
 
 
-def _not_estimated(configs: Sequence[Config]) -> list[str]:
+def _not_estimated(runs: Sequence[PlannedRun]) -> list[str]:
     """Return a note on keys that change the time or the memory of a run, but not their estimates, or an empty list."""
     usual, found = Runtime(), list[str]()
-    for config in configs:
+    for config in (planned.config for planned in runs):
         for key in ("precision", "compile", "activation_memory"):
             if (value := getattr(config.runtime, key)) != getattr(usual, key):
                 found.append(f"runtime.{key}={str(value).lower()}")

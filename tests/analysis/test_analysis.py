@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Configure
+from conftest import ROOT, Configure, long_tier
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -460,7 +460,7 @@ def test_evaluate_repeats_the_runs_own_accuracy_and_predictions(
     ("words", "why"),
     [
         (["method=dorefa", "dataset.val=0"], "the run has no validation split (dataset.val=0)"),
-        (["method=ptq"], "nothing was trained"),
+        long_tier(["method=ptq"], "nothing was trained"),
     ],
 )
 def test_a_run_without_a_best_epoch_has_no_best_weights(

@@ -19,7 +19,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiered
+from conftest import ROOT, long_tier, tiered
 from PIL import Image
 
 import qbench
@@ -309,7 +309,7 @@ def test_the_page_predicts_the_class_of_a_photograph(
         assert capsys.readouterr().out == f"{name}\n"
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [long_tier(1), 3])
 def test_a_prepared_image_is_what_the_run_sees_of_it(
     channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

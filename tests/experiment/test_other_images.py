@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import long_tier
 from PIL import Image
 
 import qbench
@@ -165,7 +166,7 @@ def test_initial_weights_of_another_function_are_named(train: Callable[..., Resu
     assert not [warning for warning in again.warnings if "was trained with" in warning]
 
 
-@pytest.mark.parametrize("key", ["init", "distill.teacher"])
+@pytest.mark.parametrize("key", [long_tier("init"), "distill.teacher"])
 def test_weights_that_are_replaced_after_the_start_are_refused(key: str, train: Callable[..., Result]) -> None:
     """For example in a sweep, whose runs load the file one after another."""
     write_photos(Path("photos"), {".": 20})

@@ -242,8 +242,9 @@ def test_files_of_another_run_are_not_used(whole: Path, copy_of: Callable[[Path]
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("best.pt", "gone"), ("best.pt", "a directory"), ("last.pt", "damaged"),
+        ("best.pt", "gone"), ("last.pt", "damaged"),
         *full(
+            ("best.pt", "a directory"),
             ("result.json", "a pipe"),
             ("best.pt", "a pipe"), ("last.pt", "gone"), ("predictions.npy", "gone"), ("result.json", "gone"),
             ("result.json", "a directory"), ("metrics.jsonl", "a directory"), ("config.yaml", "gone"),

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import long_tier
 
 HEAD = "import sys, torch\n"
 IS_DELAYED = "type(sys.modules['torch._dynamo']).__name__ == '_Placeholder'"
@@ -55,7 +56,10 @@ def test_compilation_works_after_a_delayed_import(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import torch._dynamo.config as it", "from torch._dynamo import config as it", "it = torch._dynamo.config"],
+    [
+        "import torch._dynamo.config as it",
+        *(long_tier(text) for text in ("from torch._dynamo import config as it", "it = torch._dynamo.config")),
+    ],
 )
 def test_every_form_of_import_gives_the_compiler(tmp_path: Path, statement: str) -> None:
     executed(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Configure
+from conftest import Configure, long_tier
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -192,7 +192,7 @@ def test_a_file_with_quantizers_is_no_float_network(weights: Weights, tmp_path: 
     assert not fits(network(depth=14), tmp_path / "file.pt")
 
 
-@pytest.mark.parametrize("method", ["dorefa", "qd"])
+@pytest.mark.parametrize("method", ["dorefa", long_tier("qd")])
 def test_latent_weights_are_no_float_network(smoke: Configure, tmp_path: Path, method: str) -> None:
     """The quantizers of these methods have no tensors, so only the checkpoint's list of layers tells the difference."""
     source = Path(run(planned_run(smoke(f"method={method}", "bits=w4a32"))).run)

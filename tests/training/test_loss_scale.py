@@ -23,7 +23,7 @@ from qbench.training.loop import train
 from qbench.training.state import State
 from qbench.training.task import Task
 
-CHOSEN = ("dorefa", "inq", "lsq", "pact", "ttq", "uniform", "xnor")
+CHOSEN = ("dorefa", "inq", "lsq")
 OPTIONS = {
     "dorefa g6": ["method=dorefa", "bits=w2a2g6"],
     "gupta": ["method=gupta", "bits.g=32"],
