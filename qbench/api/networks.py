@@ -69,6 +69,8 @@ def install(
 
 def _differences_to_a_run(method: "Method", model: "nn.Module") -> list[str]:
     """Return what `qbench.run` does with this method, but a training loop of the user's own does not."""
+    from qbench.quant.layers import quantized_layers
+
     requires, found = method.requires, []
     if requires.norm == "no_affine" and any(
         "BatchNorm" in type(module).__name__ and getattr(module, "affine", False) for module in model.modules()
@@ -77,6 +79,9 @@ def _differences_to_a_run(method: "Method", model: "nn.Module") -> list[str]:
             "the method needs batch normalization without scale and shift, but this network's batch normalization has "
             "them; build the network with nn.BatchNorm2d(..., affine=False), as qbench.run does"
         )
+    quantizers = [layer.input_q for layer in quantized_layers(model).values()]
+    if method.prepare and any(not getattr(quantizer, "seen", True) for quantizer in quantizers):
+        found.append("activations have the range 0 to 1 until prepare(model, probe) or the first training batch")
     if requires.start == "scratch":
         found.append("the method trains from random weights, as qbench.run does")
     if requires.teacher:

@@ -179,8 +179,9 @@ def load_model(
     (C, 1, 1), are the constants of the run's data set. The attribute `image_shape` is (C, H, W). The attribute
     `class_names` contains the name of each class, and is empty if the data set has no names. The function
     `network.prepare(image)` reads a file or a PIL image, and returns the input of the network, (1, C, H, W). It
-    resizes, crops and normalizes the image as the run does with its test images. If the run's images are floats, or do
-    not have one or three channels, there is no such function. The data set itself is not needed.
+    resizes, crops and normalizes the image as the run does with its test images. If the data set is not part of qbench,
+    only its own code knows how images are resized, so the image must have H x W pixels already. If the run's images are
+    floats, or do not have one or three channels, there is no such function. The data set itself is not needed.
 
     Args:
         run: a run, its result or its directory.

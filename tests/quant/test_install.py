@@ -403,6 +403,13 @@ def test_functions_that_a_training_loop_must_call_are_named(
     assert (f"{name} needs more than its quantizers" in text) is bool(functions)
 
 
+@pytest.mark.parametrize(("name", "warns"), [("uniform", True), ("lsq", False), ("dorefa", False)])
+def test_ranges_that_are_not_known_yet_are_named(name: str, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    method = registry.create("method", {"name": name})
+    qbench.install(method, nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), example=torch.zeros(2, 4))
+    assert ("activations have the range 0 to 1 until prepare" in caplog.text) is warns
+
+
 @pytest.mark.parametrize("act", [nn.Tanh, nn.Hardswish, lambda: nn.LeakyReLU(0.3), nn.ReLU])
 @pytest.mark.parametrize("name", ["dorefa", "pact", "apot", "hwgq", "lsq"])
 def test_negative_inputs_that_become_0_are_named(
