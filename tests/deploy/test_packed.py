@@ -333,6 +333,7 @@ def test_export_and_evaluate_on_the_command_line(
     assert read_run(finished).file_bytes == file.stat().st_size
 
 
+@pytest.mark.full
 def test_a_file_of_a_run_in_bfloat16_is_compared_in_float32(
     configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def test_measured_yaml_is_what_the_script_writes(capsys: pytest.CaptureFixture[s
     assert "unchanged" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_the_script_notices_an_edited_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edited = tmp_path / "measured.yaml"
     edited.write_text(MEASURED.read_text("utf-8").replace("value: 9", "value: 8"), encoding="utf-8")

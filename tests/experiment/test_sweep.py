@@ -245,7 +245,8 @@ def has_processes(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=LONG)])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_parallel_processes_stop_and_continue(tmp_path: Path, kind: signal.Signals) -> None:
     words = [*ENDLESS, f"out={tmp_path}"]
     process = subprocess.Popen(

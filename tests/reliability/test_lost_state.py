@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import pytest
 import resumed_runs
 import torch
-from conftest import tiered
 from resumed_runs import (
     COUNTERS,
     END,
@@ -110,7 +109,8 @@ TESTED_ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("case", tiered(LOST, ["sgd"]))
+@pytest.mark.full
+@pytest.mark.parametrize("case", LOST)
 def test_the_loss_of_any_piece_of_the_state_is_noticed(case: str, at: At) -> None:
     lost = LOST[case]
     check_losses(at("alone", *lost.words), lost.call, lost.pieces)

@@ -175,7 +175,8 @@ def test_logging_and_saving_do_not_change_a_run(name: str, at: At, monkeypatch: 
         tally("runs with other logging (R4)")
 
 
-@pytest.mark.parametrize(("workers", "epochs"), [(2, 1), long_tier(2, 2), long_tier(1, 2)])
+@pytest.mark.full
+@pytest.mark.parametrize(("workers", "epochs"), [(2, 1), (2, 2), (1, 2)])
 def test_the_number_of_workers_does_not_change_a_run(
     workers: int, epochs: int, at: At, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,7 +124,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("slow", tiered(SLOW, ["a step", "a save"]))
+@pytest.mark.parametrize("slow", tiered(SLOW, ["a save"]))
 def test_a_signal_while_something_takes_long(tmp_path: Path, slow: str) -> None:
     """The process ends within the time limit, and a step that has begun is finished and saved."""
     from qbench.cli.main import main

@@ -258,6 +258,7 @@ def test_8_bit_floats_are_refused(smoke: Configure, tmp_path: Path) -> None:
         assemble(smoke("method=dorefa", f"init={tmp_path / 'file.pt'}", "model=resnet20"))
 
 
+@pytest.mark.full
 def test_networks_that_would_fit_are_named(smoke: Configure, tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     torch.save(network(depth=20, width=16).state_dict(), file)
