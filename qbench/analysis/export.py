@@ -16,8 +16,8 @@ from qbench.analysis import verify_export
 from qbench.analysis.evaluate import Expected, measure, other_dataset, table
 from qbench.analysis.finished_run import FinishedRun, load_finished_run
 from qbench.analysis.overrides import override_dataset
-from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
+from qbench.data.loader import Loader
 from qbench.deploy import packed
 from qbench.deploy.about import About
 from qbench.deploy.agreement import Agreement

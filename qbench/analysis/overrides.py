@@ -77,10 +77,9 @@ def _override_layers(own: Layers, composed: Layers, words: Sequence[str]) -> Lay
         return composed
     changed = {key[0]: getattr(composed, key[0]) for key in keys}
     if "rules" in changed and ["rules"] not in keys:  # single rules were typed, such as layers.rules.conv1=8
-        typed = dict(composed.rules or {})
-        changed["rules"] = typed | {
-            k: v for k, v in (own.rules or {}).items() if k not in typed
-        }  # the first one counts
+        typed, before = dict(composed.rules or {}), own.rules or {}
+        # the first rule that matches a layer counts
+        changed["rules"] = typed | {key: rule for key, rule in before.items() if key not in typed}
     return dataclasses.replace(own, **changed)
 
 

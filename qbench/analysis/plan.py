@@ -15,7 +15,7 @@ from qbench.cost.count import coverage, idle_layers
 from qbench.cost.gpu_speed import SHARES, training_seconds
 from qbench.cost.layers import LayerCost, Levels, layer_costs
 from qbench.cost.runtimes import runs_on
-from qbench.data.dataset import batch_size_and_steps
+from qbench.data.loader import batch_size_and_steps
 from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.setup import ExperimentSetup
 from qbench.papers.recipe_differences import recipe_differences

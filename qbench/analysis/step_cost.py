@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from qbench.config.identity import digest
 from qbench.cost.count import count_cost
 from qbench.cost.network_cost import NetworkCost
-from qbench.data.dataset import batch_size_and_steps
+from qbench.data.loader import batch_size_and_steps
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.quant.method import Unsupported

@@ -11,7 +11,8 @@ from torch import nn
 from qbench.bits import FLOAT
 from qbench.config.registry import defaults
 from qbench.config.schema import Distill, Node, Optim, Runtime
-from qbench.data.dataset import Dataset, batch_size_and_steps
+from qbench.data.dataset import Dataset
+from qbench.data.loader import batch_size_and_steps
 from qbench.errors import ConfigError
 from qbench.experiment.device import COMPILERS
 from qbench.quant.graph import eval_mode_keeping_rng

@@ -13,7 +13,7 @@ from qbench.runs.directory import RunDirectory
 from qbench.runs.progress import ProgressReporter
 
 if TYPE_CHECKING:
-    from qbench.data.dataset import Loader
+    from qbench.data.loader import Loader
     from qbench.quant.probe import Batch
 
 T = TypeVar("T")

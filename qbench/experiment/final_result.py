@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qbench.bits import FLOAT, LevelCount
 from qbench.cost.count import count_cost, coverage, idle_layers, storage, values_outside, wide_codes
-from qbench.data.dataset import Loader
 from qbench.data.dataset_check import dataset_notes
+from qbench.data.loader import Loader
 from qbench.errors import CheckpointError, Diverged
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.evidence import evidence_warnings

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qbench.config.identity import file_sha256
 from qbench.config.users_modules import keep_modules
-from qbench.data.dataset import Loader
+from qbench.data.loader import Loader
 from qbench.errors import CheckpointError, Diverged, Interrupted
 from qbench.experiment.builders import images_sha256
 from qbench.experiment.context import RunContext

@@ -20,7 +20,8 @@ from qbench.config import registry
 from qbench.config.foreign_code import foreign_code, refuse_foreign_code
 from qbench.config.schema import Config, Optim, Runtime, baseline_config, to_dict
 from qbench.cost.count import count_macs
-from qbench.data.dataset import Dataset, Loader, few_images
+from qbench.data.dataset import Dataset, few_images
+from qbench.data.loader import Loader
 from qbench.data.spec import InputFormat, input_format
 from qbench.distributed.group import Group
 from qbench.distributed.shards import Shards

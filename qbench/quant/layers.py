@@ -340,13 +340,13 @@ def float_mode(model: nn.Module) -> Iterator[nn.Module]:
     layers = [(m, type(m)) for m in model.modules() if type(m) in FLOAT_CLASS]
     # torch may change the class of a layer (`parametrize`): such a layer keeps its class, and its widths become 32
     others = [(m, m.bits) for m in model.modules() if isinstance(m, QLayer) and type(m) not in FLOAT_CLASS]
-    activations = [m for m in model.modules() if isinstance(m, BypassedActivation)]
+    activations = [(m, m.active) for m in model.modules() if isinstance(m, BypassedActivation)]
     try:
         for layer, kind in layers:
             layer.__class__ = FLOAT_CLASS[kind]
         for other, _ in others:
             other.bits = Bits()
-        for activation in activations:
+        for activation, _ in activations:
             activation.active = True
         yield model
     finally:
@@ -354,8 +354,8 @@ def float_mode(model: nn.Module) -> Iterator[nn.Module]:
             layer.__class__ = kind
         for other, bits in others:
             other.bits = bits
-        for activation in activations:
-            activation.active = False
+        for activation, active in activations:
+            activation.active = active
 
 
 class BypassedActivation(nn.Module):

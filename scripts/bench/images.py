@@ -23,8 +23,9 @@ from measure import machine, markdown, versions
 from PIL import Image
 
 from qbench.data import folder
-from qbench.data.dataset import Dataset, Loader
+from qbench.data.dataset import Dataset
 from qbench.data.file_stream import FileSplit, decoded_batches
+from qbench.data.loader import Loader
 
 BATCH, CLASSES = 32, 4
 TARGETS = {"files, plain": "900", "files, inception": "900", "cache, plain": "4,000"}

@@ -16,7 +16,7 @@ from measure import Work, interleaved, machine, markdown
 from torch.nn import functional as F
 
 from qbench.config import compose
-from qbench.data.dataset import Loader
+from qbench.data.loader import Loader
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.session import TrainingSession

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from qbench.data.augment import Augment
-from qbench.data.dataset import Dataset, Loader, Split
+from qbench.data.dataset import Dataset, Split
+from qbench.data.loader import Loader
 from qbench.system.torchvision import torchvision
 
 IMAGES, BATCH, BATCHES, PAD, SIZE = 50_000, 128, 48, 4, 32

@@ -8,7 +8,8 @@ from helpers import write_images
 from torch import Tensor
 
 from qbench.data import folder
-from qbench.data.dataset import Dataset, Loader
+from qbench.data.dataset import Dataset
+from qbench.data.loader import Loader
 
 CPU = torch.device("cpu")
 

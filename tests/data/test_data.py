@@ -20,7 +20,8 @@ from qbench.data.augment import (
     crop_and_flip,
     random_box,
 )
-from qbench.data.dataset import MAX_EVALUATION_PIXELS, Dataset, Loader, Split, split_validation
+from qbench.data.dataset import Dataset, Split, split_validation
+from qbench.data.loader import MAX_EVALUATION_PIXELS, Loader
 from qbench.data.normalize import FIXED, normalization
 from qbench.system.torchvision import torchvision
 

@@ -19,8 +19,9 @@ from image_sets import CPU, all_batches, build_folder, equal, expected_epoch_see
 from PIL import Image
 
 from qbench.data import file_check, images
-from qbench.data.dataset import Dataset, Loader
+from qbench.data.dataset import Dataset
 from qbench.data.file_stream import FileSplit
+from qbench.data.loader import Loader
 from qbench.errors import DataError
 
 temporary_cache = image_sets.temporary_cache

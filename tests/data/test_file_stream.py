@@ -19,8 +19,9 @@ from helpers import write_images
 from image_sets import CPU, all_batches, build_folder, equal, expected_epoch_seed
 
 from qbench.data import image_folders, images
-from qbench.data.dataset import Loader, Split
+from qbench.data.dataset import Split
 from qbench.data.file_stream import FileSplit
+from qbench.data.loader import Loader
 from qbench.data.normalize import normalization
 
 temporary_cache = image_sets.temporary_cache
@@ -128,7 +129,7 @@ SCRIPT = """
 import os, signal, sys, torch
 from filelock import FileLock
 from qbench.data import folder
-from qbench.data.dataset import Loader
+from qbench.data.loader import Loader
 
 if __name__ == "__main__":
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

@@ -16,9 +16,10 @@ from image_sets import CPU, all_batches, build_folder, equal, halved
 from qbench.config.identity import run_identity
 from qbench.data import image_cache, image_folders, images, tiny_imagenet
 from qbench.data.augment import Augment
-from qbench.data.dataset import Loader, Split
+from qbench.data.dataset import Split
 from qbench.data.file_stream import FileSplit
 from qbench.data.image_cache import open_cache
+from qbench.data.loader import Loader
 from qbench.errors import DataError, ResourceError
 
 temporary_cache = image_sets.temporary_cache

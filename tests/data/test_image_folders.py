@@ -21,10 +21,11 @@ from qbench.config.identity import run_identity
 from qbench.config.registry import create
 from qbench.data import folder, imagenet, tiny_imagenet
 from qbench.data.augment import Augment
-from qbench.data.dataset import Loader, Split
+from qbench.data.dataset import Split
 from qbench.data.dataset_check import dataset_notes
 from qbench.data.file_stream import FileSplit
 from qbench.data.image_folders import SUFFIXES
+from qbench.data.loader import Loader
 from qbench.data.normalize import FIXED
 from qbench.errors import ConfigError, DataError
 from qbench.experiment.builders import build_dataset

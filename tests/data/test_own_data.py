@@ -17,9 +17,10 @@ from torch.utils.data import Subset, TensorDataset
 from qbench.analysis.evaluate import Expected, other_dataset
 from qbench.data import own_data
 from qbench.data.augment import Augment
-from qbench.data.dataset import Dataset, Loader, Split, split_validation
+from qbench.data.dataset import Dataset, Split, split_validation
 from qbench.data.dataset_check import check_dataset, repeated_images
 from qbench.data.drawn_split import DrawnSplit
+from qbench.data.loader import Loader
 from qbench.data.own_data import as_dataset
 from qbench.errors import ConfigError, DataError
 from qbench.experiment.builders import images_sha256

@@ -20,7 +20,8 @@ from qbench.config.registry import create
 from qbench.data import cifar10, fashion_mnist, mnist, svhn
 from qbench.data.augment import Augment
 from qbench.data.cifar_files import CIFAR10, CIFAR100, CifarFiles
-from qbench.data.dataset import Loader, Split
+from qbench.data.dataset import Split
+from qbench.data.loader import Loader
 from qbench.errors import DataError
 
 offline = published_files.offline

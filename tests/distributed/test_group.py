@@ -141,7 +141,7 @@ def test_a_shared_evaluation_adds_in_the_order_of_the_batches() -> None:
 @pytest.mark.parametrize("count", [1, 499, 500, 501, 1600])
 def test_the_batches_of_all_processes_are_those_of_one(count: int) -> None:
     from qbench.data import synthetic
-    from qbench.data.dataset import Loader
+    from qbench.data.loader import Loader
 
     loader = Loader(synthetic.build(train=8, test=count, size=4, val=0), 4, 0, torch.device("cpu"))
     whole = [len(y) for _, y in loader.unaugmented("test")]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qbench.config.schema import Optim
 from qbench.data import digits
-from qbench.data.dataset import Loader
+from qbench.data.loader import Loader
 from qbench.distributed.shards import ShardedStep, Shards, sum_in_pairs
 from qbench.errors import ConfigError
 from qbench.experiment.setup import assemble

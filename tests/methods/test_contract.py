@@ -12,7 +12,7 @@ from helpers import quantizing_bits
 from qbench.bits import FLOAT
 from qbench.config import compose, groups, registry
 from qbench.config.schema import Config
-from qbench.data.dataset import Loader
+from qbench.data.loader import Loader
 from qbench.deviations.registry import deviations
 from qbench.errors import Interrupted
 from qbench.experiment.context import RunContext

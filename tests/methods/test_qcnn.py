@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qbench.data import digits
-from qbench.data.dataset import Loader
+from qbench.data.loader import Loader
 from qbench.methods import qcnn
 from qbench.models import resnet
 from qbench.quant import product_quantization as product

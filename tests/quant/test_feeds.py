@@ -242,3 +242,13 @@ def test_a_users_attribute_named_feeds_is_left_alone(value: object) -> None:
     install(xnor.build(), model, example=X)
     assert model.feeds == value
     assert isinstance(model.act, BypassedActivation)
+
+
+def test_float_mode_inside_float_mode_ends_with_the_outer_block() -> None:
+    model = install(xnor.build(), nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)),
+                    example=X)  # fmt: skip
+    (bypassed,) = (module for module in model.modules() if isinstance(module, BypassedActivation))
+    bypassed.active = True
+    with float_mode(model):
+        assert bypassed.active
+    assert bypassed.active, "another block keeps the activation function"

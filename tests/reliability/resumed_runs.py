@@ -19,7 +19,7 @@ from helpers import quantizing_bits
 import qbench.experiment.run as experiment
 from qbench.config import groups
 from qbench.config.schema import Config
-from qbench.data.dataset import Loader
+from qbench.data.loader import Loader
 from qbench.errors import Interrupted
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run

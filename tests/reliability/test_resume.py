@@ -41,8 +41,8 @@ from torch import nn
 
 import qbench.experiment.run as experiment
 from qbench.config import registry
-from qbench.data.dataset import Loader
 from qbench.data.file_stream import FileSplit
+from qbench.data.loader import Loader
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.setup import assemble

@@ -188,7 +188,7 @@ def test_a_signal_while_saving_ends_before_the_next_step(configure: Configure, m
 
 
 def test_a_signal_during_evaluation_keeps_the_epoch(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qbench.data.dataset import Loader
+    from qbench.data.loader import Loader
     from qbench.errors import Interrupted
     from qbench.experiment.context import RunContext
     from qbench.experiment.run import run

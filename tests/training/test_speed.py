@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 
 from qbench.data.augment import Augment
-from qbench.data.dataset import Dataset, Loader, Split
+from qbench.data.dataset import Dataset, Split
+from qbench.data.loader import Loader
 from qbench.experiment.device import reset_peak_memory, tune_malloc
 from qbench.experiment.session import _peak_bytes
 from qbench.quant import fused_kernels as passes
