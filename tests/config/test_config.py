@@ -176,6 +176,14 @@ def test_a_typed_option_has_priority_over_an_experiment(configure: Configure) ->
     assert configure("experiment=smoke", "model=mobilenet_v2").model == configure("model=mobilenet_v2").model
 
 
+def test_experiment_files_have_only_choices_and_keys() -> None:
+    """`typed_groups` assumes that these files include no other files."""
+    for name in groups.option_names("experiment"):
+        defaults = OmegaConf.load(groups.option_file("experiment", name)).get("defaults", [])
+        words = [entry if isinstance(entry, str) else next(iter(entry)) for entry in defaults]
+        assert all(word == "_self_" or word.startswith("override /") for word in words), (name, words)
+
+
 def test_an_option_that_the_experiment_chose_itself_keeps_the_keys_of_the_experiment(configure: Configure) -> None:
     experiment = "experiment=gupta/mnist_cnn_stochastic_fl12"
     own = configure(experiment)
