@@ -187,9 +187,9 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 
 
 def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: TrainingSession) -> None:
-    """Write the manifest. Warn if different code or a different version of torch saved the checkpoint."""
+    """Write the manifest. Warn if other code, another version of torch or another device saved the checkpoint."""
     path, resumed = directory.path / "manifest.json", session.saved is not None
-    for change in manifest.changed_since(path) if resumed else ():
+    for change in manifest.changed_since(path, setup.device.type) if resumed else ():
         session.context.reporter.say(f"warning: the run began with {change}; to start over, add rerun=true")
     manifest.write(
         path,
@@ -204,6 +204,10 @@ def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: Tr
         rerun=setup.config.rerun,
         processes=session.context.group.size,
     )
+    if len(devices := manifest.devices(path)) > 1:
+        setup.warnings.append(
+            f"the run was trained on {', then on '.join(devices)}: another device gives other last bits"
+        )
 
 
 def _initial_model(

@@ -38,6 +38,8 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
         found.append((f"pretrain.epochs={trained}", "no float baseline is trained"))
     if setup.runtime.tf32 and setup.device.type != "cuda":
         found.append(("runtime.tf32=true", "the run is not on a GPU"))
+    if setup.epochs and setup.config.distill.on and not setup.config.distill.weight:
+        found.append((f"distill={setup.config.distill.name}", "distill.weight is 0"))
     if setup.epochs:
         prefix = "pretrain.optim" if setup.is_baseline else "optim"
         found += [(f"{prefix}.{key}", why) for key, why in _optim_keys(setup, model)]
@@ -133,6 +135,7 @@ def _optim_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str,
         "momentum": not_sgd,
         "nesterov": not_sgd,
         "eps": optim.name == "sgd" and "sgd has no such key",
+        "patience": (optim.patience or 0) >= setup.epochs and f"the run has {setup.epochs} epochs",
         "milestones": not_step,
         "factors": not_step,
         "gamma": not_step or (optim.factors and "optim.factors replaces it"),

@@ -57,8 +57,21 @@ def code_version() -> str | None:
 
 def code_versions(path: Path) -> list[str]:
     """Return the code versions that trained a run, oldest first, as recorded in its manifest."""
-    stored = (files.read_json(path) or {}).get("commits")
+    return _recorded(path, "commits")
+
+
+def devices(path: Path) -> list[str]:
+    """Return the kinds of devices that trained a run, oldest first, as recorded in its manifest."""
+    return _recorded(path, "devices")
+
+
+def _recorded(path: Path, key: str) -> list[str]:
+    stored = (files.read_json(path) or {}).get(key)
     return [word for word in stored if isinstance(word, str)] if isinstance(stored, list) else []
+
+
+def _followed_by(recorded: list[str], current: str | None) -> list[str]:
+    return [*recorded, *([current] if current and current not in recorded[-1:] else [])]
 
 
 def write(
@@ -82,25 +95,24 @@ def write(
         device: the device on which the run computes.
         data: the data set's fingerprint.
         speed: settings that change only the speed and the memory.
-        resumed: whether the run continues an interrupted run. If true, the code versions in the old manifest are kept.
+        resumed: whether the run continues an interrupted run. If true, the code versions and the devices in the old
+            manifest are kept.
         rerun: whether the run was started over, with `rerun=true`.
         processes: number of processes that compute the run together.
     """
     import torch
 
-    own = code_version()
-    versions_so_far = code_versions(path) if resumed else []
-
     files.write_json(
         path,
         {
             "commit": commit(),
-            "commits": [*versions_so_far, *([own] if own and own not in versions_so_far[-1:] else [])],
+            "commits": _followed_by(code_versions(path) if resumed else [], code_version()),
             "uncommitted_changes": changed(),
             "versions": versions(),
             "platform": platform.platform(),
             "processor": platform.machine(),
             "device": device.type,
+            "devices": _followed_by(devices(path) if resumed else [], device.type),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "processes": processes,
             "rerun": rerun,
@@ -114,14 +126,20 @@ def write(
     )
 
 
-def changed_since(path: Path) -> list[str]:
-    """Return one message for each change of commit or torch version since a manifest was written."""
+def changed_since(path: Path, device: str | None = None) -> list[str]:
+    """Return one message for each change of commit, torch version or device since a manifest was written.
+
+    Args:
+        path: the manifest.
+        device: the kind of the current device. None means that devices are not compared.
+    """
     stored = files.read_json(path) or {}
     found = stored.get("versions")
     versions_then = found if isinstance(found, dict) else {}
     pairs = [
         ("commit", stored.get("commit"), commit()),
         ("torch", versions_then.get("torch"), versions()["torch"]),
+        ("device", stored.get("device"), device),
     ]
     return [f"{what} {then} (now {now})" for what, then, now in pairs if then and now and then != now]
 

@@ -72,14 +72,16 @@ class _Measured(NamedTuple):
 
 
 def _measure(logits: Tensor, labels: Tensor, keep_predictions: bool) -> _Measured:
-    top_classes = logits.topk(min(5, logits.shape[1]), 1).indices
-    hits = top_classes == labels[:, None]
+    # Half-precision logits are often equal. argmax then returns the first class, but topk returns any of them.
+    predicted = logits.argmax(1)
+    hits = predicted == labels
+    among_five = (logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]).any(1)
     return _Measured(
         images=len(labels),
-        top1=int(hits[:, 0].sum()),
-        top5=int(hits.sum()),
+        top1=int(hits.sum()),
+        top5=int((hits | among_five).sum()),
         loss=F.cross_entropy(logits, labels, reduction="sum").item(),
-        predictions=torch.stack([labels, top_classes[:, 0]], 1).cpu() if keep_predictions else None,
+        predictions=torch.stack([labels, predicted], 1).cpu() if keep_predictions else None,
     )
 
 

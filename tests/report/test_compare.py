@@ -768,6 +768,18 @@ def test_seeds_with_the_same_weights_have_a_warning(configure: Configure) -> Non
     ]
 
 
+def test_a_method_that_does_not_train_has_no_training_speed(configure: Configure) -> None:
+    speed = TrainingSpeed(images_per_second=0.0, seconds_per_epoch=0.0, peak_bytes=10)
+    plant(configure("method=ptq"), 97.0, 98.0, speed=speed)
+    (table,) = command.tables(command.parse([configure().out, "--columns", "speed"]))
+    ((row, values),) = [
+        (row, s.to_json()) for row, s in zip(table.rows, settings_of(table), strict=True) if s.method == "ptq"
+    ]
+    assert row[-3:] == ("-", "-", "10 B")
+    assert values["images_per_second"] is values["seconds_per_epoch"] is None
+    assert values["peak_bytes"] == 10
+
+
 def test_speeds_under_different_conditions_have_a_warning(configure: Configure) -> None:
     speed = TrainingSpeed(images_per_second=100.0, seconds_per_epoch=1.0, peak_bytes=10)
     conditions = (

@@ -395,6 +395,20 @@ def test_copies_of_one_network_are_not_seeds() -> None:
     assert pair.n == 4, "weights that are not known may differ"
 
 
+def test_p_values_of_networks_are_adjusted_for_their_number() -> None:
+    correct = {"a": 40, "b": 34, "c": 33}  # of 50 images, and the correct images of c are among those of b and a
+    hits = {f"{name}0": Hits("labels", np.arange(50) < count) for name, count in correct.items()}
+    settings = [setting(name, [2.0 * count]) for name, count in correct.items()]
+    (table,) = conclude([Table((), values=[*settings])], 0.5, hits)
+    raw = [mcnemar(hits[f"{one}0"].correct, hits[f"{two}0"].correct) for one, two in ("ab", "ac", "bc")]
+    assert [pair.p_mcnemar for pair in pairs_of(table)] == raw
+    assert raw[0] < 0.05
+    assert [pair.p_mcnemar_holm for pair in pairs_of(table)] == pytest.approx(holm(raw))
+    assert holm(raw)[0] > 0.05
+    sentence = "b (these two networks do not differ significantly; McNemar's exact test: p = 0.062)"
+    assert any(sentence in note for note in table.notes), table.notes
+
+
 def test_one_seed_has_no_spread() -> None:
     table = concluded(setting("a", [97.0]), setting("b", [90.0]))
     (pair,) = conclusions(table)[0].pairs

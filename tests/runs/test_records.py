@@ -241,6 +241,28 @@ def test_changes_since_a_manifest(tmp_path: Path) -> None:
     files.write_json(path, {"commit": manifest.commit(), "versions": {"torch": "1.0"}})
     (change,) = manifest.changed_since(path)
     assert change.startswith("torch 1.0 (now ")
+    files.write_json(path, {"device": "cuda"})
+    assert manifest.changed_since(path) == manifest.changed_since(path, "cuda") == []
+    assert manifest.changed_since(path, "cpu") == ["device cuda (now cpu)"]
+
+
+def test_a_run_that_goes_on_on_another_device(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    reporter = ProgressReporter(quiet=True)
+    monkeypatch.setattr(reporter, "say", said.append)
+    polls = iter([0, 15, 15])
+    planned = planned_run(smoke("method=float"))
+    with suppress(Interrupted):
+        run(planned, RunContext(reporter, lambda: next(polls)))
+    path = planned.path / "manifest.json"
+    begun = files.read_json(path) or {}
+    assert begun["devices"] == ["cpu"]
+    files.write_json(path, {**begun, "device": "cuda", "devices": ["cuda"]})
+    result = run(planned, RunContext(reporter))
+    assert any("the run began with device cuda (now cpu)" in line for line in said), said
+    assert any("trained on cuda, then on cpu" in warning for warning in result.warnings)
+    again = run(planned_run(dataclasses.replace(planned.config, rerun=True)), RunContext(reporter))
+    assert not any("trained on" in warning for warning in again.warnings), "a new start keeps no older device"
 
 
 def test_a_run_that_goes_on_under_another_commit(

@@ -199,6 +199,19 @@ def test_evaluation_by_hand() -> None:
     assert evaluate(nn.Identity(), []) is None
 
 
+def test_of_equal_logits_the_first_class_is_predicted() -> None:
+    """As in `logits.argmax(1)`, which users of a loaded network type. In half precision, many logits are equal."""
+    logits = torch.randint(0, 3, (500, 12)).to(torch.bfloat16)
+    predictions: list[Tensor] = []
+    accuracy = evaluate(nn.Identity(), [(logits, torch.full((500,), 3))], predictions=predictions)
+    assert torch.equal(predictions[0][:, 1], logits.argmax(1))
+    assert accuracy is not None
+    assert accuracy.top1 == 100 * (logits.argmax(1) == 3).double().mean().item()
+    equal = evaluate(nn.Identity(), [(torch.zeros(1, 12), torch.tensor([0]))])
+    assert equal is not None
+    assert equal.top1 == equal.top5 == 100
+
+
 def test_the_digest_of_a_checkpoint_is_verified_before_parsing() -> None:
     data = pack({"a": torch.arange(5), "b": [1, 2.5, "x"]})
     assert unpack(data, "it")["b"] == [1, 2.5, "x"]

@@ -120,7 +120,7 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
 
     A pair is leading if its first setting is the best one at these widths. Undecided leading pairs also get the number
     of seeds that a verdict would need. Pairs whose difference is not known are not tested and do not count in the
-    adjustment.
+    adjustment. p-values of McNemar's test are about networks instead of methods, and are adjusted on their own.
     """
     tested = [(i, pair.difference) for i, pair in enumerate(family) if pair.difference is not None]
     p_holm = holm([d.p for _, d in tested])
@@ -128,6 +128,9 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
     adjusted = list(family)
     for (i, _), p, p_equivalent in zip(tested, p_holm, p_equivalent_holm, strict=True):
         adjusted[i] = replace(family[i], p_holm=p, p_equivalent_holm=p_equivalent, family=len(tested))
+    networks = [(i, pair.p_mcnemar) for i, pair in enumerate(family) if pair.p_mcnemar is not None]
+    for (i, _), p in zip(networks, holm([p for _, p in networks]), strict=True):
+        adjusted[i] = replace(family[i], p_mcnemar_holm=p)
     undecided = [i for i, pair in enumerate(adjusted) if pair.verdict is Verdict.UNDECIDED]
     for i in undecided:
         pair = adjusted[i]

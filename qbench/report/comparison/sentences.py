@@ -114,10 +114,10 @@ def _other(pair: SettingPair, margin: float) -> str:
     """
     d, label = pair.difference, pair.second.label
     if d is None:
-        if pair.p_mcnemar is None:
+        if pair.p_mcnemar_holm is None:
             return label
-        differ = "differ significantly" if pair.p_mcnemar < ALPHA else "do not differ significantly"
-        return f"{label} (these two networks {differ}; McNemar's exact test: p = {pair.p_mcnemar:.2g})"
+        differ = "differ significantly" if pair.p_mcnemar_holm < ALPHA else "do not differ significantly"
+        return f"{label} (these two networks {differ}; McNemar's exact test: p = {pair.p_mcnemar_holm:.2g})"
     if pair.verdict is Verdict.IDENTICAL:
         return label
     facts = [f"{d.mean:+.2f} ±{d.high - d.mean:.2f}" if d.standard_error else f"{d.mean:+.2f} in each of {d.n} seeds"]

@@ -276,7 +276,9 @@ def _accuracy_values(setting: Setting) -> dict[str, object]:
 
 
 def _speed_values(speed: TrainingSpeed | None) -> dict[str, object]:
-    return vars(speed) if speed else dict.fromkeys(("images_per_second", "seconds_per_epoch", "peak_bytes"))
+    """Return the speed and the memory. A speed is None if nothing was trained, as with `ptq`."""
+    names = ("images_per_second", "seconds_per_epoch", "peak_bytes")
+    return {name: getattr(speed, name) or None if speed else None for name in names}
 
 
 def _level_values(verified: VerifiedLevels | None) -> dict[str, object]:

@@ -20,6 +20,7 @@ class SettingPair:
         paired_by: how runs are paired, as in `PairConclusion`.
         p_mcnemar: McNemar's p-value of two networks with the same seed and test images. None if this test does not
             apply.
+        p_mcnemar_holm: the same p-value, adjusted by Holm's method for all pairs to which the test applies.
         p_holm: p-value of "there is no difference", adjusted by Holm's method.
         p_equivalent_holm: p-value of "the means differ by the margin or more", adjusted by Holm's
             method.
@@ -34,6 +35,7 @@ class SettingPair:
     difference: Difference | None = None
     paired_by: str = ""
     p_mcnemar: float | None = None
+    p_mcnemar_holm: float | None = None
     p_holm: float = 1.0
     p_equivalent_holm: float = 1.0
     family: int = 0
@@ -67,6 +69,7 @@ class SettingPair:
             p_equivalent=equivalent(d, margin) if d else None,
             p_equivalent_holm=self.p_equivalent_holm if d else None,
             p_mcnemar=self.p_mcnemar,
+            p_mcnemar_holm=self.p_mcnemar_holm,
             margin=margin,
             family=self.family,
             verdict=self.verdict,

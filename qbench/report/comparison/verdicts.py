@@ -38,8 +38,8 @@ class PairConclusion:
         p, p_holm: p-values of "there is no difference", without and with adjustment for the number of pairs.
         p_equivalent, p_equivalent_holm: p-values of "the means differ by the margin or more", without and with this
             adjustment.
-        p_mcnemar: p-value of McNemar's test (`mcnemar`) on the predictions of two networks, if the settings have only
-            one seed in common.
+        p_mcnemar, p_mcnemar_holm: p-value of McNemar's test (`mcnemar`) on the predictions of two networks, if the
+            settings have only one seed in common, without and with adjustment for the number of such pairs.
         margin: equivalence margin in points.
         family: number of pairs for which p-values are adjusted; 0 if this pair is not tested.
         verdict: the verdict on this setting.
@@ -58,6 +58,7 @@ class PairConclusion:
     p_equivalent: float | None
     p_equivalent_holm: float | None
     p_mcnemar: float | None
+    p_mcnemar_holm: float | None
     margin: float
     family: int
     verdict: Verdict
