@@ -510,6 +510,7 @@ def test_inspect_has_every_layer(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
+@pytest.mark.full
 def test_chosen_widths_are_trained_and_the_path_of_the_file_does_not_matter(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

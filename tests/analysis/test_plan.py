@@ -283,6 +283,7 @@ def test_supported_runtimes() -> None:
     assert runs_on([_layer(None, None, Bits())]) == ["runs on any runtime, because nothing is quantized"]  # type: ignore[list-item]
 
 
+@pytest.mark.full
 def test_a_plan_says_what_the_export_accepts(planned: Planned, untimed: None) -> None:
     pytest.importorskip("onnx", reason="needs the extra onnx")
     notes = planned("method=lsq", "bits=w4a4")[1].notes

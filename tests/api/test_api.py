@@ -374,7 +374,7 @@ def test_images_of_12_bits_are_refused_instead_of_prepared_as_black(
                 model.prepare(given)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("pixels", [torch.uint8, long_tier(torch.float32)])
 def test_a_network_is_loaded_without_its_data_set(
     pixels: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

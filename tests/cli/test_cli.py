@@ -251,6 +251,7 @@ def test_start_from_a_checkpoint_but_not_from_one_of_another_network(
     assert len(wrong.stderr.strip().splitlines()) <= 3
 
 
+@pytest.mark.full
 def test_a_damaged_baseline_is_trained_again(tmp_path: Path, run: Callable[..., Output]) -> None:
     words = [*SMOKE, *FEW_STEPS, f"out={tmp_path}"]
     assert run(*words).status == 0

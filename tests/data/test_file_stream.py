@@ -199,6 +199,7 @@ def test_workers_end_with_the_main_process_and_hold_no_lock(streamed: Path, tmp_
         assert _all_ended(mark)
 
 
+@pytest.mark.full
 @proc
 def test_workers_ignore_signals_to_the_process_group(streamed: Path, tmp_path: Path) -> None:
     with _running_script(streamed, tmp_path) as (main, _, mark):

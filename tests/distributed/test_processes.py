@@ -116,7 +116,7 @@ def test_a_signal_while_another_run_holds_the_directory(configure: Configure, tm
     assert not list(tmp_path.rglob("result.json"))
 
 
-@pytest.mark.parametrize(("rank", "size"), [long_tier(0, 1), (1, 2), long_tier(1, 4)])
+@pytest.mark.parametrize(("rank", "size"), [long_tier(0, 1), long_tier(1, 2), long_tier(1, 4)])
 def test_a_lost_process(tmp_path: Path, rank: int, size: int, alone: dict[str, str | None]) -> None:
     wrong = {rank: {"at_step": STEPS_OF_BASELINE + 9, "step_fault": "kill"}}
     statuses, log = run(DOREFA, 2, tmp_path, wrong)

@@ -223,6 +223,7 @@ def test_failed_runs_are_listed(script: ModuleType, records: list[RunRecord]) ->
 # --- the command
 
 
+@pytest.mark.full
 def test_the_default_command(script: ModuleType) -> None:
     assert (script.sweep_keys([])["bits"], script.sweep_keys([])["seed"]) == ("w2a32,w3a32,w4a32", "0,1,2")
     words = script.sweep_keys(["seed=0", "bits=w2a32"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Configure
+from conftest import Configure, long_tier
 
 import qbench
 from qbench.experiment.evidence import FEW_STEPS, coarse_test_split, few_steps, skipped_phases, weak_baseline
@@ -74,7 +74,7 @@ def test_epochs_that_leave_out_portions_are_named() -> None:
     assert not list(skipped_phases(lambda epochs: range(1, epochs), 1)), "a phase per epoch"
 
 
-@pytest.mark.parametrize(("method", "phases"), [("inq", 4), ("slq", 5), ("mlq", 2)])
+@pytest.mark.parametrize(("method", "phases"), [("inq", 4), long_tier("slq", 5), long_tier("mlq", 2)])
 def test_a_run_names_the_portions_that_its_epochs_leave_out(smoke: Configure, method: str, phases: int) -> None:
     result = run(planned_run(smoke(f"method={method}", "runtime.observe=off", "distill=none")))
     found = [line for line in result.warnings if line.startswith("1 epoch leaves out ")]

@@ -90,6 +90,7 @@ def test_other_outputs_are_named_by_every_command(
     assert evaluate_file(file), "a file that was exported before does not depend on the code"
 
 
+@pytest.mark.full
 def test_a_baseline_and_a_teacher_with_other_outputs_are_named(
     train: Callable[..., Result], change: Callable[[], None]
 ) -> None:

@@ -111,6 +111,7 @@ def test_initial_weights_from_a_run_on_another_split_are_named(train: Callable[.
     assert not [w for w in same.warnings if "another split" in w]
 
 
+@pytest.mark.full
 def test_the_warning_on_seen_images_is_passed_on(train: Callable[..., Result]) -> None:
     """The second run started from a network that was trained on some of its test images, and the third from the second.
 

@@ -187,6 +187,7 @@ def test_a_checkpoint_of_the_authors_gives_the_same_network(
     assert any(name.endswith("input_q.alpha") for name in state)
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_the_authors_needs_the_same_quantized_layers(
     smoke: Configure, published: tuple[Path, dict[str, Tensor], Result]
 ) -> None:

@@ -134,7 +134,7 @@ def _single_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "SWEEPS", 1)
 
 
-@papers("gupta", "lsq", "polino", "xnor")
+@papers("gupta", "polino")
 @rows
 def test_every_file_gives_one_run(paper: str, rows: str) -> None:
     by_file = configurations(paper, rows)
@@ -254,7 +254,7 @@ def test_the_networks_of_the_papers_sizes_take_their_methods_on_the_meta_device(
         assert bool(quantized_layers(model)) == (parts.method.bits != Bits()), name
 
 
-@pytest.mark.parametrize("name", tiered(groups.option_names("method"), ["dorefa", "dq", "gupta", "lsq", "qcnn", "slq"]))
+@pytest.mark.parametrize("name", tiered(groups.option_names("method"), ["dq", "gupta", "qcnn"]))
 def test_a_network_on_the_meta_device_has_the_same_cost(name: str, configure: Configure) -> None:
     parts = assemble(configure(f"method={name}", "dataset=cifar10", "model=resnet20", "model.width=4"), planned=True)
     meta, real = (parts.install(parts.float_model(device)) for device in ("meta", "cpu"))

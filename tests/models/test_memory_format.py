@@ -29,7 +29,7 @@ for p, q in zip(net.parameters(), exact.parameters(), strict=True):
 """
 
 
-@pytest.mark.parametrize("instructions", tiered(["DEFAULT", "AVX2"], ["AVX2"]))
+@pytest.mark.parametrize("instructions", tiered(["DEFAULT", "AVX2"], []))
 def test_strided_1x1_convolutions_with_few_channels_have_right_gradients(instructions: str) -> None:
     """Without the exception for such layers, the process aborts on processors with AVX2 but without AVX-512."""
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 import torch
 import yaml
-from conftest import ROOT, counted, long_tier
+from conftest import ROOT, counted, long_tier, tiered
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
@@ -505,9 +505,7 @@ def test_bad_environment(
     assert not tree(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "keys", [list(ODD), *(pytest.param([key], marks=pytest.mark.full) for key in ODD)], ids=lambda keys: keys[0]
-)
+@pytest.mark.parametrize("keys", tiered([list(ODD), *([key] for key in ODD)], []), ids=lambda keys: keys[0])
 def test_a_run_in_an_odd_environment(keys: list[str], tmp_path: Path) -> None:
     got = run_process(SMOKE, tmp_path, {key: ODD[key] for key in keys})
     assert got.status == 0, got

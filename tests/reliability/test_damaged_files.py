@@ -69,6 +69,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
         counted(f"R6 checkpoint: {count} whole runs from the checkpoint before, final state equal")
 
 
+@pytest.mark.full
 def test_without_a_good_checkpoint_a_run_restarts_and_keeps_its_new_checkpoints(
     whole: Path, interrupted: Path, copy_of: Callable[[Path], Path]
 ) -> None:
@@ -242,8 +243,9 @@ def test_files_of_another_run_are_not_used(whole: Path, copy_of: Callable[[Path]
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("best.pt", "gone"), ("last.pt", "damaged"),
+        ("last.pt", "damaged"),
         *full(
+            ("best.pt", "gone"),
             ("best.pt", "a directory"),
             ("result.json", "a pipe"),
             ("best.pt", "a pipe"), ("last.pt", "gone"), ("predictions.npy", "gone"), ("result.json", "gone"),

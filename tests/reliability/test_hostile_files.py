@@ -250,6 +250,7 @@ def test_hostile_files_with_init(hostile_files: tuple[Path, dict[str, bytes]], t
     counted(f"R7 init=FILE: {len(found)} hostile files, all exit 4, no code ran")
 
 
+@pytest.mark.full
 def test_hostile_files_with_a_correct_digest_in_a_run(
     hostile_files: tuple[Path, dict[str, bytes]], whole: Path, copy_of: Callable[[Path], Path]
 ) -> None:
@@ -281,7 +282,7 @@ def test_hostile_files_with_a_correct_digest_in_a_run(
 
 
 @pytest.mark.parametrize(
-    "wrong", ["keys", "counters", "nan", *full("optimizer", "model", "random", "losses", "session")]
+    "wrong", ["nan", *full("keys", "counters", "optimizer", "model", "random", "losses", "session")]
 )
 def test_a_valid_checkpoint_with_wrong_content(interrupted: Path, copy_of: Callable[[Path], Path], wrong: str) -> None:
     """Its digest, name and run are correct, so it was made on purpose."""
@@ -373,6 +374,7 @@ def test_a_path_that_is_not_a_file_is_an_immediate_error(
     assert not out.exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [

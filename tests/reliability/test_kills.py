@@ -246,7 +246,7 @@ def one(out: Path, pattern: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("rounds", "count"), [(1, 2), long_tier(1, 3), long_tier(20, 16)])
+@pytest.mark.parametrize(("rounds", "count"), [long_tier(1, 3), long_tier(20, 16)])
 def test_processes_that_need_the_same_untrained_baseline(
     server: Server, tmp_path: Path, rounds: int, count: int, note: Note
 ) -> None:

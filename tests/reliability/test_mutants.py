@@ -68,6 +68,7 @@ def test_a_sample_is_the_same_each_time_and_has_every_folder(script: ModuleType)
     assert len({m.key for m in sample}) == 10
 
 
+@pytest.mark.full
 def test_killed_survived_and_uncovered(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "qbench").mkdir()
     (tmp_path / "qbench" / "__init__.py").touch()

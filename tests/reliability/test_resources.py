@@ -70,6 +70,7 @@ def test_a_write_error_at_any_point(tmp_path: Path, count: int, tensorboard: boo
         )
 
 
+@pytest.mark.full
 def test_a_file_size_limit(tmp_path: Path) -> None:
     with faults.server() as server:
         job = server.start(WORDS, out=tmp_path, file_limit=60_000)

@@ -141,6 +141,7 @@ def test_the_float_control_is_trained_as_long(change: str, configure: Configure)
     assert {s.method: s.over_control.mean for s in settings_of(table) if s.over_control} == {"qd": -1.0}
 
 
+@pytest.mark.full
 def test_a_sweep_warns_first_and_ends_with_conclusions_and_the_next_commands(tmp_path: Path) -> None:
     words = ["-m", "experiment=smoke", "method=dorefa,lsq", "seed=0,1", "runtime.tensorboard=false", "out=my runs"]
     words += ["optim.batch_size=256", "pretrain.optim.batch_size=256"]

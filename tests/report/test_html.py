@@ -194,6 +194,7 @@ def test_damaged_parts_of_a_result_leave_the_page_whole(configure: Configure, tm
     assert len(Reader(made(str(tmp_path))).all("details")) == 2
 
 
+@pytest.mark.full
 def test_three_hundred_runs_stay_below_five_megabytes(configure: Configure, tmp_path: Path) -> None:
     layers = {f"layer{i}.conv": {key: {"found": 4, "allowed": 4} for key in "wa"} for i in range(20)}
     path = plant(configure("method=dorefa"), 95.0, 98.0, verified=layers, notes=["n" * 200])

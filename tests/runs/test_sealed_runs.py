@@ -92,6 +92,7 @@ def test_logs_of_an_edited_configuration_give_no_row(run: Path) -> None:
     assert "config.yaml was edited" in record.reason
 
 
+@pytest.mark.full
 def test_the_checkpoint_that_a_run_started_from_may_be_gone(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

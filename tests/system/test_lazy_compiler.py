@@ -26,6 +26,7 @@ def test_a_run_imports_neither_the_compiler_nor_sympy(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.full
 def test_compilation_works_after_a_delayed_import(tmp_path: Path) -> None:
     executed(
         "import inspect\n"

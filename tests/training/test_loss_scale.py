@@ -132,6 +132,7 @@ def test_the_scale_is_resumed() -> None:
     assert state.scaler.get_scale() == 2**4
 
 
+@pytest.mark.full
 def test_a_run_in_float16(smoke: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ("experiment=smoke", "method=dorefa", "bits=w2a2", "runtime.precision=fp16")
     result = qbench.run(*words, out=tmp_path)
