@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qbench.api.networks import install
-    from qbench.api.results import Runs, Tables, compare, load, load_model
+    from qbench.api.results import Runs, Tables, compare, load, load_finished_run, load_model
     from qbench.api.training import run, sweep
     from qbench.errors import QbenchError
     from qbench.quant.fold import fold_quantized_weights as fold
@@ -30,6 +30,7 @@ else:
         "fold": "qbench.quant.fold:fold_quantized_weights",
         "install": "qbench.api.networks",
         "load": "qbench.api.results",
+        "load_finished_run": "qbench.api.results",
         "load_model": "qbench.api.results",
         "run": "qbench.api.training",
         "sweep": "qbench.api.training",
@@ -57,6 +58,7 @@ __all__ = [
     "fold",
     "install",
     "load",
+    "load_finished_run",
     "load_model",
     "run",
     "sweep",

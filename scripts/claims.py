@@ -63,9 +63,10 @@ and wrote this page. Each row of the table is one comparison from a file in `con
 two arms, which are the two settings that it compares.
 
 The effect is the test top-1 of the first arm minus the test top-1 of the second arm, after the last epoch, in points.
-For claims on gradient mismatch, the effect is a difference between two cosines. Runs are paired by seed. The column
-`95 % interval` contains the confidence interval of the effect. The interval treats both seeds and test images as
-samples (two-way, `qbench/report/statistics`).
+For `bn_holds_range`, it is a difference between two losses of accuracy relative to the float baselines, and for claims
+on gradient mismatch, a difference between two cosines. Runs are paired by seed. The column `95 % interval` contains the
+confidence interval of the effect. The interval treats both seeds and test images as samples (two-way,
+`qbench/report/statistics`).
 
 Each comparison is tested two-sided at the 5 % level. The p-values are adjusted for all {family} comparisons together
 (Holm). The intervals are not adjusted. A comparison can therefore be undecided although its interval does not contain
@@ -83,13 +84,13 @@ The column `arms` has the form `first - second > threshold`. The arm `unchanged`
 without further options. The sections below the table give the mean accuracy of each arm, and the commands.
 
 There are two data sets: digits (1,797 real 8x8 images, 450 of them for test) and glyphs (characters rendered from
-fonts, with separate fonts for the 10,000 test images). The networks are thin residual networks with 8 or 20 layers, and
-training is short. Such runs can show whether an effect exists under one protocol, and how large the effect is under
-this protocol. They do not reproduce the papers' values on SVHN, CIFAR-10 or ImageNet. A claim that does not hold here
-may still hold in the paper's experiments, because depth, width, number of classes and length of training differ. The
-wider an interval is, the larger an effect must be to be detected with these data. Differences between networks with 8
-or 5 bits may be too small to detect. "From memory" marks claims that are stated from memory and not quoted from the
-paper.
+fonts, with separate fonts for the test images: 10,000, or 4,000 for the claims on HWGQ). The networks are thin residual
+networks with 8 or 20 layers, and training is short. Such runs can show whether an effect exists under one protocol, and
+how large the effect is under this protocol. They do not reproduce the papers' values on SVHN, CIFAR-10 or ImageNet. A
+claim that does not hold here may still hold in the paper's experiments, because depth, width, number of classes and
+length of training differ. The wider an interval is, the larger an effect must be to be detected with these data.
+Differences between networks with 8 or 5 bits may be too small to detect. "From memory" marks claims that are stated
+from memory and not quoted from the paper.
 
 Some of these claims were also tested with ResNet-20 on CIFAR-10 ([results](results.md#claims-on-cifar-10)).
 """

@@ -37,7 +37,8 @@ optimizer of the float baseline.
 
 `activation=METHOD` names a second method, which quantizes the activations; `activation.KEY` are its
 keys. `experiment=NAME` loads the file `conf/experiment/NAME.yaml`. If you also type an option that the
-file does not choose, such as `optim=adam` or `bits=w4a4`, the file's keys in this group do not apply."""
+experiment does not have already (by its own choice or by default), such as `optim=adam` or
+`bits=w4a4`, the file's keys in this group do not apply."""
 
 GROUP_TEXTS = {
     "model": "The network: one of the options below, or your own class or function, `model=my_net:Net`.",

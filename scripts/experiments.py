@@ -30,6 +30,7 @@ PROVENANCE_TEXTS = dict(zip(PROVENANCES, (
     "from memory with medium confidence, not checked", "from memory with low confidence, not checked",
     "the number is not known here",
 ), strict=True))  # fmt: skip
+AFTER_TRAINING = "method.trained=false"
 RAN_BY = {PAPER: "the authors, in their paper", REPOSITORY: "the authors, in their repository"}
 METRICS = {
     "top1": "% top-1 accuracy", "top5": "% top-5 accuracy", "top1_error": "% top-1 error",
@@ -97,6 +98,9 @@ def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow],
     widths = f"W{row.bits.w} A{row.bits.a} G{row.bits.g}" + (f", {row.levels} levels" if row.levels else "")
     place = f"{names().nets[row.net].title} on {names().datasets[row.dataset].title}"
     method = "" if row.method == paper.key else f", {names().methods[row.method]}"
+    if AFTER_TRAINING in published.command_words(row):
+        method = ", quantized after training"
+    layers = "" if row.method == "float" else f"Layers: {row.policy}. "
     claims = "; ".join(claim_text(each) for each in (row, *top5))
     ran_by = RAN_BY.get(row.ran_by) or row.ran_by.replace(THIRD, "a third party, ")
     note = [f"{capitalized(row.note)}."] if row.note else []
@@ -107,7 +111,7 @@ def comment_texts(paper: Paper, row: PublishedRow, top5: Iterable[PublishedRow],
         f"{paper.name}, {row.table}: {place}{method}, {widths}: {claims}.",
         f"Run by: {ran_by}. Provenance: {provenance}. Source: {row.source}.",
         *note,
-        f"Layers: {row.policy}. Source of the recipe: {recipe.source} ({recipe.provenance}).",
+        f"{layers}Source of the recipe: {recipe.source} ({recipe.provenance}).",
         *opened,
         *departs,
     ]

@@ -238,7 +238,9 @@ def claimed_part(paper: Paper) -> str:
     """Return the part with the table of shown rows and the number of all rows."""
     shown = shown_rows(paper)
     total = len(paper.rows)
-    ran, reproduced = sum(bool(row.measured) for row in paper.rows), sum(row.reproduced for row in paper.rows)
+    measured = [row for row in paper.rows if row.measured]
+    evaluated = sum(bool(published.missing_requirements(row)) for row in measured)
+    reproduced = sum(row.reproduced and not published.missing_requirements(row) for row in measured)
     runnable = sum(not published.missing_requirements(row) for row in paper.rows)
     text = (
         f"The table shows {len(shown)} of {total} rows."
@@ -246,7 +248,8 @@ def claimed_part(paper: Paper) -> str:
         else f"qbench does not know any of the paper's {total} values."
     )
     text += f" `qbench published --paper {paper.key}` lists all rows. "
-    text += f"{ran} rows have been measured here, {reproduced} of them with their own recipe. "
+    text += f"{len(measured)} rows have been measured here, {reproduced} of them with their own recipe"
+    text += f" and {evaluated} by evaluating the authors' checkpoints. " if evaluated else ". "
     text += f"{runnable} rows have an experiment file."
     text += "".join(f" {sentence}." for sentence in absence_sentences(paper))
     return "\n\n".join(["**Claimed**", *([rows_table(shown)] if shown else []), wrapped(text)])

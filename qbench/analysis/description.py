@@ -123,7 +123,12 @@ def _methods(*nodes: Node) -> Iterator[tuple[str, str]]:
 
 
 def _recipe(optim: Optim, epochs: int, result: Result | None) -> str:
-    """Return this run's recipe as text. The recipe of its float baseline is not included."""
+    """Return this run's recipe as text. The recipe of its float baseline is not included.
+
+    The text is empty if the result was read from event files, which do not contain the number of trained epochs.
+    """
+    if result is not None and not result.protocol.hash:
+        return ""
     last = result.final.epoch if result is not None and result.final is not None else epochs - 1
     if last is None:
         return "nothing was trained"

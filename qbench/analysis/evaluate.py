@@ -18,7 +18,7 @@ from qbench.analysis.finished_run import load_finished_run
 from qbench.analysis.overrides import override_dataset
 from qbench.config.schema import Node
 from qbench.data.dataset import Dataset
-from qbench.data.dataset_check import dataset_notes, trained_images
+from qbench.data.dataset_check import dataset_notes, other_class_names, trained_images
 from qbench.errors import ConfigError
 from qbench.experiment.builders import build_dataset
 from qbench.experiment.setup import image_warnings
@@ -95,7 +95,10 @@ def evaluate(
         data = other_dataset(own, override_dataset(setup.config.dataset, words))
     batches = setup.loader(data).unaugmented("test")
     measured = measure(finished.model, setup.forward(finished.model), batches, predictions)
-    problems = [*dataset_notes(data), *trained_images(setup.data, data)] if words else []
+    problems = []
+    if words:
+        classes = other_class_names(setup.data.class_names, data)
+        problems = [*dataset_notes(data), *trained_images(setup.data, data), *classes]
     trained = f"{result.method} {result.widths}, {result.model} trained on {result.dataset}"
     debug = setup.config.debug
     evaluated = table(run, trained, weights, data, measured, other=bool(words), debug=debug)

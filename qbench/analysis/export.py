@@ -16,7 +16,7 @@ from qbench.analysis import verify_export
 from qbench.analysis.evaluate import Expected, measure, other_dataset, table
 from qbench.analysis.finished_run import FinishedRun, load_finished_run
 from qbench.analysis.overrides import override_dataset
-from qbench.data.dataset_check import dataset_notes
+from qbench.data.dataset_check import dataset_notes, other_class_names
 from qbench.data.loader import Loader
 from qbench.deploy import packed
 from qbench.deploy.about import About
@@ -205,7 +205,8 @@ def evaluate_file(
         measured = measure(model, model, batches, predictions)
     made = table(file, about.title, about.weights, data, measured, other=bool(words), debug=about.debug)
     if words:
-        made.notes += [f"warning: {problem}" for problem in dataset_notes(data)]
+        problems = [*dataset_notes(data), *other_class_names(about.class_names, data)]
+        made.notes += [f"warning: {problem}" for problem in problems]
         made.notes.append(
             "the file does not contain the training images, so it is not known whether some of these test images are "
             "among them; to find out, evaluate the run: qbench evaluate RUN KEY=VALUE"

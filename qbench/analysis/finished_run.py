@@ -1,5 +1,6 @@
 """Loads the network, data and validation images of a finished run for analysis."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,9 +99,15 @@ def probe_batches(setup: ExperimentSetup) -> list[Batch]:
     return list(setup.loader().sample("train", PROBE_IMAGES))
 
 
-def bn_note(recompute: bool) -> str:
-    """Return a note that says whether batch normalization statistics are recomputed or kept."""
-    return f"recomputed on {PROBE_IMAGES} training images" if recompute else "kept"
+def bn_notes(model: nn.Module, training: Sequence[Batch]) -> list[str]:
+    """Return a note that says how a network's batch normalization statistics were found, if it has such statistics.
+
+    `training` are the batches on which the statistics are recomputed; empty if they are kept.
+    """
+    if not any("BatchNorm" in type(module).__name__ for module in model.modules()):
+        return []
+    images = sum(len(labels) for _, labels in training)
+    return [f"batch normalization statistics: {f'recomputed on {images} training images' if images else 'kept'}"]
 
 
 def half_precision_note(finished: FinishedRun, weights: str = "last") -> list[str]:

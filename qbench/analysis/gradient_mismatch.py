@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from qbench.analysis.finished_run import load_finished_network, probe_batches
 from qbench.errors import CheckpointError
-from qbench.methods.hwgq import HWGQActivation
+from qbench.methods.hwgq import HalfStepHWGQActivation, HWGQActivation
 from qbench.quant.quantizer import Quantizer
 from qbench.report.tables.table import Table
 
@@ -58,20 +58,22 @@ class SmoothedHalfWave(Quantizer):
     """Computes the expected output of a half-wave quantizer whose input contains Gaussian noise.
 
     A half-wave quantizer is zero for negative inputs and has positive levels for positive inputs.
-    `sigma` is the standard deviation of the noise in units of the first positive level.
+    `sigma` is the standard deviation of the noise in units of the first positive level. `first` is the first threshold,
+    from which on the output is positive. The other thresholds are halfway between two levels.
     """
 
     levels: Tensor
 
-    def __init__(self, positive: Tensor, sigma: float) -> None:
+    def __init__(self, positive: Tensor, sigma: float, first: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("levels", torch.cat([positive.new_zeros(1), positive]))
+        self.first = first
         self.sigma = sigma * float(positive[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the expected output of the quantizer."""
         thresholds = (self.levels[1:] + self.levels[:-1]) / 2
-        thresholds[0] = 0
+        thresholds[0] = self.first
         return smoothed_staircase(x, thresholds.to(x), self.levels.to(x), self.sigma)
 
 
@@ -195,7 +197,8 @@ def _with_backward(quantizer: HWGQActivation, backward: str) -> Quantizer:
 
 
 def _smooth(quantizer: HWGQActivation, sigma: float) -> Quantizer:
-    return SmoothedHalfWave(quantizer.levels, sigma)
+    first = float(quantizer.levels[0]) / 2 if isinstance(quantizer, HalfStepHWGQActivation) else 0.0
+    return SmoothedHalfWave(quantizer.levels, sigma, first)
 
 
 def _weight_gradients(

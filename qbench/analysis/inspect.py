@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qbench.analysis.finished_run import (
-    bn_note,
+    bn_notes,
     half_precision_note,
     load_finished_run,
     probe_batches,
@@ -100,7 +100,8 @@ def inspect(
         return table
     levels = verify(model, batches[0][0][:VERIFIED_IMAGES])
     signals = layer_signals(model, batches)
-    ablation = ablate_layers(model, batches, probe_batches(setup) if bn_stats == "recompute" else ())
+    training = probe_batches(setup) if bn_stats == "recompute" else []
+    ablation = ablate_layers(model, batches, training)
     rows = [_inspected_layer(name, layer.bits, levels[name], signals[name], ablation) for name, layer in layers.items()]
     for row in sorted(rows, key=SORTS[sort]):
         table.rows.append(_cells(row))
@@ -116,7 +117,7 @@ def inspect(
         *([f"warning: {finished.changed}"] if finished.changed else []),
         "off: loss or top-1 with only this layer in float (latent weights), minus the value with all layers quantized; "
         "only: loss or top-1 with only this layer quantized, minus the value with all layers in float",
-        f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
+        *bn_notes(model, training),
         f"levels: used and allowed levels on the first {min(VERIFIED_IMAGES, len(batches[0][0]))} of these images",
         f"SQNR: quantized output compared with float output for the same input, in dB, at most {MAX_SQNR:.0f}; "
         "fitted: as SQNR, but variance over the error after the best gain and offset per channel",

@@ -18,6 +18,7 @@ from qbench.cost.runtimes import runs_on
 from qbench.data.loader import batch_size_and_steps
 from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.experiment.setup import ExperimentSetup
+from qbench.experiment.sweep_status import read_epoch
 from qbench.papers.recipe_differences import recipe_differences
 from qbench.report.tables.table import Table
 from qbench.report.tables.units import si_format
@@ -121,8 +122,11 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
     epochs = cost.setup.epochs
     batch_size, steps = batch_size_and_steps(cost.setup.data, cost.setup.optim.batch_size)
     steps *= epochs
-    seconds = 0.0 if stored else steps * batch_size * cost.step.seconds
-    memory = _parameter_bytes(cost.setup, cost.cost.params) + cost.step.fixed + batch_size * cost.step.saved
+    newest = read_epoch(directory.path) if state == "unfinished" and not planned.config.rerun else None
+    remaining = 1 - (newest.epoch + 1) / epochs if newest and epochs else 1.0
+    seconds = 0.0 if stored else remaining * steps * batch_size * cost.step.seconds
+    at_once = batch_size / planned.config.batch_shards  # a process computes its shards one after another
+    memory = _parameter_bytes(cost.setup, cost.cost.params) + cost.step.fixed + at_once * cost.step.saved
     cells = (
         si_format(cost.cost.params).rstrip(), format_bytes(cost.cost.bytes_ideal),
         si_format(cost.cost.bitops).rstrip(), format_bytes(memory), format_duration(seconds) if seconds else "-",

@@ -19,7 +19,7 @@ from qbench.analysis.bit_allocation import (
     parse_budget,
     sum_over_layers,
 )
-from qbench.analysis.finished_run import bn_note
+from qbench.analysis.finished_run import bn_notes
 from qbench.analysis.layer_sensitivity import (
     FloatBaseline,
     LayerSensitivity,
@@ -115,11 +115,12 @@ def sensitivity(
         *baseline.notes,
         "predicted: float loss plus the sum of the layers' loss increases; measured: loss with all layers quantized, "
         "without training",
-        f"batch normalization statistics: {bn_note(bn_stats == 'recompute')}",
+        *bn_notes(baseline.model, baseline.bn_batches),
         f"the widths chosen by {MEASURES[measure]} are in {out}; to train with them, add {' '.join(added)} to the "
         f"run's command",
     ]
-    command = " ".join([str(run), *words, f"--budget {limit}", f"--measure {measure}", f"--bn-stats {bn_stats}"])
+    measured_with = [f"--widths {','.join(map(str, widths))}", f"--images {images}", f"--bn-stats {bn_stats}"]
+    command = " ".join([str(run), *words, f"--budget {limit}", f"--measure {measure}", *measured_with])
     files.write(Path(out), _rules_file(command, measure, chosen[measure] or {}, baseline, tables[0]).encode())
     return tables
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas
     from torch import nn
 
+    from qbench.analysis.finished_run import FinishedRun
+
 logger = logging.getLogger("qbench")
 
 WEIGHTS = ("last", "best")
@@ -149,8 +151,10 @@ def compare(
     names: list[str | Path] = []
     records: list[RunRecord] = []
     for place in places:
-        if isinstance(place, str | Path | Result):
-            names.append(place.run if isinstance(place, Result) else place)
+        if isinstance(place, str | Path):
+            names.append(place)
+        elif isinstance(place, Result):
+            records += read([place.run])
         else:
             records += [place] if isinstance(place, RunRecord) else place
     words = command_words("compare", names, keys)
@@ -194,34 +198,23 @@ def load_model(
         CheckpointError: the run is not finished, a file is missing or damaged, or the directory does not contain the
             weights of the given result.
     """
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights={weights}: must be {' or '.join(WEIGHTS)}")
-    path = run.path if isinstance(run, RunRecord) else Path(run.run if isinstance(run, Result) else run)
-    if not trust:
-        refuse_foreign_code(path, str(path), "to run that code: load_model(..., trust=True)")
     with exclusive_call(), torch_settings_restored(training=False):
         import torch
 
-        from qbench.analysis.finished_run import load_finished_run
+        from qbench.data import svhn
         from qbench.data.images import prepare_image
         from qbench.experiment.device import HALF_TYPES, as_half_network
 
-        finished = load_finished_run(path, weights, device, images=False)
-        expected = run.result if isinstance(run, RunRecord) else run if isinstance(run, Result) else finished.result
-        if expected is not None and expected.weights_sha256 != finished.result.weights_sha256:
-            raise CheckpointError(
-                f"{path} contains other weights than the result that was passed, because the run was repeated or the "
-                "working directory was changed\npass the directory of the run, as an absolute path"
-            )
-        if finished.changed:
-            logger.warning("%s", finished.changed)
+        finished = _finished_run(run, weights, device, trust, images=False)
         data, network = finished.setup.data, finished.model
         constants = torch.tensor([data.mean, data.std], device=finished.setup.device)[:, :, None, None]
         network.image_mean, network.image_std = constants
         network.image_shape, network.class_names = data.shape, list(data.class_names)  # type: ignore[assignment]
         if data.white != 1 and data.shape[0] in (1, 3):
             node = finished.setup.config.dataset  # a user's function may have an argument `resize` of another meaning
-            own = str(node["name"]) if "source" in node else ""  # code that is not part of qbench
+            # code that is not part of qbench, or SVHN, which is made smaller without averaging pixels
+            shrunk = node["name"] == "svhn" and node["size"] < svhn.SIDE
+            own = str(node["name"]) if "source" in node or shrunk else ""
             side = None if own else node.get("resize")
             prepare = partial(
                 prepare_image, shape=data.shape, side=side, mean=constants[0], std=constants[1], prepared_by=own
@@ -229,6 +222,45 @@ def load_model(
             network.prepare = prepare  # type: ignore[assignment]
         dtype = HALF_TYPES.get(finished.setup.runtime.precision)
         return network if dtype is None else as_half_network(network, dtype)
+
+
+def load_finished_run(
+    run: str | Path | RunRecord | Result, *, weights: str = "last", device: str = "auto", trust: bool = False
+) -> "FinishedRun":
+    """Return the result, the setup and the network of a finished run, for analyses of your own.
+
+    In contrast to `load_model`, the images of the run's data set are needed. `setup.loader().unaugmented("test")`
+    returns batches of them, as the network reads them. The network computes in float32. The arguments and errors are
+    those of `load_model`.
+
+    Raises:
+        DataError: the run's data set is missing.
+    """
+    with exclusive_call(), torch_settings_restored(training=False):
+        return _finished_run(run, weights, device, trust, images=True)
+
+
+def _finished_run(
+    run: str | Path | RunRecord | Result, weights: str, device: str, trust: bool, *, images: bool
+) -> "FinishedRun":
+    """Return a finished run; see `load_model` for the arguments and errors."""
+    from qbench.analysis import finished_run
+
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights}: must be {' or '.join(WEIGHTS)}")
+    path = run.path if isinstance(run, RunRecord) else Path(run.run if isinstance(run, Result) else run)
+    if not trust:
+        refuse_foreign_code(path, str(path), "to run that code: trust=True")
+    finished = finished_run.load_finished_run(path, weights, device, images=images)
+    expected = run.result if isinstance(run, RunRecord) else run if isinstance(run, Result) else finished.result
+    if expected is not None and expected.weights_sha256 != finished.result.weights_sha256:
+        raise CheckpointError(
+            f"{path} contains other weights than the result that was passed, because the run was repeated or the "
+            "working directory was changed\npass the directory of the run, as an absolute path"
+        )
+    if finished.changed:
+        logger.warning("%s", finished.changed)
+    return finished
 
 
 def _row(run: RunRecord) -> dict[str, object]:

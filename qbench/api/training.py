@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qbench.api.host import exclusive_call, recorded_command, torch_settings_restored
 from qbench.api.results import Runs, absolute_paths
 from qbench.api.words import Value, command_words
-from qbench.cli.train import new_result, records_of, runs_of, stored_result
+from qbench.cli.train import new_result, records_of, runs_of, stored_result, stored_warnings
 from qbench.config.compose import CONFIG_DIRECTORY, MULTIRUN
 from qbench.errors import ConfigError
 from qbench.runs.progress import ProgressReporter
@@ -102,6 +102,8 @@ def sweep(*words: str, out: str | Path | None = None, progress: bool = False, **
     arguments = [MULTIRUN[0], *(word for word in typed if word not in MULTIRUN)]
     with exclusive_call() as stop, recorded_command(arguments):
         planned = runs_of(arguments)
+        for warning in stored_warnings(planned):
+            logger.warning(warning)
         with torch_settings_restored(training=True):
             return absolute_paths(records_of(arguments, planned, stop, progress=progress))
 

@@ -1,4 +1,4 @@
-"""Runs the checks of `qbench check`: every property at every supported width."""
+"""Runs the checks of `qbench check`: every property at every supported width, or slow ones at a few."""
 
 import time
 from collections import Counter

@@ -115,6 +115,7 @@ def compare(arguments: list[str]) -> int:
 def settle(arguments: list[str]) -> int:
     """Run seeds of two settings until the settings differ significantly or are equivalent. Print the verdict."""
     from qbench.cli.settle import parse
+    from qbench.cli.train import stored_warnings
     from qbench.experiment import jobs, sweep
     from qbench.experiment.data_check import check_stored
     from qbench.experiment.planned_run import PlannedRun
@@ -122,9 +123,11 @@ def settle(arguments: list[str]) -> int:
     from qbench.runs.reader import RunRecord
 
     test = parse(arguments)
+    used: list[PlannedRun] = []
     with stop_on_signals() as stop:
 
         def run(runs: list[PlannedRun]) -> list[RunRecord]:
+            used[:] = runs
             check_stored(runs)
             missing = [planned for planned in runs if not planned.directory.stored()]
             if missing and test.launcher == "joblib":
@@ -140,6 +143,8 @@ def settle(arguments: list[str]) -> int:
         except MissingRunError as error:
             print_error([str(error)])
             return SWEEP_WITH_FAILURES
+    for warning in stored_warnings(used, "to train a setting again, type: qbench -m SETTING seed=0,1,2 rerun=true"):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 

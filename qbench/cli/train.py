@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -114,21 +115,47 @@ def stored_result(planned: "PlannedRun", warn: Callable[[str], object]) -> "Resu
         CheckpointError: the images of the data set have changed since the result was measured.
     """
     from qbench.experiment.data_check import check_stored
-    from qbench.report.tables.escape import printable
-    from qbench.runs import manifest
-    from qbench.system import files
 
     check_stored([planned])
     directory = planned.directory
     result = None if planned.config.rerun else directory.stored()
     if result:
-        for change in manifest.changed_since(directory.path / "manifest.json"):
-            warn(f"this result was computed with {printable(change)}; to train again, add rerun=true")
-        device = str((files.read_json(directory.path / "manifest.json") or {}).get("device") or "auto")
-        if planned.config.runtime.device.partition(":")[0] not in ("auto", device):
-            warn(f"this result was computed on {printable(device)}; to train again, add rerun=true")
+        for change in _changes_since(planned):
+            warn(f"this result was computed {change}; to train again, add rerun=true")
         directory.remove_checkpoints()
     return result
+
+
+def stored_warnings(
+    runs: "Sequence[PlannedRun]", advice: str = "to train these runs again, add rerun=true"
+) -> list[str]:
+    """Return a warning if other versions or another device computed stored results of some runs, else an empty list.
+
+    Args:
+        advice: what to type to train these runs again.
+    """
+    stored = [planned for planned in runs if not planned.config.rerun and planned.directory.stored()]
+    counts = Counter(change for planned in stored for change in _changes_since(planned))
+    if not counts:
+        return []
+    listed = ", ".join(f"{count} {change}" for change, count in counts.items())
+    return [f"of {len(stored)} stored results, some were computed differently: {listed}; {advice}"]
+
+
+def _changes_since(planned: "PlannedRun") -> list[str]:
+    """Return texts such as `with torch 2.6.0 (now 2.7.0)` or `on cuda` on how a stored result was computed.
+
+    A text states a difference from the current commit, the current version of torch or the typed device.
+    """
+    from qbench.report.tables.escape import printable
+    from qbench.runs import manifest
+    from qbench.system import files
+
+    path = planned.path / "manifest.json"
+    changes = [f"with {printable(change)}" for change in manifest.changed_since(path)]
+    device = str((files.read_json(path) or {}).get("device") or "auto")
+    typed = planned.config.runtime.device.partition(":")[0]
+    return changes + ([] if typed in ("auto", device) else [f"on {printable(device)}"])
 
 
 def new_result(planned: "PlannedRun", context: "RunContext") -> "Result":
@@ -150,6 +177,8 @@ def train_all(arguments: list[str], runs: "list[PlannedRun]", stop: Callable[[],
     from qbench.report.tables.table import text
     from qbench.runs.reader import with_baselines
 
+    for warning in stored_warnings(runs):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     records = records_of(arguments, runs, stop)
     print(text(conclude(comparison_tables(with_baselines(records)))))
     if stop():

@@ -144,8 +144,10 @@ def _rules(name: str) -> Node:
 
     Hydra removes the suffix `.yaml` from the typed file name.
     """
-    file = Path(name[1:])
-    file = file if file.is_file() else Path(f"{file}.yaml")
+    file, with_suffix = Path(name[1:]), Path(f"{name[1:]}.yaml")
+    if file.is_file() and with_suffix.is_file():
+        raise ConfigError(f"layers={name}: there are two such files, {file} and {with_suffix}; rename one of them")
+    file = file if file.is_file() else with_suffix
     try:
         rules = read_yaml(file)
     except OSError as error:

@@ -224,25 +224,26 @@ def text_digest(canonical: str) -> str:
 
 def canonical_json(values: Json) -> str:
     """Return the JSON of plain values with sorted keys, in ASCII. Whole floats are written as integers."""
-    return _CANONICAL.encode(_plain(values))
+    return _CANONICAL.encode(whole_floats_as_integers(values))
 
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 _UNCHANGED = frozenset({str, int, bool, type(None)})
-"""Types of values that `_plain` returns unchanged."""
+"""Types of values that `whole_floats_as_integers` returns unchanged."""
 
 
-def _plain(value: Any) -> Any:
+def whole_floats_as_integers(value: Any) -> Any:
     """Return a value with whole floats as integers, so that 1.0 and 1 give the same digest."""
     kind = type(value)  # comparing types is several times faster than isinstance with an abstract class
     if kind in _UNCHANGED:
         return value
     if kind is float:
         return int(value) if value.is_integer() else value
+    plain = whole_floats_as_integers
     if kind is dict or isinstance(value, Mapping):
-        return {key: item if type(item) in _UNCHANGED else _plain(item) for key, item in value.items()}
+        return {key: item if type(item) in _UNCHANGED else plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [item if type(item) in _UNCHANGED else _plain(item) for item in value]
+        return [item if type(item) in _UNCHANGED else plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

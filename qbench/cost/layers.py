@@ -37,6 +37,9 @@ class Levels(NamedTuple):
     The value is None if there is no such step, and 0 if the step is not known before the method has seen data.
     """
 
+    symmetric: bool = False
+    """Whether the negative of every level is a level too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
@@ -207,7 +210,8 @@ def _read(grid: Grid, value: Tensor) -> Levels | None:
         return None
     size = grid.arrange(value).shape[1] * dimension
     steps = _steps(first.flatten()) if dimension == 1 else None
-    return Levels(len(first), dimension, _scale_group(groups, len(value), size), steps)
+    symmetric = dimension == 1 and torch.equal(first.flatten().sort().values, (-first).flatten().sort().values)
+    return Levels(len(first), dimension, _scale_group(groups, len(value), size), steps, symmetric)
 
 
 def _steps(points: Tensor) -> int | None:
@@ -223,7 +227,10 @@ def _steps(points: Tensor) -> int | None:
     if not bool((distances > 0).any()):
         return 0
     least = distances[distances > 0].min()
+    largest = points.abs().max()
     for step in (least, least / 2):
-        if torch.allclose(points / step, (points / step).round(), atol=1e-3):
-            return int((points / step).abs().max().round())
+        count = (largest / step).round()
+        multiples = points / (largest / count)  # the largest level has the smallest relative rounding error
+        if torch.allclose(multiples, multiples.round(), rtol=0, atol=1e-3):
+            return int(count)
     return None

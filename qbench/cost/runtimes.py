@@ -5,6 +5,7 @@ export forms accept the network, the decision uses this knowledge.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from qbench.bits import FLOAT
@@ -65,7 +66,7 @@ def runs_on(layers: Sequence[LayerCost], refused: Mapping[str, str] | None = Non
     return lines
 
 
-def _no_runtime(layers: Iterable[LayerCost]) -> str:
+def _no_runtime(layers: Sequence[LayerCost]) -> str:
     """Return the reason why no runtime supports these layers, or why the supported runtimes are not known yet.
 
     Return an empty text if there is no such reason. The supported runtimes then depend on the levels.
@@ -75,14 +76,14 @@ def _no_runtime(layers: Iterable[LayerCost]) -> str:
         return f"useful for simulation, or for compact storage of the weights: {why}"
     if all(layer.bits.w == FLOAT for layer in layers):
         return "useful for simulation only: weights are float, so quantized activations save nothing"
-    if any(levels is None or levels.steps == 0 for layer in layers for levels in (layer.weights, layer.inputs)):
+    if any(levels is None or levels.steps == 0 for levels in chain(*_levels(layers))):
         return "supported runtimes are not known yet, because the levels depend on data"
     return ""
 
 
-def _why_no_runtime(layers: Iterable[LayerCost]) -> str:
+def _why_no_runtime(layers: Sequence[LayerCost]) -> str:
     """Return the reason why no integer runtime supports the levels of these layers, or the network."""
-    levels = [each for layer in layers for each in (layer.weights, layer.inputs)]
+    levels = [*chain(*_levels(layers))]
     if any(each is None or each.steps is None for each in levels):
         return "integer runtimes need levels that are multiples of one step"
     if all(_linear(each) for each in levels):
@@ -90,12 +91,19 @@ def _why_no_runtime(layers: Iterable[LayerCost]) -> str:
     return "integer runtimes need one scale per layer or channel"
 
 
-def _supporting(layers: Iterable[LayerCost], refused: Mapping[str, str]) -> list[Runtime]:
-    pairs = [(layer.weights, layer.inputs) for layer in layers]
-    linear = all(_linear(w) and _linear(a) for w, a in pairs)
-    int8 = linear and all(_fits_int8(w) and _fits_int8(a) for w, a in pairs)
+def _levels(layers: Iterable[LayerCost]) -> tuple[list[Levels | None], list[Levels | None]]:
+    """Return the levels of the quantized weights, and of the quantized inputs. Any runtime can compute with floats."""
+    weights = [layer.weights for layer in layers if layer.bits.w < FLOAT]
+    return weights, [layer.inputs for layer in layers if layer.bits.a < FLOAT]
+
+
+def _supporting(layers: Sequence[LayerCost], refused: Mapping[str, str]) -> list[Runtime]:
+    weights, inputs = _levels(layers)
+    linear = all(map(_linear, [*weights, *inputs]))
+    signed, unsigned = 2 ** (WIDTH_INT8 - 1), 2**WIDTH_INT8 - 1
+    int8 = linear and all(_fits_int8(w, signed) for w in weights) and all(_fits_int8(a, unsigned) for a in inputs)
     supported = {
-        BINARY: all(_binary(w) and _binary(a) for w, a in pairs),
+        BINARY: all(map(_binary, [*weights, *inputs])),
         INT8: not refused["int8"] if "int8" in refused else int8,
         FPGA: not refused["qonnx"] if "qonnx" in refused else linear,
     }
@@ -103,12 +111,16 @@ def _supporting(layers: Iterable[LayerCost], refused: Mapping[str, str]) -> list
 
 
 def _binary(levels: Levels | None) -> bool:
-    return levels is not None and levels.number == 2 and levels.per in ("layer", "channel")
+    """Return whether the levels are -E and E. XNOR and popcount do not compute with 0 and E."""
+    return levels is not None and levels.number == 2 and levels.symmetric and levels.per in ("layer", "channel")
 
 
 def _linear(levels: Levels | None) -> bool:
     return levels is not None and levels.steps is not None and levels.per in ("layer", "channel")
 
 
-def _fits_int8(levels: Levels | None) -> bool:
-    return levels is not None and levels.steps is not None and levels.steps < 2**WIDTH_INT8
+def _fits_int8(levels: Levels | None, largest: int) -> bool:
+    """Return whether the levels are integers of 8 bits. If they reach as far below as above 0, 127 is the largest."""
+    if levels is None or levels.steps is None:
+        return False
+    return levels.steps <= (2 ** (WIDTH_INT8 - 1) - 1 if levels.symmetric else largest)

@@ -1,17 +1,18 @@
 """Checks the labels, images and normalization of data sets, including users' own data sets."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qbench.data.dataset import Dataset, Split, StoredSplit
 from qbench.data.drawn_split import DrawnSplit
-from qbench.data.file_stream import decoded_batches
+from qbench.data.file_stream import FileSplit, decoded_batches
 from qbench.errors import DataError
 
 MAX_NAMED = 5
@@ -222,17 +223,13 @@ def repeated_images(data: Dataset) -> list[str]:
 
     The order of the splits is train, val, test. Each message states the number of repeated images.
 
-    Images in memory are equal if all their values are equal. Images in files are equal if the files have the same
-    bytes. Splits with more than 4 GiB of files are not checked.
+    Images in memory are equal if all their values are equal. If all splits are in files, images are equal if their
+    files have the same bytes. Splits with more than 4 GiB of files are not checked.
     """
     seen: set[bytes] = set()
     notes = []
-    for part, split, earlier in (
-        ("train", data.train, ""),
-        ("val", data.val, "train"),
-        ("test", data.test, "train or val"),
-    ):
-        digests = _digests(split)
+    of_splits = _digests((data.train, data.val, data.test))
+    for part, digests, earlier in zip(("train", "val", "test"), of_splits, ("", "train", "train or val"), strict=True):
         repeated = sum(digest in seen for digest in digests)
         seen.update(digests)
         if earlier and repeated:
@@ -243,6 +240,24 @@ def repeated_images(data: Dataset) -> list[str]:
     return notes
 
 
+def other_class_names(class_names: Sequence[str], tested: Dataset) -> list[str]:
+    """Return a message if classes of a network have other names in a data set, or an empty list.
+
+    Args:
+        class_names: the names of the network's classes, or an empty sequence if they are not known.
+        tested: the data set on whose test split the network is evaluated.
+    """
+    pairs = enumerate(zip(class_names, tested.class_names, strict=False))
+    differing = [f"class {label} is {there}, here {here}" for label, (there, here) in pairs if there != here]
+    if not differing:
+        return []
+    named = "; ".join(differing[:MAX_NAMED]) + ("; ..." if len(differing) > MAX_NAMED else "")
+    return [
+        f"{len(differing)} of {tested.classes} classes have other names than in training ({named}); if they are other "
+        "classes, this accuracy means nothing"
+    ]
+
+
 def trained_images(trained: Dataset, tested: Dataset) -> list[str]:
     """Return a message if test images of one data set are training or validation images of another, or an empty list.
 
@@ -250,8 +265,8 @@ def trained_images(trained: Dataset, tested: Dataset) -> list[str]:
         trained: the data set on which a network was trained.
         tested: the data set on whose test split the network is evaluated.
     """
-    seen = {*_digests(trained.train), *_digests(trained.val)}
-    digests = _digests(tested.test)
+    train, val, digests = _digests((trained.train, trained.val, tested.test))
+    seen = {*train, *val}
     repeated = sum(digest in seen for digest in digests)
     if not repeated:
         return []
@@ -261,8 +276,16 @@ def trained_images(trained: Dataset, tested: Dataset) -> list[str]:
     ]
 
 
-def _digests(split: StoredSplit) -> list[bytes]:
-    """Return the digest of each image, or an empty list if the files are too large to be read."""
+def _digests(splits: Sequence[StoredSplit]) -> list[list[bytes]]:
+    """Return the digest of each image of some splits. The list is empty for files that are too large to be read.
+
+    The digests are of the files' bytes if the images of all splits are in files, and of the pixels otherwise.
+    """
+    decoded = not all(isinstance(split, FileSplit) for split in splits)
+    return [_split_digests(split, decoded) for split in splits]
+
+
+def _split_digests(split: StoredSplit, decoded: bool) -> list[bytes]:
     if isinstance(split, DrawnSplit):
         return list(split.digests)
     if isinstance(split, Split):
@@ -270,4 +293,9 @@ def _digests(split: StoredSplit) -> list[bytes]:
     paths = [Path(split.root, name) for name in split.names]
     if sum(path.stat().st_size for path in paths) > MAX_READ_BYTES:
         return []
-    return [sha256(path.read_bytes()).digest() for path in paths]
+    if not decoded:
+        return [sha256(path.read_bytes()).digest() for path in paths]
+    from qbench.data.images import decode_image  # late: not all runs need PIL
+
+    images = (decode_image(path, split.side).transpose(2, 0, 1) for path in paths)  # in the order of a split in memory
+    return [sha256(np.ascontiguousarray(image).data).digest() for image in images]

@@ -9,7 +9,7 @@ and ignored. Grey, CMYK, palette and 16-bit images are converted to RGB. In 16-b
 white. Data sets that use fewer of the 16 bits are refused. The EXIF orientation is ignored, as in torchvision.
 
 With `test=0.2`, all images are root/CLASS/IMAGE, and a fifth of the images of each class form the test split. The test
-split is the same in every run.
+split is the same in every run, as long as the images are the same.
 
 With `augment=plain`, the shorter side of an image is resized to `resize` pixels. Then `size` x `size` pixels are
 cropped, at a random position in training and in the centre in evaluation. With `augment=inception`, a training crop

@@ -103,13 +103,13 @@ class Loader:
         """Yield batches of at most `limit` images of a split, without augmentation.
 
         These are the first images. If a class of the split is not among them, as in a folder that is sorted by class,
-        these are evenly spaced images instead.
+        these are evenly spaced images instead, in a fixed random order, so that each batch has images of many classes.
         """
         split = self.splits[name]
         count = min(limit, len(split))
         index = torch.arange(count)
         if len(set(split.labels[:count].tolist())) < len(set(split.labels.tolist())):
-            index = evenly_spaced(count, len(split))
+            index = evenly_spaced(count, len(split))[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
         yield from self._batches(split, list(torch.split(index, self._evaluation_size(500))))
 
     def _batches(self, split: StoredSplit, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

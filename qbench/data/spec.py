@@ -22,6 +22,7 @@ class DatasetSpec(NamedTuple):
         shape: channels, height and width of an image as the network gets it.
         train: number of training images, validation images included.
         test: number of test images.
+        balanced: whether the numbers of training images per class differ by at most one.
     """
 
     shape: tuple[int, int, int]
@@ -29,6 +30,7 @@ class DatasetSpec(NamedTuple):
     train: int
     test: int
     synthetic: bool = False
+    balanced: bool = False
 
 
 def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
@@ -44,13 +46,25 @@ def placeholder_dataset(node: Mapping[str, Any]) -> Dataset | None:
         return None
     if not 0 <= node["val"] < 1:
         raise ValueError(f"val={node['val']}: must be a fraction of the training images, from 0 to below 1")
-    val_images = round(node["val"] * spec.train)
+    val_images = _val_images(spec, node["val"])
     channels = spec.shape[0]
     return Dataset(
         name=str(node["name"]), train=_black_images(spec.shape, spec.train - val_images),
         val=_black_images(spec.shape, val_images), test=_black_images(spec.shape, spec.test), classes=spec.classes,
         mean=(0.0,) * channels, std=(1.0,) * channels, synthetic=spec.synthetic,
     )  # fmt: skip
+
+
+def _val_images(spec: DatasetSpec, val: float) -> int:
+    """Return the number of validation images.
+
+    A run rounds the share of each class (`stratified_share`). If the numbers of images per class are not known, the
+    share of all images is rounded.
+    """
+    if not spec.balanced:
+        return round(val * spec.train)
+    images, more = divmod(spec.train, spec.classes)
+    return more * round(val * (images + 1)) + (spec.classes - more) * round(val * images)
 
 
 def _dataset_spec(node: Mapping[str, Any]) -> DatasetSpec | None:
@@ -60,15 +74,15 @@ def _dataset_spec(node: Mapping[str, Any]) -> DatasetSpec | None:
     """
     name, side = str(node["name"]), int(node.get("size", 0))
     if name == "glyphs":
-        return DatasetSpec((3, side, side), 34, node["train"], node["test"], synthetic=True)
+        return DatasetSpec((3, side, side), 34, node["train"], node["test"], synthetic=True, balanced=True)
     if name == "synthetic":
         return DatasetSpec((node["channels"], side, side), node["classes"], node["train"], node["test"], synthetic=True)
     published = {
-        "cifar10": DatasetSpec((3, 32, 32), 10, 50_000, 10_000),
-        "cifar100": DatasetSpec((3, 32, 32), 100, 50_000, 10_000),
-        "fashion_mnist": DatasetSpec((1, 28, 28), 10, 60_000, 10_000),
+        "cifar10": DatasetSpec((3, 32, 32), 10, 50_000, 10_000, balanced=True),
+        "cifar100": DatasetSpec((3, 32, 32), 100, 50_000, 10_000, balanced=True),
+        "fashion_mnist": DatasetSpec((1, 28, 28), 10, 60_000, 10_000, balanced=True),
         "mnist": DatasetSpec((1, 28, 28), 10, 60_000, 10_000),
-        "tiny_imagenet": DatasetSpec((3, 64, 64), 200, 100_000, 10_000),
+        "tiny_imagenet": DatasetSpec((3, 64, 64), 200, 100_000, 10_000, balanced=True),
         "imagenet": DatasetSpec((3, side, side), 1000, 1_281_167, 50_000),
         "svhn": DatasetSpec((3, side, side), 10, SVHN_IMAGES.get(str(node.get("split")), 0), 26_032),
     }

@@ -24,6 +24,8 @@ from qbench.data.dataset import Dataset, Split
 from qbench.data.dataset_files import dataset_from_splits, read_svhn
 from qbench.data.normalize import Normalize
 
+SIDE = 32
+"""Height and width of the images in the files, in pixels."""
 CHUNK = 10_000
 """Number of images that are resized at once."""
 SPLITS = {"train": ("train",), "extra": ("extra",), "both": ("train", "extra")}
@@ -38,7 +40,7 @@ def build(
     val: float = 0.1,
     pad: int = 4,
     replicate: bool = False,
-    size: int = 32,
+    size: int = SIDE,
     brightness: float = 0.0,
     contrast: float = 0.0,
     normalize: Normalize = "own",
@@ -47,7 +49,7 @@ def build(
     if split not in SPLITS:
         raise ValueError(f"split={split}: must be one of {', '.join(SPLITS)}")
     if size < 1:
-        raise ValueError(f"size={size}: must be 1 or more (the images in the files have 32 pixels)")
+        raise ValueError(f"size={size}: must be 1 or more (the images in the files have {SIDE} pixels)")
     augment = Augment(pad, replicate=replicate, brightness=brightness, contrast=contrast)
     train, test = (resize_split(part, size) for part in read_svhn(SPLITS[split], root, download))
     return dataset_from_splits("svhn", train, test, classes=10, val=val, augment=augment, normalize=normalize)

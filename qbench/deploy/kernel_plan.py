@@ -205,6 +205,8 @@ class Planner:
 
     def padded(self, i: int, x: Ref, front: int, back: int) -> None:
         """Add a layer that copies a map and adds channels of zeros before and after its channels."""
+        if self.operand(x).map.is_dense:
+            raise NoKernel("channels of zeros beside channels of floats that are stored without gaps, as in the image")
         computed = self.copied(x)
         channels, height, width = computed.size
         result = self.memory.floats(front + channels + back, height, width)

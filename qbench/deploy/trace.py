@@ -17,7 +17,7 @@ from qbench.deploy.codes import Encoded, NotEncodable, encode
 from qbench.deploy.network import FUNCTIONS, Argument, Batch, Network, Ref, Step, Stored, refs
 from qbench.deploy.steps import NotSteps, step_function
 from qbench.errors import ConfigError
-from qbench.quant.graph import Arguments, Forward, Recorder, eval_mode_keeping_rng, intercepted_calls, tensors
+from qbench.quant.graph import Arguments, Forward, Recorder, eval_mode_keeping_rng, intercepted_calls, storage, tensors
 from qbench.quant.layers import QLayer, quantized_layers
 
 NO_EFFECT = ("inplace", "_stacklevel")
@@ -111,6 +111,7 @@ class _Tracer(Recorder):
         # layers read values of their input only to test whether it is finite
         self._checking = {name for name, module in model.named_modules() if isinstance(module, QLayer)}
         self._values: dict[int, Ref | Stored] = {id(images): Ref(-1)}
+        self._stale: set[int] = set()  # tensors whose values have changed because they share memory with another one
         self._names = {
             id(tensor): name
             for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
@@ -174,6 +175,11 @@ class _Tracer(Recorder):
                 "such a network may compute differently for other images, so it cannot be exported"
             )
         if not list(tensors(result)):
+            if changed is not None and any(True for _ in refs(self._arguments(args))):
+                raise NotExportable(
+                    f"{self._where[-1] or 'the network'}: assigns to a part of a tensor ({kind})\n"
+                    "use torch.where or torch.cat"
+                )
             return
         converted = tuple(map(self._arguments, args)), {key: self._arguments(value) for key, value in kwargs.items()}
         if kind in CREATES or not next(refs((converted[0], tuple(converted[1].values()))), None):
@@ -194,8 +200,10 @@ class _Tracer(Recorder):
             assert isinstance(value, Ref)
             assert isinstance(result, tuple | list)
             self._values |= {id(t): value._replace(item=i) for i, t in enumerate(result) if isinstance(t, Tensor)}
-        if changed is not None:
+        if isinstance(changed, Tensor):
             self._values[id(changed)] = value
+            sharing = {id(t) for t in self._kept if storage(t) == storage(changed)} & self._values.keys()
+            self._stale = (self._stale | sharing) - {id(changed), id(result)}
 
     def _add_step(self, function: str, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> Ref:
         self.program.steps.append(Step(function, args, kwargs, self._where[-1]))
@@ -232,6 +240,11 @@ class _Tracer(Recorder):
     def _arguments(self, value: object) -> Argument:
         """Return an argument with references in place of tensors."""
         if isinstance(value, Tensor):
+            if id(value) in self._stale:
+                raise NotExportable(
+                    f"{self._where[-1] or 'the network'}: reads a tensor whose memory was changed in place through "
+                    "another tensor, such as a view\nuse functions that return a new tensor"
+                )
             if id(value) not in self._values:
                 name = self._names.get(id(value)) or f"constant{len(self.program.tensors)}"
                 self.program.tensors[name] = value.detach()

@@ -1,7 +1,7 @@
 """Builds the data set, the method and the network, each from one node (group of keys) of the configuration."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from qbench.models.normalization import remove_scale_and_shift
 from qbench.quant.combine import combine
 from qbench.quant.method import Method, Unsupported
 from qbench.system.caches import cached_for_command
-from qbench.system.files import read_yaml
+from qbench.system.files import Json, read_yaml
 from qbench.training.initial_weights import fits
 from qbench.training.random_state import seed_everything
 
@@ -81,7 +81,12 @@ def _arguments(node: Node) -> Node:
 
 def images_sha256(data: Dataset) -> str:
     """Return the sha256 of all images and labels of a data set, in their order."""
-    return digest({key: value for key, value in data.fingerprint().items() if key != "files_ignored"})
+    return fingerprint_sha256(data.fingerprint())
+
+
+def fingerprint_sha256(fingerprint: Mapping[str, Json]) -> str:
+    """Return the digest of a data set's fingerprint, which a run's manifest also contains."""
+    return digest({key: value for key, value in fingerprint.items() if key != "files_ignored"})
 
 
 def build_imageless_dataset(node: Node) -> Dataset | None:

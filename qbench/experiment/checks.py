@@ -177,12 +177,19 @@ def check_shards(data: Dataset, optim: Optim, shards: int) -> None:
 def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
     """Refuse a user's network without the normalization that the method requires.
 
-    A network of qbench has an attribute `norm` and always meets the requirement. Any other network is searched for
-    batch normalization layers.
+    A network of qbench whose normalization can be chosen has an attribute `norm`, a text, and always meets the
+    requirement. Any other network is searched for batch normalization layers.
     """
+    if isinstance(getattr(model, "norm", None), str):
+        return
     norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     affine = any(getattr(m, "affine", False) for m in norms)
-    if requires.norm == "no_affine" and not hasattr(model, "norm") and (affine or not norms):
+    if requires.norm == "none" and norms:
+        raise Unsupported(
+            f"{method_name} requires a network without batch normalization; {type(model).__name__} has "
+            f"{len(norms)} such layers"
+        )
+    if requires.norm == "no_affine" and (affine or not norms):
         why = "has scale and shift" if affine else "has no batch normalization"
         raise Unsupported(
             f"{method_name} requires batch normalization without scale and shift; {type(model).__name__} {why}"

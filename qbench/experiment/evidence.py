@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
 
+from qbench.data.loader import batch_size_and_steps
 from qbench.experiment.setup import ExperimentSetup
 from qbench.runs.result import Evaluation
+from qbench.training.schedule import updates_per_epoch
 
 FEW_STEPS = 500
 """A run with fewer training steps has a warning. The default recipe of the smallest data set, digits, has 540 steps."""
@@ -35,10 +37,17 @@ def evidence_warnings(setup: ExperimentSetup, baseline: Evaluation | None, steps
     labels = setup.data.test.labels
     return [
         *(weak_baseline(baseline.test.top1, labels.bincount().tolist()) if baseline else ()),
-        *few_steps(-(-steps // setup.optim.accumulate), "pretrain." if setup.is_baseline else ""),
+        *few_steps(updates(setup, steps), "pretrain." if setup.is_baseline else ""),
         *skipped_phases(setup.method.phases, setup.epochs),
         *coarse_test_split(len(labels)),
     ]
+
+
+def updates(setup: ExperimentSetup, batches: int) -> int:
+    """Return the number of updates of the weights in the given number of training batches."""
+    per_epoch = batch_size_and_steps(setup.data, setup.optim.batch_size)[1]
+    epochs, rest = divmod(batches, per_epoch)
+    return epochs * updates_per_epoch(setup.optim, per_epoch) + updates_per_epoch(setup.optim, rest)
 
 
 def weak_baseline(top1: float, images_per_class: list[int]) -> Iterator[str]:

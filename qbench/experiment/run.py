@@ -2,6 +2,7 @@
 
 import copy
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from qbench.config.identity import file_sha256
 from qbench.config.users_modules import keep_modules
 from qbench.data.loader import Loader
 from qbench.errors import CheckpointError, Diverged, Interrupted
-from qbench.experiment.builders import images_sha256
+from qbench.experiment.builders import fingerprint_sha256, images_sha256
 from qbench.experiment.context import RunContext
 from qbench.experiment.data_check import has_other_data, other_data_error
 from qbench.experiment.device import loss_scaler, reset_peak_memory, slow_half
@@ -87,7 +88,10 @@ def run(
     with context.lock(directory):
         if stored := stored_result():  # another process has finished the run
             return stored
-        starts_over = rerun and not (files.read_json(directory.path / "manifest.json") or {}).get("rerun")
+        attempt = files.read_json(directory.path / "manifest.json") or {}
+        starts_over = rerun and not (
+            attempt.get("rerun") and fingerprint_sha256(attempt.get("data") or {}) == images_sha256(setup.data)
+        )
         repeated = directory.has_result() or planned.config.debug or starts_over  # an earlier attempt left files
         if context.writes and repeated:
             directory.reset(whole=rerun or replace_other_data or directory.stored() is not None)
@@ -170,7 +174,8 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
         task = Task(
             model=model, method=method, optim=setup.optim, epochs=setup.epochs, steps=loader.steps,
             train=loader.train, validate=lambda: context.evaluation_batches(loader, "val"), probe=probe,
-            forward=setup.forward(model), classes=setup.data.classes, shards=setup.shards,
+            forward=setup.forward(model), classes=setup.data.classes,
+            chance=setup.data.train.labels.bincount().max().item() / len(setup.data.train), shards=setup.shards,
         )  # fmt: skip
         state = _state(task, loss_scaler(setup.runtime, setup.device), session.saved, setup.seed)
         if setup.epochs and (unsteady := unsteady_training(model, probe.batches[0][0][:UNSTEADY_IMAGES])):
@@ -189,8 +194,10 @@ def _train(setup: ExperimentSetup, directory: RunDirectory, baseline: Result | N
 def _write_manifest(setup: ExperimentSetup, directory: RunDirectory, session: TrainingSession) -> None:
     """Write the manifest. Warn if other code, another version of torch or another device saved the checkpoint."""
     path, resumed = directory.path / "manifest.json", session.saved is not None
+    # the same command with rerun=true has continued the run
+    advice = START_OVER if setup.config.rerun else "to start over, add rerun=true"
     for change in manifest.changed_since(path, setup.device.type) if resumed else ():
-        session.context.reporter.say(f"warning: the run began with {change}; to start over, add rerun=true")
+        session.context.reporter.say(f"warning: the run began with {change}; {advice}")
     manifest.write(
         path,
         numerics=directory.identity.keys["runtime"],
@@ -232,7 +239,8 @@ def _initial_model(
         load_quantizers(setup.install(model), weights.quantizers, setup.config.init)
         return model.to(setup.device), compared
     if baseline is not None and baseline.final is not None:
-        compared = BaselineResult(run=baseline.run, final=baseline.final, best=baseline.best)
+        present = BaselineResult(run=baseline.run, final=baseline.final, best=baseline.best)
+        compared = session.baseline = _baseline_at_start(setup, present, session.baseline)
         if setup.starts_from_baseline:
             weights = load_initial_weights(model, Path(baseline.run), setup.baseline.identity.digest)
             setup.warn(other_outputs(model, weights.layers, f"float baseline {baseline.run}: best.pt"))
@@ -241,6 +249,21 @@ def _initial_model(
                 setup.find_layers(model)
     setup.restore_layers(session.saved or {})
     return setup.install(model).to(setup.device), compared
+
+
+def _baseline_at_start(setup: ExperimentSetup, present: BaselineResult, saved: BaselineResult | None) -> BaselineResult:
+    """Return the float baseline as it was when the run started. Warn if it has been trained again since then.
+
+    `saved` comes from the checkpoint. It is None for a new run, and in checkpoints of earlier versions.
+    """
+    started = replace(saved or present, run=present.run)  # the directory may have been moved
+    if started != present:
+        teacher = ", but the teacher has the new weights" if setup.config.distill.by_baseline else ""
+        setup.warn(
+            f"the float baseline {present.run} was trained again, with another outcome, after this run had started; "
+            f"this run is compared with the earlier outcome{teacher}"
+        )
+    return started
 
 
 def _file_baseline(setup: ExperimentSetup, model: nn.Module, loader: Loader, context: RunContext) -> BaselineResult:

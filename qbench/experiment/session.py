@@ -6,9 +6,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from qbench.experiment.trained_network import LAYERS, StoredLayers
 from qbench.runs import tensorboard
 from qbench.runs.directory import RunDirectory
 from qbench.runs.metrics_logger import MetricsLogger, Record, SilentLogger
-from qbench.runs.result import TrainingSpeed
+from qbench.runs.result import BaselineResult, TrainingSpeed
 from qbench.system import files
 from qbench.system.tracebacks import error_text
 from qbench.training.checkpoint import Saved, first_nonfinite, load_newest, pack
@@ -49,6 +50,8 @@ class TrainingSession:
 
     Attributes:
         saved: the checkpoint to continue from, or None for a new run.
+        baseline: the evaluations of the float baseline when the run started. None if the run has no baseline, or if
+            the checkpoint is of an earlier version.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class TrainingSession:
         past = self.saved["session"] if self.saved else {}
         self.train_seconds: float = past.get("train_seconds", 0.0)
         self.train_images: int = past.get("train_images", 0)
+        self.baseline = msgspec.convert(past.get("baseline"), BaselineResult | None)
+        self._earlier_peak: int = past.get("peak_bytes", 0)
         self._earlier_seconds: float = past.get("wall_seconds", 0.0)
         self._began = self._saved_at = time.perf_counter()
         step, size = self.saved["state"]["counters"][2] if self.saved else 0, past.get("log_size", 0)
@@ -125,6 +130,8 @@ class TrainingSession:
             "train_seconds": self.train_seconds,
             "train_images": self.train_images,
             "wall_seconds": self.wall_seconds,
+            "peak_bytes": self._peak_bytes(next(task.model.parameters()).device),
+            "baseline": asdict(self.baseline) if self.baseline else None,
             "log_size": self.logger.size,
             "memory": self.monitor.memory(task.model),
         }
@@ -163,13 +170,17 @@ class TrainingSession:
 
     def speed(self, device: torch.device, epochs: int) -> TrainingSpeed:
         """Return the training speed and the peak memory. The speed is the mean over all epochs, without evaluation."""
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
         seconds = max(self.train_seconds, 1e-9)
         return TrainingSpeed(
             images_per_second=self.train_images / seconds,
             seconds_per_epoch=seconds / epochs if epochs else 0.0,
-            peak_bytes=peak,
+            peak_bytes=self._peak_bytes(device),
         )
+
+    def _peak_bytes(self, device: torch.device) -> int:
+        """Return the peak memory of the run, including the processes before interruptions."""
+        own = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_bytes()
+        return max(own, self._earlier_peak)
 
     def _write_epoch(self, task: Task, state: State, record: EpochRecord, losses: list[Tensor]) -> None:
         self.train_seconds += record.seconds

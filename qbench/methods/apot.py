@@ -22,7 +22,7 @@ Forward
     2^b - 1 levels. With 2 bits, the levels are -alpha, 0, alpha. The layer does not multiply w_hat
     by std(W), because the following batch normalization removes the scale.
     Activations of b bits: x_hat = alpha project(clip(x / alpha, 0, 1)), with B = b.
-    Weights of the first and last layers, with 8 bits: w_hat = round(127 W / m) m / 127, with m =
+    Weights of 8 bits, which the authors use for the first and last layers: w_hat = round(127 W / m) m / 127, with m =
     max|W|.
 
 Backward
@@ -34,8 +34,9 @@ Backward
 
 Schedule
     Training has one phase and starts from a float network. The authors start the training of each
-    width from the trained network of the next larger width. To do the same in qbench, type
-    init=RUN, where RUN is the directory of the run with the next larger width.
+    width from the trained network of the next larger width, with its clipping levels. In qbench,
+    init=RUN, where RUN is the directory of the run with the next larger width, loads the latent
+    weights. The clipping levels start again at initial_weight and initial_input.
 
 Sites
     weight, input.

@@ -52,8 +52,9 @@ Choices
     from the authors' code, which has no constants for other widths. The steps for 1, 3 and 4 bits
     (0.799, 0.3217 and 0.185) come from EdMIPS, later code by the same first author.
     threshold: `zero` is the paper's first threshold. `half_step` sets the first threshold to half a
-    step, as in round(x / step), and uses the optimal step for this threshold. EdMIPS also has a
-    first threshold of half a step, but its steps would be optimal only if this threshold were 0.
+    step, as in round(x / step). With constants=exact, the step is then the optimal step for this
+    threshold. EdMIPS also has a first threshold of half a step, but its steps would be optimal only
+    if this threshold were 0. constants=authors with threshold=half_step gives this combination.
     A ReLU before the quantizer changes nothing, because the quantizer maps x <= 0 to 0. qbench
     removes this ReLU if the network allows the removal.
     The released code does not contain the offset of log_tailed. qbench uses q_m - 1, because this

@@ -58,8 +58,8 @@ Choices
     weights in a portion is rounded up. After the last portion is frozen, nothing is trained,
     because the last solver file of the authors has max_iter: 1.
     n1 is computed for the first portion only. The authors' code computes n1 again for every
-    portion. The largest weight is frozen in the first portion. The two values of n1 therefore
-    differ only if a free weight later becomes larger than this frozen weight.
+    portion. With partition=largest, the largest weight is frozen in the first portion. The two
+    values of n1 then differ only if a free weight later becomes larger than this frozen weight.
 
 Deviations
     By default, the first and last layers stay float (`layers.first`, `layers.last`). The paper

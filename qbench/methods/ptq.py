@@ -76,6 +76,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qbench.bits import FLOAT, Bits
 from qbench.methods import uniform
@@ -89,7 +90,6 @@ from qbench.quant.quantizer import Grid, Quantizer, Storage
 WEIGHTS, CALIBRATIONS = ("minmax", "mse"), ("minmax", "percentile", "mse")
 REESTIMATES = ("shift", "replace", "none")
 PERCENTILE = 99.99
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MAX_VALUES = 2**20
 """Largest number of values of a layer's input that calibration uses."""
 
@@ -235,9 +235,9 @@ def calibrate(
         sites[name].set_range(*find_range(torch.cat(values).float(), sites[name].bits))
 
 
-def _norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]:
-    """Return the batch normalization modules that have running statistics."""
-    return [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch normalization modules of all classes that have running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 @torch.no_grad()

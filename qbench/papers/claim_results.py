@@ -95,7 +95,7 @@ def evaluate_claim(
     try:
         minuend = [_measured(first[s], measure, hits) for s in seeds]
         subtrahend = [
-            _measured(second[s], measure, hits) if comparison.second else _measured(first[s], BASELINE, hits)
+            _measured(first[s], BASELINE, hits) if comparison.second is None else _measured(second[s], measure, hits)
             for s in seeds
         ]
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Compares the configuration of a run with the most similar published row of its method."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qbench.config.identity import RunIdentity, run_identity
 from qbench.config.schema import Node
@@ -15,7 +15,7 @@ CANDIDATES = 4
 KEYS_SHOWN = 12
 """Maximum number of different keys that are listed. Further keys are only counted."""
 SHA256_DIGITS = 64
-NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "schedule"}
+NODE_TITLES = {"dataset": "data set", "model": "network", "optim": "optimizer"}
 
 
 def recipe_differences(run: RunIdentity) -> list[str]:
@@ -82,11 +82,17 @@ def _similarity(row: PublishedRow, run: RunIdentity) -> tuple[bool, bool, bool, 
     6. The row was measured by the method's authors.
     """
     dataset = f"dataset={run.dataset}" in names().datasets[row.dataset].words
-    net = f"model={run.model}" in names().nets[row.net].words
+    net = _has_network(run, names().nets[row.net].words)
     equal_widths = sum(getattr(row.bits, key) == getattr(run.bits, key) for key in "wag")
     wanted = dict(word.partition("=")[::2] for word in command_words(row))
     broken = sum(not holds(key, value, run.config) for key, value in wanted.items())
     return dataset and net, net, dataset, equal_widths, -broken, row.by_authors
+
+
+def _has_network(run: RunIdentity, words: Sequence[str]) -> bool:
+    """Return whether a run has the network that words such as `model=resnet18 model.width=128` choose."""
+    keys = (word.partition("=")[::2] for word in words)
+    return f"model={run.model}" in words and all(holds(key, value, run.config) for key, value in keys)
 
 
 def holds(key: str, value: str, config: Mapping[str, object]) -> bool:
@@ -108,7 +114,8 @@ def _as_number(value: object) -> float | str:
 def _absence_notes(row: PublishedRow, run: RunIdentity) -> list[str]:
     """Return a list with one note if the row's authors have no result for the run's network and data set, else []."""
     datasets = [key for key, name in names().datasets.items() if f"dataset={run.dataset}" in name.words]
-    nets = [key for key, name in names().nets.items() if f"model={run.model}" in name.words]
+    nets = [key for key, name in names().nets.items() if _has_network(run, name.words)]
+    nets.sort(key=lambda key: len(names().nets[key].words), reverse=True)  # most specific first
     sentence = absence_note(row.paper, nets[0] if nets else None, datasets[0]) if datasets else None
     return [sentence] if sentence else []
 

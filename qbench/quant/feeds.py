@@ -196,6 +196,8 @@ def bypass_activations(
         return
     reasons: Mapping[str, str] = {}
     readers_of = feeds(model)
+    if "fused" not in (act, needs):  # of the other activation functions, the quantizer includes none
+        readers_of = {name: read for name, read in readers_of.items() if type(model.get_submodule(name)) is nn.ReLU}
     if "fused" in (act, needs) and not readers_of and example is not None:
         traced, reasons = trace_feeds(model, example, assigned)
         readers_of = traced

@@ -233,11 +233,11 @@ class Recorder(TorchFunctionMode):
         self._kept += [*read, *made]
         self._made_by |= {id(t): name for t in made}
         # If the operation wrote into a tensor that it read, all tensors that share memory with it have changed too.
-        if written := {_storage(t) for t in made if any(t is other for other in read)}:
-            self._made_by |= {id(t): name for t in self._kept if _storage(t) in written}
+        if written := {storage(t) for t in made if any(t is other for other in read)}:
+            self._made_by |= {id(t): name for t in self._kept if storage(t) in written}
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
     """Return a number that is equal for two tensors only if they share memory. The meta device is allowed."""
     return int(tensor.untyped_storage()._cdata)
 

@@ -73,9 +73,8 @@ class Requires:
             no requirement.
         act: what happens to the activation function before the input quantizer. "keep" keeps the activation
             function. "fused" removes it, because the quantizer takes its place. "either" means that the quantizer
-            itself includes the activation function, so a separate activation function before it changes no value.
-            With "either", the separate activation function is removed if the network declares which layers read
-            its output.
+            itself maps negative values to 0, so a ReLU before it changes no value. With "either", the ReLU is removed
+            if the network declares which layers read its output. Other activation functions are kept.
         start: the initial weights. "float" means the weights of the float baseline. "scratch" means random weights. The
             float baseline is then trained only for comparison.
         teacher: whether the default loss is a distillation loss with the float baseline as the teacher. The

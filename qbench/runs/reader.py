@@ -291,7 +291,7 @@ def _metrics(path: Path) -> tuple[list[Line], str]:
 
 
 def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
-    """Return a result that is made from config.yaml and the final line of metrics.jsonl.
+    """Return a result that is made from config.yaml and the lines of metrics.jsonl.
 
     The result is None if config.yaml or the final line is missing.
 
@@ -306,6 +306,7 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
     identity = run_identity(from_dict(files.read_yaml(file)))
     if not _is_named(path, identity.digest):
         raise ValueError("config.yaml was edited after the run: the directory's name belongs to other settings")
+    trained = [line["epoch"] for line in lines if line.get("kind") == "epoch" and isinstance(line.get("epoch"), int)]
     return Result(
         status=DONE,
         method=identity.method,
@@ -316,7 +317,7 @@ def _result_from_metrics(path: Path, lines: list[Line]) -> Result | None:
         model=identity.model,
         run=str(path),
         protocol=Protocol(hash=identity.protocol_hash, keys=identity.protocol),
-        final=measured,
+        final=replace(measured, epoch=max(trained, default=None)),
     )
 
 

@@ -77,7 +77,10 @@ def exploding_weights(model: nn.Module, start: Mapping[str, float], where: str) 
     for name, layer in _layers(model).items():
         magnitude = _max_magnitude(layer)
         growth = magnitude / start.get(name, magnitude or 1.0)
-        text = f"{name}: the largest weight is {magnitude:.3g}, {growth:,.0f} times its initial value, {where}"
+        text = (
+            f"{name}: the largest weight is {magnitude:.3g}, {growth:,.0f} times the initial one or 1/sqrt(fan-in), "
+            f"whichever is larger, {where}"
+        )
         if growth > MAX_GROWTH:
             raise Diverged(
                 f"{text}; probably the learning rate is too high\ntry a lower optim.lr, or optim.clip_norm=1"
@@ -145,17 +148,20 @@ def degenerate_layers(model: nn.Module, traces: Mapping[str, LayerTrace], where:
     return warnings
 
 
-def at_chance(record: EpochRecord, classes: int, step: int, where: str) -> HealthWarnings:
-    """Return a warning if the training accuracy is not better than guessing among `classes` classes."""
-    if step < MIN_STEPS or classes < 2 or not record.images:
+def at_chance(record: EpochRecord, chance: float, step: int, where: str) -> HealthWarnings:
+    """Return a warning if the training accuracy is not better than that of a constant answer.
+
+    `chance` is the share of the most frequent class, or 0 if it is not known.
+    """
+    if step < MIN_STEPS or not 0 < chance < 1 or not record.images:
         return {}
-    chance = 1 / classes
     limit = chance + STANDARD_ERRORS * sqrt(chance * (1 - chance) / record.images)
     if record.train_top1 > 100 * limit:
         return {}
     return {
-        "chance": f"training accuracy is {record.train_top1:.1f} % with {classes} classes, which is not better than "
-        f"chance, {where}; probably optim.lr is too high or too low, or the labels do not match the images"
+        "chance": f"training accuracy is {record.train_top1:.1f} %, which is not better than the share of the most "
+        f"frequent class ({100 * chance:.1f} %), {where}; probably optim.lr is too high or too low, or the labels do "
+        f"not match the images"
     }
 
 

@@ -137,7 +137,7 @@ class TrainingMonitor:
         """
         self.check(task.model, where)
         if record:
-            self._warn(at_chance(record, task.classes, state.step, where))
+            self._warn(at_chance(record, task.chance, state.step, where))
         if state.step >= FIRST_STEPS or _is_last_epoch(task, state):
             self._warn(untrained(self.without_gradient or [], state.step))
         period = 1 if self.level == "full" else ceil(MIN_STEPS_BETWEEN / task.steps)

@@ -88,6 +88,7 @@ class Task:
         forward: function that computes the network's output, compiled or in another precision. None means the network
             itself.
         classes: number of classes, or 0 if it is not known.
+        chance: share of the most frequent class in the training split, or 0 if it is not known.
         shards: the division of each batch into shards.
         weights: quantizes the weights of all layers together.
     """
@@ -102,6 +103,7 @@ class Task:
     probe: Probe
     forward: Callable[[Tensor], Tensor] | None = None
     classes: int = 0
+    chance: float = 0.0
     shards: Shards = field(default_factory=Shards)
     weights: WeightsFirst = field(default_factory=WeightsFirst)
 

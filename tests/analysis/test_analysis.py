@@ -523,7 +523,9 @@ def test_chosen_widths_are_trained_and_the_path_of_the_file_does_not_matter(
     assert chosen == allocations["rows"][0]["widths"] == {row["layer"]: row["loss"] for row in layers["rows"]}
     assert allocations["rows"][0]["bits"] <= 3
     assert allocations["rows"][2]["bits"] == 3
-    assert file.read_text().startswith("# qbench sensitivity ")
+    first = file.read_text().splitlines()[0]
+    assert first.startswith("# qbench sensitivity ")
+    assert "--budget w=3 --measure loss --widths 2,3,4 --images 64 --bn-stats recompute" in first
     line = [*SMOKE, "method=dorefa", "pretrain.epochs=4", f"out={run.parents[1]}"]
     moved = tmp_path / "moved"
     moved.mkdir()

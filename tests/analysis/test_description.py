@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Configure
-from helpers import evaluation, plant
+from helpers import epoch_line, evaluation, plant, write_metrics
 
 import qbench
 from qbench.analysis.description import description, recipe_text
@@ -49,6 +49,17 @@ def test_a_description_does_not_import_torch(smoke: Configure) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     manifest = json.loads((Path(result.run) / "manifest.json").read_text())
     assert manifest["versions"]["torch"] in done.stdout
+
+
+def test_the_recipe_of_a_run_from_logs(configure: Configure) -> None:
+    path = plant(configure("method=lsq", "epochs=2"), 97.0)
+    (path / "result.json").unlink()
+    final = {"kind": "final", "test_top1": 97.0, "test_top5": 99.0, "test_loss": 0.1}
+    for trained, expected in ((2, "2 epochs of adam"), (0, "nothing was trained")):
+        write_metrics(path, [*(epoch_line(epoch, 97.0) for epoch in range(trained)), json.dumps(final)])
+        lines = dict(line.split(maxsplit=1) for line in description(path).splitlines())
+        assert lines["recipe"].startswith(expected)
+        assert "stopped" not in lines["recipe"]
 
 
 def test_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:

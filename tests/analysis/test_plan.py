@@ -195,6 +195,27 @@ def test_a_stored_run_that_is_trained_again_is_not_free(configure: Configure) ->
     assert states[1] != "stored"
 
 
+def test_an_unfinished_run_has_the_time_of_its_remaining_epochs(configure: Configure, untimed: None) -> None:
+    config = configure("method=float", "init=scratch", "pretrain.epochs=4")
+    new = plan.plan([planned_run(config)])[0].values[0]
+    directory = planned_run(config).path
+    directory.mkdir(parents=True)
+    (directory / "state-1.pt").touch()
+    epoch = {"kind": "epoch", "epoch": 2, "train_loss": 1.0, "train_top1": 50.0, "seconds": 1.0, "images": 9}
+    (directory / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    begun = plan.plan([planned_run(config)])[0].values[0]
+    assert (new["state"], begun["state"]) == ("new", "unfinished")
+    assert begun["seconds"] == pytest.approx(new["seconds"] / 4)
+
+
+def test_shards_of_a_batch_are_in_memory_one_after_another(configure: Configure, untimed: None) -> None:
+    words = ["method=float", "init=scratch", "optim.batch_size=64", "pretrain.optim.batch_size=64"]
+    whole, sharded = (
+        plan.plan([planned_run(configure(*words, f"batch_shards={n}"))])[0].values[0]["memory"] for n in (1, 8)
+    )
+    assert whole - sharded == pytest.approx(10 * (64 - 8)), "ten bytes per image"
+
+
 def test_a_plan_with_the_network_of_a_run_as_teacher(configure: Configure) -> None:
     """The plan has no images, so it cannot compare them with the teacher's."""
     words = ["experiment=smoke", "dataset=synthetic", "model=mlp", "runtime.tensorboard=false"]
@@ -256,7 +277,8 @@ def _layer(w: Levels | None, a: Levels | None, bits: Bits, rescaled: bool = Fals
 
 
 def test_supported_runtimes() -> None:
-    two, four, far = Levels(2, 1, "layer", 1), Levels(4, 1, "channel", 3), Levels(16, 1, "layer", 300)
+    two, half = Levels(2, 1, "layer", 1, symmetric=True), Levels(2, 1, "layer", 1)
+    four, far = Levels(4, 1, "channel", 3), Levels(16, 1, "layer", 300)
     uneven, later, bucket = Levels(3, 1, "layer", None), Levels(256, 1, "layer", 0), Levels(16, 1, "256 values", 15)
 
     def notes(w: Levels | None, a: Levels | None, bits: Bits, rescaled: bool = False) -> str:
@@ -264,7 +286,8 @@ def test_supported_runtimes() -> None:
 
     names = (BINARY[0], INT8[0], FPGA[0])
     for w, a, expected in (
-        (two, two, (True, True, True)), (four, four, (False, True, True)), (far, four, (False, False, True)),
+        (two, two, (True, True, True)), (two, half, (False, True, True)),
+        (four, four, (False, True, True)), (far, four, (False, False, True)),
         (uneven, four, (False, False, False)), (bucket, four, (False, False, False)),
     ):  # fmt: skip
         text = notes(w, a, Bits(4, 4))
@@ -281,6 +304,32 @@ def test_supported_runtimes() -> None:
     assert "compact storage of the weights" in notes(four, None, Bits(4))
     assert "weights are float" in notes(None, four, Bits(32, 4))
     assert runs_on([_layer(None, None, Bits())]) == ["runs on any runtime, because nothing is quantized"]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("words", "int8"),
+    [
+        (["method=pact", "bits=w8a8"], False),  # PACT has the weights of DoReFa: odd integers up to 255
+        (["method=pact", "bits=w7a8"], True),
+        (["method=hwgq", "bits=w1a8"], True),
+        (["method=dorefa", "bits=w8a8"], False),
+        (["method=inq", "activation=lsq", "bits=w5a8"], False),  # powers of two up to 128, of both signs
+        (["method=lsq", "bits=w8a8"], True),
+        (["method=lsq", "bits=w4a4", "layers.last=w8"], True),  # the last layer has a float input
+    ],
+)
+def test_int8_without_an_export(configure: Configure, words: list[str], int8: bool) -> None:
+    """The levels alone decide if a network is too large to be exported by `plan`."""
+    setup = assemble(configure(*words), planned=True)
+    layers = layer_costs(step_cost.quantized_network(setup)[0], setup.method, setup.macs)
+    assert any(INT8[0] in line for line in runs_on(layers)) == int8
+
+
+def test_an_absent_result_is_that_of_the_network(planned: Planned, untimed: None) -> None:
+    words = ["method=lsq", "dataset=imagenet", "model=torchvision"]
+    for net in ("resnet18", "densenet121"):
+        notes = " ".join(planned(*words, f"model.net={net}")[1].notes)
+        assert ("DenseNet-121" in notes) == (net == "densenet121")
 
 
 @pytest.mark.full
@@ -366,7 +415,7 @@ def test_the_nearest_published_row_and_the_differences(planned: Planned, untimed
     notes = planned("method=ttq", "model=resnet20", "dataset=cifar10", "epochs=7")[1].notes
     nearest = next(note for note in notes if note.startswith("nearest published row: experiment=ttq/resnet20"))
     assert "epochs=7 (published: 400)" in nearest
-    assert "schedule=" in nearest
+    assert "optimizer=" in nearest
     assert any("DoReFa has no CIFAR-10 result" in n for n in planned("method=dorefa", "dataset=cifar10")[1].notes)
     (note,) = [n for n in planned("method=uniform")[1].notes if "recipe" in n]
     assert "no published row has a recipe for uniform" in note
@@ -386,12 +435,13 @@ def test_keys_are_checked_without_data(planned: Planned, words: str, phrase: str
 
 
 def test_dataset_specs_equal_the_loaded_data_sets(configure: Configure) -> None:
-    for name, train in (("glyphs", 340), ("synthetic", 100)):
+    for name, train in (("glyphs", 352), ("synthetic", 100)):
         config = configure(f"dataset={name}", f"dataset.train={train}", "dataset.test=34")
         known, read = placeholder_dataset(config.dataset), assemble(config).data
         assert known is not None
         assert (known.shape, known.classes, known.synthetic) == (read.shape, read.classes, read.synthetic)
         assert (len(known.train) + len(known.val), len(known.test)) == (len(read.train) + len(read.val), len(read.test))
+        assert len(known.val) == len(read.val) or name == "synthetic", "of each class, a rounded share"
 
 
 def test_a_long_plan_estimates_times_on_gpus(configure: Configure) -> None:

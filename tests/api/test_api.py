@@ -212,6 +212,10 @@ def test_compare_prints_what_the_command_line_prints(out: Path, tmp_path: Path) 
     everything = qbench.compare(qbench.load(out))
     assert str(everything) == run_compare([str(out)])
     assert str(qbench.compare(qbench.load(out, "method=lsq"))) == run_compare([str(out), "method=lsq"])
+    (run,) = qbench.load(out, method="lsq", seed=1)
+    assert run.result is not None
+    of_result = str(qbench.compare(run.result))
+    assert of_result == run_compare([str(out), "method=lsq", "seed=1"]), "also with the size of the float baseline"
     with pytest.raises(ConfigError, match="did you mean accuracy"):
         qbench.compare(out, columns=["acuracy"])
 
@@ -309,6 +313,23 @@ def test_the_page_predicts_the_class_of_a_photograph(
         assert capsys.readouterr().out == f"{name}\n"
 
 
+@pytest.mark.parametrize("load", [qbench.load_model, qbench.load_finished_run])
+def test_loading_a_run_leaves_torch_as_it_was(load: Callable[..., object], out: Path) -> None:
+    (run,) = qbench.load(out, method="dorefa", seed=0)
+    torch.manual_seed(5)
+    drawn, deterministic = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)
+    try:
+        load(run)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(1)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
 @pytest.mark.parametrize("channels", [long_tier(1), 3])
 def test_a_prepared_image_is_what_the_run_sees_of_it(
     channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -333,6 +354,22 @@ def test_a_prepared_image_is_what_the_run_sees_of_it(
         images = [Image.fromarray(image[0].numpy()) for image in split.images[: len(batch)]]
         found = torch.cat([model.prepare(image) for image in images])  # type: ignore[operator]
     torch.testing.assert_close(found, batch[: len(found)])
+
+
+def test_the_smaller_images_of_svhn_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run makes them smaller without averaging pixels, so an image that PIL makes smaller would be another one."""
+    images = torch.randint(256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    split = Split(images, torch.arange(40) % 10)
+    monkeypatch.setattr("qbench.data.svhn.read_svhn", lambda parts, root, download: (split, split))
+    words = (*SMOKE[:2], "method=dorefa", "bits=w4a4", "dataset=svhn", "dataset.val=0.25", "model=mlp")
+    image = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    model = qbench.load_model(qbench.run(*words, "dataset.size=24", out=tmp_path))
+    with pytest.raises(ValueError, match=r"32 x 32 pixels, but the network reads 24 x 24\n.*dataset=svhn"):
+        model.prepare(image)  # type: ignore[operator]
+    run = qbench.run(*words, "dataset.size=40", out=tmp_path)
+    batch, _ = next(iter(qbench.load_finished_run(run).setup.loader().unaugmented("test")))
+    prepared = qbench.load_model(run).prepare(image)  # type: ignore[operator]
+    assert (prepared[0] - batch[0]).abs().max() < 2 / 255 / 0.2, "enlarged, it is the same but for rounding"
 
 
 def cropped() -> Dataset:
@@ -694,9 +731,11 @@ def test_warnings_are_logged(out: Path, caplog: pytest.LogCaptureFixture) -> Non
     manifest.write_text(text.replace('"torch": "', '"torch": "0.'))
     with caplog.at_level(logging.WARNING, "qbench"):
         qbench.run(*WORDS, out=out, seed=1)
+        qbench.sweep(*WORDS, out=out, seed=[0, 1])
     manifest.write_text(text)
-    assert len(caplog.messages) == 1
+    assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith("this result was computed with torch 0.")
+    assert caplog.messages[1].startswith("of 2 stored results, some were computed differently: 1 with torch 0.")
 
 
 WIDTH = """

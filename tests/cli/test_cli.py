@@ -176,7 +176,12 @@ def test_a_stored_row_does_not_stand_for_another_device(
     stored = manifest.read_text()
     manifest.write_text(stored.replace('"device": "cpu"', '"device": "cuda"'))
     warned = run(*words, "runtime.device=cpu")
+    sweep = run("-m", *words, "seed=0", "runtime.device=cpu")
     manifest.write_text(stored)
+    assert sweep.stderr == (
+        "warning: of 1 stored results, some were computed differently: 1 on cuda; to train these runs again, add "
+        "rerun=true\n"
+    )
     assert warned == (0, first.stdout, "warning: this result was computed on cuda; to train again, add rerun=true\n")
 
 

@@ -1,6 +1,8 @@
 """Sequential test of two settings: looks, false decisions on A against A, refused words, the whole command."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ from qbench.report.comparison.sequential_test import (
     run_sequential_test,
 )
 from qbench.report.comparison.verdicts import Verdict
-from qbench.report.statistics.differences import paired
+from qbench.report.statistics.differences import paired, with_seed_dof
+from qbench.report.statistics.power import seeds_to_decide
 from qbench.runs.reader import RunRecord
 from qbench.runs.result import Protocol, Result
 
@@ -177,6 +180,15 @@ def test_the_interval_of_equivalence_has_twice_the_level() -> None:
     assert f"95 % confidence interval {-half:+.2f} to {half:+.2f}" in run_sequential_test(test, alike)
 
 
+def test_the_advice_uses_the_level_of_the_look_that_it_names() -> None:
+    """12 seeds have 80 % power at the level of the second look, but the look at 12 seeds is the fourth."""
+    first, second = [90.2, 91.0, 91.8], [90.0] * 3
+    text = run_sequential_test(parse([LINE, OTHER, "--max-seeds=3"]), stub({"w2a2g32": first, "w4a4g32": second}))
+    d = with_seed_dof(paired(first, second))
+    assert [seeds_to_decide(d, 0.5, look_level(number)) for number in (2, 4)] == [12, 14]
+    assert "About 15 more seeds would lead to a verdict: --max-seeds 18." in text
+
+
 def stub(
     figures: dict[str, list[float]], statuses: dict[int, str] | None = None
 ) -> Callable[[list[PlannedRun]], list[RunRecord]]:
@@ -214,6 +226,29 @@ def test_the_verdict_in_words() -> None:
         "dorefa w2a2g32 is not significantly different from dorefa w4a4g32, and not shown to be equivalent" in printed
     )
     assert "more seeds would lead to a verdict: --max-seeds " in printed
+
+
+def test_seeds_with_the_same_networks_are_no_seeds() -> None:
+    def same_from(first: int) -> Callable[[list[PlannedRun]], list[RunRecord]]:
+        """Return a function that makes runs in which all seeds from `first` on have the same weights."""
+        run = stub({"w2a2g32": [95.1, 65.0, *[95.0] * 20], "w4a4g32": [94.9] * 22})
+
+        def with_weights(runs: list[PlannedRun]) -> list[RunRecord]:
+            asked.append(len(runs))
+            records = run(runs)
+            for record in records:
+                assert record.result is not None
+                weights = str(min(record.result.seed, first)) * 64
+                record.result = replace(record.result, weights_sha256=weights)
+            return records
+
+        return with_weights
+
+    test, asked = parse([LINE, OTHER, "--max-seeds=8"]), list[int]()
+    with pytest.raises(ConfigError, match=r"no verdict: seeds 0 to 2 have the same weights in both settings"):
+        run_sequential_test(test, same_from(0))
+    assert asked == [6], "it trains no further copies"
+    assert "3 seeds" in run_sequential_test(test, same_from(2)), "8 seeds, of which 6 are copies of seed 2"
 
 
 def test_a_run_without_an_accuracy_leaves_no_verdict() -> None:
@@ -267,6 +302,10 @@ def test_from_command_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["settle", str(dorefa), str(ttq), "--max-seeds", "3"]) == 0
     assert capsys.readouterr().out == printed, "run directories name the settings that they belong to"
     assert [(run / "result.json").stat().st_mtime_ns for run in runs] == before
+    manifest = json.loads((dorefa / "manifest.json").read_text())
+    (dorefa / "manifest.json").write_text(json.dumps(manifest | {"versions": {"torch": "0.1"}}))
+    assert main(["settle", str(dorefa), str(ttq), "--max-seeds", "3"]) == 0
+    assert "warning: of 6 stored results, some were computed differently: 1 with torch 0.1" in capsys.readouterr().err
     assert main(["settle", str(dorefa), f"{small} method=ttq bits=w9", "--max-seeds", "3"]) == SWEEP_WITH_FAILURES
     assert "no verdict" in capsys.readouterr().err
     assert main(["settle", str(dorefa), str(tmp_path)]) == ConfigError.status

@@ -222,6 +222,15 @@ def test_a_pattern_that_is_twice_in_a_file_of_rules_is_refused(tmp_path: Path) -
         compose.configurations(["method=dorefa", f"layers=@{file}"])
 
 
+def test_two_files_of_rules_that_a_word_could_name_are_refused(tmp_path: Path) -> None:
+    """Hydra removes the suffix of a typed name, so that both words name either file."""
+    for name in ("rules", "rules.yaml"):
+        (tmp_path / name).write_text("conv1: 8\n")
+    for name in ("rules", "rules.yaml"):
+        with pytest.raises(ConfigError, match="there are two such files"):
+            compose.configurations(["method=dorefa", f"layers=@{tmp_path / name}"])
+
+
 @pytest.mark.parametrize("name", ["optim/sgd.yaml", "experiment/smoke.yaml", "method/dorefa.yaml"])
 def test_a_users_file_with_the_name_of_one_of_ours_is_not_passed_over(tmp_path: Path, name: str) -> None:
     """Hydra would take ours, `optim.lr=0.1`."""

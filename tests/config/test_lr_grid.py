@@ -254,7 +254,7 @@ def test_without_validation_accuracy_nothing_is_selected(tmp_path: Path) -> None
 
 def test_runs_with_and_without_a_grid_are_in_two_tables(configure: Configure, tmp_path: Path) -> None:
     planted(tmp_path, {LOW: 80.0, OWN: 90.0, HIGH: 85.0})
-    title = 'resnet8 on digits; protocol with lr_grid.factors=[0.1, 1.0, 10.0], lr_search="grid"'
+    title = 'resnet8 on digits; protocol with lr_grid.factors=[0.1, 1, 10], lr_search="grid"'
     assert only_table(tmp_path).title == title
     plant(configure("method=dorefa"), 60.0, 90.0)
     titles = {table.title: settings_of(table)[1].top1.mean for table in compare(read([str(tmp_path)]))}

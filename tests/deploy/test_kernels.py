@@ -174,6 +174,26 @@ def test_flattened_maps_are_no_vectors(adds: bool, reason: str) -> None:
         in_numba(trace(model, images), about_digits("packed"))
 
 
+class PaddedImage(nn.Module):
+    """A network that adds channels of zeros to the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.last = nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(self.first(F.pad(x, (0, 0, 0, 0, 0, 3))).relu())
+        return self.last(y.mean((2, 3)))
+
+
+def test_images_with_added_channels_are_refused() -> None:
+    """The pixels of an image are stored without gaps, so that a copy of 16 numbers also contains the next pixels."""
+    images = torch.randn(5, 1, 8, 8)
+    model = install(dorefa.build(w=2, a=2), PaddedImage(), Policy(last="same"), example=images[:1]).eval()
+    with pytest.raises(NotRunnable, match="channels of zeros beside"):
+        in_numba(trace(model, images), about_digits("packed"))
+
+
 def test_the_largest_sums_do_not_overflow() -> None:
     """A row of 46 pairs of tables is added up in three parts of 16, 16 and 14, each of which fits into a byte."""
     torch.manual_seed(0)

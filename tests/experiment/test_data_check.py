@@ -178,6 +178,17 @@ def test_an_interrupted_run_goes_on_with_its_own_images_only(
     assert run(planned_run(config), RunContext(quiet)).status == "done"
 
 
+def test_an_interrupted_rerun_starts_over_on_other_images(
+    words: list[str], tmp_path: Path, configure: Configure
+) -> None:
+    config = configure(*words, "method=float", "bits=w32a32g32", "runtime.checkpoint_seconds=0", "rerun=true")
+    quiet, polls = ProgressReporter(quiet=True), iter([0, 0, 15, 15, 15])
+    with pytest.raises(Interrupted):
+        run(planned_run(config), RunContext(quiet, lambda: next(polls)))
+    swap(tmp_path / "set")
+    assert run(planned_run(config), RunContext(quiet)).status == "done"
+
+
 MINE = """
 import torch
 from qbench.data.dataset import Dataset, Split

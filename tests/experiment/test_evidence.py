@@ -1,14 +1,16 @@
 """Runs whose accuracy says little have a warning: weak float baseline, few training steps, few test images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Configure, long_tier
 
 import qbench
-from qbench.experiment.evidence import FEW_STEPS, coarse_test_split, few_steps, skipped_phases, weak_baseline
+from qbench.experiment.evidence import FEW_STEPS, coarse_test_split, few_steps, skipped_phases, updates, weak_baseline
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
+from qbench.experiment.setup import assemble
 from qbench.quant.masks import stage_borders
 from qbench.report.comparison.compare import compare
 from qbench.report.html.page import html
@@ -42,6 +44,13 @@ def test_a_baseline_near_chance_is_named_with_its_numbers() -> None:
 )
 def test_chance_is_the_share_of_the_most_frequent_class(top1: float, counts: list[int], weak: bool) -> None:
     assert len(list(weak_baseline(top1, counts))) == weak
+
+
+def test_steps_are_updates_of_the_weights(configure: Configure) -> None:
+    setup = assemble(configure("method=dorefa", "bits=w2", "optim.accumulate=12"))
+    assert updates(setup, 54) == 3 * 2, "three epochs of 18 batches, each with a full and a smaller update"
+    assert updates(setup, 18 + 13) == 2 + 2
+    assert updates(setup, 0) == 0
 
 
 def test_few_steps_and_few_images_have_a_threshold() -> None:
@@ -107,6 +116,12 @@ def test_row_table_and_page_show_the_warning(smoke: Configure, tmp_path: Path) -
 def test_few_steps_are_updates_of_the_weights() -> None:
     assert list(few_steps(500, "")) == list(few_steps(0, "")) == []
     assert "the run has 28 training steps, fewer than 500" in next(few_steps(28, ""))
+
+
+def test_the_row_of_a_run_without_training_says_so(smoke: Configure) -> None:
+    result = run(planned_run(smoke("method=ptq", "bits=w8a8")))
+    assert "test top-1 without training" in row([result])
+    assert "test top-1 after the last epoch" in row([replace(result, final=replace(result.final, epoch=0))])
 
 
 def test_an_untrained_run_names_the_accuracy_of_the_weights_from_which_it_started(smoke: Configure) -> None:

@@ -92,6 +92,41 @@ def test_problems_of_the_evaluated_images_are_named(train: Callable[..., Result]
     assert any(note.startswith("warning: images of 4x4 pixels are enlarged to 8 pixels") for note in notes)
 
 
+@pytest.mark.parametrize("in_memory", ["trained", "tested"])
+def test_seen_images_are_recognized_in_memory_and_in_files(
+    in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set with one image of another size is not kept in memory, but read from its files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_photos(tmp_path / "photos", {"train": 10, "val": 4})
+    shutil.copytree(tmp_path / "photos", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "val")
+    shutil.copytree(tmp_path / "photos" / "train", tmp_path / "other" / "val")
+    larger = Image.fromarray(np.full((20, 24, 3), 7, np.uint8))
+    larger.save(tmp_path / ("other" if in_memory == "trained" else "photos") / "val" / "dark" / "more.png")
+    node = {"name": "folder", "val": 0.1, "resize": 8, "size": 8}
+    trained, tested = (build_dataset(node | {"root": str(tmp_path / name)}) for name in ("photos", "other"))
+    assert isinstance(trained.train, Split) != isinstance(tested.test, Split)
+    (message,) = trained_images(trained, tested)
+    count = 20 + (in_memory == "trained")
+    assert message.startswith(f"the network was trained or selected on 20 of these {count} test images")
+
+
+def test_other_names_of_the_classes_are_named(train: Callable[..., Result]) -> None:
+    """Accuracy counts class i as class i of the run, which is another class if the names have another order."""
+    write_photos(Path("photos"), {"train": 10, "val": 4})
+    write_photos(Path("renamed"), {"train": 10, "val": 4}, names=("z_bright", "dark"))
+    run = Path(train("dataset.root=photos", "method=dorefa", "bits=w2a2").run)
+    file, words = export(run, "packed").path, ["dataset.root=renamed"]
+    warning = (
+        "warning: 2 of 2 classes have other names than in training (class 0 is bright, here dark; class 1 is dark, "
+        "here z_bright); if they are other classes, this accuracy means nothing"
+    )
+    assert warning in evaluate(run, words).notes
+    assert warning in evaluate_file(file, words).notes
+    assert not [note for note in evaluate(run, ["dataset.root=photos"]).notes if "other names" in note]
+
+
 def test_only_images_of_training_and_validation_count_as_seen() -> None:
     digits = build_dataset({"name": "digits", "val": 0.1, "pad": 1})
     assert trained_images(digits, digits) == []

@@ -1,5 +1,6 @@
 """Runs of networks that users bring: what they print, and how they are refused."""
 
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
 from qbench.quant.layers import quantized_layers
+from qbench.quant.method import Unsupported
 from qbench.runs.result import Result
 from qbench.training.checkpoint import pack, unpack
 
@@ -353,6 +355,16 @@ class Residual(nn.Module):
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.fc(self.relu(x + y).mean((2, 3)))
 
+class Grouped(nn.Module):
+    # its attribute is a module, not the name of a normalization
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()
+        self.middle, self.fc = nn.Conv2d(8, 8, 3), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.middle(self.relu(self.norm(self.conv(x)))).mean((2, 3)))
+
 class Flat(Dict):
     def forward(self, x):
         return self.net(x).flatten()
@@ -689,6 +701,23 @@ def test_scale_and_shift_are_removed_from_a_network_for_a_method_that_requires_i
     assert "which is not possible for conv1 and 1 more: relu is called 3 times, and also feeds add, mean" in str(
         result.reason
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "network", "reason"),
+    [
+        ("gupta", "Residual", "requires a network without batch normalization; Residual has 3 such layers"),
+        ("hwgq", "Grouped", "Grouped has no batch normalization"),
+        ("hwgq", "Residual", ""),
+        ("gupta", "Grouped", ""),
+    ],
+)
+def test_the_normalization_that_a_method_requires(
+    configure: Configure, words: list[str], method: str, network: str, reason: str
+) -> None:
+    config = configure(*words, f"model=users_networks:{network}", f"method={method}", "bits=auto")
+    with pytest.raises(Unsupported, match=reason) if reason else nullcontext():
+        assemble(config).float_model()
 
 
 def test_a_network_with_lazy_layers_is_refused(

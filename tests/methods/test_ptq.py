@@ -207,6 +207,23 @@ def check_normalization(reestimate: Reestimate) -> None:
         np.testing.assert_allclose(bn.running_var, np.mean(variances[i], 0), rtol=2e-4)
 
 
+@pytest.mark.parametrize("reestimate", [ptq.reestimate_norms, ptq.shift_norms])
+def test_synchronized_batch_normalization_is_batch_normalization(reestimate: Reestimate) -> None:
+    def made(norm: type[nn.Module]) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), norm(5), nn.ReLU(), nn.Linear(5, 4), norm(4), nn.Linear(4, 3)).eval()
+
+    batches = [(torch.randn(20, 6), torch.zeros(20, dtype=torch.int64))]
+    models = [made(norm) for norm in (nn.BatchNorm1d, nn.SyncBatchNorm)]
+    before = models[0][1].running_mean.clone()  # type: ignore[union-attr, operator]
+    for model in models:
+        install(ptq.build(w=2), model, example=batches[0][0])
+        reestimate(model, batches)
+        assert not ptq.unused_options(model)
+    assert torch.equal(models[0][1].running_var, models[1][1].running_var)  # type: ignore[arg-type, union-attr]
+    assert reestimate is ptq.shift_norms or not torch.equal(before, models[0][1].running_mean)  # type: ignore[arg-type]
+
+
 def test_batch_normalization_is_measured_with_the_quantizers_in_place() -> None:
     check_normalization(ptq.reestimate_norms)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -204,6 +205,9 @@ def _compare(test: str = "better", margin: float = 0.0, baseline: bool = False) 
     return Comparison(claim="c", name="c", first=("a",), second=second, test=test, margin=margin)
 
 
+ARMS = {"a": [1, 1, 1, 0], "b": [1, 1, 0, 0]}
+
+
 def _arms(tmp_path: Path, kept: bool = True) -> tuple[dict[int, RunRecord], dict[int, RunRecord]]:
     rng = np.random.default_rng(0)
     found: list[dict[int, RunRecord]] = []
@@ -252,6 +256,15 @@ def test_against_the_float_baseline_and_for_drops(tmp_path: Path) -> None:
     assert (drops.difference.mean, drops.difference.items) == (75, 4)
     orphan = evaluate_claim(_compare(baseline=True), "top1", {0: _run(tmp_path, "c", None, 1.0)}, {})
     assert "no float baseline" in orphan.problems[0]
+
+
+def test_an_arm_without_further_options_is_an_arm(tmp_path: Path) -> None:
+    """`second: []` is the run of the experiment file, and no second arm at all is the float baseline."""
+    base = _run(tmp_path, "float", [1, 1, 1, 1], 100.0)
+    first, second = ({0: _run(tmp_path, name, hits, 25.0 * sum(hits), base)} for name, hits in ARMS.items())
+    unchanged = evaluate_claim(replace(_compare(), second=()), "top1", first, second)
+    assert unchanged.means == (75, 50)
+    assert evaluate_claim(_compare(baseline=True), "top1", first, {}).means == (75, 100)
 
 
 def test_unfinished_runs_are_named_and_give_no_verdict(tmp_path: Path) -> None:

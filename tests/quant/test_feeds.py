@@ -14,7 +14,7 @@ from qbench.models import lenet, mobilenet_v2, resnet, vgg_small, wide_resnet
 from qbench.quant.feeds import feeds, trace_feeds
 from qbench.quant.install import install
 from qbench.quant.layers import BypassedActivation, float_mode, quantized_layers
-from qbench.quant.method import Unsupported
+from qbench.quant.method import Method, Unsupported
 from qbench.quant.policy import Policy, execution_order
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -68,6 +68,26 @@ class Shared(nn.Module):
             x = self.conv3(self.tail(self.bn2(self.conv2(x))))
             return self.fc(self.last(self.bn3(x)).flatten(1))  # type: ignore[no-any-return]
         return self.fc(F.max_pool2d(self.last(self.bn3(x)), 2).flatten(1))  # type: ignore[no-any-return]
+
+
+class Limited(nn.Module):
+    """A network that declares an activation function with an upper limit."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act, self.second, self.last = nn.Linear(4, 4), act, nn.Linear(4, 4), nn.Linear(4, 2)
+        self.feeds = {"act": ("second",)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.act(self.first(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", [pact.build(w=4, a=4), dorefa.build(w=4, a=4)])
+def test_only_a_relu_is_replaced_without_being_asked(method: Method) -> None:
+    """PACT's clipping level begins above 6, so ReLU6 before the quantizer changes values."""
+    for act, how, bypassed in ((nn.ReLU(), "auto", True), (nn.ReLU6(), "auto", False), (nn.ReLU6(), "fused", True)):
+        model = install(method, Limited(act), act=how)
+        assert isinstance(model.act, BypassedActivation) == bypassed, (act, how)
 
 
 def test_a_shared_activation_is_replaced_under_each_of_its_names() -> None:

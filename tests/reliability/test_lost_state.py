@@ -105,6 +105,8 @@ TESTED_ELSEWHERE = {
     "data": "digest of the images (tests/experiment/test_data_check.py)",
     "state.random.cuda": "empty without a GPU",
     "session.wall_seconds": "test_a_run_may_be_stopped_several_times",
+    "session.peak_bytes": "peak memory (tests/runs/test_records.py)",
+    "session.baseline": "evaluations of the float baseline (tests/runs/test_records.py)",
     "session.memory": "memory of warnings and observation (tests/training/test_layer_stats.py)",
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Configure, tiered
 from filelock import FileLock
-from helpers import evaluation, plant, write_packed
+from helpers import epoch_line, evaluation, plant, write_metrics, write_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,6 +257,56 @@ def test_the_float_control_and_the_difference_from_it(configure: Configure) -> N
     (table,) = tables(configure())
     (note,) = (note for note in table.notes if "over float" in note)
     assert note.startswith("dorefa w2a32g32: over float is a mean over 2 of 3 seeds")
+
+
+def test_the_float_control_alone_has_another_label_than_its_baseline(configure: Configure) -> None:
+    control = plant(configure("method=float", "init=float"), 98.5, 98.0)
+    (table,) = compare(read([str(control)]))
+    assert [s.label for s in settings_of(table)] == ["float", "float init=float"]
+
+
+def test_runs_from_logs_are_not_compared_with_the_float_control(configure: Configure) -> None:
+    """Logs do not contain the network's normalization, nor that the method trains from scratch."""
+    plant(configure("method=float", "init=float"), 98.5, 98.0)
+    path = plant(configure("method=gupta"), 97.0, 98.0)
+    (path / "result.json").unlink()
+    final = {"kind": "final", "test_top1": 97.0, "test_top5": 99.0, "test_loss": 0.1}
+    write_metrics(path, [epoch_line(0, 97.0), json.dumps(final)])
+    (table,) = tables(configure())
+    (logged,) = (s for s in settings_of(table) if s.method == "gupta")
+    assert (logged.source, logged.over_control) == (FROM_LOGS, None)
+    assert not [note for note in table.notes if "normalization" in note or "over float" in note]
+
+
+def test_equal_numbers_are_one_setting(configure: Configure) -> None:
+    plant(configure("method=pact", "method.initial=10", "seed=0"), 96.0)
+    plant(configure("method=pact", "seed=1"), 97.0)
+    (table,) = compare(read([configure().out]), by=["method.initial"])
+    assert [(s.label, s.top1.n) for s in settings_of(table)] == [("pact", 2)]
+    for seed, val in enumerate(("0", "0.0")):
+        plant(configure("method=lsq", f"dataset.val={val}", f"seed={seed}"), 96.0, data_sha256=str(seed) * 64)
+    assert len(tables(configure())) == 3, "runs of lsq on different images share no table"
+
+
+def test_the_values_of_a_run_select_it_instead_of_those_of_the_protocol(configure: Configure) -> None:
+    out = configure().out
+    rates = [
+        plant(config, 96.0)
+        for config in compose.configurations(["method=lsq", "bits=w2a2", "lr_search=grid", f"out={out}"])
+    ]
+    gupta, kd = plant(configure("method=gupta"), 97.0), plant(configure("method=qd"), 97.0)
+    runs = read([out])
+
+    def selected(key: str, value: str) -> list[Path]:
+        return [run.path for run in select_runs(runs, {key: [value]})[0]]
+
+    own = {str(run.path): run.result.options["optim.lr"] for run in runs if run.result and run.path in rates}
+    assert len(set(own.values())) == len(rates) > 1
+    for path, rate in own.items():
+        assert str(path) in map(str, selected("optim.lr", str(rate)))
+        assert len(set(selected("optim.lr", str(rate))) & set(rates)) == 1
+    assert selected("init", "scratch") == [gupta]
+    assert selected("distill.name", "kd") == [kd]
 
 
 def test_a_baseline_that_was_trained_again_is_a_warning(configure: Configure) -> None:

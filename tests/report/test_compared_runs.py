@@ -151,7 +151,7 @@ def test_diverged_runs_are_found_although_images_differ(configure: Configure) ->
 
 def test_a_rate_alone_is_not_the_best_of_a_grid(configure: Configure) -> None:
     plant_grid(configure)
-    (note,) = (n for n in run_compare([configure().out, "method.optim.lr=0.003"]).splitlines() if "best of" in n)
+    (note,) = (n for n in run_compare([configure().out, "optim.lr=0.003"]).splitlines() if "best of" in n)
     assert "optim.lr=0.003 is the best of 1 by validation top-1, seeds 0, 1; the search cost 1 x 30 epochs" in note
     assert note.endswith("the compared runs have no other rate of the grid: 0.01, 0.03")
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Configure
-from helpers import epoch_line, plant, write_metrics
+from helpers import epoch_line, evaluation, plant, write_metrics
 
 from qbench.cli.compare import run_compare
+from qbench.config import compose
 from qbench.errors import ConfigError
 from qbench.methods import dorefa
 from qbench.report.comparison.compare import compare
@@ -137,6 +138,18 @@ def test_nothing_is_loaded_from_elsewhere_and_one_script_may_run(out: str) -> No
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in policy
     assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_keys_are_those_of_the_configuration_and_equal_seeds_have_no_interval(configure: Configure) -> None:
+    words = ("method=ttq", "activation=dorefa", "activation.activation=abs", "bits=w2a2", "lr_search=grid")
+    for seed in range(3):
+        ((config, *_),) = [compose.configurations([*words, f"seed={seed}", f"out={configure().out}"])]
+        plant(config, 97.0, 98.0, final=evaluation(97.0, 96.0))
+    text = made(str(configure().out))
+    keys = [word.partition("=")[0] for word in Reader(text).words]
+    assert {"activation.activation", "optim.lr"} <= set(keys)
+    assert not {"method.activation.activation", "method.optim.lr"} & set(keys)
+    assert "97.00 %, 3 seeds" in text
 
 
 def test_a_setting_shows_its_runs_layers_choices_and_configuration(out: str) -> None:

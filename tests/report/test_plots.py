@@ -105,6 +105,7 @@ def test_settings_with_float_weights_have_a_panel_of_their_own(configure: Config
 def test_the_pareto_front_of_points_worked_out_by_hand() -> None:
     assert pareto_front([(4, 90), (1, 80), (2, 85), (3, 84), (2, 70), (5, 90)]) == [1, 2, 0]
     assert pareto_front([(1, 50)]) == [0]
+    assert pareto_front([(1, 50), (1, 50), (2, 60)]) == [0, 1, 2], "equal points do not dominate each other"
     assert pareto_front([]) == []
 
 

@@ -521,6 +521,8 @@ def test_which_error_is_the_larger(tmp_path: Path) -> None:
         "the error from seeds is larger"
     )
     assert concluded(single, spread(2.5)).notes[1].endswith("the error from the test sample is larger")
+    equal = concluded(single, replace(spread(0.0), top1=estimate([90.0] * 3))).notes[1]
+    assert equal.endswith("400 images; no difference between seeds: the error from seeds is not known")
     assert concluded(single).notes == [
         "95 % confidence intervals: ±2.94 from the test sample of 400 images; one seed each: "
         "the error from seeds is not known"

@@ -24,13 +24,14 @@ from qbench.errors import ConfigError, Interrupted, ResourceError
 from qbench.experiment.context import RunContext
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
+from qbench.experiment.setup import assemble
 from qbench.report.comparison.compare import compare
 from qbench.report.tables.run_row import row
 from qbench.runs import manifest
 from qbench.runs.metrics_logger import MetricsLogger, _bars
 from qbench.runs.progress import ProgressReporter, _Stage
 from qbench.runs.reader import RunRecord, dump_records, load_records, read, read_run
-from qbench.runs.result import BaselineResult, Protocol, Result, with_checksum
+from qbench.runs.result import BaselineResult, Protocol, Result, store_result, with_checksum
 from qbench.runs.tensorboard_tags import SPEED, final_metrics, scalar_tags
 from qbench.system import files
 
@@ -294,6 +295,43 @@ def test_a_run_that_goes_on_under_another_commit(
     notes = [note for table in compare(read([str(tmp_path)])) for note in table.notes]
     assert other.commits == again.commits
     assert any("bbbbbbbb (1 run), bbbbbbbb+changes (1 run)" in note for note in notes), notes
+
+
+def test_a_rerun_that_goes_on_under_another_commit(smoke: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not advise to add rerun=true, which was typed already and continues the run."""
+    said: list[str] = []
+    reporter = ProgressReporter(quiet=True)
+    monkeypatch.setattr(reporter, "say", said.append)
+    polls = iter([0, 15, 15])
+    planned = planned_run(smoke("method=float", "rerun=true"))
+    for commit, stop in (("a" * 40, lambda: next(polls)), ("b" * 40, lambda: 0)):
+        monkeypatch.setattr(manifest, "commit", lambda: commit)  # noqa: B023
+        with suppress(Interrupted):
+            run(planned, RunContext(reporter, stop))
+    (warning,) = (line for line in said if "the run began with commit" in line)
+    assert warning.endswith("to start over, delete the run's directory")
+
+
+def test_a_run_that_goes_on_after_its_baseline_was_trained_again(
+    smoke: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the accuracy of the baseline it started from, and the highest peak memory of its processes."""
+    planned = planned_run(smoke("method=dorefa", "bits=w2a2"))
+    quiet, polls = ProgressReporter(quiet=True), iter([0, 15, 15])
+    baseline = run(assemble(planned.config).baseline, RunContext(quiet))
+    with monkeypatch.context() as patch:
+        patch.setattr("qbench.experiment.session._peak_bytes", lambda: 2**50)
+        with pytest.raises(Interrupted):
+            run(planned, RunContext(quiet, lambda: next(polls)))
+    assert baseline.final is not None
+    test = dataclasses.replace(baseline.final.test, top1=1.5)
+    other = dataclasses.replace(baseline, final=dataclasses.replace(baseline.final, test=test))
+    store_result(Path(baseline.run), other)
+    result = run(planned, RunContext(quiet))
+    assert result.baseline_top1 == baseline.top1 != 1.5
+    assert any("was trained again, with another outcome" in warning for warning in result.warnings)
+    assert result.speed is not None
+    assert result.speed.peak_bytes == 2**50
 
 
 def test_plain_lines_are_few_and_all_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

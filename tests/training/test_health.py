@@ -139,7 +139,7 @@ def test_growing_weights_give_a_warning_and_exploding_weights_stop_the_run(confi
     notes, _ = warnings_of(configure(*WORDS, NAMED, "method.fault=range", "method.times=300"))
     assert len(notes) == 1
     assert notes[0].startswith(f"{LAYER}: the largest weight is ")
-    assert "times its initial value, in epoch 1, step 36; probably optim.lr is too high" in notes[0]
+    assert "times the initial one or 1/sqrt(fan-in), whichever is larger, in epoch 1, step 36;" in notes[0]
     config = configure(*WORDS, NAMED, "method.fault=range", "method.times=3e4", "runtime.checkpoint_seconds=0")
     with pytest.raises(
         Diverged, match=f"{LAYER}: the largest weight is .*, in epoch 1, step {STEP}; probably"
@@ -183,27 +183,29 @@ def test_accuracy_at_chance_gives_a_warning_after_enough_steps(
         "parameters not trained: 2.weight had no gradient in the first 54 steps; probably forward() does not use "
         "them, detaches or copies a tensor, or clips all values that depend on them, as quantizers can"
     ]
-    assert "% with 10 classes, which is not better than chance, in epoch 1, step 36; probably optim.lr" in notes[0]
+    assert "%, which is not better than the share of the most frequent class (10." in notes[0]
+    assert "%), in epoch 1, step 36; probably optim.lr" in notes[0]
     assert warnings_of(configure(*words))[0] == []
 
 
 @pytest.mark.parametrize(
-    ("top1", "images", "classes", "step", "warned"),
+    ("top1", "images", "chance", "step", "warned"),
     [
-        (12.9, 900, 10, 300, True),  # chance 0.1 plus three times 0.01, the standard error with 900 images
-        (13.1, 900, 10, 300, False),
-        (12.9, 900, 10, 299, False),
-        (4.0, 900, 10, 300, True),
-        (54.9, 900, 2, 300, True),  # 0.5 and three times 1/60
-        (55.1, 900, 2, 300, False),
-        (0.1, 90_000, 1000, 5000, True),  # 0.001 and three times 0.000105
-        (0.14, 90_000, 1000, 5000, False),
-        (1.0, 900, 0, 300, False),  # the number of classes is not known
+        (12.9, 900, 0.1, 300, True),  # chance 0.1 plus three times 0.01, the standard error with 900 images
+        (13.1, 900, 0.1, 300, False),
+        (12.9, 900, 0.1, 299, False),
+        (4.0, 900, 0.1, 300, True),
+        (92.9, 900, 0.9, 300, True),  # 90 % of the images have the same class
+        (93.1, 900, 0.9, 300, False),
+        (0.1, 90_000, 0.001, 5000, True),  # 0.001 and three times 0.000105
+        (0.14, 90_000, 0.001, 5000, False),
+        (1.0, 900, 0.0, 300, False),  # the share is not known
+        (100.0, 900, 1.0, 300, False),  # all images have the same class
     ],
 )
-def test_limit_of_chance_accuracy(top1: float, images: int, classes: int, step: int, warned: bool) -> None:
+def test_limit_of_chance_accuracy(top1: float, images: int, chance: float, step: int, warned: bool) -> None:
     record = EpochRecord(epoch=0, lr=0.1, train_loss=1.0, train_top1=top1, seconds=1.0, images=images)
-    assert bool(health.at_chance(record, classes, step, "here")) == warned
+    assert bool(health.at_chance(record, chance, step, "here")) == warned
 
 
 def test_only_the_first_layer_with_constant_output_gives_a_warning() -> None:

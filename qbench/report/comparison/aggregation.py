@@ -11,6 +11,7 @@ from qbench.report.comparison import naming
 from qbench.report.comparison.lr_selection import SelectedLearningRate
 from qbench.report.comparison.setting import Estimate, LevelRange, SeedAccuracy, Setting, VerifiedLevels, estimate
 from qbench.report.tables.units import si_format
+from qbench.runs.reader import FROM_LOGS
 from qbench.runs.result import Result, TrainingSpeed
 
 NOT_FINE_TUNED = ("trained from scratch", "not trained")
@@ -67,7 +68,7 @@ def with_control(settings: Sequence[Setting]) -> list[Setting]:
     The float control (`method=float init=float`) is a float network that starts from its float baseline and is trained
     for as many epochs as the other settings. A difference uses the seeds that the setting and the control have in
     common. A setting has no difference if no control has a network with the same normalization, or if the setting does
-    not start from its float baseline.
+    not start from its float baseline. Logs contain neither of these two facts, so runs from logs are not used.
     """
     return [replace(setting, over_control=_over_control(setting, settings)) for setting in settings]
 
@@ -101,7 +102,7 @@ def control_notes(settings: Sequence[Setting]) -> list[str]:
 
 
 def _is_control(setting: Setting) -> bool:
-    return setting.method == "float" and not setting.is_baseline
+    return setting.method == "float" and not setting.is_baseline and setting.source != FROM_LOGS
 
 
 def _same_norm(control: Setting, setting: Setting) -> bool:
@@ -109,7 +110,7 @@ def _same_norm(control: Setting, setting: Setting) -> bool:
 
 
 def _can_have_control(setting: Setting) -> bool:
-    return setting.fine_tuned and setting.method != "float"
+    return setting.fine_tuned and setting.method != "float" and setting.source != FROM_LOGS
 
 
 def _over_control(setting: Setting, settings: Sequence[Setting]) -> Estimate | None:

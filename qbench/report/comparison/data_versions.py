@@ -1,11 +1,10 @@
 """Separates runs that used different images although their data sets have the same name."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qbench.config.identity import digest
+from qbench.config.identity import canonical_json, digest
 from qbench.runs.result import Result
 
 KEY = "data"
@@ -33,7 +32,7 @@ def separate_data_versions(results: Sequence[Result]) -> list[Result]:
 
 
 def _dataset_keys(result: Result) -> str:
-    return json.dumps([result.dataset, result.protocol.keys.get("dataset")], sort_keys=True)
+    return canonical_json([result.dataset, result.protocol.keys.get("dataset")])
 
 
 def _marked(result: Result) -> Result:

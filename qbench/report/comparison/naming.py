@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qbench.config.groups import conf_directory, option_file
-from qbench.config.identity import added_defaults
+from qbench.config.identity import added_defaults, whole_floats_as_integers
 from qbench.config.schema import RATE, Layers
 from qbench.report.comparison import data_versions
 from qbench.runs.result import Result
@@ -90,19 +90,28 @@ def _default_keys() -> dict[str, str]:
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
-    """Return nested values as a flat dictionary from dotted keys, such as `a.b`, to values as JSON."""
+    """Return nested values as a flat dictionary from dotted keys, such as `a.b`, to values as JSON.
+
+    Whole floats are written as integers, so that equal values have the same JSON.
+    """
     if not isinstance(values, Mapping):
-        return {prefix: json.dumps(values)}
+        return {prefix: _json(values)}
     flattened: dict[str, str] = {}
     for key, value in values.items():
         flattened |= flat(value, f"{prefix}.{key}" if prefix else key)
     return flattened
 
 
+def _json(value: object) -> str:
+    return json.dumps(whole_floats_as_integers(value), sort_keys=True)
+
+
 def run_keys(run: Result) -> dict[str, str]:
     """Return the keys by which a user can select a run, with values as JSON.
 
-    These are the keys of the protocol, the method, the method's options, the widths and the seed.
+    These are the keys of the protocol, the method, the method's options, the widths and the seed. If the run's own
+    value of a key of the protocol is an option of its method, such as the learning rate of a grid search, the result
+    contains the run's own value.
     """
     keys: dict[str, object] = {
         "method": run.method, "dataset": run.dataset, "model": run.model, "seed": run.seed, "status": run.status,
@@ -112,8 +121,15 @@ def run_keys(run: Result) -> dict[str, str]:
     protocol = _default_keys() | flat(run.protocol.keys)
     keys |= {"runtime.precision": json.loads(protocol["precision"])}
     added = {"method": _added_keys("method", run.method.partition("+")[0]), "model": _added_keys("model", run.model)}
-    nested = {"method": run.options, "model": run.network}
-    return flat(added) | protocol | flat(nested) | flat(keys)
+    own = flat({option_key(option): value for option, value in run.options.items()})
+    return flat(added) | protocol | own | flat({"model": run.network}) | flat(keys)
+
+
+def option_key(option: str) -> str:
+    """Return the configuration key of an option of a result, such as `method.clip` or `activation.levels`."""
+    if option in (RATE, "init") or option.startswith("activation."):
+        return option
+    return "distill.name" if option == "distill" else f"method.{option}"
 
 
 @cache
@@ -139,7 +155,7 @@ def labels(results: Sequence[Result]) -> dict[int, str]:
     named = {}
     for method, variants in by_method.items():
         keys = sorted(set().union(*variants.values()))
-        differing = [k for k in keys if len({json.dumps(v.get(k)) for v in variants.values()}) > 1]
+        differing = [k for k in keys if len({_json(v.get(k)) for v in variants.values()}) > 1]
         for identity, used in variants.items():
             chosen = {*differing, *(key for key in used if not is_default_option(method, key, used[key]))}
             typed = [f"{k}={_as_typed(used[k])}" for k in keys if k in used and k in chosen]
@@ -148,10 +164,15 @@ def labels(results: Sequence[Result]) -> dict[int, str]:
 
 
 def is_default_option(method: str, key: str, value: object) -> bool:
-    """Return whether an option of a method has its default value. Options without a known default count as defaults."""
+    """Return whether an option of a method has its default value. Options without a known default count as defaults.
+
+    A float network is trained from scratch by default, as a float baseline.
+    """
     group, _, option = key.rpartition(".")
     if option.endswith("deviation"):
         return False
+    if (method, key) == ("float", "init"):
+        return value == "scratch"
     weights, _, activations = method.partition("+")
     known = {"": weights, "activation": activations}
     usual = _option_file("method", known[group]) if group in known else {}
@@ -172,7 +193,7 @@ def _as_typed(value: object) -> str:
 
 def method_identity(result: Result) -> str:
     """Return a text that identifies a method with its options and network keys, but without the widths."""
-    return result.method + json.dumps(variant(result), sort_keys=True)
+    return result.method + _json(variant(result))
 
 
 def setting_key(result: Result) -> tuple[str, ...]:

@@ -191,11 +191,19 @@ def _compared(
 
 
 def _independent(seeds: Sequence[int], settings: Sequence[Setting]) -> list[int]:
-    """Return the seeds without those for which all settings have the same weights as for an earlier seed."""
+    runs = [run for setting in settings for run in setting.runs]
+    return independent_seeds({seed: [run.weights_sha256 for run in runs if run.seed == seed] for seed in seeds})
+
+
+def independent_seeds(weights: Mapping[int, Sequence[str | None]]) -> list[int]:
+    """Return the seeds without those for which all settings have the same weights as for an earlier seed.
+
+    Args:
+        weights: maps a seed to the sha256 of the weights of each setting, or None for weights that are not known.
+    """
     kept: dict[object, int] = {}
-    for seed in seeds:
-        weights = [run.weights_sha256 for setting in settings for run in setting.runs if run.seed == seed]
-        kept.setdefault(seed if None in weights else tuple(weights), seed)
+    for seed, digests in weights.items():
+        kept.setdefault(seed if None in digests else tuple(digests), seed)
     return list(kept.values())
 
 

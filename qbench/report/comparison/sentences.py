@@ -30,9 +30,11 @@ def sample_notes(settings: Sequence[Setting]) -> list[str]:
     note = (
         f"95 % confidence intervals: {_range([half for *_, half in known])} from the test sample of {images:,} images"
     )
-    both = [(setting.top1.ci95_half, half) for setting, _, half in known if setting.top1.ci95_half is not None]
+    # an interval of width 0 comes from equal seeds, which do not show the error from seeds either
+    both = [(setting.top1.ci95_half, half) for setting, _, half in known if setting.top1.ci95_half]
     if not both:
-        return [f"{note}; one seed each: the error from seeds is not known"]
+        why = "one seed each" if all(setting.top1.n == 1 for setting, *_ in known) else "no difference between seeds"
+        return [f"{note}; {why}: the error from seeds is not known"]
     seeds_larger = sum(from_seeds > from_sample for from_seeds, from_sample in both)
     larger = "seeds" if 2 * seeds_larger > len(both) else "the test sample"
     count = max(seeds_larger, len(both) - seeds_larger)

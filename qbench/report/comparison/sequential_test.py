@@ -21,14 +21,17 @@ from dataclasses import dataclass, replace
 
 from qbench.config.identity import run_identity
 from qbench.config.schema import Config
+from qbench.errors import ConfigError
 from qbench.experiment.planned_run import PlannedRun, planned_run
 from qbench.report.comparison.naming import flat
+from qbench.report.comparison.pairs import independent_seeds
 from qbench.report.comparison.predictions import RunAccuracy, load_run_accuracy, paired_difference
 from qbench.report.comparison.verdicts import MARGIN, Verdict
 from qbench.report.statistics.differences import ALPHA, Difference, half_width, with_seed_dof
 from qbench.report.statistics.hypothesis_tests import equivalent, outlying, sign_flip
 from qbench.report.statistics.power import SEEDS_LIMIT, seeds_to_decide
 from qbench.runs.reader import DONE, RunRecord
+from qbench.runs.result import Result
 
 FIRST_LOOK, GROWTH, MAX_SEEDS = 3, 1.5, 18
 """Number of seeds at the first look, growth factor between looks, and default maximum number of seeds."""
@@ -114,8 +117,8 @@ def decide(
     """Test two settings with an increasing number of seeds until there is a verdict or the last look is done.
 
     Args:
-        accuracies: function that takes a number of seeds n and returns n accuracies for each setting, in the order of
-            seeds.
+        accuracies: function that takes a number of seeds n and returns the accuracies of each setting, in the order of
+            seeds. Seeds that repeat the networks of earlier seeds may be left out, but two seeds are needed.
         margin: equivalence margin in points of top-1.
         max_seeds: maximum number of seeds.
         report: callback that gets a line of text after every look without a verdict.
@@ -148,7 +151,7 @@ def run_sequential_test(
     run: Callable[[list[PlannedRun]], list[RunRecord]],
     report: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Run the test and return the verdict in words.
+    """Run the test and return the verdict in words. Seeds with the same networks as an earlier seed are left out.
 
     Args:
         test: the settings to compare.
@@ -157,31 +160,46 @@ def run_sequential_test(
 
     Raises:
         MissingRunError: a run has no accuracy.
+        ConfigError: all seeds have the same networks.
     """
+    seeds: list[int] = []
 
     def accuracies(n: int) -> SeedAccuracies:
         runs = [planned_run(_with_seed(config, seed)) for config in (test.first, test.second) for seed in range(n)]
         records = run(runs)
         if missing := [record for record in records if record.status != DONE]:
             raise MissingRunError(missing)
+        results = [_result(record) for record in records]
+        weights = [result.weights_sha256 for result in results]
+        seeds[:] = independent_seeds({seed: (weights[seed], weights[n + seed]) for seed in range(n)})
+        if len(seeds) < 2:
+            raise ConfigError(
+                f"no verdict: seeds 0 to {n - 1} have the same weights in both settings; they are one network of each "
+                "setting, and show nothing about other seeds\nchoose settings whose weights depend on the seed"
+            )
         loaded = [load_run_accuracy(str(record.path), _top1(record)) for record in records]
-        return loaded[:n], loaded[n:]
+        return [loaded[seed] for seed in seeds], [loaded[n + seed] for seed in seeds]
 
-    return describe(test, decide(accuracies, test.margin, test.max_seeds, report))
+    return describe(test, decide(accuracies, test.margin, test.max_seeds, report), seeds)
 
 
 def _with_seed(config: Config, seed: int) -> Config:
     return replace(copy.deepcopy(config), seed=seed)
 
 
-def _top1(record: RunRecord) -> float:
+def _result(record: RunRecord) -> Result:
     assert record.result is not None
-    assert record.result.top1 is not None
-    return record.result.top1
+    return record.result
 
 
-def describe(test: SequentialTest, result: SequentialResult) -> str:
-    """Return the verdict with its numbers in two sentences.
+def _top1(record: RunRecord) -> float:
+    top1 = _result(record).top1
+    assert top1 is not None
+    return top1
+
+
+def describe(test: SequentialTest, result: SequentialResult, seeds: Sequence[int]) -> str:
+    """Return the verdict with its numbers in two sentences. `seeds` are the seeds of the result's differences.
 
     The text contains a confidence interval, usually with the confidence level 1 - level. For a verdict of equivalence,
     the confidence level is 1 - 2 * level, because equivalence is tested by two one-sided tests at `level`.
@@ -194,7 +212,7 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     numbers += f"{d.mean - half:+.2f} to {d.mean + half:+.2f}"
     numbers += f"; test top-1 {result.means[0]:.2f} and {result.means[1]:.2f}, {d.n} seeds"
     numbers += f", {d.items:,} test images" if d.items else ""
-    warning = _warning(result)
+    warning = _warning(result, seeds)
     if result.verdict is Verdict.UNDECIDED:
         verdict = (
             f"is not significantly different from {second}, and not shown to be equivalent within ±{margin:g} points"
@@ -213,25 +231,28 @@ def describe(test: SequentialTest, result: SequentialResult) -> str:
     return f"{first} {relation}: {numbers}. {method}{warning}"
 
 
-def _warning(result: SequentialResult) -> str:
+def _warning(result: SequentialResult, seeds: Sequence[int]) -> str:
     """Return a warning that names outlying seeds, or an empty text if there are none."""
-    seeds = ", ".join(map(str, outlying(result.by_seed)))
-    if not seeds:
+    named = ", ".join(str(seeds[i]) for i in outlying(result.by_seed))
+    if not named:
         return ""
     return (
-        f" Warning: in seed {seeds}, the difference is far from all other differences; if training can collapse, "
+        f" Warning: in seed {named}, the difference is far from all other differences; if training can collapse, "
         "the mean and its interval are not reliable."
     )
 
 
 def _advice(test: SequentialTest, result: SequentialResult) -> str:
     """Return a sentence that says how many more seeds a verdict would probably need, or why no number is enough."""
-    d = result.difference
-    next_level = look_level(len(look_schedule(test.max_seeds)) + 1)
-    seeds = seeds_to_decide(d, test.margin, next_level)
-    if seeds is not None:
-        look = next(n for n in look_schedule(10 * SEEDS_LIMIT) if n >= max(seeds, d.n + 1))
-        return f"About {look - d.n} more seeds would lead to a verdict: --max-seeds {look}."
+    d, done = result.difference, look_schedule(test.max_seeds)
+    for number, n in enumerate(look_schedule(SEEDS_LIMIT), 1):
+        if number <= len(done):
+            continue
+        seeds = seeds_to_decide(d, test.margin, look_level(number))
+        if seeds is None:
+            break
+        if n >= seeds:
+            return f"About {n - done[-1]} more seeds would lead to a verdict: --max-seeds {n}."
     if d.items and d.item_variance:
         return f"The {d.items:,} test images are too few for a verdict."
     return f"Even {SEEDS_LIMIT:,} seeds are too few for a verdict."

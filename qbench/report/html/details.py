@@ -7,6 +7,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from qbench.bits import LevelCount
+from qbench.report.comparison.naming import option_key
 from qbench.report.comparison.setting import SeedAccuracy, Setting
 from qbench.report.comparison.verdicts import PairConclusion
 from qbench.report.html.curve import CurveDrawing, draw_curve
@@ -149,9 +150,9 @@ def _options(results: Iterable[Result]) -> list[Note]:
     for result in results:
         for key, value in result.options.items():
             deviates = key.endswith("deviation") and value not in (None, "none")
-            notes.append(Note(f"method.{key}={value}", "not the paper's method" if deviates else ""))
+            notes.append(Note(f"{option_key(key)}={value}", "not the paper's method" if deviates else ""))
         for key, value in result.network.items():
-            notes.append(Note(f"model.{key}={value}", "" if key == "act" else "required by the method"))
+            notes.append(Note(f"model.{key}={value}", ""))
         notes += [Note("protocol", change) for change in result.protocol_changes]
     return notes
 

@@ -93,7 +93,7 @@ def _float_lines(panel: "Axes", floats: Sequence[Setting]) -> dict[str, "Artist"
     for setting, dash in zip(floats, DASHES, strict=False):
         top1, half = setting.top1.mean, setting.top1.ci95_half
         handles[setting.label] = panel.axhline(top1, color=INK, ls=dash, lw=1, zorder=1)
-        if half is not None:
+        if half:
             panel.axhspan(top1 - half, top1 + half, color=GREY, alpha=0.15, lw=0, zorder=0)
     return handles
 
@@ -118,14 +118,20 @@ def pareto(figure: "Figure", data: PlotData) -> None:
 
 
 def _draw_front(panel: "Axes", settings: Sequence[Setting], cost: Callable[[Setting], float]) -> None:
-    """Draw the Pareto front as a line of steps. Each point on the front gets a ring and a number, counted from 1."""
+    """Draw the Pareto front as a line of steps. Each point on the front gets a ring and a number, counted from 1.
+
+    Equal points share a ring, which gets all their numbers.
+    """
     best = front(settings, cost)
     x, y = [cost(s) for s in best], [s.top1.mean for s in best]
     panel.step(x, y, where="post", color=INK, lw=0.9, alpha=0.6, zorder=1)
     panel.plot(x, y, "o", ms=9, mfc="none", mec=INK, mew=0.8, zorder=4)
+    places: dict[tuple[float, float], list[str]] = {}
     for place, at in enumerate(zip(x, y, strict=True), 1):
+        places.setdefault(at, []).append(str(place))
+    for at, names in places.items():
         text = panel.annotate(
-            str(place), at, (-4, 3), textcoords="offset points",
+            ", ".join(names), at, (-4, 3), textcoords="offset points",
             fontsize=7, color=INK, weight="bold", ha="right", va="bottom",
         )  # fmt: skip
         text.set_in_layout(False)
@@ -149,10 +155,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the points (cost, accuracy) on the Pareto front, cheapest first.
 
     A point is on the front if no other point dominates it. Point p dominates point q if p is not worse than q in both
-    cost and accuracy, and better in at least one of them.
+    cost and accuracy, and better in at least one of them. Equal points do not dominate each other.
     """
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1])):
-        if not best or points[i][1] > points[best[-1]][1]:
+        if not best or points[i][1] > points[best[-1]][1] or points[i] == points[best[-1]]:
             best.append(i)
     return best

@@ -53,7 +53,7 @@ def points(
 ) -> "ErrorbarContainer":
     """Draw settings as points with 95 % confidence intervals."""
     y = [s.top1.mean for s in settings]
-    halves = [nan if s.top1.ci95_half is None else s.top1.ci95_half for s in settings]
+    halves = [s.top1.ci95_half or nan for s in settings]
     full = fillstyle == "full"
     return panel.errorbar(
         x, y, halves, color=style.colour, marker=style.marker, ls=style.dash, lw=0.9, elinewidth=0.8, capsize=1.8,

@@ -53,7 +53,9 @@ def cells(result: Result) -> tuple[str, ...]:
 
 def _remarks(result: Result) -> list[str]:
     """Return remarks on a run: its directory, and either what the accuracy measures or why there is no accuracy."""
-    top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 after the last epoch"
+    trained = result.final is not None and result.final.epoch is not None
+    when = "after the last epoch" if trained else "without training"
+    top1 = f"{result.model} on {result.dataset}, seed {result.seed}: test top-1 {when}"
     if result.synthetic:
         top1 += "; synthetic data, not comparable with papers"
     remarks = result.reason.splitlines() if result.reason else [top1]
