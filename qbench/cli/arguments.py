@@ -14,7 +14,7 @@ from qbench.config.schema import did_you_mean
 from qbench.errors import ConfigError
 
 SUMMARIES = {
-    "check": "Check the properties that every method must have. Slow checks use only some widths.",
+    "check": "Check the properties that every method must have.",
     "compare": "Compare runs in tables, and test their differences.",
     "completion": "Print the bash completion function.",
     "describe": "Print a method card, or the description of a run.",

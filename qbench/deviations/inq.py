@@ -27,7 +27,7 @@ class SmallestFirst(INQWeight):
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
         effective = self(w)
-        self.freeze(extend_mask(self.frozen, -effective.abs(), portion), self.level(effective))
+        self.freeze(extend_mask(self.frozen, -effective.abs(), self.whole_portion(portion)), self.level(effective))
 
 
 class OutlierToZero(INQWeight):
@@ -50,6 +50,7 @@ class RemadeMasks(INQWeight):
         _check_partition("remade_masks", partition)
         if not self.frozen.any():
             self.n1.fill_(largest_exponent(w))
+        portion = self.whole_portion(portion)
         if round(portion * w.numel()) <= int(self.frozen.sum()):
             return
         effective = self(w)

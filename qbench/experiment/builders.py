@@ -25,7 +25,7 @@ from qbench.errors import ConfigError, DataError
 from qbench.experiment.checks import check_norm
 from qbench.models.memory_format import use_channels_last
 from qbench.models.normalization import remove_scale_and_shift
-from qbench.quant.combine import combine
+from qbench.quant.combine import combine, supported_widths
 from qbench.quant.method import Method, Unsupported
 from qbench.system.caches import cached_for_command
 from qbench.system.files import Json, read_yaml
@@ -115,7 +115,8 @@ def build_method(method: Node, activation: Node, bits: Bits) -> Method:
     if activation["name"] == "none":
         return create_method(method, bits, "method")
     weight = create_method(method, bits._replace(a=FLOAT), "method")
-    return combine(weight, create_method(activation, bits._replace(w=FLOAT), "activation"))
+    gradients = FLOAT if supported_widths(weight, "g") else bits.g  # `combine` gives them to the first method that can
+    return combine(weight, create_method(activation, bits._replace(w=FLOAT, g=gradients), "activation"))
 
 
 def create_method(node: Node, bits: Bits, key: str) -> Method:

@@ -43,7 +43,17 @@ def unused_keys(setup: ExperimentSetup, model: nn.Module) -> list[str]:
     if setup.epochs:
         prefix = "pretrain.optim" if setup.is_baseline else "optim"
         found += [(f"{prefix}.{key}", why) for key, why in _optim_keys(setup, model)]
-    return [f"{key} has no effect, because {why}" for key, why in found]
+    return [*(f"{key} has no effect, because {why}" for key, why in found), *_trained_weights(setup)]
+
+
+def _trained_weights(setup: ExperimentSetup) -> Iterator[str]:
+    """Yield a warning if the weight method alone would train nothing, but the activation method needs training."""
+    config = setup.config
+    if config.activation["name"] == "none" or not setup.epochs:
+        return
+    if not create_method(config.method, setup.method.bits._replace(a=FLOAT), "method").needs_training:
+        name, other = config.method["name"], config.activation["name"]
+        yield f"the weights of method={name} are trained, because activation={other} must be trained"
 
 
 def _recipe(setup: ExperimentSetup) -> Mapping[str, object]:

@@ -239,9 +239,10 @@ class APoTActivation(LearnedClip):
 
 
 def unused_options(model: nn.Module) -> dict[str, str]:
-    """Return `edge_scale` with the reason, if it has no effect because no layer of the network has 8-bit weights."""
-    edge = any(layer.bits.w == EDGE_BITS for layer in quantized_layers(model).values())
-    return {} if edge else {"edge_scale": f"no layer has {EDGE_BITS}-bit weights"}
+    """Return the options that have no effect because no layer has 8-bit weights, or other quantized weights."""
+    widths = {layer.bits.w for layer in quantized_layers(model).values()} - {FLOAT}
+    reasons = {} if EDGE_BITS in widths else {"edge_scale": f"no layer has {EDGE_BITS}-bit weights"}
+    return reasons | ({} if widths - {EDGE_BITS} else {"initial_weight": "no layer has weights of 2 to 6 bits"})
 
 
 def build(

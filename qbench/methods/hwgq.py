@@ -337,6 +337,7 @@ def _sign_control(w: int, a: int) -> Method:
         name="hwgq",
         bits=Bits(w, a),
         supported_bits={"w": (1, FLOAT), "a": (1, FLOAT)},
+        option_slots={"levels": "a"},
         requires=Requires(norm="no_affine", act="fused"),
         traits=TRAITS | {"clipped_input", "cells_input"},
         weight=lambda name, layer, bits: HWGQWeight(),

@@ -78,7 +78,7 @@ from torch import Tensor
 
 from qbench.bits import FLOAT, Bits
 from qbench.quant.layers import quantized_layers
-from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
+from qbench.quant.masks import FrozenWeight, extend_mask, optimizer_step, stage, stage_borders
 from qbench.quant.method import Method, factory_for
 from qbench.quant.ops import in_float32
 from qbench.quant.quantizer import Grid, Storage
@@ -147,11 +147,14 @@ class INQWeight(FrozenWeight):
         """Freeze further weights until the fraction `portion` of the layer is frozen."""
         if not self.frozen.any():  # the first portion fixes the levels
             self.n1.fill_(largest_exponent(w))
-        if self.variant == "authors":
-            portion = rounded_up(portion, w.numel())
+        portion = self.whole_portion(portion)
         effective = self(w)  # frozen values and free latent weights
         score = torch.rand_like(effective) if partition == "random" else effective.abs()
         self.freeze(extend_mask(self.frozen, score, portion), self.level(effective))
+
+    def whole_portion(self, portion: float) -> float:
+        """Return `portion`, rounded up to a whole number of weights in the authors' variant."""
+        return rounded_up(portion, self.frozen.numel()) if self.variant == "authors" else portion
 
     def level(self, w: Tensor) -> Tensor:
         """Return the level of each weight, the value that the weight gets when it is frozen."""
@@ -186,11 +189,11 @@ def rounded_up(portion: float, count: int) -> float:
     return 1 - int(round(1 - portion, 12) * count) / count
 
 
-def optimizer_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step the optimizer if some weights are not frozen. Otherwise, do nothing."""
+def short_end_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Make the step of `masks.optimizer_step` if some weights are not frozen. Otherwise, do nothing."""
     sites = [q for layer in quantized_layers(model).values() if isinstance(q := layer.weight_q, INQWeight)]
     if not all(site.complete for site in sites):
-        optimizer.step()
+        optimizer_step(model, optimizer)
 
 
 def build(
@@ -221,5 +224,5 @@ def build(
         weight=factory_for(w, lambda name, layer, bits: INQWeight(layer.weight.detach(), bits, variant)),
         phases=(lambda epochs: stage_borders(epochs, len(stages), short_end)) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
-        step=optimizer_step if short_end and w < FLOAT else None,
+        step=None if w == FLOAT else short_end_step if short_end else optimizer_step,
     )

@@ -86,7 +86,7 @@ from qbench.bits import FLOAT, Bits
 from qbench.methods import slq
 from qbench.methods.slq import Clusters, loss_when_frozen
 from qbench.quant.layers import FloatLayer, quantized_layers
-from qbench.quant.masks import stage, stage_borders
+from qbench.quant.masks import optimizer_step, stage, stage_borders
 from qbench.quant.method import Method, Unsupported
 from qbench.quant.probe import Probe
 
@@ -124,7 +124,7 @@ class MLQWeight(slq.SLQWeight):
         free cluster. In the last step, the mask is true for all clusters.
         """
         clusters = self.clusters(w)
-        frozen, free = clusters.settled.clone(), (~clusters.settled).nonzero().flatten()
+        frozen, free = clusters.settled.clone(), (~clusters.settled & ~clusters.empty).nonzero().flatten()
         last_step = self.frozen_groups == self.turn.numel() - 1
         if last_step:
             frozen[free] = True
@@ -199,4 +199,5 @@ def build(*, w: int = 2, depth: bool = True, zero: str = "mean") -> Method:
         weight=site,
         phases=(lambda epochs: stage_borders(epochs, groups)) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
+        step=optimizer_step if w < FLOAT else None,
     )

@@ -65,8 +65,9 @@ Choices
     Lloyd iterations that start from the centroids 0 and +-2^(m - j), with m = floor(log2 max|w|)
     and j = 0, 1, and so on. A cluster without weights keeps its centroid. In later phases, free
     centroids start from these powers of two again.
-    A layer with fewer than k distinct weights has fewer than k clusters. Every phase still freezes
-    at least one cluster of the layer.
+    A layer with fewer than k distinct weights has fewer than k clusters. With lloyd, a cluster
+    without weights does not count either. Every phase still freezes at least one cluster of the
+    layer.
 
 Deviations
     By default, the first and last layers stay float (`layers.first`, `layers.last`). The authors'
@@ -88,7 +89,7 @@ from qbench.bits import FLOAT, Bits
 from qbench.methods.inq import check_portions
 from qbench.quant.kmeans import kmeans
 from qbench.quant.layers import quantized_layers
-from qbench.quant.masks import FrozenWeight, extend_mask, stage, stage_borders
+from qbench.quant.masks import FrozenWeight, extend_mask, optimizer_step, stage, stage_borders
 from qbench.quant.method import Method, factory_for
 from qbench.quant.probe import Probe
 from qbench.quant.quantizer import Grid, Storage
@@ -176,7 +177,8 @@ class Clusters(NamedTuple):
 
     centroids: Tensor  #: (m,), ascending
     labels: Tensor  #: the cluster of each weight, of the weights' shape
-    settled: Tensor  #: (m,), bool: clusters that are frozen or have no weights
+    settled: Tensor  #: (m,), bool: clusters that are frozen
+    empty: Tensor  #: (m,), bool: clusters that are not frozen and have no weights
 
 
 class SLQWeight(FrozenWeight):
@@ -207,13 +209,15 @@ class SLQWeight(FrozenWeight):
             pinned = torch.cat([frozen_centroids, frozen_centroids.new_tensor(self.pinned)])
             centroids, labels = cluster(self(w), self.centroids.numel(), pinned)
         centroids, labels = merge_equal(self.shared_values(centroids), labels)
-        empty = labels.flatten().bincount(minlength=centroids.numel()) == 0
-        return Clusters(centroids, labels, torch.isin(centroids, frozen_centroids) | empty)
+        settled = torch.isin(centroids, frozen_centroids)
+        unused = labels.flatten().bincount(minlength=centroids.numel()) == 0
+        return Clusters(centroids, labels, settled, unused & ~settled)
 
     @torch.no_grad()
     def freeze_clusters(self, clusters: Clusters, settled: Tensor) -> None:
         """Store a clustering, and freeze all weights of the clusters for which `settled` (m,) is true."""
         self.centroids.fill_(torch.nan)[: clusters.centroids.numel()] = clusters.centroids
+        self.centroids[: settled.numel()][clusters.empty] = torch.nan  # no level of the layer
         self.settled.zero_()[: settled.numel()] = settled
         self.freeze(settled[clusters.labels], clusters.centroids[clusters.labels])
 
@@ -247,7 +251,7 @@ def scores(model: nn.Module, probe: Probe, site: SLQWeight, w: Tensor, clusters:
         return torch.rand(clusters.settled.shape).to(clusters.centroids.device)
     # probe: the loss if, of all free clusters, only this cluster is frozen
     losses = torch.zeros_like(clusters.settled, dtype=torch.float64)
-    for alone in torch.eye(losses.numel(), dtype=torch.bool, device=losses.device)[~clusters.settled]:
+    for alone in torch.eye(losses.numel(), dtype=torch.bool, device=losses.device)[~clusters.settled & ~clusters.empty]:
         losses[alone] = loss_when_frozen(model, probe, site, clusters, alone)
     return losses
 
@@ -262,8 +266,10 @@ def freeze_next(model: nn.Module, portion: float, partition: str, probe: Probe) 
         site.freeze_clusters(clusters, clusters.settled)
     ranked = [scores(model, probe, site, w, clusters, partition) for site, w, clusters in unfinished]
     for (site, _, clusters), score in zip(unfinished, ranked, strict=True):
-        count = max(_portion_count(portion, score.numel()), int(clusters.settled.sum()) + 1)
-        site.freeze_clusters(clusters, extend_mask(clusters.settled, score, count / score.numel()))
+        empty = int(clusters.empty.sum())  # these clusters are never frozen
+        count = max(_portion_count(portion, score.numel() - empty), int(clusters.settled.sum()) + 1)
+        chosen = extend_mask(clusters.settled | clusters.empty, score, (count + empty) / score.numel())
+        site.freeze_clusters(clusters, chosen & ~clusters.empty)
 
 
 def _portion_count(portion: float, clusters: int) -> int:
@@ -301,4 +307,5 @@ def build_incremental(
         weight=factory_for(w, lambda name, layer, bits: quantizer(layer.weight.detach(), bits)),
         phases=(lambda epochs: stage_borders(epochs, len(stages))) if w < FLOAT else (lambda epochs: ()),
         on_epoch=on_epoch,
+        step=optimizer_step if w < FLOAT else None,
     )

@@ -17,21 +17,21 @@ from qbench.quant.probe import Batch, Probe
 from qbench.quant.quantizer import IdentityQuantizer, Quantizer
 
 
-class _SteppedOptimizer(torch.optim.Optimizer):
-    """Wraps an optimizer that has already made its step.
+class _FirstStep(torch.optim.Optimizer):
+    """Wraps an optimizer for the `step` function of the second of two combined methods.
 
-    If both of two combined methods have a `step` function, the second function gets this wrapper. The optimizer
-    therefore makes only one step.
+    A step calls the `step` function of the first method, which steps the optimizer itself.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
+        self._optimizer, self._step = optimizer, step
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._optimizer, name)
 
     def step(self, closure: object = None) -> Any:
-        """Do nothing."""
+        """Make the first method's step."""
+        self._step()
 
 
 def combine(weight: Method, activation: Method) -> Method:
@@ -50,7 +50,7 @@ def combine(weight: Method, activation: Method) -> Method:
             f"activation={weight.name} has no effect, because method={weight.name} already "
             f"quantizes activations; remove the key activation and set bits.a"
         )
-    owner = weight if _supported(weight, "g") else activation
+    owner = weight if supported_widths(weight, "g") else activation
     bits = Bits(weight.bits.w, activation.bits.a, owner.bits.g)
     if weight.loss and activation.loss:
         raise Unsupported(
@@ -120,7 +120,8 @@ def _input_traits(traits: frozenset[str]) -> frozenset[str]:
     return frozenset(trait for trait in traits if trait.endswith("_input"))
 
 
-def _supported(method: Method, key: str) -> list[int]:
+def supported_widths(method: Method, key: str) -> list[int]:
+    """Return the widths below 32 bits that a method supports for weights (w), activations (a) or gradients (g)."""
     return [width for width in range(1, FLOAT) if width in method.supported_bits.get(key, ())]
 
 
@@ -222,7 +223,7 @@ def _combined_step(weight: Method, activation: Method) -> Step | None:
         return first or second
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        first(model, optimizer)
-        second(model, _SteppedOptimizer(optimizer))
+        # what the second function does to the gradients must be done before the optimizer's step
+        second(model, _FirstStep(optimizer, lambda: first(model, optimizer)))
 
     return step

@@ -1,15 +1,16 @@
 """Implements growing masks of frozen weights, which incremental methods (INQ, SLQ, MLQ) use.
 
-Each weight of a layer is free or frozen. For a frozen weight, the layer uses a stored value, even if momentum and
-weight decay change the latent weight. Free weights are trained, and are frozen later.
+Each weight of a layer is free or frozen. For a frozen weight, the layer uses a stored value, and the latent weight
+keeps the value that it had when it was frozen (`optimizer_step`). Free weights are trained, and are frozen later.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qbench.quant.layers import quantized_layers
 from qbench.quant.quantizer import Quantizer
 
 
@@ -72,6 +73,20 @@ class FrozenWeight(Quantizer):
         finally:
             self.frozen.copy_(before[0])
             self.value.copy_(before[1])
+
+
+@torch.no_grad()
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer, but leave the latent values of frozen weights unchanged.
+
+    Frozen weights have no gradient, but momentum and weight decay would go on changing their latent values. The errors
+    of quantization are measured with these values, and other runs can start from them.
+    """
+    layers = [(layer.weight, layer.weight_q) for layer in quantized_layers(model).values()]
+    kept = [(w, q.frozen, w.clone()) for w, q in layers if isinstance(q, FrozenWeight)]
+    optimizer.step()
+    for weight, frozen, before in kept:
+        weight.copy_(torch.where(frozen, before, weight))
 
 
 def stage(epoch: int, epochs: int, stages: int, short_end: bool = False) -> int:

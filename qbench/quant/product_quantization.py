@@ -118,7 +118,8 @@ def error_corrected(
     # Compute the Gram matrix of the inputs for each group, and add the ridge to its diagonal.
     x = subvectors(inputs.double().flatten(0, 2), s).reshape(n, g, -1).transpose(0, 1)
     gram = x.mT @ x / n
-    pull = ridge * gram.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-12)
+    padded = m * s / inputs.shape[3]  # the columns of zeros beside the inputs do not count
+    pull = ridge * (gram.diagonal(dim1=1, dim2=2).mean() * padded).clamp(min=1e-12)
     gram.diagonal(dim1=1, dim2=2).add_(pull)
     # Compute the weights that the current codes represent.
     books, chosen = codebooks.double().clone(), codes.long().reshape(g, -1, p, m).clone()

@@ -158,7 +158,7 @@ def check_correction(correct: Correct) -> None:
             product.subvectors(w, 2).reshape(6, kernel, 3, 2).numpy(),
             product.subvectors(inputs.flatten(0, 2), 2).reshape(40, groups, kernel, 6).numpy(),
             targets.numpy(),
-            ridge,
+            ridge * 6 / 5,  # the reference averages over 6 channels, of which one is padding
             product.SWEEPS,
         )
         assert all(b <= a * (1 + 1e-9) for a, b in pairwise(errors)), "the error never rises"

@@ -525,6 +525,22 @@ def test_the_report_counts_clusters_and_frozen_weights() -> None:
     assert site.report() == pytest.approx({"clusters": 3, "settled": 1, "frozen": 2 / 6})
 
 
+@pytest.mark.parametrize("bits", [5, 8])
+def test_portions_are_of_the_clusters_with_weights(bits: int) -> None:
+    """With Lloyd's steps from powers of two, most clusters of 8 bits have no weights."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.Linear(64, 64), nn.Linear(64, 4))
+    model = install(slq.build(w=bits, clustering="lloyd", partition="magnitude"), net)
+    (site,) = sites_of(model)
+    assert isinstance(site, slq.SLQWeight)
+    for portion in (0.3, 0.55, 0.8, 1.0):
+        slq.freeze_next(model, portion, "magnitude", probe_of(model, X))
+        report = site.report()
+        assert report["settled"] == len(site.value[site.frozen].unique()), "clusters without weights do not count"
+        assert report["clusters"] >= report["settled"] >= int(portion * report["clusters"])
+    assert site.complete
+
+
 def test_a_pinned_zero_without_weights_takes_no_stage() -> None:
     model = install(slq.build(w=2, partition="magnitude"), Parallel([[1.0, 1.0, 2.0, 2.0]]), ALL_LAYERS)
     (site,) = sites_of(model)

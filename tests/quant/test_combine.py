@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from qbench.bits import FLOAT, Bits
 from qbench.config.identity import run_identity
+from qbench.deviations.registry import deviate
 from qbench.errors import CheckpointError, ConfigError, Diverged
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import assemble
+from qbench.experiment.unused_keys import unused_keys
 from qbench.methods import bwn, dorefa, gupta, hwgq, inq, lsq, pact, ptq, qcnn, ttq, uniform, xnor
 from qbench.methods import float as float_method
 from qbench.models import mlp
@@ -83,6 +85,44 @@ def test_weights_are_prepared_before_activations_have_ranges(weights: Method, ac
     if activations.name == "ptq":  # then estimates the statistics of batch normalization again
         expected = {key: value for key, value in expected.items() if "weight_q" in key}
     assert all(torch.equal(values[key], value) for key, value in expected.items())
+
+
+def test_gradients_change_before_the_step_whichever_method_changes_them() -> None:
+    sizes = []
+    for deviation in ("none", "times_1e9"):
+        method = combine(ttq.build(), deviate("xnor", deviation, xnor.build(w=32)))
+        model = install(method, mlp.build(SHAPE, 3, hidden=2, width=8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+        (layer,) = quantized_layers(model).values()
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        assert method.step is not None
+        method.step(model, optimizer)
+        sizes.append((before - layer.weight).abs().max().item())
+    assert sizes == [pytest.approx(0, abs=1e-6), pytest.approx(1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "trained"),
+    [
+        (["method=ptq", "activation=pact", "bits=w4a4"], True),
+        (["method=qd", "method.trained=false", "distill=none", "activation=uniform", "bits=w4a4"], True),
+        (["method=qd", "method.trained=false", "distill=none", "activation=ptq", "bits=w4a4"], False),
+        (["method=lsq", "activation=ptq", "bits=w4a4"], False),
+    ],
+)
+def test_weights_that_are_trained_only_because_of_the_activations_are_named(
+    configure: Configure, words: list[str], trained: bool
+) -> None:
+    setup = assemble(configure("experiment=smoke", "init=scratch", *words))
+    warnings = unused_keys(setup, setup.install(setup.float_model()))
+    assert any("are trained, because activation=" in text for text in warnings) == trained
+
+
+def test_an_option_about_gradients_needs_the_gradients_of_its_method(configure: Configure) -> None:
+    words = ["method=gupta", "activation=dorefa", "bits=w16a4g16", "activation.deviation=no_noise"]
+    with pytest.raises(Unsupported, match="no_noise"):
+        assemble(configure(*words))
 
 
 def test_gradients_belong_to_the_method_that_supports_them() -> None:

@@ -70,21 +70,22 @@ def slq_stage(layers: list[Layer], k: int, portion: float, loss: Loss) -> None:
     3. Measure the loss for each free cluster, with only the weights of this cluster quantized.
     4. Freeze the clusters with the largest losses, until the portion is reached.
 
-    A pinned centroid without weights is frozen from the start. A layer that is completely frozen is skipped.
+    Clusters without weights do not count, except frozen ones. A layer that is completely frozen is skipped.
     """
     everything, layers = layers, [layer for layer in layers if not layer.frozen.all()]
     found = [clustered(layer.effective, k, [0.0, *layer.fixed]) for layer in layers]
     for layer, (centroids, labels) in zip(layers, found, strict=True):
-        done = [c for c in range(len(centroids)) if centroids[c] in layer.fixed or c not in labels]
+        done = [c for c in range(len(centroids)) if centroids[c] in layer.fixed]
         layer.freeze(labels, centroids, done)
     picks = []
     for layer, (centroids, labels) in zip(layers, found, strict=True):
-        free = [c for c in range(len(centroids)) if centroids[c] not in layer.fixed]
+        done = [c for c in range(len(centroids)) if centroids[c] in layer.fixed]
+        free = [c for c in range(len(centroids)) if c in labels and c not in done]
         measured = {
             c: loss([x.shared(labels, centroids, [c]) if x is layer else x.effective for x in everything]) for c in free
         }
         ranked = sorted(free, key=lambda c: -measured[c])
-        wanted = max(1, int(portion * len(centroids) + 1e-9)) - (len(centroids) - len(free))
+        wanted = max(1, int(portion * (len(done) + len(free)) + 1e-9)) - len(done)
         picks.append(ranked[: max(1, wanted)])
     for layer, (centroids, labels), which in zip(layers, found, picks, strict=True):
         layer.freeze(labels, centroids, which)
