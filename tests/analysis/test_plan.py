@@ -29,6 +29,7 @@ from qbench.errors import ConfigError
 from qbench.experiment.planned_run import planned_run
 from qbench.experiment.run import run
 from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.papers.recipe_differences import recipe_differences
 from qbench.quant.method import Method
 from qbench.quant.quantizer import IdentityQuantizer
 from qbench.report.tables.table import FORMATS, Table
@@ -325,11 +326,11 @@ def test_int8_without_an_export(configure: Configure, words: list[str], int8: bo
     assert any(INT8[0] in line for line in runs_on(layers)) == int8
 
 
-def test_an_absent_result_is_that_of_the_network(planned: Planned, untimed: None) -> None:
+def test_an_absent_result_is_that_of_the_network(configure: Configure) -> None:
     words = ["method=lsq", "dataset=imagenet", "model=torchvision"]
     for net in ("resnet18", "densenet121"):
-        notes = " ".join(planned(*words, f"model.net={net}")[1].notes)
-        assert ("DenseNet-121" in notes) == (net == "densenet121")
+        sentences = " ".join(recipe_differences(planned_run(configure(*words, f"model.net={net}")).identity))
+        assert ("DenseNet-121" in sentences) == (net == "densenet121")
 
 
 @pytest.mark.full

@@ -285,6 +285,7 @@ def test_a_loaded_network_has_the_accuracy_of_the_result(precision: str, tmp_pat
     assert torch.equal(low, logits) is (precision == "bf16")
 
 
+@pytest.mark.full
 def test_the_page_predicts_the_class_of_a_photograph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

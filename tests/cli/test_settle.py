@@ -88,6 +88,7 @@ def test_the_levels_of_all_looks_together_are_the_level() -> None:
     assert sum(map(look_level, range(1, 1000))) == pytest.approx(0.05 * (1 - 1 / 1000))
 
 
+@pytest.mark.full
 def test_going_on_with_more_seeds_spends_no_level_twice() -> None:
     """Somebody who goes on after every undecided end, from 8 to 18 to 60 seeds, decides falsely in at most 5 %."""
     rng = np.random.default_rng(4)

@@ -124,6 +124,7 @@ def test_the_row_of_a_run_without_training_says_so(smoke: Configure) -> None:
     assert "test top-1 after the last epoch" in row([replace(result, final=replace(result.final, epoch=0))])
 
 
+@pytest.mark.full
 def test_an_untrained_run_names_the_accuracy_of_the_weights_from_which_it_started(smoke: Configure) -> None:
     """With 16-bit rounding, the run has the accuracy of these weights, which differs from that of the row float."""
     words = ("runtime.observe=off", "pretrain.epochs=5", "pretrain.optim.schedule=constant", "pretrain.optim.lr=0.3")

@@ -49,7 +49,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
     return lambda *words: qbench.run(*SMOKE, "dataset=folder", *SIZES, *words, out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["val", "test", "holdout"])
+@pytest.mark.parametrize("name", [long_tier("val"), "test", long_tier("holdout")])
 def test_changed_test_images_are_noticed_whatever_their_folder_is_called(
     name: str, train: Callable[..., Result]
 ) -> None:

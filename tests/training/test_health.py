@@ -106,8 +106,8 @@ FAULTS = {
 }
 
 
-LEVELS = [("weights", "off"), ("inputs", "light")]
-OTHERS = [("weights", "light"), ("inputs", "off")]
+LEVELS = [("inputs", "light")]
+OTHERS = [("weights", "off"), ("weights", "light"), ("inputs", "off")]
 
 
 @pytest.mark.parametrize(
