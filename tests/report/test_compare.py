@@ -855,6 +855,13 @@ def test_speeds_under_different_conditions_have_a_warning(configure: Configure) 
         assert not [note for table in command.tables(command.parse(words)) for note in table.notes if "speeds" in note]
 
 
+def test_the_allowed_levels_of_layers_of_other_widths_are_a_range(configure: Configure) -> None:
+    counts = {name: {"w": {"found": 4, "allowed": allowed}} for name, allowed in (("conv", 4), ("fc", 16))}
+    plant(configure("method=dorefa", "bits.w=2"), 97.0, 98.0, verified=counts)
+    (table,) = command.tables(command.parse([configure().out, "--columns", "verification"]))
+    assert "w 4 of 4-16" in table.rows[-1]
+
+
 def test_columns_order_and_parts(several: str) -> None:
     (block, _) = command.tables(command.parse([several, "--columns", "cost,verification,speed"]))
     assert block.head == ("method", "W", "A", "G", "levels", "bits/weight", "size", "BitOps", "images/s", "s/epoch",

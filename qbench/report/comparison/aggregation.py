@@ -210,5 +210,5 @@ def _verified_levels(results: Sequence[Result]) -> VerifiedLevels | None:
 
 
 def _level_range(counts: Sequence[LevelCount]) -> LevelRange:
-    found = [count.found for count in counts]
-    return LevelRange(fewest=min(found), most=max(found), allowed=max(count.allowed for count in counts))
+    found, allowed = [count.found for count in counts], [count.allowed for count in counts]
+    return LevelRange(fewest=min(found), most=max(found), allowed=max(allowed), fewest_allowed=min(allowed))

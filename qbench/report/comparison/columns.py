@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from qbench.report.comparison.setting import LevelRange, Setting
+from qbench.report.comparison.setting import Setting
 from qbench.report.tables.units import si_format
 
 SETS = ("accuracy", "control", "cost", "speed", "verification")
@@ -67,14 +67,17 @@ def _half_width(half: float | None) -> str:
 
 
 def _levels_found(setting: Setting) -> str | None:
-    """Return how many of the allowed levels the layers use, such as `w 4 of 4, a 3-4 of 4`."""
+    """Return how many of the allowed levels the layers use, such as `w 4 of 4, a 3-16 of 4-16`."""
     if setting.verified is None or not setting.verified.found:
         return None
-    return ", ".join(f"{key} {_span(levels)} of {levels.allowed}" for key, levels in setting.verified.found.items())
+    return ", ".join(
+        f"{key} {_span(levels.fewest, levels.most)} of {_span(levels.fewest_allowed, levels.allowed)}"
+        for key, levels in setting.verified.found.items()
+    )
 
 
-def _span(levels: LevelRange) -> str:
-    return f"{levels.fewest}" if levels.fewest == levels.most else f"{levels.fewest}-{levels.most}"
+def _span(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def _published_key(setting: Setting) -> float | None:

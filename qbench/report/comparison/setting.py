@@ -60,11 +60,12 @@ class SeedAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class LevelRange:
-    """The smallest and the largest number of levels that layers use, and the largest allowed number."""
+    """The smallest and largest number of levels that layers use, and the largest and smallest allowed number."""
 
     fewest: int
     most: int
     allowed: int
+    fewest_allowed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +214,8 @@ class Setting:
         - bytes_file: size of an exported packed file; only if a run of the setting has one.
         - images_per_second, seconds_per_epoch, peak_bytes: training speed and memory.
         - verified_layers: number of verified layers.
-        - levels_found: for each of w, a and g, the smallest and largest number of levels found, and the largest allowed
-          number.
+        - levels_found: for each of w, a and g, the smallest and largest number of levels found, and the largest and
+          smallest allowed number.
         - warnings: facts that limit what the accuracy or the size means, each once.
         - lr_search: the selected optim.lr, the seeds, and the grid (each rate with its mean
           validation top-1); only with lr_search=grid.
@@ -285,7 +286,9 @@ def _level_values(verified: VerifiedLevels | None) -> dict[str, object]:
     found = verified.found if verified else {}
     return {
         "verified_layers": verified.layers if verified else None,
-        "levels_found": {key: [levels.fewest, levels.most, levels.allowed] for key, levels in found.items()},
+        "levels_found": {
+            key: [levels.fewest, levels.most, levels.allowed, levels.fewest_allowed] for key, levels in found.items()
+        },
     }
 
 
