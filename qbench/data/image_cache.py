@@ -83,6 +83,8 @@ def open_cache(top: Path, sha256: str, root: Path, names: Sequence[str], side: i
             if folder.exists():
                 print(f"warning: {folder} is damaged; the cache is built again", file=sys.stderr)
             _build(folder, root, names, side)
+            _index.cache_clear()  # the files of a damaged cache may still be mapped
+            _shard.cache_clear()
     return ImageCache(str(folder), side)
 
 

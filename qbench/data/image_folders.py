@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qbench.data.augment import Augment
-from qbench.data.dataset import Dataset, Split, split_validation, stratified_share
+from qbench.data.dataset import Dataset, Split, evenly_spaced, split_validation, stratified_share
 from qbench.data.file_check import THREADS, FileCheck, check_files
 from qbench.data.file_stream import FileSplit
 from qbench.data.image_cache import ImageCache, open_cache
@@ -286,7 +286,7 @@ def _statistics_images(split: Split | FileSplit) -> Tensor:
     """
     if isinstance(split, Split):
         return split.images
-    chosen = torch.arange(0, len(split), max(1, len(split) // STATISTICS_IMAGES))[:STATISTICS_IMAGES]
+    chosen = evenly_spaced(min(STATISTICS_IMAGES, len(split)), len(split))
 
     def read(path: str) -> Pixels | tuple[str, str]:
         try:

@@ -102,13 +102,15 @@ class Loader:
     def sample(self, name: str, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of at most `limit` images of a split, without augmentation.
 
-        These are the first images. If a class of the split is not among them, as in a folder that is sorted by class,
-        these are evenly spaced images instead, in a fixed random order, so that each batch has images of many classes.
+        These are the first images. If the split is sorted by class, as in a folder, or if a class of the split is not
+        among the first images, these are evenly spaced images instead, in a fixed random order. Each batch then has
+        images of many classes.
         """
         split = self.splits[name]
         count = min(limit, len(split))
         index = torch.arange(count)
-        if len(set(split.labels[:count].tolist())) < len(set(split.labels.tolist())):
+        lacks_classes = len(set(split.labels[:count].tolist())) < len(set(split.labels.tolist()))
+        if lacks_classes or is_sorted(split.labels):
             index = evenly_spaced(count, len(split))[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
         yield from self._batches(split, list(torch.split(index, self._evaluation_size(500))))
 
@@ -139,7 +141,7 @@ class Loader:
                 yield split.read(index, None if draws is None else draws[index]).to(self.device)
             return
         for index in indices:
-            if draws is None and index[-1] - index[0] + 1 == len(index):  # use a slice instead of a copy
+            if draws is None and torch.equal(index, index[0] + torch.arange(len(index))):  # a slice instead of a copy
                 yield center_crop(split.images[index[0] : index[-1] + 1], self.augment.size)
                 continue
             # channels last, so that index_select copies whole rows of memory
@@ -155,6 +157,17 @@ class Loader:
         if floats is images_NCHW:  # perhaps the stored images, which must not change
             return (floats - self._mean).mul_(self._scale)
         return floats.sub_(self._mean).mul_(self._scale)
+
+
+def is_sorted(labels: Tensor) -> bool:
+    """Return whether images of the same class follow each other much more often than in a random order.
+
+    Args:
+        labels: the labels of a split (N,), of any number of classes.
+    """
+    shares = labels.bincount().double() / max(len(labels), 1)
+    changes = (labels[1:] != labels[:-1]).sum().item()
+    return changes < (len(labels) - 1) * (1 - shares.square().sum().item()) / 2
 
 
 def batch_size_and_steps(data: Dataset, batch_size: int) -> tuple[int, int]:

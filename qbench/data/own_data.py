@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qbench.data.augment import Augment
-from qbench.data.dataset import Dataset, Split, split_validation
+from qbench.data.dataset import Dataset, Split, evenly_spaced, split_validation
 from qbench.data.drawn_split import DrawnSplit, MapDataset, own_random_state, read_item, seed_cpu, seem_channels_last
 from qbench.data.normalize import MeanAndStd, mean_and_std
 from qbench.errors import DataError
@@ -252,7 +252,7 @@ def _normalization(train: Split | DrawnSplit) -> MeanAndStd:
         return (0.0,) * channels, (1.0,) * channels
     if isinstance(train, Split):
         return mean_and_std(train.images)
-    chosen = torch.arange(0, len(train), max(1, len(train) // STATISTICS_IMAGES))[:STATISTICS_IMAGES]
+    chosen = evenly_spaced(min(STATISTICS_IMAGES, len(train)), len(train))
     return mean_and_std(train.read(chosen, None))
 
 

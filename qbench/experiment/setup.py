@@ -147,8 +147,9 @@ class ExperimentSetup:
         config, bits = self.config, self.config.bits.resolved()
         model, dataset = str(config.model["name"]), str(config.dataset["name"])
         return tensorboard.columns(
-            self.method_name, bits, model, dataset, self.seed, config.epochs, self.optim.name, self.optim.lr
-        )
+            self.method_name, bits, model, dataset, self.seed, self.epochs,
+            self.optim.name if self.epochs else "none", self.optim.lr if self.epochs else 0.0,
+        )  # fmt: skip
 
     @property
     def texts(self) -> dict[str, str]:

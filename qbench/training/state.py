@@ -130,7 +130,7 @@ class State:
         if self.scaler:
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.batch, self.step, self.images, self.hits, self.stale, self.stopped = saved["counters"]
-        self.losses = list(saved["losses"].unbind())
+        self.losses = list(saved["losses"].to(next(model.parameters()).device).unbind())
         self.seconds, best = saved["seconds"], saved["best"]
         self.best = BestWeights(tuple(best["rank"]), best["epoch"], best["model"]) if best else None
         self.in_update = "gradients" in saved

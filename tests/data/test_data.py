@@ -21,7 +21,7 @@ from qbench.data.augment import (
     random_box,
 )
 from qbench.data.dataset import Dataset, Split, split_validation
-from qbench.data.loader import MAX_EVALUATION_PIXELS, Loader
+from qbench.data.loader import MAX_EVALUATION_PIXELS, Loader, is_sorted
 from qbench.data.normalize import FIXED, normalization
 from qbench.system.torchvision import torchvision
 
@@ -247,6 +247,37 @@ def test_a_sample_of_a_split_contains_all_classes(sorted_by_class: bool) -> None
     assert sorted(pixels.tolist()) == sorted(numbers)
     assert sorted_by_class or pixels.tolist() == numbers
     assert len(found[:10].unique()) >= 5, "a part of the sample has many classes too"
+
+
+def test_a_sample_of_sorted_classes_has_the_shares_of_the_split() -> None:
+    """Of 300 images, the first 256 would have all 250 of the first class."""
+    labels = torch.cat([torch.zeros(250), torch.ones(50)]).long()
+    data = small_dataset()
+    data = replace(data, train=Split(torch.zeros(300, 1, 2, 2, dtype=torch.uint8), labels), mean=(0.0,), std=(1.0,))
+    (batch,) = Loader(data, 10, 0, CPU).sample("train", 256)
+    assert batch[1].sum() == pytest.approx(256 / 6, abs=1)
+    assert 4 <= batch[1][:64].sum() <= 20
+    (whole,) = Loader(data, 10, 0, CPU).sample("train", 300)
+    assert 4 <= whole[1][:64].sum() <= 20
+
+
+def test_a_split_in_random_order_is_not_sorted() -> None:
+    for classes in (2, 10, 100):
+        labels = torch.randint(classes, (1000,), generator=torch.Generator().manual_seed(classes))
+        assert not is_sorted(labels)
+        assert is_sorted(labels.sort().values)
+    assert not is_sorted(torch.arange(300) % 10)
+    assert not is_sorted(torch.zeros(9, dtype=torch.int64)), "one class has no order"
+    assert not is_sorted(torch.zeros(0, dtype=torch.int64))
+
+
+def test_images_keep_their_labels_in_any_order() -> None:
+    """The first and the last index alone do not show that the images follow each other."""
+    images = torch.arange(9, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    data = replace(small_dataset(), train=Split(images, torch.arange(9)), mean=(0.0,), std=(1.0,))
+    loader = Loader(data, 3, 0, CPU)
+    ((pixels, labels),) = loader._batches(loader.splits["train"], [torch.tensor([1, 4, 2, 8, 5])])
+    assert (255 * pixels[:, 0, 0, 0]).round().tolist() == labels.tolist() == [1, 4, 2, 8, 5]
 
 
 def test_batch_size_is_limited_to_the_number_of_images() -> None:

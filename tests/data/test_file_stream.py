@@ -55,6 +55,24 @@ def test_augmentation_of_an_image_does_not_depend_on_the_batch_size(streamed: Pa
     torch.testing.assert_close(wide, narrow, atol=1e-5, rtol=0)
 
 
+def test_the_mean_is_that_of_evenly_spaced_images(streamed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images are sorted by class."""
+    read: list[str] = []
+
+    def decode(path: str, side: int) -> object:
+        read.append(path)
+        return images.decode_image(path, side)
+
+    split = build_folder(streamed).train
+    assert isinstance(split, FileSplit)
+    monkeypatch.setattr(image_folders, "STATISTICS_IMAGES", len(split) - 2)
+    monkeypatch.setattr(image_folders, "decode_image", decode)
+    build_folder(streamed, normalize="own")
+    every = list(split.paths(torch.arange(len(split))))
+    assert len(read) == len(split) - 2
+    assert set(read) & set(every[-2:]), "not only the first images"
+
+
 def test_streamed_images_equal_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_images(tmp_path / "set", suffix="png", size=(20, 18))
     kept = build_folder(root, pad=2, jitter=0.3, val=0.4)

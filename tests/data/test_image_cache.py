@@ -116,8 +116,6 @@ def test_a_damaged_cache_is_built_again(
         halved(shard.parent / "index.npy")
     else:
         (shard if fault == "missing" else shard.parent / "sealed.json").unlink()
-    image_cache._index.cache_clear()
-    image_cache._shard.cache_clear()
     capsys.readouterr()
     assert equal(expected, all_batches(build_folder(streamed, cache=str(tmp_path / "decoded"))))
     assert "is damaged; the cache is built again" in capsys.readouterr().err

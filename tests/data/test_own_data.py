@@ -141,6 +141,16 @@ def test_an_image_that_has_no_conversion_to_rgb_is_refused() -> None:
         as_dataset("mine:data", (items, items), 0.1)
 
 
+def test_the_mean_is_that_of_evenly_spaced_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images may be sorted by class."""
+    monkeypatch.setattr(own_data, "STATISTICS_IMAGES", 25)
+    images = torch.zeros(40, 3, 6, 6, dtype=torch.uint8)
+    images[25:] = 255
+    data = as_dataset("mine:data", (Items(lambda image: image.roll(random.randrange(2), 1), images), Items()), 0)
+    assert isinstance(data.train, DrawnSplit)
+    assert data.mean == pytest.approx((15 / 40,) * 3, abs=0.03)
+
+
 def test_float_images_of_a_data_set_are_normalized_on_their_own_scale() -> None:
     split = Split(FLOATS, LABELS)
     data = Dataset(name="x", train=split, val=split, test=split, classes=4, mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 5.0))

@@ -42,7 +42,7 @@ def unused(configure: Configure, words: Sequence[str]) -> list[str]:
          "because the weight decay is 0"),
         (["optim.decay_until=0.5", "optim.weight_decay=0"], "optim.decay_until=0.5 has no effect, because the weight "
          "decay is 0"),
-        (["epochs=3", "optim.patience=3"], "optim.patience=3 has no effect, because the run has 3 epochs"),
+        (["epochs=3", "optim.patience=2"], "optim.patience=2 has no effect, because the run has 3 epochs"),
         (["distill=kd", "distill.weight=0"], "distill=kd has no effect, because distill.weight is 0"),
         (["layers.rules={layer1*: 4, layer1.0*: 8}"], "layers.rules[layer1.0*]=8 has no effect, because the earlier "
          "rule layer1* matches its layers"),
