@@ -65,8 +65,8 @@ two arms, which are the two settings that it compares.
 The effect is the test top-1 of the first arm minus the test top-1 of the second arm, after the last epoch, in points.
 For `bn_holds_range`, it is a difference between two losses of accuracy relative to the float baselines, and for claims
 on gradient mismatch, a difference between two cosines. Runs are paired by seed. The column `95 % interval` contains the
-confidence interval of the effect. The interval treats both seeds and test images as samples (two-way,
-`qbench/report/statistics`).
+confidence interval of the effect. The interval of an accuracy treats both seeds and test images as samples (two-way,
+`qbench/report/statistics`), that of a cosine only seeds.
 
 Each comparison is tested two-sided at the 5 % level. The p-values are adjusted for all {family} comparisons together
 (Holm). The intervals are not adjusted. A comparison can therefore be undecided although its interval does not contain

@@ -133,7 +133,7 @@ def _add_run(table: Table, planned: PlannedRun, cost: RunCost | UnsupportedRun) 
     )  # fmt: skip
     table.rows.append((path, "stored" if state == "done" else state, str(epochs), str(steps), *cells))
     values = {"run": path, "state": state, "epochs": epochs, "steps": steps, "seconds": seconds, "memory": memory}
-    values["images"] = steps * batch_size
+    values["images"] = round(remaining * steps * batch_size)
     table.values.append(values | asdict(cost.cost))
     return seconds
 

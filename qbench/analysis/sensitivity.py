@@ -26,6 +26,7 @@ from qbench.analysis.layer_sensitivity import (
     load_float_baseline,
     measure_sensitivity,
 )
+from qbench.bits import FLOAT
 from qbench.errors import ConfigError
 from qbench.quant.method import Unsupported
 from qbench.report.tables.table import Table
@@ -35,6 +36,7 @@ from qbench.system import files
 HEAD = ("widths by", "bits", "bytes", "BitOps", "predicted loss", "measured loss", "top-1 %")
 MARK = "# qbench sensitivity "
 """Start of the first line of every file of widths that this module writes."""
+ACTIVATIONS = "a width is that of a layer's weights and activations; the run has {}"
 MEASURES = {"loss": "loss", "mse": "weight MSE"}
 LABELS = MEASURES | {"uniform": "uniform"}
 
@@ -116,6 +118,7 @@ def sensitivity(
         "predicted: float loss plus the sum of the layers' loss increases; measured: loss with all layers quantized, "
         "without training",
         *bn_notes(baseline.model, baseline.bn_batches),
+        *([ACTIVATIONS.format(baseline.setup.method.bits)] if baseline.setup.method.bits.a < FLOAT else []),
         f"the widths chosen by {MEASURES[measure]} are in {out}; to train with them, add {' '.join(added)} to the "
         f"run's command",
     ]
@@ -210,6 +213,8 @@ def _rules_file(command: str, measure: str, widths: Mapping[str, int], baseline:
         *("#   {}: {} bits, {} bytes, {} BitOps, predicted loss {}".format(*row) for row in table.rows),
         "# To train with these widths, add layers=@FILE to the run's command.",
     ]
+    if baseline.setup.method.bits.a < FLOAT:
+        lines.append(f"# {ACTIVATIONS.format(baseline.setup.method.bits)}")
     rules: dict[str, int | str] = {glob.escape(name): width for name, width in widths.items()}
     rules |= {key: width for key, width in baseline.setup.policy.rules.items() if key not in rules}
     return "\n".join(lines) + "\n" + yaml.safe_dump(rules, sort_keys=False)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import yaml
+
 from qbench.papers import published_table as published
 from qbench.papers.published_figures import names, papers, published_rows
 from qbench.papers.recipe_differences import holds
@@ -42,9 +44,9 @@ def rows_for(setting: Setting, dataset: str | None) -> list[PublishedRow]:
     A row matches only if the row and the setting have the same known deviations from the method. The rows are sorted by
     these criteria, most important first:
 
-    1. The row has a value.
-    2. The setting has all keys of the row's experiment, and the experiment has many.
-    3. Few options of the method differ.
+    1. The setting has all keys of the row's experiment, and many of them are not the method's defaults.
+    2. Few options of the method differ.
+    3. The row has a value.
     4. The method's authors trained the row's network.
     5. The provenance of the row.
     6. Few other keys differ.
@@ -64,16 +66,24 @@ def rows_for(setting: Setting, dataset: str | None) -> list[PublishedRow]:
         and any(_is_network(row.net, words, setting) for words in ((), _experiment_words(row)))
     ]
 
-    def rank(row: PublishedRow) -> tuple[bool, int, int, bool, int, int]:
+    def rank(row: PublishedRow) -> tuple[int, int, bool, bool, int, int]:
         config = {**setting.keys, "method": {"name": setting.method, **setting.options}, "bits": setting.bits._asdict()}
         words = _experiment_words(row)
-        broken = sum(not holds(key, value, config) for key, _, value in (word.partition("=") for word in words))
+        pairs = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+        broken = sum(not holds(key, value, config) for key, value in pairs)
+        own = sum(not _is_default(setting.method, key, value) for key, value in pairs)
         return (
-            row.value is None, 0 if broken else -len(words), _differing_options(row, setting), not row.by_authors,
+            0 if broken else -own, _differing_options(row, setting), row.value is None, not row.by_authors,
             PROVENANCES.index(row.provenance), broken,
         )  # fmt: skip
 
     return sorted(found, key=rank)
+
+
+def _is_default(method: str, key: str, value: str) -> bool:
+    """Return whether a command-line override gives an option of a method its default value."""
+    option = key.removeprefix("method.")
+    return option != key and is_default_option(method, option, yaml.safe_load(value))
 
 
 def _experiment_words(row: PublishedRow) -> tuple[str, ...]:

@@ -526,6 +526,9 @@ def test_chosen_widths_are_trained_and_the_path_of_the_file_does_not_matter(
     first = file.read_text().splitlines()[0]
     assert first.startswith("# qbench sensitivity ")
     assert "--budget w=3 --measure loss --widths 2,3,4 --images 64 --bn-stats recompute" in first
+    applies = "a width is that of a layer's weights and activations; the run has w2a2g32"
+    assert applies in allocations["notes"]
+    assert f"# {applies}" in file.read_text().splitlines()
     line = [*SMOKE, "method=dorefa", "pretrain.epochs=4", f"out={run.parents[1]}"]
     moved = tmp_path / "moved"
     moved.mkdir()

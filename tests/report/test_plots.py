@@ -147,6 +147,18 @@ def test_curves_are_the_mean_and_the_extremes_of_seeds(configure: Configure, run
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "3", "2"]
 
 
+def test_float_curves_of_unequal_length_are_averaged_from_their_first_epoch(configure: Configure, runs: Any) -> None:
+    for seed, values in enumerate(((20.0, 30.0), (40.0, 50.0, 60.0))):
+        path = plant(configure("method=dorefa", f"seed={seed}"), 95.0, 98.0)
+        write_metrics(path, [epoch_line(0, 50.0)])
+        baseline = path.parent / f"float-w32a32g32-s{seed}-00000000"
+        baseline.mkdir()
+        write_metrics(baseline, [epoch_line(i, value) for i, value in enumerate(values)])
+    tables, found = runs()
+    lines, _ = learning_curves(settings_of(tables[0])[1:], {str(run.path): run.result for run in found})
+    assert lines["dorefa"]["float"][:2] == ([-1, 0], [30.0, 40.0])
+
+
 def test_curves_end_at_the_last_epoch_that_all_seeds_have() -> None:
     """With early stopping, the mean over the remaining seeds would jump where a seed ends."""
     early, late = {1: 50.0, 2: 60.0}, {1: 70.0, 2: 80.0, 3: 90.0}

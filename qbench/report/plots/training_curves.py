@@ -51,20 +51,23 @@ def learning_curves(settings: Sequence[Setting], results: Mapping[str, Result | 
     recorded = {key for by_epoch in records.values() for values in by_epoch.values() for key in values}
     measure = "val_top1" if "val_top1" in recorded else "train_top1"
 
-    def curve(path: Path, *, float_stage: bool = False) -> dict[int, float]:
-        values = {e: v[measure] for e, v in records[path].items() if isinstance(v.get(measure), int | float)}
-        shift = -max(values, default=0) if float_stage else 1
-        return {epoch + shift: value for epoch, value in values.items()}
+    def curve(path: Path) -> dict[int, float]:
+        return {e + 1: v[measure] for e, v in records[path].items() if isinstance(v.get(measure), int | float)}
 
     lines: Curves = {}
     for label in dict.fromkeys(s.label for s in settings):
         members = [s for s in settings if s.label == label]
         starts = {path for s in members for run in s.runs if (path := baselines.get(run.run))}
-        drawn = {FLOAT_STAGE: line_over_seeds([curve(path, float_stage=True) for path in starts])}
+        drawn = {FLOAT_STAGE: _before_epoch_1(line_over_seeds([curve(path) for path in starts]))}
         drawn |= {s.short_widths: line_over_seeds([curve(Path(run.run)) for run in s.runs]) for s in members}
         if present := {widths: line for widths, line in drawn.items() if line}:
             lines[label] = present
     return lines, measure
+
+
+def _before_epoch_1(line: SeedCurve | None) -> SeedCurve | None:
+    """Return a curve whose last epoch is 0, as the training of the float baselines precedes the epochs of a run."""
+    return line and line._replace(x=[x - line.x[-1] for x in line.x])
 
 
 def layer_errors(settings: Sequence[Setting]) -> tuple[Curves, list[str]]:
