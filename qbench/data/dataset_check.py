@@ -240,12 +240,13 @@ def repeated_images(data: Dataset) -> list[str]:
     return notes
 
 
-def other_class_names(class_names: Sequence[str], tested: Dataset) -> list[str]:
+def other_class_names(class_names: Sequence[str], tested: Dataset, advice: str = "") -> list[str]:
     """Return a message if classes of a network have other names in a data set, or an empty list.
 
     Args:
         class_names: the names of the network's classes, or an empty sequence if they are not known.
         tested: the data set on whose test split the network is evaluated.
+        advice: a text at the end of the message.
     """
     pairs = enumerate(zip(class_names, tested.class_names, strict=False))
     differing = [f"class {label} is {there}, here {here}" for label, (there, here) in pairs if there != here]
@@ -254,7 +255,7 @@ def other_class_names(class_names: Sequence[str], tested: Dataset) -> list[str]:
     named = "; ".join(differing[:MAX_NAMED]) + ("; ..." if len(differing) > MAX_NAMED else "")
     return [
         f"{len(differing)} of {tested.classes} classes have other names than in training ({named}); if they are other "
-        "classes, this accuracy means nothing"
+        f"classes, the accuracy of the trained network means nothing here{advice}"
     ]
 
 

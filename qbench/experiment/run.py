@@ -230,7 +230,7 @@ def _initial_model(
         weights = setup.load_file(model)
         session.context.reporter.say(weights.message)
         setup.notes.append(weights.message)
-        setup.warnings.extend(earlier_run_warnings(setup, session.directory.identity))
+        setup.warnings.extend(earlier_run_warnings(setup, session.directory.identity, weights.layers))
         if weights.unused:
             setup.warnings.append(f"init={setup.config.init} also contains {', '.join(weights.unused)}, not used here")
         if weights.is_float:

@@ -190,7 +190,11 @@ class ExperimentSetup:
         teacher = "the float baseline" if self.config.distill.teacher == "baseline" else "another run"
         return [
             *(["trained from scratch, as the method requires"] if self.config.init == "method" else []),
-            *([f"distilled from {teacher}, as the method requires"] if self.config.distill.name == "method" else []),
+            *(
+                [f"distilled from {teacher}, as the method requires"]
+                if self.config.distill.name == "method" and self.epochs
+                else []
+            ),
             *([] if self.method.needs_training else ["not trained: post-training quantization"]),
         ]
 

@@ -120,7 +120,7 @@ def test_other_names_of_the_classes_are_named(train: Callable[..., Result]) -> N
     file, words = export(run, "packed").path, ["dataset.root=renamed"]
     warning = (
         "warning: 2 of 2 classes have other names than in training (class 0 is bright, here dark; class 1 is dark, "
-        "here z_bright); if they are other classes, this accuracy means nothing"
+        "here z_bright); if they are other classes, the accuracy of the trained network means nothing here"
     )
     assert warning in evaluate(run, words).notes
     assert warning in evaluate_file(file, words).notes
@@ -147,6 +147,35 @@ def test_initial_weights_from_a_run_on_another_split_are_named(train: Callable[.
 
 
 @pytest.mark.full
+def test_initial_weights_for_other_classes_or_other_numbers_are_named(train: Callable[..., Result]) -> None:
+    """The file of weights need not be in the directory of its run."""
+    write_photos(Path("photos"), {"train": 10, "val": 4})
+    write_photos(Path("renamed"), {"train": 10, "val": 4}, names=("z_bright", "dark"))
+    write_photos(Path("bright"), {"train": 10, "val": 4})
+    for image in Path("bright").rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(image)) // 2 + 100).save(image)
+    words = ("method=ptq", "bits=w8a8", "dataset.normalize=own")
+    first = Path(train("dataset.root=photos", "method=float", "dataset.normalize=own").run)
+    shutil.copy(first / "best.pt", "weights.pt")
+
+    def warnings(*more: str) -> list[str]:
+        return [text for text in train(*words, *more).warnings if text.startswith("init=")]
+
+    for seed, init in (("seed=0", str(first)), ("seed=1", "weights.pt")):
+        classes = [text for text in warnings("dataset.root=renamed", f"init={init}", seed) if "classes have" in text]
+        assert classes == [
+            f"init={init}: 2 of 2 classes have other names than in training (class 0 is bright, here dark; class 1 is "
+            "dark, here z_bright); if they are other classes, the accuracy of the trained network means nothing here; "
+            "to train a new last layer, add model.head=new"
+        ]
+        brighter = warnings("dataset.root=bright", f"init={init}", seed)
+        (numbers,) = (text for text in brighter if "reads other numbers" in text)
+        assert numbers.startswith(f"init={init}: the weights were trained on images that are normalized with mean (0.")
+        assert not warnings("dataset.root=photos", f"init={init}", seed)
+    head = train("method=dorefa", "dataset.root=renamed", f"init={first}", "model.head=new", "dataset.normalize=own")
+    assert not [text for text in head.warnings if "classes have" in text]
+
+
 def test_the_warning_on_seen_images_is_passed_on(train: Callable[..., Result]) -> None:
     """The second run started from a network that was trained on some of its test images, and the third from the second.
 

@@ -405,8 +405,18 @@ def test_p_values_of_networks_are_adjusted_for_their_number() -> None:
     assert raw[0] < 0.05
     assert [pair.p_mcnemar_holm for pair in pairs_of(table)] == pytest.approx(holm(raw))
     assert holm(raw)[0] > 0.05
-    sentence = "b (these two networks do not differ significantly; McNemar's exact test: p = 0.062)"
+    sentence = (
+        "b (these two networks do not differ significantly; McNemar's exact test: p = 0.062, adjusted for 3 pairs of "
+        "networks)"
+    )
     assert any(sentence in note for note in table.notes), table.notes
+
+
+def test_a_difference_over_fewer_seeds_than_the_means_says_so() -> None:
+    (_, sentence, *_) = concluded(setting("a", [97.0, 96.0, 98.0, 50.0]), setting("b", [92.1, 90.9, 93.0])).notes
+    assert "over 3 common seeds" in sentence
+    (_, sentence, *_) = concluded(setting("a", A), setting("b", B)).notes
+    assert "common seeds" not in sentence
 
 
 def test_one_seed_has_no_spread() -> None:

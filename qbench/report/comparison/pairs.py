@@ -130,7 +130,7 @@ def adjust_p_values(family: Sequence[SettingPair], margin: float) -> list[Settin
         adjusted[i] = replace(family[i], p_holm=p, p_equivalent_holm=p_equivalent, family=len(tested))
     networks = [(i, pair.p_mcnemar) for i, pair in enumerate(family) if pair.p_mcnemar is not None]
     for (i, _), p in zip(networks, holm([p for _, p in networks]), strict=True):
-        adjusted[i] = replace(family[i], p_mcnemar_holm=p)
+        adjusted[i] = replace(family[i], p_mcnemar_holm=p, networks=len(networks))
     undecided = [i for i, pair in enumerate(adjusted) if pair.verdict is Verdict.UNDECIDED]
     for i in undecided:
         pair = adjusted[i]

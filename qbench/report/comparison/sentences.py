@@ -119,10 +119,13 @@ def _other(pair: SettingPair, margin: float) -> str:
         if pair.p_mcnemar_holm is None:
             return label
         differ = "differ significantly" if pair.p_mcnemar_holm < ALPHA else "do not differ significantly"
-        return f"{label} (these two networks {differ}; McNemar's exact test: p = {pair.p_mcnemar_holm:.2g})"
+        adjusted = f", adjusted for {pair.networks} pairs of networks" if pair.networks > 1 else ""
+        return f"{label} (these two networks {differ}; McNemar's exact test: p = {pair.p_mcnemar_holm:.2g}{adjusted})"
     if pair.verdict is Verdict.IDENTICAL:
         return label
     facts = [f"{d.mean:+.2f} ±{d.high - d.mean:.2f}" if d.standard_error else f"{d.mean:+.2f} in each of {d.n} seeds"]
+    if pair.paired_by and d.n < max(pair.first.top1.n, pair.second.top1.n):
+        facts.append(f"over {d.n} common seeds")
     if pair.verdict in (Verdict.ABOVE, Verdict.BELOW) and pair.p_equivalent_holm < ALPHA:
         facts.append(f"equivalent within ±{margin:g} points")
     if pair.verdict is Verdict.UNDECIDED:

@@ -21,6 +21,7 @@ class SettingPair:
         p_mcnemar: McNemar's p-value of two networks with the same seed and test images. None if this test does not
             apply.
         p_mcnemar_holm: the same p-value, adjusted by Holm's method for all pairs to which the test applies.
+        networks: the number of these pairs; 0 if the test does not apply.
         p_holm: p-value of "there is no difference", adjusted by Holm's method.
         p_equivalent_holm: p-value of "the means differ by the margin or more", adjusted by Holm's
             method.
@@ -36,6 +37,7 @@ class SettingPair:
     paired_by: str = ""
     p_mcnemar: float | None = None
     p_mcnemar_holm: float | None = None
+    networks: int = 0
     p_holm: float = 1.0
     p_equivalent_holm: float = 1.0
     family: int = 0
