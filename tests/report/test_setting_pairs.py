@@ -413,10 +413,9 @@ def test_p_values_of_networks_are_adjusted_for_their_number() -> None:
 
 
 def test_a_difference_over_fewer_seeds_than_the_means_says_so() -> None:
-    (_, sentence, *_) = concluded(setting("a", [97.0, 96.0, 98.0, 50.0]), setting("b", [92.1, 90.9, 93.0])).notes
-    assert "over 3 common seeds" in sentence
-    (_, sentence, *_) = concluded(setting("a", A), setting("b", B)).notes
-    assert "common seeds" not in sentence
+    fewer = concluded(setting("a", [97.0, 96.0, 98.0, 50.0]), setting("b", [92.1, 90.9, 93.0])).notes
+    assert any(", over 3 common seeds" in note for note in fewer), fewer
+    assert not any("common seeds" in note for note in concluded(setting("a", A), setting("b", B)).notes)
 
 
 def test_one_seed_has_no_spread() -> None:
