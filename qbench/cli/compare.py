@@ -14,7 +14,7 @@ from qbench.report.comparison import columns
 from qbench.report.comparison.compare import compare
 from qbench.report.comparison.filters import select_runs
 from qbench.report.comparison.pairs import conclude
-from qbench.report.comparison.setting_table import sorted_by, with_columns
+from qbench.report.comparison.setting_table import find_column, sorted_by, with_columns
 from qbench.report.comparison.speed_notes import speed_notes
 from qbench.report.comparison.verdicts import MARGIN
 from qbench.report.tables.table import FORMATS, Table
@@ -64,6 +64,10 @@ def parse(arguments: Iterable[str]) -> CompareOptions:
     words, flags = parsers.compare().parse_words(arguments)
     if "sort" in flags:
         sorted_by(Table(()), flags["sort"])
+        if flags["sort"] != columns.EQUAL_BYTES and not flags.get("published"):
+            column = find_column(flags["sort"])
+            if column.group == columns.PUBLISHED:
+                raise ConfigError(f"--sort {column.name}: only with --published are there such values; add --published")
     directories, where = [], dict[str, list[str]]()
     for word in words:
         key, equals, value = word.partition("=")

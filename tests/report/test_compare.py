@@ -901,6 +901,7 @@ def test_accuracy_at_equal_bytes(configure: Configure) -> None:
         (["metod=lsq"], "metod: no run has this key; did you mean method"),
         (["--by", "bits.x"], "did you mean bits"),
         (["--sort", "acuracy"], "no such column; did you mean accuracy"),
+        (["--sort", "gap"], "add --published"),
         (["--columns", "acuracy"], "did you mean accuracy"),
         (["--columns"], "needs a value"),
         (["--margin", "0"], "above 0"),
