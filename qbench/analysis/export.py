@@ -213,6 +213,8 @@ def evaluate_file(
         )
     made.notes += [f"warning: {problem}" for problem in _other_weights(file, about)]
     verified = verify_export.VERIFIED_IN.get(about.form, ("torch",))
+    if runtime == verified[-1] != verified[0]:
+        made.notes.append(f"the export was verified in {runtime} only if this package was installed then")
     if runtime is None or runtime in verified:
         return made
     note = f"the export was verified in {' and '.join(verified)}, not in {runtime}, whose results may differ"

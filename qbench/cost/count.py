@@ -70,10 +70,29 @@ def _bilinear_flops(first: torch.Size, weight: torch.Size, *_: object, **__: obj
     return 2 * first[0] * weight.numel()
 
 
+def _convolution_tbc_flops(_: torch.Size, weight: torch.Size, *__: object, out_shape: torch.Size, **___: object) -> int:
+    """Return the FLOPs of `torch.conv_tbc`, whose weights have the shape (kernel, inputs, outputs)."""
+    return 2 * out_shape.numel() * weight[0] * weight[1]
+
+
+def _added_products_flops(_: torch.Size, first: torch.Size, second: torch.Size, *__: object, **___: object) -> int:
+    """Return the FLOPs of `torch.addbmm`, the sum of the products of matrices (B, n, m) and (B, m, p)."""
+    return 2 * first.numel() * second[2]
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """Return the FLOPs of attention with queries (..., L, d), keys (..., S, d) and values (..., S, e)."""
+    return 2 * query.numel() * key[-2] + 2 * query.numel() // query[-1] * key[-2] * value[-1]
+
+
 UNCOUNTED_BY_TORCH = {
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten.dot: _matrix_vector_flops,
+    torch.ops.aten.vdot: _matrix_vector_flops,
     torch.ops.aten.addmv: _added_matrix_vector_flops,
+    torch.ops.aten.addbmm: _added_products_flops,
+    torch.ops.aten.conv_tbc: _convolution_tbc_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._trilinear: _bilinear_flops,
 }
 """Operation that torch's FLOP counter does not know -> function that returns the FLOPs for the arguments' shapes."""

@@ -23,10 +23,15 @@ from qbench.quant.layers import QLayer, quantized_layers
 NO_EFFECT = ("inplace", "_stacklevel")
 """Names of arguments that do not change the result of a function."""
 
-READS_VALUES = frozenset(
-    {"__bool__", "__float__", "__int__", "__index__", "__contains__", "item", "tolist", "numpy", "equal", "allclose"}
-)
-"""Functions that pass values of a tensor to Python code. The use of such values in Python cannot be recorded."""
+READS_VALUES = frozenset({
+    "__bool__", "__float__", "__int__", "__index__", "__contains__", "__array__", "__format__", "__repr__", "item",
+    "tolist", "numpy", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select", "unique",
+    "unique_consecutive",
+})  # fmt: skip
+"""Functions that pass values of a tensor to Python code, also in the shape of their result.
+
+The use of such values in Python cannot be recorded.
+"""
 
 MAX_BITS = 8
 """Largest bit width of quantized weights and activations in an exported file."""
@@ -174,6 +179,11 @@ class _Tracer(Recorder):
                 f"{self._where[-1] or 'the network'}: reads values of a tensor that depends on the images ({kind})\n"
                 "such a network may compute differently for other images, so it cannot be exported"
             )
+        if kind in ("__getitem__", "where") and _selects_by_value(kind, args, self._arguments):
+            raise NotExportable(
+                f"{self._where[-1] or 'the network'}: the shape of a result depends on the images ({kind})\n"
+                "such a network may compute differently for other images, so it cannot be exported"
+            )
         if not list(tensors(result)):
             if changed is not None and any(True for _ in refs(self._arguments(args))):
                 raise NotExportable(
@@ -253,6 +263,13 @@ class _Tracer(Recorder):
         if isinstance(value, tuple | list):
             return tuple(map(self._arguments, value))
         return value
+
+
+def _selects_by_value(kind: str, args: tuple[object, ...], reference: Callable[[object], Argument]) -> bool:
+    """Return whether a function selects elements by a mask that depends on the images: `x[mask]` or `where(mask)`."""
+    index = args[1] if kind == "__getitem__" else args[0] if len(args) == 1 else None
+    masks = [t for t in tensors(index) if t.dtype in (torch.bool, torch.uint8) or kind == "where"]
+    return any(True for mask in masks for _ in refs((reference(mask),)))
 
 
 def _without_inplace(kind: str, args: tuple[object, ...]) -> tuple[object, ...]:

@@ -192,7 +192,7 @@ class ExperimentSetup:
             *(["trained from scratch, as the method requires"] if self.config.init == "method" else []),
             *(
                 [f"distilled from {teacher}, as the method requires"]
-                if self.config.distill.name == "method" and self.epochs
+                if self.config.distill.name == "method" and self.config.distill.weight and self.epochs
                 else []
             ),
             *([] if self.method.needs_training else ["not trained: post-training quantization"]),

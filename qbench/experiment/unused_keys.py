@@ -76,6 +76,8 @@ def replaced_widths(setup: ExperimentSetup, model: nn.Module) -> list[str]:
             warnings.append(f"tables show bits.{slot}={FLOAT}, but layers.* sets the {name} of layers to {widths} bits")
         elif found and width not in found:
             warnings.append(f"no layer has bits.{slot}={width}, because layers.* sets the {name} to {widths} bits")
+        elif not found and width < FLOAT:
+            warnings.append(f"tables show bits.{slot}={width}, but no layer has quantized {name}")
     return warnings
 
 
@@ -91,8 +93,8 @@ def _method_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str
     Such an option concerns only a slot (weights, ...) that stays in float, or only layers that the network lacks.
     """
     config, bits = setup.config, setup.method.bits
-    weights = any(layer.bits.w < FLOAT for layer in quantized_layers(model).values())
-    quantized = {"w": weights, "a": bits.a < FLOAT, "g": bits.g < FLOAT}
+    layers = quantized_layers(model).values()
+    quantized = {slot: any(getattr(layer.bits, slot) < FLOAT for layer in layers) for slot in SLOT_NAMES}
     methods = {"method": (config.method, bits, quantized)}
     if config.activation["name"] != "none":
         methods["method"] = (config.method, bits._replace(a=FLOAT), quantized | {"a": False})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qbench.cost.count import count_cost, count_macs, coverage, values_outside, wide_codes
 from qbench.cost.layers import layer_costs
@@ -62,6 +63,13 @@ class ReadsValues(Mixed):
         return super().forward(x)
 
 
+def flash_attention(net: Any, x: Tensor) -> Tensor:
+    """Return the attention of four tokens with eight numbers, computed by the operation that the network chooses."""
+    tokens = (x[:, :4, None] + torch.zeros(8)).unsqueeze(1)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
 PRODUCTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
     "bilinear": (lambda net, x: net.bilinear(x, x[:, :5]), 7 * 6 * 5),
     "bilinear of rows": (
@@ -73,6 +81,10 @@ PRODUCTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
     "added": (lambda net, x: torch.addmv(x[:, 0], x, net.vector), 6),
     "vectors": (lambda net, x: x[0] @ net.vector, 6),
     "vector and matrix": (lambda net, x: net.vector @ x.t(), 6),
+    "vdot": (lambda net, x: torch.vdot(x[0], net.vector), 6),
+    "batches": (lambda net, x: torch.addbmm(x[:, :1], x.view(2, 1, 3), net.vector.view(2, 3, 1)), 6),
+    "time first": (lambda net, x: torch.conv_tbc(x.view(6, 1, 1), net.vector.view(3, 1, 2), x[0, :2]), 4 * 3 * 2),
+    "attention": (flash_attention, 2 * 4 * 4 * 8),
 }
 
 

@@ -292,8 +292,27 @@ class Odd(nn.Module):
         (lambda x: x * DRAWS.random(), "an argument of mul depends on the images"),
         (lambda x: x.relu() if len(x) == 2 else x, "calls different functions for different images"),
         (lambda x: (x.transpose(2, 3).relu_(), x)[1], "changed in place through another tensor"),
+        (lambda x: x / 2 if len(torch.nonzero(x > 1e3)) else x, r"reads values of a tensor .* \(nonzero\)"),
+        (lambda x: x / 2 if len(x[x > 1e3]) else x, r"shape of a result depends on the images \(__getitem__\)"),
+        (lambda x: x / 2 if len(torch.where(x > 1e3)[0]) else x, r"(nonzero|where)\)"),
+        (lambda x: x / 2 if f"{x.max():.0f}" == "1000" else x, r"reads values of a tensor .* \(__format__|item\)"),
+        (lambda x: x / 2 if torch.is_nonzero(x.max() > 1e3) else x, r"reads values of a tensor .* \(is_nonzero\)"),
     ],
-    ids=["unknown", "numpy", "constant", "value", "branch", "argument", "size", "view"],
+    ids=[
+        "unknown",
+        "numpy",
+        "constant",
+        "value",
+        "branch",
+        "argument",
+        "size",
+        "view",
+        "nonzero",
+        "mask",
+        "where",
+        "format",
+        "is_nonzero",
+    ],
 )
 def test_networks_that_cannot_be_traced_are_refused(change: Any, message: str) -> None:
     model, images = Odd(change), torch.randn(6, 1, 4, 4)

@@ -390,7 +390,7 @@ def test_layers_that_the_example_does_not_reach_are_named(caplog: pytest.LogCapt
 
 @pytest.mark.parametrize(
     ("name", "functions"),
-    [("dorefa", []), ("inq", ["on_epoch"]), ("lsq", []), ("gupta", ["prepare", "step"]),
+    [("dorefa", []), ("inq", ["on_epoch", "step"]), ("lsq", []), ("gupta", ["prepare", "step"]),
      ("qcnn", ["prepare"]), ("ptq", ["prepare"]), ("ttq", [])],
 )  # fmt: skip
 def test_functions_that_a_training_loop_must_call_are_named(

@@ -254,8 +254,9 @@ def _diverged_notes(setting: Setting, failed: Sequence[Result]) -> Iterator[str]
 
 def _protocol_notes(results: Sequence[Result], labels: Mapping[int, str]) -> Iterator[str]:
     """Yield notes on network and protocol keys that methods require, and on synthetic data."""
-    for label, network in sorted({(labels[id(r)], naming.network_keys(r)) for r in results if naming.network_keys(r)}):
-        yield f"{label}: the network and its float baseline use {network}"
+    uses = {(labels[id(r)], naming.network_keys(r), bool(r.baseline)) for r in results if naming.network_keys(r)}
+    for label, network, compared in sorted(uses):
+        yield f"{label}: the network {'and its float baseline use' if compared else 'uses'} {network}"
     changes = {(labels[id(r)], _with_epochs(change, r)) for r in results for change in r.protocol_changes}
     for label, change in sorted(changes):
         yield f"{label}: {change}"

@@ -30,8 +30,8 @@ from qbench.runs.hits import Hits
 from qbench.system import files
 
 DIFF = (
-    "pairs of settings have the same widths; diff: top-1 minus that of the float baseline with the same seed, with an "
-    "interval for this row alone"
+    "pairs of settings have the same widths; diff: top-1 minus that of each run's float baseline, with an interval for "
+    "this row alone"
 )
 """The note that says what the tests of pairs and the column `diff` compare."""
 
