@@ -14,6 +14,7 @@ from qbench.experiment.device import HALF_TYPES
 from qbench.experiment.run import PROBE_IMAGES
 from qbench.experiment.setup import ExperimentSetup, assemble
 from qbench.experiment.trained_network import LAYERS, load_weights, other_outputs, stored_run
+from qbench.models.normalization import batch_norms
 from qbench.quant.probe import Batch
 from qbench.runs.result import Result, load_result
 
@@ -104,7 +105,7 @@ def bn_notes(model: nn.Module, training: Sequence[Batch]) -> list[str]:
 
     `training` are the batches on which the statistics are recomputed; empty if they are kept.
     """
-    if not any("BatchNorm" in type(module).__name__ for module in model.modules()):
+    if not batch_norms(model):
         return []
     images = sum(len(labels) for _, labels in training)
     return [f"batch normalization statistics: {f'recomputed on {images} training images' if images else 'kept'}"]

@@ -21,6 +21,7 @@ from qbench.cost.network_cost import NetworkCost
 from qbench.data.loader import batch_size_and_steps
 from qbench.experiment.planned_run import PlannedRun
 from qbench.experiment.setup import ExperimentSetup, assemble
+from qbench.models.normalization import batch_norms
 from qbench.quant.method import Unsupported
 from qbench.training import optimizer as optim
 from qbench.training.task import compute_logits
@@ -150,7 +151,7 @@ def _smallest_batch(setup: ExperimentSetup, model: nn.Module) -> int:
 
     The size is 2 if the network has batch normalization, which needs two values per channel. Otherwise the size is 1.
     """
-    norms = any("BatchNorm" in type(module).__name__ for module in model.modules())
+    norms = bool(batch_norms(model))
     return min(batch_size_and_steps(setup.data, setup.optim.batch_size)[0], 2 if norms else 1)
 
 

@@ -69,12 +69,11 @@ def install(
 
 def _differences_to_a_run(method: "Method", model: "nn.Module") -> list[str]:
     """Return what `qbench.run` does with this method, but a training loop of the user's own does not."""
+    from qbench.models.normalization import batch_norms
     from qbench.quant.layers import quantized_layers
 
     requires, found = method.requires, []
-    if requires.norm == "no_affine" and any(
-        "BatchNorm" in type(module).__name__ and getattr(module, "affine", False) for module in model.modules()
-    ):
+    if requires.norm == "no_affine" and any(getattr(module, "affine", False) for module in batch_norms(model)):
         found.append(
             "the method needs batch normalization without scale and shift, but this network's batch normalization has "
             "them; build the network with nn.BatchNorm2d(..., affine=False), as qbench.run does"

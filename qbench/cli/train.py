@@ -134,7 +134,7 @@ def stored_warnings(
     Args:
         advice: what to type to train these runs again.
     """
-    stored = [planned for planned in runs if not planned.config.rerun and planned.directory.stored()]
+    stored = [planned for planned in runs if not planned.config.rerun and planned.directory.has_result()]
     counts = Counter(change for planned in stored for change in _changes_since(planned))
     if not counts:
         return []

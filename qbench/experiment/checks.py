@@ -15,6 +15,7 @@ from qbench.data.dataset import Dataset
 from qbench.data.loader import batch_size_and_steps
 from qbench.errors import ConfigError
 from qbench.experiment.device import COMPILERS
+from qbench.models.normalization import batch_norms
 from qbench.quant.graph import eval_mode_keeping_rng
 from qbench.quant.method import Method, Requires, Unsupported
 from qbench.runs.reader import has_debug_config
@@ -182,7 +183,7 @@ def check_norm(model: nn.Module, requires: Requires, method_name: str) -> None:
     """
     if isinstance(getattr(model, "norm", None), str):
         return
-    norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
+    norms = batch_norms(model)
     affine = any(getattr(m, "affine", False) for m in norms)
     if requires.norm == "none" and norms:
         raise Unsupported(

@@ -13,6 +13,7 @@ from qbench.config import registry
 from qbench.config.schema import Layers, Optim
 from qbench.experiment.builders import create_method
 from qbench.experiment.setup import ExperimentSetup
+from qbench.models.normalization import batch_norms
 from qbench.quant.layers import is_quantizer_key, quantized_layers
 from qbench.training.optimizer import layer_biases, parameter_groups
 
@@ -83,7 +84,7 @@ def replaced_widths(setup: ExperimentSetup, model: nn.Module) -> list[str]:
 
 def _model_keys(setup: ExperimentSetup, model: nn.Module) -> Iterator[tuple[str, str]]:
     momentum = setup.config.model.get("bn_momentum", BN_MOMENTUM)
-    if momentum != BN_MOMENTUM and not any("BatchNorm" in type(module).__name__ for module in model.modules()):
+    if momentum != BN_MOMENTUM and not batch_norms(model):
         yield f"model.bn_momentum={momentum}", "the network has no batch normalization"
 
 

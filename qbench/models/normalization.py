@@ -22,6 +22,11 @@ NORMS_1D: dict[str, Norm] = {
 """Maps each value of `model.norm` to a function that makes the normalization after a linear layer."""
 
 
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the batch normalization modules of a network, also of classes such as FrozenBatchNorm2d."""
+    return [module for module in model.modules() if "BatchNorm" in type(module).__name__]
+
+
 def check_norm(norm: str) -> None:
     """Raise `ValueError` if `norm` is not a value of `model.norm`."""
     if norm not in NORMS_2D:
